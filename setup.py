@@ -1,0 +1,41 @@
+"""Metadata and entry points. Pinned versions live in requirements/*.lock; these are the ranges."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def requirements(name: str) -> list[str]:
+    """Requirement lines of requirements/<name>.in, without comments."""
+    lines = (HERE / "requirements" / f"{name}.in").read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+setup(
+    name="soma-vllm",
+    version="0.1.0",
+    description="vLLM multi-LoRA serving of multi-turn dialogues that move from a large model to a small one",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11,<3.12",
+    packages=find_packages(include=["soma_vllm", "soma_vllm.*"]),
+    package_data={"soma_vllm": ["py.typed"]},
+    install_requires=requirements("base"),
+    extras_require={name: requirements(name) for name in ("cpu", "cuda", "dev")},
+    entry_points={
+        "console_scripts": [
+            "soma = soma_vllm.cli.main:app",
+            "soma-serve = soma_vllm.cli.serve:app",
+        ],
+        "vllm.endpoint_plugins": ["soma = soma_vllm.scheduler.plugin:SomaEndpointPlugin"],
+        "vllm.general_plugins": ["soma_engine = soma_vllm.adapters.engine_hook:install"],
+        "soma_vllm.policies": [
+            "soma = soma_vllm.scheduler.policies.soma:SomaPolicy",
+            "original = soma_vllm.scheduler.policies.fixed:OriginalPolicy",
+            "surrogate = soma_vllm.scheduler.policies.fixed:SurrogatePolicy",
+        ],
+    },
+)

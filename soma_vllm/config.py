@@ -1,0 +1,373 @@
+"""The configuration: one strict model, read from YAML, with every mistake reported at once.
+
+Guarantees: unknown keys are refused; values are never converted silently between types; a configuration
+written for the reference implementation of SOMA loads unchanged (its keys keep their names and places); no
+key exists that nothing reads. A threshold lives here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from soma_vllm.errors import ConfigError
+from soma_vllm.types import Candidate
+
+Positive = Annotated[int, Field(gt=0)]
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+Seconds = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, closed to unknown keys, strict about types (an int passes for a float)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Mining(Section):
+    """Stage 1, soft-prompt mining on the surrogate (Eqs. 2 and 3)."""
+
+    enabled: bool = True
+    """False trains on the bare warm start, with equal weights."""
+    hardness: Literal["divergence", "reference"] = "divergence"
+    """How a turn's hardness r_t is read off; "reference" is the published code's inverted form, for studies."""
+    soft_len: Annotated[int, Field(ge=1, le=256)] = 16
+    """L, virtual tokens of the soft prompt."""
+    n_candidates: Positive = 3
+    """M, soft prompts mined from different random starts; the one of lowest objective is kept."""
+    iters: Positive = 30
+    lr: Annotated[float, Field(gt=0)] = 1.0e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1.0e-2
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    neighborhood_k: Positive = 32
+    """k of Def. 3.1."""
+    teacher_topm: Positive = 100
+    """m, tokens of the surrogate's distribution that enter the expected embedding."""
+    temperature: Annotated[float, Field(gt=0)] = 0.7
+    """tau of Def. 3.1."""
+    lambda_exp: Annotated[float, Field(ge=0)] = 1.0
+    beta_anti_degen: Annotated[float, Field(ge=0)] = 0.05
+    lambda_P: Annotated[float, Field(ge=0)] = 1.0e-4
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    scale: Annotated[float, Field(gt=0)] = 0.25
+    max_prompt_tokens: Positive = 768
+    """A longer prompt keeps its end."""
+    max_teacher_tokens: Positive = 96
+    """A longer answer keeps its beginning."""
+
+
+class Lora(Section):
+    """Stage 2, localized LoRA fine-tuning (Eq. 4)."""
+
+    rank: Annotated[int, Field(ge=1, le=512)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    target_modules: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    steps: Positive = 60
+    batch_size: Positive = 2
+    lr: Annotated[float, Field(gt=0)] = 2.0e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 1.0e-2
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    max_seq_length: Positive = 1024
+    early_stop_patience: Positive = 20
+    early_stop_min_delta: Annotated[float, Field(ge=0)] = 1.0e-3
+
+
+class Gate(Section):
+    """Stage 3, acceptance, locality and drift (Cor. 4.3). Gaps lie in [0, 2]."""
+
+    accept_threshold: Annotated[float, Field(ge=0, le=2)] = 0.10
+    """eps: the mean gap over held-out turns, plus `accept_margin`, may be at most this."""
+    accept_margin: Annotated[float, Field(ge=0, le=2)] = 0.0
+    min_agreement: Ratio = 0.0
+    """Least share of held-out answer tokens that are the candidate's own first choice."""
+    locality_threshold: Annotated[float, Field(ge=0, le=2)] = 0.35
+    """Largest cosine distance of a query to the warm start's centroid that the surrogate may answer."""
+    drift_window: Positive = 4
+    """Audited gaps in the moving mean."""
+    drift_threshold: Annotated[float, Field(ge=0, le=2)] = 0.30
+    consecutive_to_rollback: Positive = 2
+    """m_cons: breaches in a row that roll the session back."""
+    encoder_max_tokens: Positive = 256
+    audit_rate: Ratio = 0.25
+    """Share of the surrogate's turns that the original answers too, in the background, to measure the gap."""
+
+
+class Prefix(Section):
+    """What the surrogate sees of a long history."""
+
+    mode: Literal["full", "anchored", "sliding"] = "full"
+    """full: everything. sliding: a summary and the last turns, as in the paper. anchored: the system message
+    and turn 1 verbatim, a summary of the middle, the last turns; its window moves in steps."""
+    window_step: Positive = 2
+    """Turns by which the anchored window moves at once, so that the prompt's head stays cacheable between."""
+
+
+class Adaptation(Section):
+    """When a session is adapted, and who may serve it then."""
+
+    candidates: tuple[Candidate, ...] = (Candidate.PLAIN, Candidate.ADAPTER)
+    """Compared on the same held-out turns; the cheapest that passes serves. The original is always the last."""
+    allow_force_header: bool = False
+    """Let a request's `X-SOMA-Force: plain|adapter` overrule the gate's verdict for its session (studies)."""
+    cool_down_turns: Positive = 3
+    """New turns answered by the original after a rollback before the session is adapted again."""
+    max_trainings: Positive = 3
+    """Trainings a session may have in its life."""
+    train_timeout_s: Seconds = 900.0
+
+
+class Engine(Section):
+    """What both engines have in common. Devices are named here and nowhere else."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    gpu: str | None = None
+    """CUDA_VISIBLE_DEVICES of this engine, e.g. "0" or "0,1"; null leaves the environment as it is."""
+    cpu_cores: str | None = None
+    """Cores of this engine's threads on a CPU, e.g. "0" or "0-3"; null lets vLLM choose."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    max_model_len: Positive = 4096
+    max_num_seqs: Positive = 16
+    kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
+    """Memory of the KV cache on a CPU."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.45
+    """Share of the GPU that this engine may take."""
+    enforce_eager: bool = True
+    extra_args: tuple[str, ...] = ()
+    """Further arguments of `vllm serve`, verbatim."""
+
+
+class Original(Engine):
+    """The large model: a child vLLM server, or any OpenAI-compatible endpoint."""
+
+    url: str | None = None
+    """Base URL of an external endpoint (".../v1"); null starts a vLLM server as a child process."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the external endpoint's key."""
+    name: str | None = None
+    """Model name in requests; null takes `original_model`'s own."""
+    when_down: Literal["refuse", "surrogate"] = "refuse"
+    """While the original is down: answer 503, or let the plain surrogate answer."""
+    connect_timeout_s: Seconds = 5.0
+    start_timeout_s: Seconds = 600.0
+
+
+class Surrogate(Engine):
+    """The small model: a vLLM engine with multi-LoRA inside soma-serve."""
+
+    name: str | None = None
+    max_loras: Positive = 4
+    """Adapters that one engine step can mix."""
+    max_cpu_loras: Positive = 64
+    """Adapters the engine keeps in memory; keep it above the live sessions."""
+
+
+class Training(Section):
+    """The Ray actors that train."""
+
+    workers: Positive = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
+    """Asked of Ray when device is cuda; a fraction shares a GPU."""
+    threads: Positive = 1
+    """Torch threads of a worker on a CPU."""
+    nice: Annotated[int, Field(ge=0, le=19)] = 10
+    """Scheduling niceness of a worker, so that training yields to the engines."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    ray_address: str | None = None
+    """An existing Ray cluster; null starts a private one."""
+    seed: int = 0
+
+
+class Encoder(Section):
+    """The gate's sentence encoder: fixed, never the adapted surrogate."""
+
+    model: str = "all-minilm-l6-v2"
+    threads: Positive = 1
+
+
+class Server(Section):
+    """Where soma-serve listens."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    run_dir: str | None = None
+    """Logs and sockets of a running server; null takes a fresh folder under $SOMA_HOME/run."""
+
+
+class Storage(Section):
+    """Where sessions live."""
+
+    url: str = "sqlite+aiosqlite:///{soma_home}/sessions.db"
+    """SQLAlchemy URL; {soma_home} and {run_dir} are filled in."""
+
+
+class Adapters(Section):
+    """Where adapters live."""
+
+    root: str = "adapters_store"
+    """Directory; relative paths are relative to the working directory; {soma_home} and {run_dir} are filled in."""
+
+
+class Config(Section):
+    """The whole configuration. The first six keys and `mining`, `lora`, `gate` are the reference's."""
+
+    original_model: str | None = None
+    """Local path, embedded model's name or Hugging Face id. May be null when `original.url` is given."""
+    surrogate_model: str | None = None
+    warm_window: Annotated[int, Field(ge=1, le=64)] = 4
+    """W: turns the original answers before the session may move."""
+    compressed_prefix_turns: Annotated[int, Field(ge=1)] = 2
+    """K: last turns kept verbatim in a compressed prefix."""
+    max_new_tokens: Positive = 200
+    """Longest answer generated for acceptance and audits, and the replay client's `max_tokens`."""
+    acceptance_min_turns: Positive = 1
+    """Warm turns held out of training, at the end of the warm start, to judge the candidates on."""
+    policy: str = "soma"
+    """Entry point of group `soma_vllm.policies`."""
+    mining: Mining = Mining()
+    lora: Lora = Lora()
+    gate: Gate = Gate()
+    prefix: Prefix = Prefix()
+    adaptation: Adaptation = Adaptation()
+    original: Original = Original()
+    surrogate: Surrogate = Surrogate()
+    training: Training = Training()
+    encoder: Encoder = Encoder()
+    server: Server = Server()
+    storage: Storage = Storage()
+    adapters: Adapters = Adapters()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        problems = []
+        if self.acceptance_min_turns >= self.warm_window:
+            problems.append(
+                f"acceptance_min_turns: {self.acceptance_min_turns} leaves nothing of warm_window: "
+                f"{self.warm_window} to train on; expected less than warm_window"
+            )
+        if self.surrogate.max_cpu_loras < self.surrogate.max_loras:
+            problems.append(
+                f"surrogate.max_cpu_loras: {self.surrogate.max_cpu_loras} is below surrogate.max_loras: "
+                f"{self.surrogate.max_loras}; expected at least as many"
+            )
+        if not self.adaptation.candidates:
+            problems.append("adaptation.candidates: found an empty list; expected plain, adapter, or both")
+        if Candidate.ORIGINAL in self.adaptation.candidates:
+            problems.append("adaptation.candidates: 'original' is implied; expected plain, adapter, or both")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def for_serving(self, source: str = "config") -> Config:
+        """This configuration, once it names the models a server needs.
+
+        Raises:
+            ConfigError: a model is missing.
+        """
+        problems = []
+        if self.original_model is None and self.original.url is None:
+            problems.append("original_model: found null; expected a model, or original.url")
+        if self.original.url is not None and self.original_model is None and self.original.name is None:
+            problems.append("original.name: found null; expected the model's name at original.url")
+        if self.surrogate_model is None:
+            problems.append("surrogate_model: found null; expected a model")
+        if problems:
+            raise ConfigError(source, problems)
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply `section.key=value` overrides (values are YAML).
+
+    Raises:
+        ConfigError: with every mistake, each naming its key, what was found and what was expected.
+    """
+    source = str(path)
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(source, [f"cannot be read: {error.strerror}"]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(source, [f"is not YAML: {' '.join(str(error).split())}"]) from error
+    if document is None:
+        document = {}
+    if not isinstance(document, dict):
+        raise ConfigError(source, [f"found a {type(document).__name__}; expected a mapping of keys"])
+    problems = [problem for text in overrides if (problem := _override(document, text))]
+    return parse_config(document, source, problems)
+
+
+def parse_config(document: Mapping[str, Any], source: str, problems: Sequence[str] = ()) -> Config:
+    """Validate a mapping; `problems` found earlier are reported together with its own.
+
+    Raises:
+        ConfigError: with every mistake.
+    """
+    try:
+        # JSON mode keeps strictness and still reads lists as tuples and strings as enums.
+        config = Config.model_validate_json(json.dumps(document))
+    except ValidationError as error:
+        found = [line for item in error.errors() for line in _describe(dict(item))]
+        raise ConfigError(source, [*problems, *found]) from None
+    except TypeError as error:
+        raise ConfigError(source, [*problems, f"holds a value YAML can express but a config cannot: {error}"]) from error
+    if problems:
+        raise ConfigError(source, problems)
+    return config
+
+
+def _override(document: dict[str, Any], text: str) -> str | None:
+    """Set one `a.b=value` in place; a line that says what is wrong, if anything is."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        return f"--set {text}: expected key=value, such as gate.accept_threshold=0.1"
+    *sections, leaf = key.strip().split(".")
+    node = document
+    for section in sections:
+        child = node.get(section)
+        if child is None:
+            child = node[section] = {}
+        if not isinstance(child, dict):
+            return f"--set {text}: {section} is a value, not a section"
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return f"--set {text}: the value is not YAML"
+    return None
+
+
+def _describe(error: Mapping[str, Any]) -> list[str]:
+    """One pydantic error as lines for people."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return [f"{where}: unknown key; expected {_siblings(error['loc'])}"]
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"]).splitlines()
+    expectation = error["msg"].replace("Input should be", "expected")
+    return [f"{where}: found {error['input']!r}; {expectation}"]
+
+
+def _siblings(location: Sequence[str | int]) -> str:
+    """The keys that would have been right where an unknown one stands."""
+    model: type[BaseModel] = Config
+    for part in location[:-1]:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return "one of " + ", ".join(model.model_fields)

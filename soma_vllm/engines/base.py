@@ -1,0 +1,56 @@
+"""The port to an engine: one verb, `chat`, and a reply that is either whole or a stream.
+
+The dispatcher sees nothing else of an engine. Guarantees every implementation keeps:
+
+* `chat` raises `EngineUnavailable` or `EngineRefused` before it yields anything, or returns a `Reply`.
+* Closing a stream early (`aclose`) or cancelling `chat` stops the generation on the engine.
+* A stream that breaks after its first event raises `EngineUnavailable` from the iterator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from soma_vllm.types import AdapterRef
+
+
+@dataclass(frozen=True)
+class ChatCall:
+    """One OpenAI chat completion to run."""
+
+    body: Mapping[str, Any]
+    """The client's JSON body with `messages` already routed. The engine puts its own model name in."""
+    adapter: AdapterRef | None = None
+    """Adapter to serve with; only the surrogate takes one."""
+    tenant: str = "public"
+    """Isolates prefix caches: becomes vLLM's `cache_salt` where the engine is a vLLM."""
+    http: Any = None
+    """The client's HTTP request, where there is one, for its headers and disconnects."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an engine answered. Exactly one of `body` and `events` is set."""
+
+    body: Mapping[str, Any] | None = None
+    """A whole `chat.completion` object."""
+    events: AsyncGenerator[str, None] | None = None
+    """Server-sent events as text, each `data: …\\n\\n`, ending with `data: [DONE]`."""
+
+
+class Engine(Protocol):
+    """Something that answers OpenAI chat completions."""
+
+    name: str
+    """Model name as served; a request may ask for it directly."""
+
+    async def chat(self, call: ChatCall) -> Reply:
+        """Answer one chat completion.
+
+        Raises:
+            EngineUnavailable: the engine is not running, or broke before its first token.
+            EngineRefused: the engine answered with an OpenAI error of its own.
+        """
+        ...

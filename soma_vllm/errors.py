@@ -1,0 +1,104 @@
+"""The tree of errors. Every error a user can meet is one of these; anything else is a bug.
+
+    SomaError
+    ├── ConfigError            (ValueError)  the configuration is wrong; lists every mistake at once
+    ├── BadRequest             (ValueError)  the client's request is wrong                     -> 400
+    ├── NotFound               (LookupError) no such session, adapter or model                 -> 404
+    ├── PreflightError                       this machine cannot start the server as configured
+    ├── ModelError                           a model cannot be fetched, verified or converted
+    │   └── ChecksumMismatch                 bytes arrived, but not the promised ones
+    ├── AdapterError                         an adapter is not fit to be published or loaded
+    │   └── AdapterRejected                  `verify` found what is wrong with its files
+    ├── EngineError                          an engine did not answer
+    │   ├── EngineUnavailable                it is not running, or not yet                     -> 503
+    │   └── EngineRefused                    it answered with an OpenAI error of its own       -> as told
+    └── TrainingError                        a training ended without an adapter
+
+Messages quote what was found and what was expected. A message never holds conversation text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class SomaError(Exception):
+    """Base of every error raised on purpose by soma_vllm."""
+
+
+class ConfigError(SomaError, ValueError):
+    """A configuration has mistakes. `problems` holds one line for each of them."""
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        count = "1 mistake" if len(self.problems) == 1 else f"{len(self.problems)} mistakes"
+        super().__init__(f"{source}: {count}\n{lines}")
+
+
+class BadRequest(SomaError, ValueError):
+    """The client's request is wrong. `param` names the offending field, as OpenAI's errors do."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        self.param = param
+        super().__init__(message)
+
+
+class NotFound(SomaError, LookupError):
+    """No such session, adapter or model, or none that this API key may see."""
+
+
+class PreflightError(SomaError):
+    """This machine cannot start the server as configured; nothing heavy was started."""
+
+
+class ModelError(SomaError):
+    """A model cannot be fetched, verified or converted; nothing half-made was left behind."""
+
+
+class ChecksumMismatch(ModelError):
+    """Bytes arrived, but not the promised ones."""
+
+    def __init__(self, what: str, expected: str, found: str) -> None:
+        self.expected = expected
+        self.found = found
+        super().__init__(f"{what}: expected SHA-256 {expected}, found {found}")
+
+
+class AdapterError(SomaError):
+    """An adapter is not fit to be published, loaded or removed."""
+
+
+class AdapterRejected(AdapterError):
+    """`verify` found what is wrong with an adapter's files. `problems` lists all of it."""
+
+    def __init__(self, name: str, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(f"adapter {name} rejected: {'; '.join(self.problems)}")
+
+
+class EngineError(SomaError):
+    """An engine did not answer."""
+
+
+class EngineUnavailable(EngineError):
+    """The engine is not running, or not yet. `retry_after` is a hint in seconds."""
+
+    def __init__(self, message: str, retry_after: float = 5.0) -> None:
+        self.retry_after = retry_after
+        super().__init__(message)
+
+
+class EngineRefused(EngineError):
+    """The engine answered with an error of its own; `status` and `body` go to the client unchanged."""
+
+    def __init__(self, status: int, body: Mapping[str, Any]) -> None:
+        self.status = status
+        self.body = dict(body)
+        super().__init__(f"the engine refused the request with status {status}")
+
+
+class TrainingError(SomaError):
+    """A training ended without an adapter."""

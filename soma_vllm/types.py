@@ -1,0 +1,122 @@
+"""The nouns that rooms hand to each other: frozen, picklable, free of heavy imports.
+
+A noun that only one room uses lives in that room. Fields that are filled later say by whom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+Message = Mapping[str, Any]
+"""One OpenAI chat message, as the client sent it."""
+
+
+class Role(StrEnum):
+    """The two models of a pair. Also the value of the `X-SOMA-Engine` header."""
+
+    ORIGINAL = "original"
+    SURROGATE = "surrogate"
+
+
+class Candidate(StrEnum):
+    """Who may serve a session after its warm start, cheapest first."""
+
+    PLAIN = "plain"
+    """The surrogate without an adapter."""
+    ADAPTER = "adapter"
+    """The surrogate with the session's own adapter."""
+    ORIGINAL = "original"
+    """The original keeps the session."""
+
+
+@dataclass(frozen=True)
+class SessionKey:
+    """A session's full name. Nothing is ever looked up by `session` alone."""
+
+    tenant: str
+    """Digest of the API key, or "public" without one."""
+    session: str
+    """Id the client chose, or the one derived from the transcript."""
+
+
+@dataclass(frozen=True)
+class AdapterRef:
+    """A published adapter as an engine needs it: vLLM's name, integer id and path."""
+
+    name: str
+    """Unique for ever: vLLM's prefix cache keys on it."""
+    number: int
+    """vLLM's lora_int_id: allocated by the store, at least 1, never reused."""
+    path: str
+    """Directory with adapter_config.json and adapter_model.safetensors."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One turn to learn from or to be judged on."""
+
+    turn: int
+    """1-based index of the turn in its session."""
+    messages: tuple[Message, ...]
+    """The prompt the surrogate will be given, ending with the user's query."""
+    answer: str
+    """What the original answered."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Teacher-forced agreement of one candidate with the original's answers, over all held-out tokens."""
+
+    nll: float
+    """Mean negative log-likelihood per answer token, nats."""
+    top1: float
+    """Share of answer tokens that are the candidate's own first choice, in [0, 1]."""
+    tokens: int
+    """Answer tokens scored."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the gate knows of one candidate on turns the candidate was not trained on."""
+
+    candidate: Candidate
+    gaps: tuple[float, ...]
+    """Gap of each held-out turn, in the order of `turns`."""
+    turns: tuple[int, ...]
+    agreement: Agreement | None
+    """None where no teacher-forced score was taken."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one reply, as the engine counted them; None where it did not say."""
+
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Route:
+    """A policy's decision for one turn."""
+
+    engine: Role
+    adapter: AdapterRef | None
+    messages: tuple[Message, ...]
+    """The prompt to send: the client's messages, or a compressed prefix of them."""
+    reason: str
+    """One word or short phrase with the number it rests on, for `X-SOMA-Reason` and the event log."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a session, with the numbers the decision rests on."""
+
+    kind: str
+    at: float
+    """Unix time, seconds."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """JSON-compatible."""
