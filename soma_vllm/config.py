@@ -219,7 +219,7 @@ class Adapters(Section):
     """Where adapters live."""
 
     root: str = "adapters_store"
-    """Directory; relative paths are relative to the working directory; {soma_home} and {run_dir} are filled in."""
+    """Directory, relative to the working directory; {soma_home} and {run_dir} are filled in."""
 
 
 class Config(Section):
@@ -324,7 +324,9 @@ def parse_config(document: Mapping[str, Any], source: str, problems: Sequence[st
         found = [line for item in error.errors() for line in _describe(dict(item))]
         raise ConfigError(source, [*problems, *found]) from None
     except TypeError as error:
-        raise ConfigError(source, [*problems, f"holds a value YAML can express but a config cannot: {error}"]) from error
+        raise ConfigError(
+            source, [*problems, f"holds a value YAML can express but a config cannot: {error}"]
+        ) from error
     if problems:
         raise ConfigError(source, problems)
     return config
