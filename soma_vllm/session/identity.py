@@ -1,0 +1,44 @@
+"""Which session a request belongs to: an explicit id, else the transcript itself.
+
+Guarantees: a session is looked up only inside its tenant; an id is refused early when it cannot be one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from soma_vllm.errors import BadRequest
+
+HEADER = "x-session-id"
+MAX_ID_LENGTH = 256
+
+
+def tenant_of(authorization: str | None) -> str:
+    """Digest of the bearer token, or "public" without one. Tokens themselves are never stored."""
+    scheme, _, token = (authorization or "").partition(" ")
+    if scheme.lower() != "bearer" or not token.strip():
+        return "public"
+    return hashlib.sha256(token.strip().encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def explicit_id(headers: Mapping[str, str], body: Mapping[str, Any]) -> str | None:
+    """The id a client gave: header `X-Session-ID`, else `metadata.session_id`, else None.
+
+    Raises:
+        BadRequest: the id is empty, too long, or holds control characters.
+    """
+    metadata = body.get("metadata")
+    found = headers.get(HEADER) or (metadata.get("session_id") if isinstance(metadata, dict) else None)
+    if found is None:
+        return None
+    if not isinstance(found, str) or not found.strip():
+        raise BadRequest(f"session id: found {type(found).__name__}; expected non-empty text", "session_id")
+    if len(found) > MAX_ID_LENGTH:
+        raise BadRequest(
+            f"session id: found {len(found)} characters; expected at most {MAX_ID_LENGTH}", "session_id"
+        )
+    if not found.isprintable():
+        raise BadRequest("session id: found control characters; expected printable text", "session_id")
+    return found

@@ -1,0 +1,63 @@
+"""The phases of a session, as one table.
+
+In every phase but SWITCHED the original answers: that sentence is the safety argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+
+class Phase(StrEnum):
+    """Where a session stands."""
+
+    WARM_START = "WARM_START"
+    """The original answers the first W turns."""
+    ADAPTING = "ADAPTING"
+    """The warm start is complete; candidates are trained and judged in the background."""
+    SWITCHED = "SWITCHED"
+    """The surrogate answers, plain or with the session's adapter."""
+    ROLLED_BACK = "ROLLED_BACK"
+    """Drift was seen; the original answers again, for a cool-down at least."""
+    ORIGINAL_ONLY = "ORIGINAL_ONLY"
+    """No candidate passed, or training failed; the original keeps the session."""
+    CLOSED = "CLOSED"
+
+
+TRANSITIONS: Mapping[tuple[Phase, str], Phase] = {
+    (Phase.WARM_START, "adaptation_started"): Phase.ADAPTING,
+    (Phase.ROLLED_BACK, "adaptation_started"): Phase.ADAPTING,
+    # A server that was stopped meanwhile starts an unfinished adaptation again.
+    (Phase.ADAPTING, "adaptation_started"): Phase.ADAPTING,
+    (Phase.ADAPTING, "switched"): Phase.SWITCHED,
+    (Phase.ADAPTING, "refused"): Phase.ORIGINAL_ONLY,
+    (Phase.ADAPTING, "training_failed"): Phase.ORIGINAL_ONLY,
+    (Phase.SWITCHED, "rolled_back"): Phase.ROLLED_BACK,
+    # The client rewrote turns that the session had learned from: what was learned is void.
+    (Phase.ADAPTING, "rewound"): Phase.WARM_START,
+    (Phase.SWITCHED, "rewound"): Phase.WARM_START,
+    (Phase.ROLLED_BACK, "rewound"): Phase.WARM_START,
+    (Phase.ORIGINAL_ONLY, "rewound"): Phase.WARM_START,
+    (Phase.WARM_START, "rewound"): Phase.WARM_START,
+    **{(phase, "closed"): Phase.CLOSED for phase in Phase},
+}
+"""(phase, event) -> next phase. Every other event leaves the phase as it is, or may not happen in it."""
+
+MOVING = frozenset(kind for _, kind in TRANSITIONS)
+"""Events that move a session; one that is not in the table for the session's phase is void."""
+
+
+def may_happen(phase: Phase, kind: str) -> bool:
+    """Whether an event of this kind is allowed in this phase."""
+    return kind not in MOVING or (phase, kind) in TRANSITIONS
+
+
+def after(phase: Phase, kind: str) -> Phase:
+    """The phase after an event; the same one for events that move nothing.
+
+    Raises:
+        AssertionError: the event may not happen in this phase (ask `may_happen` first).
+    """
+    assert may_happen(phase, kind), f"{kind} may not happen in {phase}"
+    return TRANSITIONS.get((phase, kind), phase)
