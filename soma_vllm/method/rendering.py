@@ -97,7 +97,10 @@ def answer_logits(
     `soft_prompt` (L, d), where given, is prepended at the embedding layer, before the whole prompt.
     """
     ids = torch.tensor([rendered.inputs], device=model.device)
-    keep = len(rendered.answer)
+    length = ids.shape[1] + (0 if soft_prompt is None else len(soft_prompt))
+    # Numbered positions and not a count: a count slices the hidden states, and the strides of a slice make
+    # torch copy the whole output head (1-2 s for 150,000 words on one core).
+    keep = torch.arange(length - len(rendered.answer), length, device=model.device)
     if soft_prompt is None:
         output = model(input_ids=ids, use_cache=False, logits_to_keep=keep)
     else:
