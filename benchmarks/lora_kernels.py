@@ -1,0 +1,145 @@
+"""What LoRA costs per step on a CPU: vLLM's stock products against the grouped ones.
+
+One step is what a 0.5B Qwen2 surrogate asks of its LoRA wrapper: per layer a fused qkv, an output, a fused
+gate_up and a down projection, here for `--layers` layers with weights of their own, so that caches are as
+cold as in the model. Attention and the base products are left out; what remains is what the kernels decide.
+
+Fair because both sides get the same weights, inputs and metadata in one process on the same core, take turns
+round by round (a slow moment hits both), include the metadata of the step, and report the median round. Each
+batch has LoRA tokens only: beside base-model tokens the stock kernels compute something else (wrongly).
+
+    OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/lora_kernels.py [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from soma_vllm.adapters.lora_kernels import GroupedPunicaWrapperCPU
+from soma_vllm.versions import installed_vllm
+
+HIDDEN, INNER, KEYS = 896, 4864, 128
+MODULES = ((HIDDEN, (HIDDEN, KEYS, KEYS)), (HIDDEN, (HIDDEN,)), (HIDDEN, (INNER, INNER)), (INNER, (HIDDEN,)))
+"""Input width and output slices of qkv, o, gate_up and down."""
+
+Module = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Workload:
+    name: str
+    adapters: int
+    """Also the number of slots."""
+    tokens_each: int
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return tuple(number for number in range(1, self.adapters + 1) for _ in range(self.tokens_each))
+
+
+WORKLOADS = (
+    Workload("prefill, 512 tokens, 1 adapter", 1, 512),
+    Workload("prefill, 4 x 128 tokens, 4 adapters", 4, 128),
+    Workload("decode, 1 token, 1 adapter", 1, 1),
+    Workload("decode, 16 tokens, 1 adapter", 1, 16),
+    Workload("decode, 16 tokens, 4 adapters", 4, 4),
+    Workload("decode, 16 tokens, 16 adapters", 16, 1),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    workload: str
+    stock_ms: float
+    grouped_ms: float
+    """Median milliseconds per layer, the step's metadata shared among the layers."""
+
+    @property
+    def ratio(self) -> float:
+        return self.stock_ms / self.grouped_ms
+
+
+def model(slots: int, layers: int, rank: int, seed: int) -> list[Module]:
+    """Stacked weights of every LoRA module, in call order."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=random) / 30).bfloat16()
+
+    return [
+        (
+            tuple(draw(slots, 1, rank, width) for _ in outs),
+            tuple(draw(slots, 1, out, rank) for out in outs),
+            outs,
+        )
+        for _ in range(layers)
+        for width, outs in MODULES
+    ]
+
+
+def run_step(wrapper: PunicaWrapperCPU, work: Workload, modules: Sequence[Module]) -> float:
+    """Seconds for one step."""
+    inputs = {width: torch.ones(len(work.ids), width).bfloat16() for width in (HIDDEN, INNER)}
+    outputs = {sum(outs): torch.zeros(len(work.ids), sum(outs), dtype=torch.bfloat16) for _, _, outs in modules}
+    mapping = LoRAMapping(work.ids, work.ids, is_prefill=True)
+    start = time.perf_counter()
+    wrapper.update_metadata(mapping, list(range(1, work.adapters + 1)), work.adapters + 1, 151936)
+    for a, b, outs in modules:
+        wrapper.add_lora_linear(outputs[sum(outs)], inputs[a[0].shape[-1]], a, b, 1.0, outs)
+    return time.perf_counter() - start
+
+
+def compare(work: Workload, layers: int, rank: int, rounds: int) -> Result:
+    modules = model(work.adapters, layers, rank, seed=0)
+    stock, grouped = (kind(2048, 256, device="cpu") for kind in (PunicaWrapperCPU, GroupedPunicaWrapperCPU))
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds + 1):
+        for wrapper, record in zip((stock, grouped), times, strict=True):
+            record.append(run_step(wrapper, work, modules))
+    first, second = (statistics.median(record[1:]) / layers * 1e3 for record in times)  # round 0 warms up
+    return Result(work.name, first, second)
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="write the results here as well")
+    options = parser.parse_args(arguments)
+    results = []
+    print(f"{'workload':38} {'stock ms/layer':>15} {'grouped ms/layer':>17} {'ratio':>7}")
+    for work in WORKLOADS:
+        result = compare(work, options.layers, options.rank, options.rounds)
+        results.append(result)
+        print(
+            f"{result.workload:38} {result.stock_ms:15.3f} {result.grouped_ms:17.3f} {result.ratio:6.1f}x",
+            flush=True,
+        )
+    if options.json:
+        document = {
+            "vllm": installed_vllm(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "layers": options.layers,
+            "rank": options.rank,
+            "rounds": options.rounds,
+            "results": [asdict(result) | {"ratio": result.ratio} for result in results],
+        }
+        options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,231 @@
+"""The grouped LoRA products against the plainest possible reference, and vLLM's stock ones against the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from soma_vllm.adapters.lora_kernels import FewRowsEach, GroupedPunicaWrapperCPU, OneAdapter, plan
+
+SLOTS, RANK, WIDTH, VOCABULARY = 4, 8, 64, 96
+QKV = (48, 16, 16)
+BASE = 0
+"""vLLM's adapter id of a token of the base model."""
+
+BATCHES = {
+    "one adapter, prefill": [1] * 40,
+    "one adapter and base tokens, prefill": [BASE] * 7 + [2] * 30 + [BASE] * 5,
+    "several prefills": [1] * 20 + [3] * 9 + [BASE] * 11 + [2] * 33,
+    "prefill beside decodes": [4, BASE, 1] + [2] * 25 + [3, 3],
+    "one decode": [3],
+    "decodes, one each": [3, 1, 4, 2],
+    "decodes with gaps between slots": [4, BASE, 1],
+    "decodes, several each, unordered": [2, 1, 2, BASE, 4, 1, 1, BASE, 4],
+    "scattered rows of one adapter": [1, BASE] * 12,
+    "base tokens only": [BASE] * 6,
+}
+
+
+def step(wrapper: PunicaWrapperCPU, ids: Sequence[int], sampled: Sequence[int] | None = None) -> None:
+    """Tell the wrapper of a step as the engine does: `is_prefill` is always true there."""
+    mapping = LoRAMapping(tuple(ids), tuple(ids if sampled is None else sampled), is_prefill=True)
+    wrapper.update_metadata(mapping, [1, 2, 3, 4], SLOTS + 1, VOCABULARY)
+
+
+def wrapper_of(kind: type[PunicaWrapperCPU]) -> PunicaWrapperCPU:
+    return kind(max_num_batched_tokens=256, max_batches=64, device="cpu")
+
+
+def weights(outs: Sequence[int], seed: int = 0) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    random = torch.Generator().manual_seed(seed)
+    a = tuple(torch.randn(SLOTS, 1, RANK, WIDTH, generator=random).bfloat16() for _ in outs)
+    b = tuple(torch.randn(SLOTS, 1, out, RANK, generator=random).bfloat16() for out in outs)
+    return a, b
+
+
+def inputs(rows: int, width: int = WIDTH) -> torch.Tensor:
+    return (torch.randn(rows, width, generator=torch.Generator().manual_seed(1)) / 8).bfloat16()
+
+
+def reference(
+    x: torch.Tensor, ids: Sequence[int], a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """The delta, token by token, in fp32. Adapter id n lives in slot n - 1."""
+    delta = torch.zeros(x.shape[0], sum(part.shape[2] for part in b))
+    for row, adapter in enumerate(ids):
+        if adapter == BASE:
+            continue
+        start = 0
+        for down, up in zip(a, b, strict=True):
+            end = start + up.shape[2]
+            delta[row, start:end] = up[adapter - 1, 0].float() @ (down[adapter - 1, 0].float() @ x[row].float())
+            start = end
+    return delta
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found.float(), expected, rtol=0.03, atol=0.15)
+
+
+def base_delta(kind: type[PunicaWrapperCPU]) -> float:
+    """Largest change that a base-model token suffers beside LoRA tokens."""
+    ids = [1, BASE, 2]
+    wrapper, (a, b) = wrapper_of(kind), weights(QKV)
+    step(wrapper, ids)
+    y = torch.zeros(3, sum(QKV), dtype=torch.bfloat16)
+    wrapper.add_lora_linear(y, inputs(3), a, b, 1.0, QKV)
+    return float(y[1].abs().max())
+
+
+def test_a_base_token_beside_adapters_is_left_exactly_alone() -> None:
+    assert base_delta(GroupedPunicaWrapperCPU) == 0.0
+
+
+def test_the_stock_wrapper_leaks_an_adapter_into_a_base_token() -> None:
+    assert base_delta(PunicaWrapperCPU) > 1.0, "vLLM repaired its CPU kernels: ours may no longer be needed"
+
+
+@pytest.mark.parametrize("ids", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("slices", [(VOCABULARY,), QKV, (80, 80)], ids=["plain", "qkv", "gate_up"])
+def test_a_linear_layer_agrees_with_the_token_by_token_reference(
+    ids: list[int], slices: tuple[int, ...]
+) -> None:
+    wrapper, (a, b), x = wrapper_of(GroupedPunicaWrapperCPU), weights(slices), inputs(len(ids))
+    step(wrapper, ids)
+    before = inputs(len(ids), sum(slices)).roll(1, 0)
+    y = before.clone()
+    wrapper.add_lora_linear(y, x, a, b, 1.0, slices)
+    assert_close(y, before.float() + reference(x, ids, a, b))
+    untouched = [row for row, adapter in enumerate(ids) if adapter == BASE]
+    assert torch.equal(y[untouched], before[untouched])
+
+
+@pytest.mark.parametrize("ids", BATCHES.values(), ids=BATCHES.keys())
+def test_shrink_then_expand_agrees_with_the_reference_at_an_offset(ids: list[int]) -> None:
+    wrapper, (a, b), x = wrapper_of(GroupedPunicaWrapperCPU), weights(QKV), inputs(len(ids))
+    step(wrapper, ids)
+    buffer = torch.zeros(len(QKV), len(ids), RANK)
+    y = torch.zeros(len(ids), 5 + sum(QKV), dtype=torch.bfloat16)
+    wrapper.add_shrink(buffer, x, a, 0.5)
+    wrapper.add_expand(y, buffer, b, QKV, offset_start=5, add_input=True)
+    assert_close(y[:, 5:], 0.5 * reference(x, ids, a, b))
+    assert torch.equal(y[:, :5], torch.zeros_like(y[:, :5]))
+
+
+def test_a_scale_and_a_buffer_are_honoured() -> None:
+    ids = [2, BASE, 1]
+    wrapper, (a, b), x = wrapper_of(GroupedPunicaWrapperCPU), weights((WIDTH,)), inputs(3)
+    step(wrapper, ids)
+    with_buffer, without = torch.zeros(2, 3, WIDTH, dtype=torch.bfloat16)
+    buffer = torch.zeros(3, RANK)
+    wrapper.add_lora_linear(with_buffer, x, a, b, 2.0, (WIDTH,), buffer=(buffer,))
+    wrapper.add_lora_linear(without, x, a, b, 2.0, (WIDTH,))
+    assert_close(without, 2.0 * reference(x, ids, a, b))
+    assert_close(with_buffer, without.float())
+    assert_close(buffer[0], 2.0 * a[0][1, 0].float() @ x[0].float())
+
+
+def test_overwriting_leaves_the_rows_of_the_base_model_alone() -> None:
+    ids = [2, BASE, 1]
+    wrapper, (a, b), x = wrapper_of(GroupedPunicaWrapperCPU), weights((WIDTH,)), inputs(3)
+    step(wrapper, ids)
+    y = torch.full((3, WIDTH), 7.0, dtype=torch.bfloat16)
+    wrapper.add_lora_linear(y, x, a, b, 1.0, (WIDTH,), add_inputs=False)
+    expected = reference(x, ids, a, b)
+    expected[1] = 7.0
+    assert_close(y, expected)
+
+
+@pytest.mark.parametrize("ids", BATCHES.values(), ids=BATCHES.keys())
+def test_an_embedding_layer_agrees_with_the_reference(ids: list[int]) -> None:
+    wrapper, (_, b) = wrapper_of(GroupedPunicaWrapperCPU), weights((WIDTH,))
+    step(wrapper, ids)
+    low = inputs(len(ids), RANK)
+    y = torch.zeros(len(ids), WIDTH, dtype=torch.bfloat16)
+    wrapper.add_lora_embedding(y, low, b[0], add_input=True)
+    eye = torch.eye(RANK).expand(SLOTS, 1, RANK, RANK)
+    assert_close(y, reference(low, ids, [eye], b))
+
+
+@pytest.mark.parametrize("sampled", [[1, BASE, 3], [2, 2], [BASE, 4, 1, 2, 1]])
+def test_logits_follow_the_sampled_positions_and_not_the_tokens(sampled: list[int]) -> None:
+    wrapper, (a, b), x = wrapper_of(GroupedPunicaWrapperCPU), weights((VOCABULARY,)), inputs(len(sampled))
+    step(wrapper, [number for number in sampled for _ in range(3)], sampled)
+    y = torch.zeros(len(sampled), VOCABULARY + 8)  # fp32 logits, padded
+    wrapper.add_lora_logits(y, x, a[0], b[0], 1.0)
+    assert_close(y[:, :VOCABULARY], reference(x, sampled, a, b))
+    assert torch.equal(y[:, VOCABULARY:], torch.zeros(len(sampled), 8))
+
+
+def test_logits_of_other_rows_than_the_sampled_never_get_a_neighbours_adapter() -> None:
+    wrapper, (a, b), x = wrapper_of(GroupedPunicaWrapperCPU), weights((VOCABULARY,)), inputs(6)
+    step(wrapper, [1, 1, 2], [1, 2])
+    y = torch.zeros(6, VOCABULARY)
+    wrapper.add_lora_logits(y, x, a[0], b[0], 1.0)
+    assert torch.equal(y, torch.zeros(6, VOCABULARY))
+    step(wrapper, [2] * 6, [2])
+    wrapper.add_lora_logits(y, x, a[0], b[0], 1.0)
+    assert_close(y, reference(x, [2] * 6, a, b))
+
+
+@pytest.mark.parametrize(("rows", "ids"), [(9, [1, BASE, 2]), (9, [3] * 5), (2, [1, BASE, 2]), (4, [3] * 9)])
+def test_padded_rows_get_nothing_and_missing_rows_do_no_harm(rows: int, ids: list[int]) -> None:
+    wrapper, (a, b), x = wrapper_of(GroupedPunicaWrapperCPU), weights(QKV), inputs(rows)
+    step(wrapper, ids)
+    y = torch.zeros(rows, sum(QKV), dtype=torch.bfloat16)
+    wrapper.add_lora_linear(y, x, a, b, 1.0, QKV)
+    padded = (ids + [BASE] * rows)[:rows]
+    assert_close(y, reference(x, padded, a, b))
+    assert not y[len(ids) :].any()
+
+
+def test_the_next_step_forgets_the_one_before() -> None:
+    wrapper, (a, b), x = wrapper_of(GroupedPunicaWrapperCPU), weights(QKV), inputs(4)
+    for ids in ([1, 2, 3, 4], [BASE] * 4, [4, 4, BASE, 1], [2] * 4):
+        step(wrapper, ids)
+        y = torch.zeros(4, sum(QKV), dtype=torch.bfloat16)
+        wrapper.add_lora_linear(y, x, a, b, 1.0, QKV)
+        assert_close(y, reference(x, ids, a, b))
+
+
+def test_a_full_classification_head_serves_only_the_rows_of_its_adapter() -> None:
+    wrapper, x, labels = wrapper_of(GroupedPunicaWrapperCPU), inputs(3), 5
+    step(wrapper, [2, BASE, 1])
+    weight = torch.randn(SLOTS, 1, labels, WIDTH, generator=torch.Generator().manual_seed(3)).bfloat16()
+    bias = torch.ones(SLOTS, labels).bfloat16()
+    y = torch.full((3, labels), 9.0, dtype=torch.bfloat16)
+    wrapper.apply_lora_full_linear(y, x, weight, bias, torch.tensor([False, True, False, False]))
+    assert_close(y[0], weight[1, 0].float() @ x[0].float() + 1.0)
+    assert torch.equal(y[1:], torch.full((2, labels), 9.0, dtype=torch.bfloat16))
+
+
+def test_mixed_types_are_computed_in_the_wider_one() -> None:
+    ids = [1, BASE, 2]
+    wrapper, (a, b), x = wrapper_of(GroupedPunicaWrapperCPU), weights(QKV), inputs(3).float()
+    step(wrapper, ids)
+    y = torch.zeros(3, sum(QKV))
+    wrapper.add_lora_linear(y, x, a, b, 1.0, QKV)
+    torch.testing.assert_close(y, reference(x, ids, a, b), rtol=1e-5, atol=1e-5)
+
+
+def test_a_batched_input_of_three_dimensions_is_folded() -> None:
+    ids = [1, 2, BASE, 3]
+    wrapper, (a, b), x = wrapper_of(GroupedPunicaWrapperCPU), weights(QKV), inputs(4)
+    step(wrapper, ids)
+    y = torch.zeros(1, 4, sum(QKV), dtype=torch.bfloat16)
+    wrapper.add_lora_linear(y, x.unsqueeze(0), a, b, 1.0, QKV)
+    assert_close(y[0], reference(x, ids, a, b))
+
+
+def test_the_plan_spends_no_product_on_base_tokens_and_one_on_a_crowd_of_small_adapters() -> None:
+    assert plan([-1] * 12) == ()
+    assert plan([]) == ()
+    assert plan([2] * 30) == (OneAdapter(2, slice(0, 30)),)
+    assert plan([-1, 5]) == (OneAdapter(5, slice(1, 2)),)
+    (decode,) = plan([0, 1, 2, 3])
+    assert decode == FewRowsEach(slice(0, 4), 1, slice(0, 4), slice(0, 4), slice(0, 4))
+    assert [type(product) for product in plan([0, 1] + [2] * 20)] == [OneAdapter, FewRowsEach]
