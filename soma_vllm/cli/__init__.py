@@ -1,0 +1,1 @@
+"""Commands, and the composition root (server.py) that fits all rooms together."""

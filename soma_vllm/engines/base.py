@@ -9,7 +9,7 @@ The dispatcher sees nothing else of an engine. Guarantees every implementation k
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,14 +30,24 @@ class ChatCall:
     """The client's HTTP request, where there is one, for its headers and disconnects."""
 
 
+class Events(Protocol):
+    """Server-sent events as text, each `data: …\\n\\n`, the last `data: [DONE]`. Async generators are such."""
+
+    def __aiter__(self) -> AsyncIterator[str]: ...
+    async def __anext__(self) -> str: ...
+    async def aclose(self) -> None:
+        """Stop the generation; harmless when it is over."""
+        ...
+
+
 @dataclass(frozen=True)
 class Reply:
     """What an engine answered. Exactly one of `body` and `events` is set."""
 
     body: Mapping[str, Any] | None = None
     """A whole `chat.completion` object."""
-    events: AsyncGenerator[str, None] | None = None
-    """Server-sent events as text, each `data: …\\n\\n`, ending with `data: [DONE]`."""
+    events: Events | None = None
+    """A stream of events; whoever takes it closes it."""
 
 
 class Engine(Protocol):

@@ -49,12 +49,19 @@ class Verdict:
     """What each candidate scored and the thresholds it was held to; JSON-compatible."""
 
 
-def judge(evidence: Sequence[Evidence], gate: Gate, min_turns: int, forced: Candidate | None = None) -> Verdict:
+def judge(
+    evidence: Sequence[Evidence],
+    gate: Gate,
+    min_turns: int,
+    allowed: Sequence[Candidate] = COST_ORDER,
+    forced: Candidate | None = None,
+) -> Verdict:
     """The cheapest candidate that passes, else the original (Cor. 4.3, with token agreement beside the gap).
 
     A candidate passes when its mean gap over at least `min_turns` held-out turns plus the margin is at most
     eps, and its token agreement is at least `min_agreement`. The adapter must besides be no worse than the
-    plain surrogate on the same held-out answers. `forced` overrules the verdict, not the numbers.
+    plain surrogate on the same held-out answers. A candidate that is not `allowed` is compared with but never
+    chosen; `forced` overrules the verdict, not the numbers.
     """
     by_candidate = {item.candidate: item for item in evidence}
     plain = by_candidate.get(Candidate.PLAIN)
@@ -70,12 +77,14 @@ def judge(evidence: Sequence[Evidence], gate: Gate, min_turns: int, forced: Cand
         "min_agreement": gate.min_agreement,
         "min_turns": min_turns,
     }
-    passed = next((c for c, failure in failures.items() if failure is None), Candidate.ORIGINAL)
+    passing = (c for c, failure in failures.items() if failure is None and c in allowed)
+    passed = next(passing, Candidate.ORIGINAL)
     if forced is not None and forced in by_candidate:
         opinion = "the gate agrees" if failures[forced] is None else f"the gate says {failures[forced]}"
         return Verdict(forced, f"forced ({opinion})", numbers)
     if passed is Candidate.ORIGINAL:
-        why = "; ".join(f"{c}: {failure}" for c, failure in failures.items()) or "no candidate was judged"
+        objections = (f"{c}: {failure or 'not allowed'}" for c, failure in failures.items())
+        why = "; ".join(objections) or "no candidate was judged"
         return Verdict(passed, why, numbers)
     return Verdict(
         passed, f"gap {_mean(by_candidate[passed].gaps):.3f} within {gate.accept_threshold:g}", numbers

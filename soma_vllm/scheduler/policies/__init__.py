@@ -1,0 +1,1 @@
+"""Policies decide who answers a turn. One file per policy; entry-point group `soma_vllm.policies`."""

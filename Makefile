@@ -1,0 +1,79 @@
+# Everything a person or a CI needs. Set-up is repeated only when a lock file changed.
+
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+LOCK := requirements/$(DEVICE).lock
+STAMP := $(VENV)/.installed-$(DEVICE)
+# Where the CPU build of torch lies, if pip does not find it by itself, e.g.
+#   make setup PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_ARGS ?=
+
+export HF_HUB_OFFLINE ?= 1
+export VLLM_NO_USAGE_STATS := 1
+export DO_NOT_TRACK := 1
+
+.PHONY: help setup models tiny demo smoke serve test lint bench lock clean
+
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST)
+
+## make setup   create .venv from the pinned lock (about 2-4 minutes; seconds when it is there)
+setup: $(STAMP)
+
+$(STAMP): $(LOCK) setup.py requirements/build.lock
+	@echo "[setup] $(DEVICE): installing $$(grep -vc '^#' $(LOCK)) pinned packages into $(VENV), about 2-4 minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/build.lock
+	@$(BIN)/python requirements/install.py $(LOCK) $(PIP_ARGS)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@rm -f $(VENV)/.installed-* && touch $@
+	@echo "[setup] done"
+
+## make models  fetch the embedded pair and the encoder (about 2.5 GB of downloads, 3-5 minutes; once)
+models: setup
+	@$(BIN)/soma models fetch
+
+tiny: setup
+	@$(BIN)/soma models make-tiny
+
+## make demo    the main job on the embedded pair: warm start, adapter, switch, rollback (about 15-20 minutes)
+demo: models
+	@$(BIN)/soma replay --config configs/cpu_demo.yaml --dialogues dialogues/demo.json --out out/demo \
+	  --concurrency 3 --pause-after-warm-start 240 --force-adapter $(FORCED) \
+	  --expect switch --expect adapter --expect rollback
+
+## make smoke   the same loop on tiny random models, nothing to download (about 3 minutes)
+smoke: tiny
+	@$(BIN)/soma replay --config configs/tiny.yaml --dialogues dialogues/demo.json --out out/smoke \
+	  --concurrency 4 --pause-after-warm-start 60 --force-adapter $(FORCED) --expect switch --expect adapter
+
+FORCED ?= house-style
+
+## make serve   the server on the embedded pair until Ctrl-C
+serve: models
+	@$(BIN)/soma-serve --config configs/cpu_demo.yaml
+
+## make test    lint and the whole test suite
+test: lint models tiny
+	@$(BIN)/python -m pytest
+
+## make lint    ruff and mypy
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+## make bench   stock LoRA kernels against ours
+bench: setup
+	@$(BIN)/python benchmarks/lora_kernels.py
+
+## make lock    resolve requirements/*.in anew (needs the package index)
+lock: setup
+	@$(BIN)/python requirements/resolve.py
+
+## make clean   remove .venv and outputs; models under $$SOMA_HOME stay
+clean:
+	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache

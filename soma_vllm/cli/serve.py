@@ -1,0 +1,64 @@
+"""`soma-serve`: read the configuration, check the machine, serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from soma_vllm.config import load_config
+from soma_vllm.errors import SomaError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Option(help="YAML file, such as configs/cpu_demo.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, such as gate.accept_threshold=0.1.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only check config, models and machine.")] = False,
+) -> None:
+    """Serve dialogues that begin on the original and move to the surrogate."""
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        _serve(config, overrides or [], check, console)
+    except SomaError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"soma-serve: {error}", markup=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print("stopped before it was ready")
+        raise typer.Exit(130) from None
+
+
+def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> None:
+    config = load_config(path, overrides).for_serving(str(path))
+    # Imported late: a wrong configuration is told in milliseconds.
+    from soma_vllm.cli.server import ModelPaths, SomaServer
+    from soma_vllm.engines.preflight import preflight
+    from soma_vllm.models.hub import local_path
+    from soma_vllm.scheduler.policies.base import load_policy
+
+    policy = load_policy(config)
+    external = config.original.url is not None
+    assert config.surrogate_model is not None, "for_serving has checked"
+    paths = ModelPaths(
+        original=None if external or config.original_model is None else local_path(config.original_model),
+        surrogate=local_path(config.surrogate_model),
+        encoder=local_path(config.encoder.model),
+    )
+    for line in preflight(config, paths.original, paths.surrogate, paths.encoder):
+        console.print(f"checked    {line}", markup=False)
+    if check:
+        return
+    import uvloop
+
+    server = SomaServer(config, paths, policy, lambda line: console.print(line, markup=False))
+    uvloop.run(server.run())
+
+
+if __name__ == "__main__":
+    app()

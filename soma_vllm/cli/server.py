@@ -1,0 +1,283 @@
+"""The composition root: builds every room's part from the configuration, in a visible order, and takes them
+down again in the reverse order.
+
+Guarantees: nothing heavy starts before every check has passed; each step says when it is ready; whatever was
+started is stopped again, however the server ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from soma_vllm.adapters.store import AdapterStore
+from soma_vllm.config import Config
+from soma_vllm.engines.base import Engine
+from soma_vllm.engines.command import (
+    child_command,
+    child_environment,
+    surrogate_arguments,
+    vllm_arguments,
+    vllm_environment,
+)
+from soma_vllm.engines.original import OriginalEngine
+from soma_vllm.engines.supervisor import ChildServer, Patience, Supervisor
+from soma_vllm.engines.surrogate import SurrogateEngine
+from soma_vllm.errors import PreflightError
+from soma_vllm.models.home import soma_home
+from soma_vllm.scheduler.adaptation import Adaptation
+from soma_vllm.scheduler.book import SessionBook
+from soma_vllm.scheduler.dispatcher import DISPATCH_NAME, Dispatcher
+from soma_vllm.scheduler.drift import DriftWatch
+from soma_vllm.scheduler.encoding import ThreadedEncoder
+from soma_vllm.scheduler.holds import AdapterHolds
+from soma_vllm.scheduler.policies.base import Policy
+from soma_vllm.storage.sessions import SessionStore
+from soma_vllm.telemetry.metrics import SessionMetrics
+from soma_vllm.types import AdapterRef, SessionKey
+
+PLUGINS = ("soma", "soma_engine")
+"""vLLM's allow-list: our endpoint plugin and our engine plugin."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ModelPaths:
+    """Where the models of a configuration lie."""
+
+    original: Path | None
+    """None for an external endpoint."""
+    surrogate: Path
+    encoder: Path
+
+
+class StoreShelf:
+    """The adapter store, as the scheduler's `Shelf`."""
+
+    def __init__(self, store: AdapterStore) -> None:
+        self._store = store
+
+    def publish(
+        self, key: SessionKey, trained: Path, *, base_model: str, manifest: Mapping[str, Any]
+    ) -> AdapterRef:
+        """Verify and publish."""
+        return self._store.publish(key, trained, base_model=base_model, manifest=manifest).ref
+
+    def retire(self, name: str) -> None:
+        """Delete."""
+        self._store.retire(name)
+
+
+class SomaServer:
+    """soma-serve: the surrogate's vLLM server, and everything around it."""
+
+    def __init__(self, config: Config, paths: ModelPaths, policy: Policy, say: Say) -> None:
+        self._config = config
+        self._paths = paths
+        self._policy = policy
+        self._say = say
+        self._started = time.monotonic()
+        self._begun = False
+        self._cleanup = AsyncExitStack()
+        self._run_dir = self._make_run_dir()
+        self._supervisor: Supervisor | None = None
+
+    # -- life -------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve until SIGINT or SIGTERM; returns with every part stopped.
+
+        Raises:
+            PreflightError: a part did not start.
+        """
+        async with self._cleanup:
+            self._start_original()
+            self._say(f"surrogate  starting {self._surrogate_name} (vLLM takes 20-60 s to load)")
+            os.environ.update(vllm_environment(self._config.surrogate, str(self._paths.surrogate), PLUGINS))
+            # Only now: vLLM reads its environment when it is imported.
+            from soma_vllm.engines.vllm_internals import parse_arguments, run_server
+            from soma_vllm.scheduler.plugin import HOST
+
+            arguments = parse_arguments(
+                [
+                    *surrogate_arguments(self._config, str(self._paths.surrogate), self._surrogate_name),
+                    *("--host", self._config.server.host, "--port", str(self._config.server.port)),
+                ]
+            )
+            setattr(arguments, HOST, self)
+            announced = asyncio.create_task(self._announce(), name="soma-announce")
+            try:
+                await run_server(arguments)
+            finally:
+                announced.cancel()
+                self._say("stopping   the trainers, the original and the session store")
+        self._say("stopped")
+
+    def models(self) -> list[str]:
+        """Names that may be asked for."""
+        return [DISPATCH_NAME, self._original_name, self._surrogate_name]
+
+    async def begin(self, engine_client: Any, state: Any) -> Dispatcher:
+        """Called by the plugin once vLLM's engine is ready: start the rest and hand out the dispatcher."""
+        from soma_vllm.engines.vllm_internals import PrivateChat
+
+        self._say("surrogate  ready")
+        store = await self._open_sessions()
+        encoder = await self._load_encoder()
+        trainer = await self._start_trainers()
+        original = await self._reach_original()
+        surrogate = SurrogateEngine(self._surrogate_name, PrivateChat(engine_client, state))
+        book = SessionBook(self._config, store, [SessionMetrics()])
+        await book.start()
+        self._cleanup.push_async_callback(book.stop)
+        holds = AdapterHolds(self._config.surrogate.max_loras)
+        shelf = StoreShelf(AdapterStore(self._filled(self._config.adapters.root)))
+        adaptation = Adaptation(self._config, book, surrogate, trainer, shelf, encoder, holds)
+        drift = DriftWatch(self._config, book, original, surrogate, encoder, adaptation.retire)
+        dispatcher = Dispatcher(
+            self._config, self._policy, book, original, surrogate, encoder, holds, adaptation, drift
+        )
+        self._cleanup.push_async_callback(dispatcher.stop)
+        self._begun = True
+        return dispatcher
+
+    # -- parts ------------------------------------------------------------------------------------------
+
+    @property
+    def _surrogate_name(self) -> str:
+        return self._config.surrogate.name or _served_name(self._config.surrogate_model)
+
+    @property
+    def _original_name(self) -> str:
+        return self._config.original.name or _served_name(self._config.original_model)
+
+    def _start_original(self) -> None:
+        """Start the child first: it loads beside the surrogate."""
+        if self._paths.original is None:
+            self._say(f"original   is {self._config.original.url}")
+            return
+        original = self._config.original
+        child = ChildServer(
+            child_command(
+                vllm_arguments(original, str(self._paths.original), self._original_name),
+                self._run_dir / "original.sock",
+            ),
+            child_environment(original, str(self._paths.original)),
+            self._run_dir / "original.log",
+            self._run_dir / "original.sock",
+        )
+        self._supervisor = Supervisor(child, patience=Patience(start=original.start_timeout_s))
+        self._supervisor.on_change(lambda state: self._say(f"original   {state}"))
+        self._supervisor.start()
+        self._cleanup.push_async_callback(self._supervisor.stop)
+        self._say(f"original   loads {self._original_name}; its log is {child.log_path}")
+
+    async def _reach_original(self) -> Engine:
+        original = self._config.original
+        if self._supervisor is None:
+            assert original.url is not None, "for_serving has checked"
+            engine = OriginalEngine(
+                self._original_name,
+                original.url,
+                api_key_env=original.api_key_env,
+                connect_timeout_s=original.connect_timeout_s,
+            )
+        else:
+            await self._supervisor.wait_ready(original.start_timeout_s)
+            engine = OriginalEngine.of_child(self._original_name, self._supervisor, original.connect_timeout_s)
+        self._cleanup.push_async_callback(engine.close)
+        return engine
+
+    async def _open_sessions(self) -> SessionStore:
+        store = SessionStore(self._filled(self._config.storage.url))
+        await store.open()
+        self._cleanup.push_async_callback(store.close)
+        self._say(f"sessions   {await store.count()} on record")
+        return store
+
+    async def _load_encoder(self) -> ThreadedEncoder:
+        from soma_vllm.method.encoder import SentenceEncoder
+
+        settings = self._config.encoder
+        encoder = await asyncio.to_thread(
+            SentenceEncoder, self._paths.encoder, self._config.gate.encoder_max_tokens, settings.threads
+        )
+        threaded = ThreadedEncoder(encoder.encode)
+        self._cleanup.callback(threaded.close)
+        self._say(f"encoder    {settings.model} ready")
+        return threaded
+
+    async def _start_trainers(self) -> Any:
+        from soma_vllm.training.pool import TrainerPool
+
+        training = self._config.training
+        pool = TrainerPool(training, str(self._paths.surrogate), self._config.adaptation.train_timeout_s)
+        self._cleanup.push_async_callback(pool.stop)
+        ready = await pool.start()
+        pids = ", ".join(str(item.pid) for item in ready)
+        self._say(f"trainers   {len(ready)} ready on {training.device} (process {pids})")
+        return pool
+
+    async def _announce(self) -> None:
+        """Say where the server listens, once it does; stop it if our routes are not in it."""
+        url = f"http://{self._config.server.host}:{self._config.server.port}"
+        async with aiohttp.ClientSession() as client:
+            while not await _answers(client, f"{url}/health"):
+                await asyncio.sleep(0.2)
+        if not self._begun:
+            self._say("failed     vLLM did not load the soma endpoint plugin; is soma-vllm installed here?")
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        seconds = time.monotonic() - self._started
+        self._say(f"listening  {url}/v1  (models: {', '.join(self.models())}; ready in {seconds:.0f} s)")
+
+    # -- places -----------------------------------------------------------------------------------------
+
+    def _make_run_dir(self) -> Path:
+        """The configured folder, or a short-lived one: sockets need short paths."""
+        if self._config.server.run_dir is not None:
+            folder = Path(self._config.server.run_dir).expanduser().absolute()
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+        runs = soma_home() / "run"
+        try:
+            runs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PreflightError(f"$SOMA_HOME: {runs} cannot be made: {error.strerror}") from error
+        folder = Path(tempfile.mkdtemp(prefix=f"{time.strftime('%Y%m%d-%H%M%S')}-", dir=runs))
+        for old in sorted(runs.iterdir())[:-RUNS_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+        return folder
+
+    def _filled(self, template: str) -> Any:
+        return template.format(soma_home=soma_home(), run_dir=self._run_dir)
+
+
+RUNS_KEPT = 20
+"""Run folders kept under $SOMA_HOME/run; a folder holds logs and a socket."""
+
+
+def _served_name(model: str | None) -> str:
+    """The name a model is served under: its last path component."""
+    assert model is not None, "for_serving has checked"
+    return model.rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+async def _answers(client: aiohttp.ClientSession, url: str) -> bool:
+    try:
+        async with client.get(url, timeout=aiohttp.ClientTimeout(total=2)) as response:
+            return response.status == 200
+    except (aiohttp.ClientError, TimeoutError):
+        return False

@@ -1,0 +1,103 @@
+"""Every import of vLLM's internals outside the LoRA kernels, in one place, behind a version check.
+
+vLLM's serving classes have no stability promise. What this module relies on (vLLM 0.32):
+
+* `OpenAIServingChat.create_chat_completion(request, raw_request)` returns an ErrorResponse, a whole
+  response, or an async generator of server-sent events, and finds its LoRA in `self.models.lora_requests`.
+* `init_app_state` has put both serving objects into the application's state when plugins initialise.
+
+The copy made here has a registry of its own, so that adapters are reachable through soma_vllm's dispatch only
+and never become public model names on vLLM's other routes.
+"""
+
+from __future__ import annotations
+
+import copy
+from argparse import Namespace
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+from vllm.entrypoints.launchers.api_server.entry import run_server
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+from vllm.lora.request import LoRARequest
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from soma_vllm.errors import EngineRefused, EngineUnavailable, PreflightError
+from soma_vllm.types import AdapterRef
+from soma_vllm.versions import SUPPORTED_VLLM, installed_vllm, vllm_is_supported
+
+__all__ = ["ChatCompletionRequest", "PrivateChat", "run_server", "validate_json_request", "with_cancellation"]
+
+if not vllm_is_supported():
+    raise PreflightError(f"vLLM {installed_vllm()} is installed; expected {SUPPORTED_VLLM}x")
+
+
+def parse_arguments(arguments: Sequence[str]) -> Namespace:
+    """vLLM's own reading of a `vllm serve` command line."""
+    namespace: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(list(arguments))
+    validate_parsed_serve_args(namespace)
+    return namespace
+
+
+class PrivateChat:
+    """vLLM's chat serving with a registry of adapters that no other route sees."""
+
+    def __init__(self, engine_client: Any, state: Any) -> None:
+        self._engine_client = engine_client
+        self._models = copy.copy(state.openai_serving_models)
+        self._models.lora_requests = {}
+        self._models.lora_resolvers = []
+        self._chat = copy.copy(state.openai_serving_chat)
+        self._chat.models = self._models
+
+    async def complete(
+        self, body: Mapping[str, Any], http: Any
+    ) -> Mapping[str, Any] | AsyncGenerator[str, None]:
+        """A whole response body, or its events; `body["model"]` is the base model's or an adapter's name.
+
+        Raises:
+            EngineRefused: vLLM found the request wrong.
+            EngineUnavailable: the engine is dead or could not generate.
+        """
+        try:
+            request = ChatCompletionRequest.model_validate(body)
+            answer = await self._chat.create_chat_completion(request, http)
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise EngineUnavailable(f"the surrogate's engine failed: {type(error).__name__}") from error
+        except ValueError as error:  # pydantic's and vLLM's validation errors are ValueErrors
+            raise EngineRefused(400, _error_body(str(error))) from error
+        if isinstance(answer, ErrorResponse):
+            raise EngineRefused(answer.error.code, answer.model_dump())
+        if isinstance(answer, ChatCompletionResponse):
+            whole: dict[str, Any] = answer.model_dump()
+            return whole
+        events: AsyncGenerator[str, None] = answer
+        return events
+
+    async def add(self, ref: AdapterRef) -> None:
+        """Load an adapter into the engine and make it servable by its name.
+
+        Raises:
+            EngineUnavailable: the engine could not load it.
+        """
+        request = LoRARequest(lora_name=ref.name, lora_int_id=ref.number, lora_path=ref.path)
+        try:
+            loaded = await self._engine_client.add_lora(request)
+        except Exception as error:  # what the engine process raised arrives as a bare Exception
+            raise EngineUnavailable(f"the engine could not load adapter {ref.name}") from error
+        if not loaded:
+            raise EngineUnavailable(f"the engine refused adapter {ref.name}")
+        self._models.lora_requests[ref.name] = request
+
+    async def remove(self, ref: AdapterRef) -> None:
+        """Take an adapter out of service and out of the engine's memory."""
+        self._models.lora_requests.pop(ref.name, None)
+        await self._engine_client.remove_lora(ref.number)
+
+
+def _error_body(message: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}

@@ -1,0 +1,30 @@
+"""A local folder for any model a configuration can name; the only place that may download from a hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from soma_vllm.errors import ModelError
+from soma_vllm.models.catalog import resolve
+
+
+def local_path(name: str) -> Path:
+    """Folder of a local path, an embedded name or a Hugging Face id (fetched into its own cache if need be).
+
+    Raises:
+        ModelError: the model is not on this machine and cannot be fetched.
+    """
+    found = resolve(name)
+    if isinstance(found, Path):
+        return found
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(found, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"model {found}: not in the local Hugging Face cache, and the hub did not give it "
+            f"({type(error).__name__}); expected a reachable hub, a local path or an embedded name"
+        ) from error

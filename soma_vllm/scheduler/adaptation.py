@@ -1,0 +1,233 @@
+"""One session's adaptation, from complete warm start to verdict. Runs in the background; no user waits for it.
+
+    judge the plain surrogate -> (train -> publish -> load -> judge the adapter) -> prefill -> switch
+
+Guarantees:
+
+* Candidates are judged on turns that were not trained on, against answers the original already gave.
+* The adapter that was judged is the adapter that serves: same files, same name, same engine.
+* Whatever goes wrong ends in one event, `refused` or `training_failed`, and the original keeps the session.
+* An adapter that will not serve leaves the engine before its files are deleted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from soma_vllm.config import Config
+from soma_vllm.errors import AdapterError, EngineError, TrainingError
+from soma_vllm.scheduler.book import SessionBook
+from soma_vllm.scheduler.holds import AdapterHolds
+from soma_vllm.scheduler.ports import AdapterEngine, Encoder, Shelf, Trainer
+from soma_vllm.scheduler.shadow import gaps_between, shadow_answer
+from soma_vllm.session.gate import Verdict, centroid, judge
+from soma_vllm.session.phases import Phase
+from soma_vllm.session.session import Session
+from soma_vllm.session.transcript import text_of
+from soma_vllm.training.messages import ScoreRequest, TrainRequest, TrainResult
+from soma_vllm.types import AdapterRef, Agreement, Candidate, Evidence, Example, SessionKey
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What an adaptation came to."""
+
+    verdict: Verdict
+    adapter: AdapterRef | None
+    """The adapter, if one was trained, whether or not it was chosen."""
+
+
+class Adaptation:
+    """Trains, publishes, judges and switches sessions."""
+
+    def __init__(
+        self,
+        config: Config,
+        book: SessionBook,
+        surrogate: AdapterEngine,
+        trainer: Trainer,
+        shelf: Shelf,
+        encoder: Encoder,
+        holds: AdapterHolds,
+    ) -> None:
+        self._config = config
+        self._book = book
+        self._surrogate = surrogate
+        self._trainer = trainer
+        self._shelf = shelf
+        self._encoder = encoder
+        self._holds = holds
+
+    async def run(self, key: SessionKey, forced: Candidate | None) -> None:
+        """Adapt one session whose warm start is complete."""
+        session = self._book.note(key, "adaptation_started", forced=forced)
+        examples, held_out = session.examples(self._config)
+        try:
+            chosen = await self._choose(key, examples, held_out, forced)
+        except (TrainingError, AdapterError, EngineError) as error:
+            logger.warning("adaptation failed: %s", error)
+            self._book.note(key, "training_failed", error=type(error).__name__, message=str(error))
+            return
+        verdict = chosen.verdict
+        self._book.note(
+            key, "judged", candidate=verdict.candidate, reason=verdict.reason, numbers=verdict.numbers
+        )
+        serving = chosen.adapter if verdict.candidate is Candidate.ADAPTER else None
+        if verdict.candidate is Candidate.ORIGINAL:
+            self._book.note(key, "refused", reason=verdict.reason)
+        else:
+            await self._switch(key, session, verdict, serving)
+        if chosen.adapter is not None and self._book.session(key).adapter != chosen.adapter:
+            await self.retire(chosen.adapter)
+
+    async def retire(self, ref: AdapterRef) -> None:
+        """Take an adapter out of the engine once its last token is out, then delete its files."""
+        await self._holds.drained(ref.name)
+        try:
+            await self._surrogate.unload(ref)
+            await asyncio.to_thread(self._shelf.retire, ref.name)
+        except (EngineError, AdapterError) as error:
+            logger.warning("adapter %s could not be retired: %s", ref.name, error)
+
+    async def _choose(
+        self,
+        key: SessionKey,
+        examples: tuple[Example, ...],
+        held_out: tuple[Example, ...],
+        forced: Candidate | None,
+    ) -> Chosen:
+        """Judge the candidates, cheapest first; train only if the plain surrogate will not do."""
+        allowed = self._config.adaptation.candidates
+        plain_gaps = await self._gaps(key, held_out, None)
+        if Candidate.PLAIN in allowed and forced is not Candidate.ADAPTER:
+            agreement = await self._trainer.score(ScoreRequest(held_out))
+            verdict = self._judge([_evidence(Candidate.PLAIN, held_out, plain_gaps, agreement)], forced)
+            if verdict.candidate is Candidate.PLAIN or Candidate.ADAPTER not in allowed:
+                return Chosen(verdict, None)
+        result = await self._train(key, examples, held_out)
+        ref = await self._publish(key, result)
+        gaps = await self._gaps(key, held_out, ref)
+        evidence = [
+            _evidence(Candidate.PLAIN, held_out, plain_gaps, result.plain),
+            _evidence(Candidate.ADAPTER, held_out, gaps, result.adapted),
+        ]
+        return Chosen(self._judge(evidence, forced), ref)
+
+    def _judge(self, evidence: list[Evidence], forced: Candidate | None) -> Verdict:
+        return judge(
+            evidence,
+            self._config.gate,
+            self._config.acceptance_min_turns,
+            self._config.adaptation.candidates,
+            forced,
+        )
+
+    async def _gaps(
+        self, key: SessionKey, held_out: Sequence[Example], ref: AdapterRef | None
+    ) -> tuple[float, ...]:
+        """The gap of one candidate on each held-out turn, measured on the engine that would serve."""
+        answers = await asyncio.gather(
+            *(
+                shadow_answer(self._surrogate, key.tenant, example.messages, self._config.max_new_tokens, ref)
+                for example in held_out
+            )
+        )
+        return await gaps_between(self._encoder, answers, [example.answer for example in held_out])
+
+    async def _train(
+        self, key: SessionKey, examples: tuple[Example, ...], held_out: tuple[Example, ...]
+    ) -> TrainResult:
+        session = self._book.note(key, "training_submitted", turns=[example.turn for example in examples])
+        out_dir = tempfile.mkdtemp(prefix="soma-train-")
+        request = TrainRequest(
+            examples,
+            held_out,
+            self._config.mining,
+            self._config.lora,
+            self._config.training.seed + session.trainings,
+            out_dir,
+        )
+        try:
+            result = await self._trainer.train(request)
+        except BaseException:
+            shutil.rmtree(out_dir, ignore_errors=True)
+            raise
+        self._book.note(key, "trained", **_costs(result))
+        return result
+
+    async def _publish(self, key: SessionKey, result: TrainResult) -> AdapterRef:
+        """Publish the trained files, then load them into the running engine."""
+        try:
+            ref = await asyncio.to_thread(
+                self._shelf.publish,
+                key,
+                Path(result.directory),
+                base_model=self._surrogate.name,
+                manifest=_costs(result),
+            )
+        finally:
+            shutil.rmtree(result.directory, ignore_errors=True)
+        self._book.note(key, "adapter_published", adapter=ref.name)
+        try:
+            await self._surrogate.load(ref)
+        except EngineError:
+            await self.retire(ref)
+            raise
+        self._book.note(key, "adapter_loaded", adapter=ref.name)
+        return ref
+
+    async def _switch(
+        self, key: SessionKey, session: Session, verdict: Verdict, ref: AdapterRef | None
+    ) -> None:
+        """Warm the engine's cache with the session's history, then let the surrogate take over."""
+        queries = [text_of(turn.messages[-1]) for turn in session.warm_turns()]
+        vectors = await self._encoder.encode(queries)
+        history = self._book.session(key).transcript()
+        try:
+            await shadow_answer(self._surrogate, key.tenant, [*history, _NEXT], 1, ref)
+        except EngineError as error:
+            # A cold cache makes the next turn slower, not wrong (the history may be longer than the context).
+            logger.info("the surrogate's cache was not prefilled: %s", error)
+        if self._book.session(key).phase is not Phase.ADAPTING:
+            return  # the client rewrote the history meanwhile
+        self._book.note(
+            key,
+            "switched",
+            candidate=verdict.candidate,
+            reason=verdict.reason,
+            adapter=None if ref is None else asdict(ref),
+            centroid=[round(float(x), 6) for x in centroid(list(vectors))],
+        )
+
+
+_NEXT = {"role": "user", "content": "…"}
+"""Stands for the next query when the cache is prefilled: everything before it will be the same."""
+
+
+def _evidence(
+    candidate: Candidate, held_out: Sequence[Example], gaps: tuple[float, ...], agreement: Agreement
+) -> Evidence:
+    return Evidence(candidate, gaps, tuple(example.turn for example in held_out), agreement)
+
+
+def _costs(result: TrainResult) -> dict[str, Any]:
+    """A training's statistics, JSON-compatible."""
+    return {
+        "mining_s": round(result.mining_s, 3),
+        "finetune_s": round(result.finetune_s, 3),
+        "scoring_s": round(result.scoring_s, 3),
+        "steps": result.steps,
+        "losses": [round(loss, 4) for loss in result.losses],
+        "hardness": {str(turn): round(value, 4) for turn, value in result.hardness.items()},
+        "plain": asdict(result.plain),
+        "adapted": asdict(result.adapted),
+    }

@@ -1,0 +1,152 @@
+"""The book of live sessions: folded in memory at once, written to the event log behind.
+
+Guarantees: `record` never waits for the disk; the log receives every session's events in order; a session
+whose events are on record is restored by folding them again; nothing is found outside its tenant.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+from soma_vllm.config import Config
+from soma_vllm.errors import NotFound
+from soma_vllm.scheduler.ports import EventLog, Observer
+from soma_vllm.session.session import Session, fold, restore
+from soma_vllm.session.transcript import answered, fingerprint
+from soma_vllm.types import Event, Message, SessionKey
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Entry:
+    """A live session and its log."""
+
+    session: Session
+    events: list[Event] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Write:
+    """One append to the log."""
+
+    key: SessionKey
+    first_seq: int
+    events: Sequence[Event]
+    phase: str
+    chain: str
+
+
+class SessionBook:
+    """Sessions by key, and by transcript."""
+
+    def __init__(self, config: Config, log: EventLog, observers: Sequence[Observer] = ()) -> None:
+        self._config = config
+        self._log = log
+        self._observers = tuple(observers)
+        self._entries: dict[SessionKey, Entry] = {}
+        self._by_chain: dict[tuple[str, str], SessionKey] = {}
+        self._writes: asyncio.Queue[Write] = asyncio.Queue()
+        self._writer: asyncio.Task[None] | None = None
+        self._opening: dict[SessionKey, asyncio.Lock] = {}
+
+    async def start(self) -> None:
+        """Begin writing."""
+        self._writer = asyncio.create_task(self._write_all(), name="soma-session-writer")
+
+    async def stop(self) -> None:
+        """Write what is still to be written, then end."""
+        if self._writer is not None:
+            await self._writes.join()
+            self._writer.cancel()
+
+    async def open(self, key: SessionKey) -> Session:
+        """The session of this key: the live one, the one on record, or a new one."""
+        if (entry := self._entries.get(key)) is not None:
+            return entry.session
+        async with self._opening.setdefault(key, asyncio.Lock()):
+            if key not in self._entries:
+                events = await self._log.events(key)
+                self._entries[key] = Entry(restore(key, events, self._config), events)
+        self._opening.pop(key, None)
+        return self._entries[key].session
+
+    async def recognise(self, tenant: str, messages: Sequence[Message]) -> SessionKey:
+        """The session whose transcript the request continues; a new one where there is none."""
+        history = answered(messages)
+        if history:
+            chain = fingerprint(history)
+            key = self._by_chain.get((tenant, chain))
+            if key is not None:
+                return key
+            if (session := await self._log.find(tenant, chain)) is not None:
+                return SessionKey(tenant, session)
+        return SessionKey(tenant, f"auto-{uuid.uuid4().hex}")
+
+    def session(self, key: SessionKey) -> Session:
+        """A live session as it is now."""
+        return self._entries[key].session
+
+    async def entry(self, key: SessionKey) -> Entry:
+        """A session with its events.
+
+        Raises:
+            NotFound: this tenant has no such session.
+        """
+        await self.open(key)
+        entry = self._entries[key]
+        if not entry.events:
+            del self._entries[key]
+            raise NotFound(f"no session {key.session!r}")
+        return entry
+
+    def record(self, key: SessionKey, *events: Event) -> Session:
+        """Fold events into the session, tell the observers, and queue them for the log."""
+        entry = self._entries[key]
+        first_seq = len(entry.events)
+        self._by_chain.pop((key.tenant, entry.session.chain()), None)
+        for event in events:
+            entry.session = fold(entry.session, event, self._config)
+            entry.events.append(event)
+            for observe in self._observers:
+                observe(key, event)
+        chain = entry.session.chain()
+        if entry.session.turns:
+            self._by_chain[key.tenant, chain] = key
+        self._writes.put_nowait(Write(key, first_seq, events, entry.session.phase, chain))
+        return entry.session
+
+    def note(self, key: SessionKey, kind: str, **data: Any) -> Session:
+        """Record one event that happens now."""
+        return self.record(key, Event(kind, time.time(), data))
+
+    async def _write_all(self) -> None:
+        while True:
+            write = await self._writes.get()
+            try:
+                await self._write(write)
+            finally:
+                self._writes.task_done()
+
+    async def _write(self, write: Write) -> None:
+        attempts = AsyncRetrying(
+            retry=retry_if_exception_type(SQLAlchemyError),
+            stop=stop_after_attempt(5),
+            wait=wait_exponential(multiplier=0.2, max=5),
+        )
+        try:
+            async for attempt in attempts:
+                with attempt:
+                    await self._log.append(write.key, write.first_seq, write.events, write.phase, write.chain)
+        except RetryError as error:
+            cause = type(error.last_attempt.exception()).__name__
+            logger.error("a session's events are not on record (%s); it goes on in memory only", cause)

@@ -1,0 +1,34 @@
+"""The two baselines that need no decision: always the original, always the plain surrogate."""
+
+from __future__ import annotations
+
+from soma_vllm.config import Config
+from soma_vllm.scheduler.policies.base import Asked
+from soma_vllm.session.session import Session
+from soma_vllm.types import Role, Route
+
+
+class OriginalPolicy:
+    """The original answers every turn under the full history."""
+
+    adapts = False
+
+    def __init__(self, config: Config) -> None:
+        pass
+
+    def route(self, session: Session, asked: Asked) -> Route:
+        """Always the original."""
+        return Route(Role.ORIGINAL, None, asked.messages, "policy original")
+
+
+class SurrogatePolicy:
+    """The plain surrogate answers every turn under the full history."""
+
+    adapts = False
+
+    def __init__(self, config: Config) -> None:
+        pass
+
+    def route(self, session: Session, asked: Asked) -> Route:
+        """Always the plain surrogate."""
+        return Route(Role.SURROGATE, None, asked.messages, "policy surrogate")

@@ -1,0 +1,51 @@
+"""The default policy: the original warms a session up, the surrogate takes over once the gate has let it.
+
+Guarantee: the surrogate answers only in phase SWITCHED, only inside the locality, and only requests without
+tools; everything else goes to the original.
+"""
+
+from __future__ import annotations
+
+from soma_vllm.config import Config
+from soma_vllm.scheduler.policies.base import Asked
+from soma_vllm.session.phases import Phase
+from soma_vllm.session.prefix import compress
+from soma_vllm.session.session import Session
+from soma_vllm.types import Role, Route
+
+
+class SomaPolicy:
+    """Warm start, switch, locality."""
+
+    adapts = True
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def route(self, session: Session, asked: Asked) -> Route:
+        """The surrogate where nothing speaks against it, else the original and what spoke against it."""
+        objection = self._objection(session, asked)
+        if objection is not None:
+            return Route(Role.ORIGINAL, None, asked.messages, objection)
+        messages = compress(
+            asked.messages,
+            self._config.prefix.mode,
+            self._config.compressed_prefix_turns,
+            self._config.prefix.window_step,
+        )
+        near = "" if asked.distance is None else f", distance {asked.distance:.2f}"
+        return Route(Role.SURROGATE, session.adapter, messages, f"switched to {session.serving}{near}")
+
+    def _objection(self, session: Session, asked: Asked) -> str | None:
+        if session.phase is Phase.WARM_START:
+            return f"warm start {len(session.warm_turns()) + 1} of {self._config.warm_window}"
+        if session.phase is not Phase.SWITCHED:
+            return session.phase.lower().replace("_", " ")
+        if asked.builds_on < session.learned:
+            return f"history rewritten at turn {asked.builds_on + 1}"
+        if asked.body.get("tools"):
+            return "tools"
+        threshold = self._config.gate.locality_threshold
+        if asked.distance is not None and not asked.distance <= threshold:
+            return f"locality {asked.distance:.2f} above {threshold:g}"
+        return None

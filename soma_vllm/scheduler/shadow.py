@@ -1,0 +1,31 @@
+"""Answers that no user sees: what an engine would have said, for acceptance and audits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from soma_vllm.engines.base import ChatCall, Engine
+from soma_vllm.scheduler.ports import Encoder
+from soma_vllm.session.gate import gap
+from soma_vllm.types import AdapterRef, Message
+
+
+async def shadow_answer(
+    engine: Engine, tenant: str, messages: Sequence[Message], max_tokens: int, adapter: AdapterRef | None = None
+) -> str:
+    """The engine's greedy answer to a prompt.
+
+    Raises:
+        EngineError: it did not answer.
+    """
+    body: dict[str, Any] = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0.0}
+    reply = await engine.chat(ChatCall(body, adapter, tenant))
+    assert reply.body is not None, "a request without stream=true is answered whole"
+    return str(reply.body["choices"][0]["message"].get("content") or "")
+
+
+async def gaps_between(encoder: Encoder, these: Sequence[str], those: Sequence[str]) -> tuple[float, ...]:
+    """The gap of each pair of texts."""
+    vectors = await encoder.encode([*these, *those])
+    return tuple(gap(a, b) for a, b in zip(vectors[: len(these)], vectors[len(these) :], strict=True))

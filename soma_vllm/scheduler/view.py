@@ -1,0 +1,65 @@
+"""A session as its owner may see it: phases, numbers, decisions. Never the conversation's text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from soma_vllm.scheduler.book import Entry
+from soma_vllm.session.session import Turn
+from soma_vllm.types import Event
+
+PRIVATE = frozenset({"messages", "answer", "centroid"})
+"""Event data that holds text, or a vector from which text could be guessed."""
+
+
+def view(entry: Entry, idle: bool) -> dict[str, Any]:
+    """One session as JSON."""
+    session = entry.session
+    return {
+        "session": session.key.session,
+        "phase": session.phase,
+        "serving": session.serving,
+        "adapter": None if session.adapter is None else session.adapter.name,
+        "trainings": session.trainings,
+        "idle": idle,
+        "turns": [turn_view(turn) for turn in session.turns],
+        "events": [event_view(event) for event in entry.events],
+        "training": training_view(entry.events),
+    }
+
+
+def turn_view(turn: Turn) -> dict[str, Any]:
+    """One turn in numbers."""
+    return {
+        "turn": turn.number,
+        "engine": turn.engine,
+        "adapter": turn.adapter,
+        "phase": turn.phase,
+        "reason": turn.reason,
+        "gap": turn.gap,
+        **asdict(turn.usage),
+        "ttft_s": turn.ttft_s,
+        "latency_s": round(turn.latency_s, 4),
+    }
+
+
+def event_view(event: Event) -> dict[str, Any]:
+    """One event without what is private."""
+    data = {name: value for name, value in event.data.items() if name not in PRIVATE}
+    return {"kind": event.kind, "at": event.at, "data": data}
+
+
+def training_view(events: list[Event]) -> dict[str, Any] | None:
+    """Cost and evidence of the session's latest adaptation; None before the first verdict."""
+    trained = next((e.data for e in reversed(events) if e.kind == "trained"), {})
+    judged = next((e.data for e in reversed(events) if e.kind == "judged"), None)
+    if not trained and judged is None:
+        return None
+    return {
+        "mining_s": trained.get("mining_s"),
+        "finetune_s": trained.get("finetune_s"),
+        "steps": trained.get("steps"),
+        "hardness": trained.get("hardness"),
+        "acceptance": None if judged is None else dict(judged),
+    }

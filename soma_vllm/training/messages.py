@@ -1,0 +1,68 @@
+"""What travels to a trainer and back: plain, picklable messages. Tensors travel as files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from soma_vllm.config import Lora, Mining
+from soma_vllm.types import Agreement, Example
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """What a trainer is told once, when it starts."""
+
+    surrogate_path: str
+    device: str
+    dtype: str
+    threads: int
+    nice: int
+
+
+@dataclass(frozen=True)
+class TrainerReady:
+    """A trainer's acknowledgement that its surrogate is loaded."""
+
+    pid: int
+    device: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Score the plain surrogate on held-out turns, teacher-forced."""
+
+    held_out: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """Mine and distil one session's warm start into an adapter."""
+
+    examples: tuple[Example, ...]
+    """Turns to learn from."""
+    held_out: tuple[Example, ...]
+    """Turns to be judged on; never trained on."""
+    mining: Mining
+    lora: Lora
+    seed: int
+    out_dir: str
+    """An empty directory of this request alone; the adapter's files are written there."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A trained adapter's evidence and cost."""
+
+    directory: str
+    plain: Agreement
+    """The plain surrogate on the held-out turns."""
+    adapted: Agreement
+    """The same under the adapter."""
+    hardness: dict[int, float]
+    """r_t of each trained turn."""
+    steps: int
+    losses: tuple[float, ...]
+    mining_s: float
+    finetune_s: float
+    scoring_s: float
