@@ -1,0 +1,253 @@
+"""A replay as it is recorded and shown: records of turns and sessions, strips, the table, expectations.
+
+Nothing here talks to a server or writes a file. No query or answer is ever shown; they live in the log
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from statistics import fmean, median
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from soma_vllm.types import Role
+
+
+@dataclass(frozen=True)
+class TurnRecord:
+    """One turn as the client saw it, completed by what the server knows of it."""
+
+    turn: int
+    """1-based index in its session."""
+    query: str
+    answer: str
+    engine: str
+    """`X-SOMA-Engine`: original or surrogate."""
+    adapter: str | None
+    phase: str
+    reason: str
+    at: float
+    """Unix time at which the request was sent, seconds."""
+    ttft_s: float | None
+    """Seconds to the first piece of the answer, measured by the client."""
+    latency_s: float
+    """Seconds to the last piece of the answer, measured by the client."""
+    gap: float | None = None
+    """Filled from the server's report when the turn was audited; in [0, 2]."""
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class SessionRecord:
+    """One dialogue's replay so far."""
+
+    dialogue: str
+    session: str
+    """Id sent in `X-Session-ID`."""
+    planned: int
+    """Turns the dialogue has."""
+    forced: bool = False
+    """True when the client asked for the adapter against the gate's verdict."""
+    phase: str = ""
+    turns: tuple[TurnRecord, ...] = ()
+    events: tuple[Mapping[str, Any], ...] = ()
+    training: Mapping[str, Any] | None = None
+    error: str | None = None
+    """Why the replay of this dialogue ended early."""
+
+    def served_by(self, engine: Role) -> list[TurnRecord]:
+        """The turns that `engine` answered."""
+        return [turn for turn in self.turns if turn.engine == engine]
+
+    @property
+    def switched(self) -> bool:
+        """True when the surrogate answered at least one turn."""
+        return bool(self.served_by(Role.SURROGATE))
+
+    @property
+    def adapters(self) -> list[str]:
+        """Adapters that served, in the order of first use."""
+        return list(dict.fromkeys(turn.adapter for turn in self.turns if turn.adapter))
+
+    @property
+    def rolled_back(self) -> bool:
+        """True when the server moved the session back to the original."""
+        return any(event.get("kind") == "rolled_back" for event in self.events) or any(
+            turn.phase == "ROLLED_BACK" for turn in self.turns
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """This session's entry in the log."""
+        return {
+            "session": self.session,
+            "forced": "adapter" if self.forced else None,
+            "phase": self.phase,
+            "error": self.error,
+            "turns": [asdict(turn) for turn in self.turns],
+            "events": [dict(event) for event in self.events],
+            "training": None if self.training is None else dict(self.training),
+        }
+
+
+class Expectation(StrEnum):
+    """What a replay may be asked to have shown (`--expect`)."""
+
+    SWITCH = "switch"
+    ADAPTER = "adapter"
+    ROLLBACK = "rollback"
+
+
+_UNMET = {
+    Expectation.SWITCH: "expected switch: found no session with a turn answered by the surrogate",
+    Expectation.ADAPTER: "expected adapter: found no session with a turn answered with an adapter",
+    Expectation.ROLLBACK: "expected rollback: found no session that was rolled back",
+}
+
+
+def unmet(expectations: Sequence[Expectation], sessions: Sequence[SessionRecord]) -> list[str]:
+    """One line for each expectation that no session fulfils."""
+    met = {
+        Expectation.SWITCH: any(session.switched for session in sessions),
+        Expectation.ADAPTER: any(session.adapters for session in sessions),
+        Expectation.ROLLBACK: any(session.rolled_back for session in sessions),
+    }
+    return [_UNMET[expectation] for expectation in dict.fromkeys(expectations) if not met[expectation]]
+
+
+_STYLES = {"O": "blue", "s": "yellow", "A": "green", "l": "magenta", "x": "red"}
+
+LEGEND = (
+    "O original · s surrogate · A surrogate with adapter · "
+    "l original, query outside the locality · x original after a roll back"
+)
+
+
+def symbol(turn: TurnRecord) -> str:
+    """The turn's letter in the strip; see `LEGEND`."""
+    if turn.engine == Role.SURROGATE:
+        return "A" if turn.adapter else "s"
+    if turn.phase == "ROLLED_BACK":
+        return "x"
+    return "l" if turn.phase == "SWITCHED" else "O"
+
+
+def strip(session: SessionRecord) -> str:
+    """The session's turns as letters, `!` where it broke off, a dot for each turn to come."""
+    done = "".join(symbol(turn) for turn in session.turns)
+    broken = "!" if session.error else ""
+    return (done + broken).ljust(session.planned, "·")
+
+
+def table(sessions: Sequence[SessionRecord]) -> Table:
+    """One row per dialogue."""
+    grid = Table(caption=LEGEND, caption_justify="left", header_style="bold")
+    for heading in ("dialogue", "turns", "phase", "adapter"):
+        grid.add_column(heading, no_wrap=heading != "adapter", overflow="fold")
+    for heading in ("original", "surrogate", "gap"):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for session in sessions:
+        name = Text(session.dialogue)
+        if session.forced:
+            name.append(" (forced)", style="yellow")
+        letters = Text()
+        for letter in strip(session):
+            letters.append(letter, style=_STYLES.get(letter, "dim"))
+        grid.add_row(
+            name,
+            letters,
+            session.phase,
+            ", ".join(session.adapters),
+            _median_latency(session.served_by(Role.ORIGINAL)),
+            _median_latency(session.served_by(Role.SURROGATE)),
+            _mean_gap(session.turns),
+        )
+    return grid
+
+
+def summary(sessions: Sequence[SessionRecord]) -> list[str]:
+    """What the replay showed, in lines for people."""
+    turns = [turn for session in sessions for turn in session.turns]
+    by_original = [turn for turn in turns if turn.engine == Role.ORIGINAL]
+    by_surrogate = [turn for turn in turns if turn.engine == Role.SURROGATE]
+    with_adapter = [turn for turn in by_surrogate if turn.adapter]
+    lines = [
+        f"{len(sessions)} sessions, {len(turns)} turns: {len(by_original)} by the original, "
+        f"{len(by_surrogate)} by the surrogate, {len(with_adapter)} of these with an adapter",
+        f"switched: {_names([s for s in sessions if s.switched])}",
+        f"served with an adapter: {_names([s for s in sessions if s.adapters])}",
+        f"rolled back: {_names([s for s in sessions if s.rolled_back])}",
+        f"median latency: original {_median_latency(by_original)}, surrogate {_median_latency(by_surrogate)}",
+        f"mean audited gap: {_mean_gap(turns)}",
+    ]
+    if forced := [session for session in sessions if session.forced]:
+        lines.append(f"forced to their adapter, whatever the gate decided: {_names(forced)}")
+    lines += [f"{session.dialogue}: broke off: {session.error}" for session in sessions if session.error]
+    return lines
+
+
+def turn_line(session: SessionRecord) -> str:
+    """The last turn in one line, for output that is not a terminal."""
+    turn = session.turns[-1]
+    who = f"{turn.engine} with {turn.adapter}" if turn.adapter else turn.engine
+    return f"{session.dialogue} turn {turn.turn}/{session.planned}: {who}, {turn.latency_s:.2f} s, {turn.phase}"
+
+
+def _names(sessions: Sequence[SessionRecord]) -> str:
+    return ", ".join(session.dialogue for session in sessions) or "none"
+
+
+def _median_latency(turns: Sequence[TurnRecord]) -> str:
+    return f"{median(turn.latency_s for turn in turns):.2f} s" if turns else "-"
+
+
+def _mean_gap(turns: Sequence[TurnRecord]) -> str:
+    gaps = [turn.gap for turn in turns if turn.gap is not None]
+    return f"{fmean(gaps):.3f}" if gaps else "-"
+
+
+class Screen:
+    """The terminal: a live table where there is one, else a line per turn."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._live: Live | None = None
+        self._shown: dict[str, SessionRecord] = {}
+
+    def say(self, text: str, style: str = "") -> None:
+        """Print one line above the table."""
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, session: SessionRecord) -> None:
+        """Take over a session's new state."""
+        before = self._shown.get(session.dialogue)
+        self._shown[session.dialogue] = session
+        if self._live is not None:
+            self._live.update(self._table())
+        elif session.turns and (before is None or len(before.turns) < len(session.turns)):
+            self.say(turn_line(session))
+
+    @contextmanager
+    def live(self, sessions: Mapping[str, SessionRecord]) -> Iterator[None]:
+        """Keep a table of `sessions` at the foot of a terminal while the block runs; print it at the end."""
+        self._shown = dict(sessions)
+        if self.console.is_terminal:
+            with Live(self._table(), console=self.console, refresh_per_second=4, transient=True) as self._live:
+                try:
+                    yield
+                finally:
+                    self._live = None
+        else:
+            yield
+
+    def _table(self) -> Table:
+        return table(list(self._shown.values()))

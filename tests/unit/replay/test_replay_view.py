@@ -1,0 +1,148 @@
+"""Strips, summary, expectations and the figure, from a synthetic replay."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from soma_vllm.cli import replay_view as view
+from soma_vllm.cli import timeline
+from soma_vllm.cli.replay import write_log
+from soma_vllm.cli.replay_view import Expectation, SessionRecord, TurnRecord
+from soma_vllm.config import Config
+
+CODES = {
+    "O": ("original", None, "WARM_START"),
+    "s": ("surrogate", None, "SWITCHED"),
+    "A": ("surrogate", "a1", "SWITCHED"),
+    "l": ("original", None, "SWITCHED"),
+    "x": ("original", None, "ROLLED_BACK"),
+}
+
+
+def session(dialogue: str, letters: str, planned: int | None = None) -> SessionRecord:
+    """A session whose turns take 2 s by the original and 0.5 s by the surrogate, one every 10 s from 100 on."""
+    turns = []
+    for number, letter in enumerate(letters, start=1):
+        engine, adapter, phase = CODES[letter]
+        turns.append(
+            TurnRecord(
+                turn=number,
+                query="secret question",
+                answer="secret answer",
+                engine=engine,
+                adapter=adapter,
+                phase=phase,
+                reason="",
+                at=90.0 + 10.0 * number,
+                ttft_s=0.1,
+                latency_s=2.0 if engine == "original" else 0.5,
+            )
+        )
+    return SessionRecord(
+        dialogue, f"{dialogue}-1", planned or len(letters), phase="SWITCHED", turns=tuple(turns)
+    )
+
+
+def shown(records: list[SessionRecord]) -> str:
+    out = io.StringIO()
+    Console(file=out, width=140).print(view.table(records))
+    return out.getvalue()
+
+
+def test_the_strip_tells_who_answered_each_turn_and_what_is_to_come() -> None:
+    assert view.strip(session("a", "OOsAlx", planned=8)) == "OOsAlx··"
+
+
+def test_the_strip_marks_where_a_dialogue_broke_off() -> None:
+    assert view.strip(replace(session("a", "OO", planned=5), error="gone")) == "OO!··"
+
+
+def test_the_table_shows_medians_by_engine_and_no_conversation() -> None:
+    text = shown([replace(session("a", "OOAA"), forced=True)])
+    assert "a (forced)" in text
+    assert "OOAA" in text
+    assert "2.00 s" in text
+    assert "0.50 s" in text
+    assert "secret" not in text
+
+
+def test_the_summary_counts_turns_and_names_sessions() -> None:
+    records = [session("one", "OOss"), replace(session("two", "OOAx"), forced=True), session("three", "OO")]
+    lines = view.summary(records)
+    assert lines[0] == (
+        "3 sessions, 10 turns: 7 by the original, 3 by the surrogate, 1 of these with an adapter"
+    )
+    assert "switched: one, two" in lines
+    assert "served with an adapter: two" in lines
+    assert "rolled back: two" in lines
+    assert "median latency: original 2.00 s, surrogate 0.50 s" in lines
+    assert "forced to their adapter, whatever the gate decided: two" in lines
+
+
+def test_the_mean_gap_takes_audited_turns_only() -> None:
+    record = session("a", "OAA")
+    turns = (record.turns[0], replace(record.turns[1], gap=0.25), record.turns[2])
+    assert "mean audited gap: 0.250" in view.summary([replace(record, turns=turns)])
+
+
+@pytest.mark.parametrize(
+    ("letters", "missing"),
+    [
+        ("OOOO", ["switch", "adapter", "rollback"]),
+        ("OOss", ["adapter", "rollback"]),
+        ("OOAA", ["rollback"]),
+        ("OOAx", []),
+    ],
+)
+def test_expectations_that_no_session_meets_are_named(letters: str, missing: list[str]) -> None:
+    lines = view.unmet(list(Expectation), [session("a", letters), session("b", "OO")])
+    assert [line.split(":")[0].removeprefix("expected ") for line in lines] == missing
+
+
+def test_a_roll_back_after_the_last_turn_counts() -> None:
+    record = replace(session("a", "OOAA"), events=({"kind": "rolled_back", "at": 150.0, "data": {}},))
+    assert view.unmet([Expectation.ROLLBACK], [record]) == []
+
+
+def test_nothing_is_expected_unless_asked() -> None:
+    assert view.unmet([], [session("a", "OO")]) == []
+
+
+def test_moments_map_to_the_axis_of_turns() -> None:
+    turns = session("a", "OOO").to_json()["turns"]
+    assert timeline.position(turns, 50.0) == 0.5
+    assert timeline.position(turns, 111.0) == pytest.approx(2.0)
+    assert timeline.position(turns, 115.0) == 2.5
+
+
+def test_a_training_spans_from_its_submission_to_its_end() -> None:
+    turns = session("a", "OOO").to_json()["turns"]
+    events = [
+        {"kind": "training_submitted", "at": 103.0, "data": {}},
+        {"kind": "of another day", "at": 105.0, "data": {}},
+        {"kind": "trained", "at": 121.0, "data": {}},
+        {"kind": "training_submitted", "at": 123.0, "data": {}},
+    ]
+    assert timeline.training_spans(turns, events) == [(1.5, pytest.approx(3.0)), (3.5, 3.5)]
+
+
+def test_the_figure_is_a_small_png_drawn_from_the_log_alone(tmp_path: Path) -> None:
+    events = (
+        {"kind": "training_submitted", "at": 111.0, "data": {}},
+        {"kind": "trained", "at": 118.0, "data": {}},
+        {"kind": "switched", "at": 119.0, "data": {}},
+        {"kind": "rolled_back", "at": 149.0, "data": {}},
+    )
+    records = [
+        replace(session("a", "OOAAlx"), events=events),
+        session("b", "OOss"),
+        session("c", "", planned=3),
+    ]
+    log = write_log(tmp_path / "soma_log.json", Config(), records)
+    timeline.draw(log, tmp_path / "timeline.png")
+    data = (tmp_path / "timeline.png").read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert len(data) < 300_000
