@@ -1,0 +1,226 @@
+"""The original over HTTP: any OpenAI-compatible endpoint, or the vLLM server we started as a child.
+
+Guarantees: the port's own (`engines/base.py`); the client's body goes out as it came, but for the model's
+name and, towards our own child, the `cache_salt` that keeps tenants' prefix caches apart; the client's API key
+is never sent on, and ours never logged; a generation may take as long as it takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from soma_vllm.engines.base import ChatCall, Reply
+from soma_vllm.engines.supervisor import State, Supervisor
+from soma_vllm.errors import EngineRefused, EngineUnavailable, PreflightError
+
+_EVENT_END = re.compile(rb"\r?\n\r?\n")
+_GATEWAY_ERRORS = (502, 503, 504)
+_OUR_KEY_ERRORS = (401, 403)
+_BROKEN = (aiohttp.ClientError, TimeoutError, OSError)
+
+_IDLE_SECONDS = 4.0
+"""Idle connections close before a server's keep-alive does (5 s in uvicorn): none is reused half-closed."""
+
+
+class OriginalEngine:
+    """`Engine` behind an HTTP base URL (".../v1"), reached over TCP or over a Unix socket."""
+
+    def __init__(
+        self,
+        name: str,
+        base_url: str,
+        *,
+        api_key_env: str | None = None,
+        connect_timeout_s: float = 5.0,
+        socket: Path | None = None,
+        supervisor: Supervisor | None = None,
+    ) -> None:
+        """`api_key_env` names the environment variable that holds the endpoint's key.
+
+        `socket` marks our own vLLM child; `supervisor`, when given, is asked whether it is ready.
+
+        Raises:
+            PreflightError: the environment variable is not set.
+        """
+        self.name = name
+        self._url = base_url.rstrip("/")
+        self._headers = {"Accept-Encoding": "identity"}
+        self._key_source = api_key_env
+        if api_key_env is not None:
+            key = os.environ.get(api_key_env)
+            if not key:
+                raise PreflightError(f"original.api_key_env: the environment variable {api_key_env} is not set")
+            self._headers["Authorization"] = f"Bearer {key}"
+        self._connect_timeout = connect_timeout_s
+        self._socket = socket
+        self._supervisor = supervisor
+        self._session: aiohttp.ClientSession | None = None
+
+    @classmethod
+    def of_child(cls, name: str, supervisor: Supervisor, connect_timeout_s: float = 5.0) -> OriginalEngine:
+        """The engine of a supervised child server."""
+        socket = supervisor.child.socket
+        return cls(
+            name,
+            "http://original/v1",
+            connect_timeout_s=connect_timeout_s,
+            socket=socket,
+            supervisor=supervisor,
+        )
+
+    async def chat(self, call: ChatCall) -> Reply:
+        """Answer one chat completion; see `Engine.chat`."""
+        assert call.adapter is None, "only the surrogate serves adapters"
+        self._require_child()
+        if call.body.get("stream"):
+            events = self._stream(call)
+            # The first thing it yields only says that an event is at hand. From here on the generator stands
+            # inside its `with`, so that closing it closes the connection; one never begun would not.
+            await anext(events)
+            return Reply(events=events)
+        return Reply(body=await self._whole(call))
+
+    async def health(self) -> bool:
+        """True when the original would take a request now."""
+        if self._supervisor is not None and self._supervisor.state is not State.READY:
+            return False
+        # An endpoint of someone else promises /v1/models, not /health.
+        limit = aiohttp.ClientTimeout(total=self._connect_timeout)
+        try:
+            async with self._client().get(f"{self._url}/models", timeout=limit) as response:
+                return response.status == 200
+        except _BROKEN:
+            return False
+
+    async def close(self) -> None:
+        """Close all connections. Idempotent."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def _whole(self, call: ChatCall) -> dict[str, Any]:
+        try:
+            async with self._post(call) as response:
+                await self._refuse_errors(response)
+                body = await response.json(content_type=None)
+        except _BROKEN as error:
+            raise _unavailable(error) from error
+        except ValueError as error:
+            raise EngineUnavailable("the original answered 200 with a body that is not JSON") from error
+        if not isinstance(body, dict):
+            raise EngineUnavailable(
+                f"the original answered a {type(body).__name__}; expected a chat.completion"
+            )
+        return body
+
+    async def _stream(self, call: ChatCall) -> AsyncGenerator[str, None]:
+        """Yields "" once the first event is there, then every event."""
+        try:
+            async with self._post(call) as response:
+                try:
+                    await self._refuse_errors(response)
+                    async with contextlib.aclosing(_events(response.content)) as events:
+                        first = await anext(events, None)
+                        if first is not None:
+                            yield ""
+                            yield first
+                        async for event in events:
+                            yield event
+                            if _data(event) == "[DONE]":
+                                return
+                finally:
+                    # Unread events remain when the client has left: the closed connection stops the generation.
+                    response.close()
+        except _BROKEN as error:
+            raise _unavailable(error) from error
+        raise EngineUnavailable("the original's stream ended without data: [DONE]")
+
+    def _post(self, call: ChatCall) -> Any:
+        body = {**call.body, "model": self.name}
+        if self._socket is not None:
+            body["cache_salt"] = _salt(call.tenant, body.get("cache_salt"))
+        return self._client().post(f"{self._url}/chat/completions", json=body)
+
+    async def _refuse_errors(self, response: aiohttp.ClientResponse) -> None:
+        status = response.status
+        if status < 400:
+            return
+        if status in _GATEWAY_ERRORS:
+            retry_after = response.headers.get("Retry-After", "")
+            wait = float(retry_after) if retry_after.isdecimal() else 5.0
+            raise EngineUnavailable(f"the original answered with status {status}", retry_after=wait)
+        if status in _OUR_KEY_ERRORS:
+            # Whoever asked us cannot mend it, and the body may quote a part of our key.
+            where = f"the key in {self._key_source}" if self._key_source else "requests without a key"
+            raise EngineUnavailable(f"the original answered with status {status} to {where}")
+        try:
+            body = json.loads(await response.read())
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            message = f"the original answered with status {status} and no JSON object"
+            body = {"error": {"message": message, "type": "upstream_error", "param": None, "code": status}}
+        raise EngineRefused(status, body)
+
+    def _require_child(self) -> None:
+        if self._supervisor is not None and self._supervisor.state is not State.READY:
+            raise EngineUnavailable(f"the original is {self._supervisor.state}")
+
+    def _client(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            connector = (
+                # A fresh connection to a socket costs microseconds and is never a stale one.
+                aiohttp.UnixConnector(str(self._socket), limit=0, force_close=True)
+                if self._socket is not None
+                else aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS)
+            )
+            self._session = aiohttp.ClientSession(
+                connector=connector,
+                headers=self._headers,
+                timeout=aiohttp.ClientTimeout(total=None, connect=self._connect_timeout),
+            )
+        return self._session
+
+
+def _salt(tenant: str, own: object) -> object:
+    """A cache salt no other tenant can name. One that is not a string passes through, for vLLM to refuse."""
+    if own is None:
+        return tenant
+    if not isinstance(own, str):
+        return own
+    return hashlib.sha256(f"{tenant}\0{own}".encode()).hexdigest()
+
+
+def _unavailable(error: Exception) -> EngineUnavailable:
+    # The class alone: a message of aiohttp may quote what was sent.
+    return EngineUnavailable(f"the original cannot be reached or broke off: {type(error).__name__}")
+
+
+async def _events(content: aiohttp.StreamReader) -> AsyncGenerator[str, None]:
+    """Whole server-sent events that carry data, with line ends made "\\n". Keep-alive comments are dropped."""
+    buffer = b""
+    async for chunk in content.iter_any():
+        buffer += chunk
+        *whole, buffer = _EVENT_END.split(buffer)
+        for block in whole:
+            # Not splitlines(): JSON text may hold characters that it takes for line ends.
+            event = block.decode(errors="replace").replace("\r\n", "\n")
+            if _data(event) is not None:
+                yield event + "\n\n"
+
+
+def _data(event: str) -> str | None:
+    """The first data line of an event, or None without one."""
+    for line in event.split("\n"):
+        if line.startswith("data:"):
+            return line.removeprefix("data:").strip()
+    return None
