@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from soma_vllm.config import load_config
-from soma_vllm.errors import SomaError
+from soma_vllm.errors import PreflightError, SomaError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -37,7 +37,8 @@ def serve(
 def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> None:
     config = load_config(path, overrides).for_serving(str(path))
     # Imported late: a wrong configuration is told in milliseconds.
-    from soma_vllm.cli.server import ModelPaths, SomaServer
+    from soma_vllm.cli.server import ModelPaths, SomaServer, make_run_dir
+    from soma_vllm.cli.terminal import output_to, tail
     from soma_vllm.engines.preflight import preflight
     from soma_vllm.models.hub import local_path
     from soma_vllm.scheduler.policies.base import load_policy
@@ -56,8 +57,16 @@ def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> N
         return
     import uvloop
 
-    server = SomaServer(config, paths, policy, lambda line: console.print(line, markup=False))
-    uvloop.run(server.run())
+    run_dir = make_run_dir(config.server.run_dir)
+    log = run_dir / "surrogate.log"
+    console.print(f"logs       {run_dir}", markup=False)
+    with output_to(log) as terminal:
+        screen = Console(file=terminal, highlight=False, soft_wrap=True)
+        server = SomaServer(config, paths, policy, run_dir, lambda line: screen.print(line, markup=False))
+        try:
+            uvloop.run(server.run())
+        except RuntimeError as error:  # vLLM's own word for an engine that did not start
+            raise PreflightError(f"the surrogate failed: {error}; the end of {log}:\n{tail(log)}") from error
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class StoreShelf:
 class SomaServer:
     """soma-serve: the surrogate's vLLM server, and everything around it."""
 
-    def __init__(self, config: Config, paths: ModelPaths, policy: Policy, say: Say) -> None:
+    def __init__(self, config: Config, paths: ModelPaths, policy: Policy, run_dir: Path, say: Say) -> None:
         self._config = config
         self._paths = paths
         self._policy = policy
@@ -91,7 +91,7 @@ class SomaServer:
         self._started = time.monotonic()
         self._begun = False
         self._cleanup = AsyncExitStack()
-        self._run_dir = self._make_run_dir()
+        self._run_dir = run_dir
         self._supervisor: Supervisor | None = None
 
     # -- life -------------------------------------------------------------------------------------------
@@ -143,7 +143,9 @@ class SomaServer:
         await book.start()
         self._cleanup.push_async_callback(book.stop)
         holds = AdapterHolds(self._config.surrogate.max_loras)
-        shelf = StoreShelf(AdapterStore(self._filled(self._config.adapters.root)))
+        shelf = StoreShelf(
+            AdapterStore(Path(self._filled(self._config.adapters.root)), max_rank=self._config.lora.rank)
+        )
         adaptation = Adaptation(self._config, book, surrogate, trainer, shelf, encoder, holds)
         drift = DriftWatch(self._config, book, original, surrogate, encoder, adaptation.retire)
         dispatcher = Dispatcher(
@@ -243,30 +245,35 @@ class SomaServer:
         seconds = time.monotonic() - self._started
         self._say(f"listening  {url}/v1  (models: {', '.join(self.models())}; ready in {seconds:.0f} s)")
 
-    # -- places -----------------------------------------------------------------------------------------
-
-    def _make_run_dir(self) -> Path:
-        """The configured folder, or a short-lived one: sockets need short paths."""
-        if self._config.server.run_dir is not None:
-            folder = Path(self._config.server.run_dir).expanduser().absolute()
-            folder.mkdir(parents=True, exist_ok=True)
-            return folder
-        runs = soma_home() / "run"
-        try:
-            runs.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PreflightError(f"$SOMA_HOME: {runs} cannot be made: {error.strerror}") from error
-        folder = Path(tempfile.mkdtemp(prefix=f"{time.strftime('%Y%m%d-%H%M%S')}-", dir=runs))
-        for old in sorted(runs.iterdir())[:-RUNS_KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
-        return folder
-
-    def _filled(self, template: str) -> Any:
+    def _filled(self, template: str) -> str:
         return template.format(soma_home=soma_home(), run_dir=self._run_dir)
 
 
 RUNS_KEPT = 20
 """Run folders kept under $SOMA_HOME/run; a folder holds logs and a socket."""
+
+
+def make_run_dir(configured: str | None) -> Path:
+    """The configured folder, or a fresh one under $SOMA_HOME/run: sockets need short paths.
+
+    Raises:
+        PreflightError: it cannot be made.
+    """
+    runs = soma_home() / "run"
+    try:
+        if configured is not None:
+            folder = Path(configured).expanduser().absolute()
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+        runs.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{time.strftime('%Y%m%d-%H%M%S')}-", dir=runs))
+    except OSError as error:
+        raise PreflightError(
+            f"server.run_dir: {configured or runs} cannot be made: {error.strerror}"
+        ) from error
+    for old in sorted(runs.iterdir())[:-RUNS_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
 
 
 def _served_name(model: str | None) -> str:

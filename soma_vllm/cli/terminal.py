@@ -1,0 +1,44 @@
+"""Keeping the terminal for people: what engines and libraries print goes to a log file instead.
+
+vLLM, Ray and torch write from C++ and from child processes, so file descriptors are redirected, not streams.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+TAIL_BYTES = 16_384
+
+
+@contextmanager
+def output_to(log: Path) -> Iterator[TextIO]:
+    """Send stdout and stderr of this process and its children to `log`; yields the terminal."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(descriptor) for descriptor in (1, 2)]
+    with log.open("ab") as file, os.fdopen(os.dup(1), "w", buffering=1) as terminal:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        try:
+            yield terminal
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, saved in zip((1, 2), kept, strict=True):
+                os.dup2(saved, descriptor)
+                os.close(saved)
+
+
+def tail(log: Path, lines: int = 15) -> str:
+    """The last lines of a log; empty when there is none."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+        return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-lines:])

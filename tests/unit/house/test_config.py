@@ -1,0 +1,116 @@
+"""The configuration: strict, complete, compatible, and told all at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+import soma_vllm
+from soma_vllm.config import Config, load_config, parse_config
+from soma_vllm.errors import ConfigError
+
+ROOT = Path(soma_vllm.__file__).parent.parent
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+REFERENCE = """
+original_model: null
+surrogate_model: null
+warm_window: 4
+compressed_prefix_turns: 2
+max_new_tokens: 200
+acceptance_min_turns: 2
+mining: {soft_len: 16, n_candidates: 3, iters: 30, lr: 1.0e-3, weight_decay: 1.0e-2, grad_clip: 1.0,
+  neighborhood_k: 32, teacher_topm: 100, temperature: 0.7, lambda_exp: 1.0, beta_anti_degen: 0.05,
+  lambda_P: 1.0e-4, init_std: 0.02, scale: 0.25, max_prompt_tokens: 768, max_teacher_tokens: 96}
+lora: {rank: 8, alpha: 16, dropout: 0.05, target_modules: [q_proj, v_proj], steps: 60, batch_size: 2,
+  lr: 2.0e-4, weight_decay: 1.0e-2, grad_clip: 1.0, max_seq_length: 1024, early_stop_patience: 20,
+  early_stop_min_delta: 1.0e-3}
+gate: {accept_threshold: 0.20, locality_threshold: 0.35, drift_window: 4, drift_threshold: 0.30,
+  consecutive_to_rollback: 2, encoder_max_tokens: 256}
+"""
+
+
+def leaves(model: type[BaseModel]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from leaves(annotation)
+        else:
+            yield name
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_every_shipped_file_loads(path: Path) -> None:
+    load_config(path)
+
+
+def test_there_are_shipped_files() -> None:
+    names = {path.name for path in SHIPPED}
+    assert {"default.yaml", "small_demo.yaml", "cpu_demo.yaml", "cpu_weak.yaml", "tiny.yaml"} <= names
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_shipped_thresholds_lie_in_the_ranges_the_paper_states(path: Path) -> None:
+    config = load_config(path)
+    assert 3 <= config.warm_window <= 12
+    assert 2 <= config.gate.consecutive_to_rollback <= 3
+    if path.name != "tiny.yaml":  # random models agree on nothing
+        assert 0.05 <= config.gate.accept_threshold <= 0.12
+
+
+def test_a_configuration_of_the_reference_implementation_loads_unchanged(tmp_path: Path) -> None:
+    path = tmp_path / "reference.yaml"
+    path.write_text(REFERENCE)
+    config = load_config(path)
+    assert config.mining.lambda_P == 1e-4
+    assert config.lora.target_modules == ("q_proj", "v_proj")
+    assert config.gate.accept_threshold == 0.2
+
+
+def test_several_mistakes_are_reported_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"warm_window": True, "gate": {"accept": 0.1}, "lora": {"rank": 0}, "foo": 1}, "it")
+    text = str(caught.value)
+    assert len(caught.value.problems) == 4
+    for part in ("warm_window: found True", "gate.accept: unknown key", "lora.rank: found 0", "foo: unknown"):
+        assert part in text
+
+
+def test_a_mistyped_override_is_told_with_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("warm_window: 4\n")
+    with pytest.raises(ConfigError, match=r"--set gate\.accept_threshold: expected key=value"):
+        load_config(path, ["gate.accept_threshold"])
+
+
+def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("gate: {accept_threshold: 0.05}\n")
+    assert load_config(path, ["gate.accept_threshold=0.1"]).gate.accept_threshold == 0.1
+
+
+def test_a_missing_file_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_holding_out_the_whole_warm_start_is_refused() -> None:
+    with pytest.raises(ConfigError, match="leaves nothing of warm_window"):
+        parse_config({"warm_window": 2, "acceptance_min_turns": 2}, "it")
+
+
+def test_a_server_needs_its_models_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({}, "it").for_serving()
+    assert len(caught.value.problems) == 2
+
+
+def test_no_key_exists_that_nothing_reads() -> None:
+    package = ROOT / "soma_vllm"
+    sources = [p.read_text(encoding="utf-8") for p in package.rglob("*.py") if p.name != "config.py"]
+    read = set(re.findall(r"\.([A-Za-z_]+)", "\n".join(sources)))
+    assert not set(leaves(Config)) - read

@@ -1,0 +1,102 @@
+"""The import rule of the house, enforced."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import soma_vllm
+
+PACKAGE = Path(soma_vllm.__file__).parent
+
+FOUNDATION = frozenset({"errors", "types", "config", "versions"})
+BELOW: dict[str, frozenset[str]] = {
+    "session": FOUNDATION,
+    **{room: FOUNDATION | {"session"} for room in ("method", "adapters", "engines", "storage", "models")},
+}
+BELOW["training"] = BELOW["method"] | {"method"}
+BELOW["scheduler"] = BELOW["training"] | {"adapters", "engines", "storage", "models", "training"}
+BELOW["telemetry"] = BELOW["scheduler"] | {"scheduler"}
+BELOW["cli"] = BELOW["telemetry"] | {"telemetry"}
+BELOW |= {
+    "errors": frozenset(),
+    "versions": frozenset(),
+    "types": frozenset({"errors"}),
+    "config": frozenset({"errors", "types"}),
+}
+
+HEAVY = {
+    "ray": {"training"},
+    "vllm": {"engines", "adapters", "scheduler/plugin.py"},
+    "torch": {"method", "adapters", "models"},
+    "transformers": {"method", "models"},
+    "peft": {"method"},
+    "fastapi": {"scheduler/plugin.py"},
+    "sqlalchemy": {"storage", "scheduler/book.py"},
+    "matplotlib": {"cli"},
+}
+VLLM_INTERNALS = {"engines/vllm_internals.py", "adapters/lora_kernels.py", "adapters/engine_hook.py"}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(module: Path) -> set[str]:
+    """Dotted names a module imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            assert node.level == 0, f"{module}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def place(module: Path) -> str:
+    return module.relative_to(PACKAGE).as_posix()
+
+
+def room(module: Path) -> str:
+    return module.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("module", modules(), ids=place)
+def test_a_room_imports_only_itself_and_the_rooms_below_it(module: Path) -> None:
+    if room(module) == "__init__":
+        return
+    ours = {name.split(".")[1] for name in imported(module) if name.startswith("soma_vllm.")}
+    strangers = ours - {room(module)} - BELOW[room(module)]
+    assert not strangers, f"{place(module)} imports {sorted(strangers)}"
+
+
+@pytest.mark.parametrize("module", modules(), ids=place)
+def test_heavy_packages_stay_in_the_rooms_that_own_them(module: Path) -> None:
+    for package in {name.split(".")[0] for name in imported(module)} & HEAVY.keys():
+        assert {room(module), place(module)} & HEAVY[package], f"{place(module)} imports {package}"
+
+
+@pytest.mark.parametrize("module", modules(), ids=place)
+def test_vllm_is_touched_in_the_guarded_modules_only(module: Path) -> None:
+    touches = any(name.split(".")[0] == "vllm" for name in imported(module))
+    assert not touches or place(module) in VLLM_INTERNALS
+
+
+@pytest.mark.parametrize("module", modules(), ids=place)
+def test_every_module_says_in_its_first_lines_what_it_is(module: Path) -> None:
+    source = module.read_text(encoding="utf-8")
+    assert not source.strip() or ast.get_docstring(ast.parse(source)), place(module)
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, soma_vllm, soma_vllm.config, soma_vllm.types;"
+        "print([m for m in ('torch', 'ray', 'vllm', 'fastapi', 'transformers') if m in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
