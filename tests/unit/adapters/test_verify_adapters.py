@@ -1,0 +1,148 @@
+"""What an adapter's files must be, one spoiled file at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_files import BASE_MODEL, RANK, WIDTH, module, tensors, write_adapter
+from peft import LoraConfig, get_peft_model
+
+from soma_vllm.adapters.verify import verify_files
+from soma_vllm.errors import AdapterRejected
+
+Q_A = f"{module(0, 'q_proj')}.lora_A.weight"
+
+
+def problems_of(directory: Path, **demands: Any) -> str:
+    with pytest.raises(AdapterRejected) as caught:
+        verify_files(directory, **demands)
+    return "; ".join(caught.value.problems)
+
+
+def test_a_sound_adapter_passes_and_its_facts_are_told(tmp_path: Path) -> None:
+    facts = verify_files(write_adapter(tmp_path), max_rank=RANK, base_model="/elsewhere/tiny-surrogate")
+    weights = (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert (facts.rank, facts.alpha, facts.modules) == (RANK, 8.0, ("q_proj", "v_proj"))
+    assert facts.base_model == BASE_MODEL
+    assert facts.digest == hashlib.sha256(weights).hexdigest()
+    assert facts.size_bytes == len(weights)
+
+
+def test_what_peft_itself_saves_passes(tmp_path: Path) -> None:
+    model = torch.nn.Sequential()
+    model.add_module("q_proj", torch.nn.Linear(WIDTH, WIDTH))
+    adapted = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=8, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path, save_embedding_layers=False)
+    facts = verify_files(tmp_path, max_rank=RANK)
+    assert (facts.rank, facts.modules) == (RANK, ("q_proj",))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"peft_type": "IA3"}, "peft_type: found 'IA3'; expected 'LORA'"),
+        ({"r": 0}, "r: found 0; expected a positive integer"),
+        ({"r": "4"}, "r: found '4'; expected a positive integer"),
+        ({"lora_alpha": -1}, "lora_alpha: found -1"),
+        ({"target_modules": []}, "target_modules: found []"),
+        ({"target_modules": ["q_proj"]}, "adapted modules: found ['q_proj', 'v_proj']; expected ['q_proj']"),
+        ({"use_dora": True}, "use_dora: found True; expected False"),
+        ({"bias": "all"}, "bias: found 'all'; expected 'none'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save: found ['lm_head']"),
+        ({"rank_pattern": {"q_proj": 64}}, "rank_pattern: found {'q_proj': 64}"),
+        ({"r": 2}, f"{Q_A}: found rank 4 in shape (4, 16); expected 2"),
+    ],
+)
+def test_a_configuration_that_is_not_a_plain_lora_is_refused(
+    config: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    assert expected in problems_of(write_adapter(tmp_path, **config))
+
+
+def test_a_rank_above_the_engines_is_refused(tmp_path: Path) -> None:
+    assert problems_of(write_adapter(tmp_path), max_rank=2) == "r: found 4; expected at most 2"
+
+
+def test_an_adapter_of_another_base_model_is_refused(tmp_path: Path) -> None:
+    assert "expected 'other'" in problems_of(write_adapter(tmp_path), base_model="other")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
+    weights = tensors()
+    weights[Q_A][1, 2] = value
+    assert problems_of(write_adapter(tmp_path, weights)) == f"{Q_A}: holds values that are not finite"
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "optimizer.pt", "state.pkl"])
+def test_a_pickle_is_refused_even_beside_sound_weights(name: str, tmp_path: Path) -> None:
+    (write_adapter(tmp_path) / name).write_bytes(b"\x80\x04.")
+    assert problems_of(tmp_path) == f"found {name}; expected weights as safetensors only"
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_weights_are_refused(keep: int, tmp_path: Path) -> None:
+    weights = write_adapter(tmp_path) / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    assert "is not a whole safetensors file" in problems_of(tmp_path)
+
+
+def test_half_a_pair_is_refused(tmp_path: Path) -> None:
+    weights = tensors()
+    del weights[Q_A]
+    assert problems_of(write_adapter(tmp_path, weights)) == "model.layers.0.self_attn.q_proj: lora_A is missing"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "expected"),
+    [
+        ("base_model.model.lm_head.weight", torch.ones(4, 4), "expected only tensors named"),
+        (Q_A, torch.ones(RANK, WIDTH, 2), "expected a matrix of floats"),
+        (Q_A, torch.ones(RANK, WIDTH, dtype=torch.int8), "expected a matrix of floats"),
+    ],
+)
+def test_a_tensor_of_another_kind_is_refused(
+    name: str, tensor: torch.Tensor, expected: str, tmp_path: Path
+) -> None:
+    assert expected in problems_of(write_adapter(tmp_path, tensors() | {name: tensor}))
+
+
+def test_no_tensors_at_all_are_refused(tmp_path: Path) -> None:
+    assert "holds no tensors" in problems_of(write_adapter(tmp_path, {}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda path: path.unlink(), "adapter_config.json is missing"),
+        (lambda path: path.write_text("{", encoding="utf-8"), "adapter_config.json is not JSON"),
+        (lambda path: path.write_bytes(b"\xff"), "adapter_config.json is not JSON"),
+        (lambda path: path.write_text("[]", encoding="utf-8"), "found a list; expected an object"),
+        (lambda path: path.write_text("{}", encoding="utf-8"), "peft_type: found None"),
+    ],
+)
+def test_an_unreadable_configuration_is_refused(
+    spoil: Callable[[Path], object], expected: str, tmp_path: Path
+) -> None:
+    spoil(write_adapter(tmp_path) / "adapter_config.json")
+    assert expected in problems_of(tmp_path)
+
+
+def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
+    directory = write_adapter(tmp_path, r=99)
+    (directory / "adapter_model.safetensors").unlink()
+    (directory / "adapter_model.bin").touch()
+    document = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    assert document["r"] == 99
+    found = problems_of(directory, max_rank=8)
+    assert found == (
+        "found adapter_model.bin; expected weights as safetensors only; r: found 99; expected at most 8; "
+        "adapter_model.safetensors is missing"
+    )
