@@ -42,7 +42,7 @@ tiny: setup
 ## make demo    the main job on the embedded pair: warm start, adapter, switch, rollback (about 15-20 minutes)
 demo: models
 	@$(BIN)/soma replay --config configs/cpu_demo.yaml --dialogues dialogues/demo.json --out out/demo \
-	  --concurrency 3 --pause-after-warm-start 240 --force-adapter $(FORCED) \
+	  --concurrency 3 --think-time 2 --pause-after-warm-start 240 --force-adapter $(FORCED) \
 	  --expect switch --expect adapter --expect rollback
 
 ## make smoke   the same loop on tiny random models, nothing to download (about 3 minutes)

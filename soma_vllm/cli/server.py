@@ -143,9 +143,7 @@ class SomaServer:
         await book.start()
         self._cleanup.push_async_callback(book.stop)
         holds = AdapterHolds(self._config.surrogate.max_loras)
-        shelf = StoreShelf(
-            AdapterStore(Path(self._filled(self._config.adapters.root)), max_rank=self._config.lora.rank)
-        )
+        shelf = StoreShelf(self._open_shelf())
         adaptation = Adaptation(self._config, book, surrogate, trainer, shelf, encoder, holds)
         drift = DriftWatch(self._config, book, original, surrogate, encoder, adaptation.retire)
         dispatcher = Dispatcher(
@@ -208,6 +206,13 @@ class SomaServer:
         self._cleanup.push_async_callback(store.close)
         self._say(f"sessions   {await store.count()} on record")
         return store
+
+    def _open_shelf(self) -> AdapterStore:
+        return AdapterStore(
+            Path(self._filled(self._config.adapters.root)),
+            max_rank=self._config.lora.rank,
+            base_model=str(self._paths.surrogate),
+        )
 
     async def _load_encoder(self) -> ThreadedEncoder:
         from soma_vllm.method.encoder import SentenceEncoder

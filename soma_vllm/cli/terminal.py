@@ -17,7 +17,11 @@ TAIL_BYTES = 16_384
 
 @contextmanager
 def output_to(log: Path) -> Iterator[TextIO]:
-    """Send stdout and stderr of this process and its children to `log`; yields the terminal."""
+    """Send stdout and stderr of this process and its children to `log`; yields the terminal.
+
+    After an error both are the terminal again; after success they stay with the log, for what libraries
+    print while the interpreter ends.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -27,11 +31,14 @@ def output_to(log: Path) -> Iterator[TextIO]:
             os.dup2(file.fileno(), descriptor)
         try:
             yield terminal
-        finally:
+        except BaseException:
             sys.stdout.flush()
             sys.stderr.flush()
             for descriptor, saved in zip((1, 2), kept, strict=True):
                 os.dup2(saved, descriptor)
+            raise
+        finally:
+            for saved in kept:
                 os.close(saved)
 
 

@@ -16,7 +16,7 @@ import asyncio
 import logging
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,11 @@ class Adaptation:
         self._encoder = encoder
         self._holds = holds
 
-    async def run(self, key: SessionKey, forced: Candidate | None) -> None:
-        """Adapt one session whose warm start is complete."""
-        session = self._book.note(key, "adaptation_started", forced=forced)
+    def begin(self, key: SessionKey, forced: Candidate | None) -> Coroutine[Any, Any, None]:
+        """Mark a session whose warm start is complete as adapting, now; the coroutine does the rest."""
+        return self._run(key, self._book.note(key, "adaptation_started", forced=forced), forced)
+
+    async def _run(self, key: SessionKey, session: Session, forced: Candidate | None) -> None:
         examples, held_out = session.examples(self._config)
         try:
             chosen = await self._choose(key, examples, held_out, forced)

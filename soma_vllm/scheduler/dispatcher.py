@@ -275,7 +275,7 @@ class Dispatcher:
         unfinished = session.phase is Phase.ADAPTING and self.idle(key)
         if session.wants_adaptation(self._config) or unfinished:
             if self.idle(key):
-                self._spawn(key, self._adaptation.run(key, self._forced(incoming)))
+                self._spawn(key, self._adaptation.begin(key, self._forced(incoming)))
             return
         if self._drift.wants(turn):
             shown = compress(
@@ -300,9 +300,12 @@ class Dispatcher:
         task.add_done_callback(self._finished)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
-        self._background.pop(task, None)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("background work of a session failed", exc_info=error)
+        key = self._background.pop(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        logger.error("background work of a session failed", exc_info=error)
+        if self.book.session(key).phase is Phase.ADAPTING:
+            self.book.note(key, "training_failed", error=type(error).__name__, message="unexpected")
 
 
 async def _listened(reply: Reply, started: float, ended: Ended) -> Reply:

@@ -1,0 +1,47 @@
+"""Real servers on tiny models, one of each kind for the whole test session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from marker_original import MarkerOriginal  # type: ignore[import-not-found]
+from running import Running, serving  # type: ignore[import-not-found]
+
+import soma_vllm
+from soma_vllm.models.home import models_dir
+from soma_vllm.models.tiny import make_tiny
+
+ROOT = Path(soma_vllm.__file__).parent.parent
+TINY = ROOT / "configs" / "tiny.yaml"
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> Path:
+    """The folder of the tiny models, made if they are not there."""
+    if not (models_dir() / "tiny-encoder" / "config.json").exists():
+        make_tiny(models_dir(), ROOT / "dialogues")
+    return models_dir()
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Everything real: both engines, Ray, the store, on random models."""
+    with serving(tmp_path_factory.mktemp("tiny"), TINY) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def marker_server(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A real surrogate and real trainers behind an external original that answers in markers."""
+    with MarkerOriginal() as original:
+        settings = {
+            "original_model": None,
+            "original": {"url": original.url, "name": "markers"},
+            "mining": {"enabled": False},
+            "lora": {"rank": 8, "alpha": 32, "steps": 60, "lr": 2.0e-2, "early_stop_patience": 60},
+            "warm_window": 3,
+        }
+        with serving(tmp_path_factory.mktemp("marker"), TINY, settings) as running:
+            yield running

@@ -1,0 +1,166 @@
+"""Starting a real soma-serve for tests, and looking at what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+from openai import OpenAI
+
+START_LIMIT_S = 240.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Running:
+    """A soma-serve process and the ways to talk to it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, output: Path, run_dir: Path) -> None:
+        self.process = process
+        self.root = f"http://127.0.0.1:{port}"
+        self.output = output
+        self.run_dir = run_dir
+
+    def client(self, key: str = "key") -> OpenAI:
+        return OpenAI(base_url=f"{self.root}/v1", api_key=key, max_retries=0, timeout=120)
+
+    def session(self, name: str, key: str = "key") -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = httpx.get(f"{self.root}/soma/sessions/{name}", headers=headers, timeout=30)
+        answer.raise_for_status()
+        found: dict[str, Any] = answer.json()
+        return found
+
+    def until(self, name: str, *phases: str, limit_s: float = 180, key: str = "key") -> dict[str, Any]:
+        """The session once it is idle in one of these phases."""
+        deadline = time.monotonic() + limit_s
+        found = self.session(name, key)
+        while time.monotonic() < deadline:
+            if found["phase"] in phases and found["idle"]:
+                return found
+            time.sleep(0.2)
+            found = self.session(name, key)
+        raise AssertionError(f"{name} is {found['phase']} after {limit_s:g} s, not {phases}")
+
+    def said(self) -> str:
+        return self.output.read_text()
+
+
+class Dialogue:
+    """A client that keeps the history itself, as chat clients do."""
+
+    def __init__(self, running: Running, name: str, key: str = "key", **headers: str) -> None:
+        self._client = running.client(key)
+        self._headers = {"X-Session-ID": name, **headers}
+        self.messages: list[dict[str, Any]] = []
+        self.headers: Any = {}
+
+    def say(self, query: str, max_tokens: int = 16, stream: bool = True) -> str:
+        self.messages.append({"role": "user", "content": query})
+        request: dict[str, Any] = {
+            "model": "soma",
+            "messages": self.messages,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "extra_headers": self._headers,
+        }
+        raw = self._client.chat.completions.with_raw_response
+        if stream:
+            reply = raw.create(**request, stream=True, stream_options={"include_usage": True})
+            text = "".join(c.choices[0].delta.content or "" for c in reply.parse() if c.choices)
+        else:
+            reply = raw.create(**request)
+            text = reply.parse().choices[0].message.content or ""
+        self.headers = reply.headers
+        self.messages.append({"role": "assistant", "content": text})
+        return text
+
+
+def descendants(pid: int) -> set[int]:
+    """Process ids of a process and everything below it, from /proc."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+                parents[int(entry.name)] = int(fields[1])
+    found = {pid}
+    while grown := {child for child, parent in parents.items() if parent in found} - found:
+        found |= grown
+    return found
+
+
+def alive(pids: set[int]) -> set[int]:
+    """Those that still run (zombies do not)."""
+    running = set()
+    for pid in pids:
+        with contextlib.suppress(OSError, IndexError):
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+                running.add(pid)
+    return running
+
+
+def gone(pids: set[int], limit_s: float = 30) -> set[int]:
+    """Those still alive after waiting."""
+    deadline = time.monotonic() + limit_s
+    while (left := alive(pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+@contextlib.contextmanager
+def serving(folder: Path, config: Path, settings: dict[str, Any] | None = None) -> Iterator[Running]:
+    """A soma-serve of its own port and run folder, ready; stopped at the end."""
+    port = free_port()
+    document = yaml.safe_load(config.read_text())
+    for name, value in (settings or {}).items():
+        both = isinstance(value, dict) and isinstance(document.get(name), dict)
+        document[name] = {**document[name], **value} if both else value
+    run_dir = folder / "run"
+    document["server"] = {"port": port, "run_dir": str(run_dir)}
+    document["storage"] = {"url": "sqlite+aiosqlite:///{run_dir}/sessions.db"}
+    document["adapters"] = {"root": "{run_dir}/adapters"}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(document))
+    output = folder / "output.txt"
+    command = [sys.executable, "-m", "soma_vllm.cli.serve", "--config", str(path)]
+    with output.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+    running = Running(process, port, output, run_dir)
+    try:
+        _wait_until_ready(running)
+        yield running
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _wait_until_ready(running: Running) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < deadline:
+        if running.process.poll() is not None:
+            raise AssertionError(f"soma-serve ended with {running.process.returncode}:\n{running.said()}")
+        if "listening" in running.said():
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"soma-serve is not ready after {START_LIMIT_S:g} s:\n{running.said()}")

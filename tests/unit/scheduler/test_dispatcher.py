@@ -1,0 +1,341 @@
+"""The way of a request, with engines whose timing the test controls."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from conftest import Build, House  # type: ignore[import-not-found]
+
+from soma_vllm.errors import BadRequest, EngineRefused, EngineUnavailable, TrainingError
+from soma_vllm.scheduler.dispatcher import Incoming
+from soma_vllm.session.phases import Phase
+from soma_vllm.types import Agreement, Candidate
+
+History = list[dict[str, Any]]
+
+
+async def warmed(house: House, session: str = "s", key: str = "k") -> History:
+    history: History = []
+    for number in (1, 2):
+        await house.say(history, f"question {number}", session, key=key)
+    await house.settled()
+    return history
+
+
+async def test_the_original_answers_the_warm_start_and_the_surrogate_what_follows(house: House) -> None:
+    history = await warmed(house)
+    answer = await house.say(history, "question 3")
+    assert answer.headers["X-SOMA-Engine"] == "surrogate"
+    assert answer.headers["X-SOMA-Phase"] == "SWITCHED"
+    assert [t.engine for t in house.session().turns] == ["original", "original", "surrogate"]
+
+
+async def test_a_plain_surrogate_that_passes_costs_no_training(house: House) -> None:
+    await warmed(house)
+    assert house.session().serving is Candidate.PLAIN
+    assert house.trainer.requests == []
+
+
+async def test_an_adapter_is_trained_where_the_plain_surrogate_fails(house: House) -> None:
+    house.surrogate.answers = ["different", "same"]
+    history = await warmed(house)
+    assert house.session().serving is Candidate.ADAPTER
+    answer = await house.say(history, "question 3")
+    assert answer.headers["X-SOMA-Adapter"] == "adapter-s-1"
+    order = ["training_submitted", "trained", "adapter_published", "adapter_loaded", "judged", "switched"]
+    assert [kind for kind in house.kinds() if kind in order] == order
+
+
+async def test_candidates_are_judged_on_turns_that_were_not_trained_on(house: House) -> None:
+    house.surrogate.answers = ["different"]
+    await warmed(house)
+    (request,) = house.trainer.requests
+    trained, held_out = {e.turn for e in request.examples}, {e.turn for e in request.held_out}
+    assert trained
+    assert held_out
+    assert not trained & held_out
+
+
+async def test_a_refused_adapter_leaves_the_engine_before_its_files_are_deleted(house: House) -> None:
+    house.surrogate.answers = ["different"]
+    await warmed(house)
+    assert house.session().phase is Phase.ORIGINAL_ONLY
+    assert house.surrogate.log == ["load adapter-s-1", "unload adapter-s-1", "delete adapter-s-1"]
+
+
+async def test_an_adapter_that_scores_worse_than_the_plain_surrogate_never_serves(house: House) -> None:
+    house.surrogate.answers = ["different", "same"]
+    house.trainer.adapted = Agreement(2.0, 0.9, 10)
+    await warmed(house)
+    assert house.session().phase is Phase.ORIGINAL_ONLY
+
+
+async def test_nobody_waits_for_training(house: House) -> None:
+    house.surrogate.answers = ["different", "same"]
+    house.trainer.go.clear()
+    history: History = []
+    async with asyncio.timeout(5):
+        for number in range(1, 5):
+            answer = await house.say(history, f"question {number}")
+            assert answer.headers["X-SOMA-Engine"] == "original"
+    assert house.session().phase is Phase.ADAPTING
+    house.trainer.go.set()
+    await house.settled()
+    assert house.session().phase is Phase.SWITCHED
+
+
+async def test_a_failed_training_leaves_the_session_to_the_original(house: House) -> None:
+    house.surrogate.answers = ["different"]
+    house.trainer.failure = TrainingError("the loss was not a number")
+    history = await warmed(house)
+    assert house.session().phase is Phase.ORIGINAL_ONLY
+    answer = await house.say(history, "question 3")
+    assert answer.headers["X-SOMA-Engine"] == "original"
+
+
+async def test_a_surrogate_that_fails_before_its_first_token_is_made_good_by_the_original(
+    house: House,
+) -> None:
+    history = await warmed(house)
+    house.surrogate.refusal = EngineUnavailable("gone")
+    answer = await house.say(history, "question 3")
+    assert answer.headers["X-SOMA-Engine"] == "original"
+    assert "surrogate failed" in answer.headers["X-SOMA-Reason"]
+    assert answer.headers["X-SOMA-Adapter"] == ""
+
+
+async def test_the_hold_on_an_adapter_lasts_until_the_last_token(house: House) -> None:
+    house.surrogate.answers = ["different", "same"]
+    history = await warmed(house)
+    house.surrogate.answers = ["one two three"]
+    answer = await house.say(history, "question 3", stream=True)
+    events = answer.reply.events
+    assert events is not None
+    await anext(events)
+    assert house.holds.held() == {"adapter-s-1": 1}
+    async for _ in events:
+        pass
+    assert house.holds.held() == {}
+    assert house.session().turns[-1].answer == "one two three"
+
+
+async def test_a_stream_that_nobody_reads_gives_its_hold_back_when_closed(house: House) -> None:
+    house.surrogate.answers = ["different", "same"]
+    history = await warmed(house)
+    answer = await house.say(history, "question 3", stream=True)
+    assert answer.reply.events is not None
+    await answer.reply.events.aclose()
+    assert house.holds.held() == {}
+    assert len(house.session().turns) == 2
+
+
+async def test_a_client_that_leaves_in_the_middle_stops_the_generation_and_is_recorded_as_cut_off(
+    house: House,
+) -> None:
+    history: History = []
+    house.original.answers = ["one two three four"]
+    answer = await house.say(history, "question 1", stream=True)
+    events = answer.reply.events
+    assert events is not None
+    for _ in range(3):
+        await anext(events)
+    await events.aclose()
+    assert house.original.closed_early.is_set()
+    (turn,) = house.session().turns
+    assert not turn.complete
+    assert turn.answer.startswith("one")
+    assert house.session().warm_turns() == ()
+
+
+async def test_full_slots_send_a_turn_to_the_original_instead_of_queueing_it(house: House) -> None:
+    house.surrogate.answers = ["different", "same"]
+    first = await warmed(house, "a")
+    house.surrogate.answers = ["different"] * len(house.surrogate.calls) + ["different", "same"]
+    second = await warmed(house, "b")
+    open_stream = await house.say(first, "question 3", "a", stream=True)
+    answer = await house.say(second, "question 3", "b")
+    assert answer.headers["X-SOMA-Engine"] == "original"
+    assert open_stream.reply.events is not None
+    await open_stream.reply.events.aclose()
+
+
+async def test_audits_that_breach_in_a_row_roll_the_session_back(build: Build) -> None:
+    house = build(gate={"audit_rate": 1.0})
+    await house.book.start()
+    history = await warmed(house)
+    house.original.answers = ["another answer"]
+    for number in (3, 4):
+        await house.say(history, f"question {number}")
+        await house.settled()
+    assert house.kinds().count("audited") == 2
+    assert house.session().phase is Phase.ROLLED_BACK
+    answer = await house.say(history, "question 5")
+    assert answer.headers["X-SOMA-Engine"] == "original"
+
+
+async def test_a_query_outside_the_locality_goes_to_the_original_and_the_phase_stays(build: Build) -> None:
+    house = build(gate={"locality_threshold": 0.9, "audit_rate": 0.0})
+    await house.book.start()
+    history: History = []
+    for _ in range(2):
+        await house.say(history, "the same question")
+    await house.settled()
+    answer = await house.say(history, "the same question")
+    assert answer.headers["X-SOMA-Engine"] == "surrogate"
+    answer = await house.say(history, "something else")
+    assert answer.headers["X-SOMA-Engine"] == "original"
+    assert answer.headers["X-SOMA-Reason"].startswith("locality 1.00 above 0.9")
+    await house.settled()
+    assert house.session().phase is Phase.SWITCHED
+    assert "locality_miss" in house.kinds()
+
+
+async def test_locality_misses_are_audited_against_the_surrogate_without_asking_the_original_again(
+    build: Build,
+) -> None:
+    house = build(gate={"locality_threshold": 0.0, "audit_rate": 0.0})
+    await house.book.start()
+    history = await warmed(house)
+    house.surrogate.answers = ["far from it"]
+    for number in (3, 4):
+        await house.say(history, f"question {number}")
+        await house.settled()
+    assert len(house.original.calls) == 4
+    assert house.session().phase is Phase.ROLLED_BACK
+
+
+async def test_two_keys_with_one_session_id_are_two_sessions(house: House) -> None:
+    await warmed(house, key="one")
+    await house.say([], "question 1", key="two")
+    assert len(house.session(key="one").turns) == 2
+    assert len(house.session(key="two").turns) == 1
+
+
+async def test_a_dialogue_without_an_id_is_recognised_by_its_transcript(house: House) -> None:
+    history: History = []
+    ids = set()
+    for number in (1, 2, 3):
+        house.original.answers = [f"answer {number}"]
+        answer = await house.say(history, f"question {number}", None)
+        await house.settled()
+        ids.add(answer.headers["X-SOMA-Session"])
+    assert len(ids) == 1
+
+
+async def test_another_key_does_not_find_a_transcript(house: House) -> None:
+    history: History = []
+    first = await house.say(history, "question 1", None, key="one")
+    second = await house.say(history, "question 2", None, key="two")
+    assert first.headers["X-SOMA-Session"] != second.headers["X-SOMA-Session"]
+
+
+async def test_a_retry_does_not_advance_a_session_twice(house: House) -> None:
+    history: History = []
+    await house.say(history, "question 1")
+    await house.say(history[:-2], "question 1")
+    assert len(house.session().turns) == 1
+
+
+async def test_rewriting_a_learned_turn_voids_the_switch_and_retires_the_adapter(house: House) -> None:
+    house.surrogate.answers = ["different", "same"]
+    history = await warmed(house)
+    assert house.session().phase is Phase.SWITCHED
+    edited = [{"role": "user", "content": "another question 1"}]
+    answer = await house.say(edited[:0], "another question 1")
+    await house.settled()
+    assert answer.headers["X-SOMA-Engine"] == "original"
+    assert house.session().phase is Phase.WARM_START
+    assert "delete adapter-s-1" in house.surrogate.log
+    assert len(history) == 4
+
+
+async def test_sessions_go_on_after_a_restart(build: Build) -> None:
+    first = build()
+    await first.book.start()
+    first.surrogate.answers = ["different", "same"]
+    history = await warmed(first)
+    await first.book.stop()
+    second = build()
+    await second.book.start()
+    answer = await second.say(history, "question 3")
+    assert answer.headers["X-SOMA-Adapter"] == "adapter-s-1"
+    assert second.surrogate.log == ["load adapter-s-1"]
+
+
+async def test_an_adaptation_that_a_restart_interrupted_is_taken_up_with_the_next_turn(build: Build) -> None:
+    first = build()
+    await first.book.start()
+    first.surrogate.answers = ["different", "same"]
+    first.trainer.go.clear()
+    history: History = []
+    for number in (1, 2):
+        await first.say(history, f"question {number}")
+    await first.dispatcher.stop()
+    await first.book.stop()
+    second = build()
+    await second.book.start()
+    await second.say(history, "question 3")
+    await second.settled()
+    assert second.session().phase is Phase.SWITCHED
+
+
+async def test_the_engines_own_names_bypass_dispatch(house: House) -> None:
+    body = {"model": "small", "messages": [{"role": "user", "content": "hi"}]}
+    answer = await house.dispatcher.chat(Incoming(body, {}))
+    assert answer.headers["X-SOMA-Engine"] == "surrogate"
+    assert house.events == []
+
+
+async def test_a_request_can_opt_out(house: House) -> None:
+    body = {"model": "soma", "messages": [{"role": "user", "content": "hi"}]}
+    answer = await house.dispatcher.chat(Incoming(body, {"x-soma": "off"}))
+    assert answer.headers["X-SOMA-Engine"] == "original"
+    assert house.events == []
+
+
+async def test_an_adapters_name_is_not_a_model(house: House) -> None:
+    house.surrogate.answers = ["different", "same"]
+    await warmed(house)
+    body = {"model": "adapter-s-1", "messages": [{"role": "user", "content": "hi"}]}
+    with pytest.raises(BadRequest, match="expected one of soma, large, small"):
+        await house.dispatcher.chat(Incoming(body, {}))
+
+
+async def test_tools_stay_with_the_original(house: House) -> None:
+    history = await warmed(house)
+    answer = await house.say(history, "question 3", tools=[{"type": "function"}])
+    assert answer.headers["X-SOMA-Engine"] == "original"
+
+
+async def test_while_the_original_is_down_requests_are_refused_or_served_as_configured(build: Build) -> None:
+    refusing, serving = build(), build(original={"when_down": "surrogate"})
+    for house in (refusing, serving):
+        await house.book.start()
+        house.original.refusal = EngineUnavailable("down")
+    with pytest.raises(EngineUnavailable):
+        await refusing.say([], "question 1", "x")
+    answer = await serving.say([], "question 1", "y")
+    assert answer.headers["X-SOMA-Engine"] == "surrogate"
+    assert answer.headers["X-SOMA-Reason"] == "original unavailable"
+
+
+async def test_the_originals_own_errors_reach_the_client_and_record_nothing(house: House) -> None:
+    house.original.refusal = EngineRefused(400, {"error": {"message": "too long"}})
+    with pytest.raises(EngineRefused):
+        await house.say([], "question 1")
+    assert house.events == []
+
+
+async def test_forcing_works_only_where_the_configuration_lets_it(build: Build) -> None:
+    free = build()
+    bound = build(adaptation={"allow_force_header": False})
+    for name, house in (("free", free), ("bound", bound)):
+        await house.book.start()
+        history: History = []
+        for number in (1, 2):
+            await house.say(history, f"question {number}", name, headers={"x-soma-force": "adapter"})
+        await house.settled()
+    assert free.session("free").serving is Candidate.ADAPTER
+    assert bound.session("bound").serving is Candidate.PLAIN
