@@ -17,6 +17,10 @@ import httpx
 import yaml
 from openai import OpenAI
 
+import soma_vllm
+
+ROOT = Path(soma_vllm.__file__).parent.parent
+TINY = ROOT / "configs" / "tiny.yaml"
 START_LIMIT_S = 240.0
 
 

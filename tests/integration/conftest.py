@@ -7,14 +7,10 @@ from pathlib import Path
 
 import pytest
 from marker_original import MarkerOriginal  # type: ignore[import-not-found]
-from running import Running, serving  # type: ignore[import-not-found]
+from running import ROOT, TINY, Running, serving  # type: ignore[import-not-found]
 
-import soma_vllm
 from soma_vllm.models.home import models_dir
 from soma_vllm.models.tiny import make_tiny
-
-ROOT = Path(soma_vllm.__file__).parent.parent
-TINY = ROOT / "configs" / "tiny.yaml"
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY  # type: ignore[import-not-found]
-from running import descendants, gone, serving  # type: ignore[import-not-found]
+from running import TINY, descendants, gone, serving  # type: ignore[import-not-found]
 
 
 def soma_serve(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -6,14 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from method_models import ask, tiny_model  # type: ignore[import-not-found]
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import PreTrainedTokenizerFast
 
 from soma_vllm.method.recipe import Surrogate
 from soma_vllm.types import Example
@@ -53,28 +48,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-SHAPE = {
-    "vocab_size": 272,  # a few rows more than the tokenizer has, as real models do
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.2,
-}
-
-
-def tiny_model(architecture: str) -> Qwen2ForCausalLM | LlamaForCausalLM:
-    torch.manual_seed(7)
-    if architecture == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "tie_word_embeddings": False}))
-    return model.eval().requires_grad_(False)
-
-
 @pytest.fixture(params=["qwen2", "llama"])
 def surrogate(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> Surrogate:
     return Surrogate(tiny_model(request.param), tokenizer)
@@ -83,10 +56,6 @@ def surrogate(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast
 @pytest.fixture
 def qwen(tokenizer: PreTrainedTokenizerFast) -> Surrogate:
     return Surrogate(tiny_model("qwen2"), tokenizer)
-
-
-def ask(turn: int, question: str, answer: str) -> Example:
-    return Example(turn=turn, messages=({"role": "user", "content": question},), answer=answer)
 
 
 @pytest.fixture

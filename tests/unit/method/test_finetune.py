@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ask
+from method_models import ask
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional

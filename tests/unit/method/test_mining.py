@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ask
+from method_models import ask
 from torch.nn import functional
 
 from soma_vllm.config import Lora, Mining

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ask, tiny_model
+from method_models import ask, tiny_model
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ask
+from method_models import ask
 from transformers import PreTrainedTokenizerFast
 
 from soma_vllm.errors import TrainingError

@@ -1,172 +1,16 @@
-"""A dispatcher on fakes whose timing a test controls, over a real session store."""
+"""Dispatchers on fakes over one real database."""
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
+from scheduler_house import SETTINGS, Build, House  # type: ignore[import-not-found]
 
-from soma_vllm.config import Config, parse_config
-from soma_vllm.engines.fake import FakeEngine
-from soma_vllm.errors import EngineUnavailable, TrainingError
-from soma_vllm.scheduler.adaptation import Adaptation
-from soma_vllm.scheduler.book import SessionBook
-from soma_vllm.scheduler.dispatcher import Answer, Dispatcher, Incoming
-from soma_vllm.scheduler.drift import DriftWatch
-from soma_vllm.scheduler.holds import AdapterHolds
-from soma_vllm.scheduler.policies.base import load_policy
-from soma_vllm.session.session import Session
+from soma_vllm.config import parse_config
 from soma_vllm.storage.sessions import SessionStore
-from soma_vllm.training.messages import ScoreRequest, TrainRequest, TrainResult
-from soma_vllm.types import AdapterRef, Agreement, Event, SessionKey
-
-SETTINGS: dict[str, Any] = {
-    "warm_window": 2,
-    "acceptance_min_turns": 1,
-    "gate": {
-        "accept_threshold": 0.1,
-        "locality_threshold": 2.0,
-        "audit_rate": 0.0,
-        "drift_window": 1,
-        "drift_threshold": 0.3,
-    },
-    "adaptation": {"allow_force_header": True},
-    "surrogate": {"max_loras": 1},
-}
-
-
-class FakeSurrogate(FakeEngine):
-    """An engine that counts adapters in and out."""
-
-    def __init__(self) -> None:
-        super().__init__("small", ["same"])
-        self.loaded: dict[str, AdapterRef] = {}
-        self.log: list[str] = []
-
-    async def load(self, ref: AdapterRef) -> None:
-        if ref.name not in self.loaded:
-            self.loaded[ref.name] = ref
-            self.log.append(f"load {ref.name}")
-
-    async def unload(self, ref: AdapterRef) -> None:
-        if self.loaded.pop(ref.name, None) is not None:
-            self.log.append(f"unload {ref.name}")
-
-
-class FakeTrainer:
-    """Answers at once, or when told to."""
-
-    def __init__(self) -> None:
-        self.go = asyncio.Event()
-        self.go.set()
-        self.requests: list[TrainRequest] = []
-        self.failure: TrainingError | None = None
-        self.plain = Agreement(1.0, 0.5, 10)
-        self.adapted = Agreement(0.5, 0.8, 10)
-
-    async def score(self, request: ScoreRequest) -> Agreement:
-        return self.plain
-
-    async def train(self, request: TrainRequest) -> TrainResult:
-        self.requests.append(request)
-        await self.go.wait()
-        if self.failure is not None:
-            raise self.failure
-        return TrainResult(request.out_dir, self.plain, self.adapted, {1: 1.0}, 4, (1.0, 0.5), 0.1, 0.2, 0.3)
-
-
-class FakeShelf:
-    """Numbers adapters and remembers what was retired."""
-
-    def __init__(self, log: list[str]) -> None:
-        self.published: list[str] = []
-        self._log = log
-
-    def publish(
-        self, key: SessionKey, trained: Path, *, base_model: str, manifest: Mapping[str, Any]
-    ) -> AdapterRef:
-        number = len(self.published) + 1
-        name = f"adapter-{key.session}-{number}"
-        self.published.append(name)
-        return AdapterRef(name, number, str(trained))
-
-    def retire(self, name: str) -> None:
-        self._log.append(f"delete {name}")
-
-
-class HashEncoder:
-    """Equal texts are equal, different ones orthogonal or nearly so."""
-
-    async def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        rows = np.zeros((len(texts), 257), dtype=np.float32)
-        for row, text in zip(rows, texts, strict=True):
-            row[int.from_bytes(hashlib.sha256(text.encode()).digest()[:2], "big") % 257] = 1.0
-        return rows
-
-
-class House:
-    """Everything a test needs to talk to a dispatcher and look behind it."""
-
-    def __init__(self, config: Config, store: SessionStore) -> None:
-        self.config = config
-        self.original = FakeEngine("large", ["same"])
-        self.surrogate = FakeSurrogate()
-        self.trainer = FakeTrainer()
-        self.shelf = FakeShelf(self.surrogate.log)
-        self.events: list[tuple[SessionKey, Event]] = []
-        self.book = SessionBook(config, store, [lambda key, event: self.events.append((key, event))])
-        self.holds = AdapterHolds(config.surrogate.max_loras)
-        encoder = HashEncoder()
-        self.adaptation = Adaptation(
-            config, self.book, self.surrogate, self.trainer, self.shelf, encoder, self.holds
-        )
-        drift = DriftWatch(config, self.book, self.original, self.surrogate, encoder, self.adaptation.retire)
-        self.dispatcher = Dispatcher(
-            config,
-            load_policy(config),
-            self.book,
-            self.original,
-            self.surrogate,
-            encoder,
-            self.holds,
-            self.adaptation,
-            drift,
-        )
-
-    async def say(
-        self, history: list[dict[str, Any]], query: str, session: str | None = "s", **extra: Any
-    ) -> Answer:
-        """One turn of a client that keeps the history itself; `history` grows."""
-        history.append({"role": "user", "content": query})
-        headers = {"authorization": f"Bearer {extra.pop('key', 'k')}", **extra.pop("headers", {})}
-        if session is not None:
-            headers["x-session-id"] = session
-        body = {"model": "soma", "messages": [dict(m) for m in history], **extra}
-        answer = await self.dispatcher.chat(Incoming(body, headers))
-        if answer.reply.body is not None:
-            history.append(answer.reply.body["choices"][0]["message"])
-        return answer
-
-    def session(self, session: str = "s", key: str = "k") -> Session:
-        tenant = hashlib.sha256(key.encode()).hexdigest()[:16]
-        return self.book.session(SessionKey(tenant, session))
-
-    def kinds(self, session: str = "s") -> list[str]:
-        return [event.kind for key, event in self.events if key.session == session]
-
-    async def settled(self) -> None:
-        """Return when no background work is left."""
-        while tasks := list(self.dispatcher._background):
-            await asyncio.wait(tasks, timeout=10)
-
-
-Build = Callable[..., House]
 
 
 @pytest.fixture
@@ -198,7 +42,3 @@ async def house(build: Build) -> House:
     house = build()
     await house.book.start()
     return house
-
-
-async def refuse(*_: Any) -> None:
-    raise EngineUnavailable("told to")

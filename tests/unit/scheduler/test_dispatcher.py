@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from conftest import Build, House  # type: ignore[import-not-found]
+from scheduler_house import Build, House  # type: ignore[import-not-found]
 
 from soma_vllm.errors import BadRequest, EngineRefused, EngineUnavailable, TrainingError
 from soma_vllm.scheduler.dispatcher import Incoming

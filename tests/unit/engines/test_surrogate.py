@@ -1,0 +1,93 @@
+"""The surrogate's engine over a stand-in for vLLM's serving object: when it fails, and what it loads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+import pytest
+
+from soma_vllm.engines.base import ChatCall
+from soma_vllm.engines.surrogate import SurrogateEngine
+from soma_vllm.errors import EngineUnavailable
+from soma_vllm.types import AdapterRef
+
+REF = AdapterRef("a", 1, "somewhere")
+
+
+class Serving:
+    """Answers with the given events and remembers what it was asked."""
+
+    def __init__(self, *events: str) -> None:
+        self.events = events
+        self.bodies: list[Mapping[str, Any]] = []
+        self.added: list[str] = []
+        self.removed: list[str] = []
+        self.closed = False
+
+    async def complete(self, body: Mapping[str, Any], http: Any) -> Any:
+        self.bodies.append(body)
+        return self._stream() if body.get("stream") else {"model": body["model"], "choices": []}
+
+    async def _stream(self) -> AsyncGenerator[str, None]:
+        try:
+            for event in self.events:
+                yield event
+        finally:
+            self.closed = True
+
+    async def add(self, ref: AdapterRef) -> None:
+        await asyncio.sleep(0)
+        self.added.append(ref.name)
+
+    async def remove(self, ref: AdapterRef) -> None:
+        self.removed.append(ref.name)
+
+
+async def test_an_adapter_must_be_loaded_before_it_serves() -> None:
+    engine = SurrogateEngine("small", Serving())
+    with pytest.raises(EngineUnavailable, match="not loaded"):
+        await engine.chat(ChatCall({"messages": []}, REF))
+
+
+async def test_two_loads_at_once_are_one() -> None:
+    serving = Serving()
+    engine = SurrogateEngine("small", serving)
+    await asyncio.gather(engine.load(REF), engine.load(REF))
+    assert serving.added == ["a"]
+    await engine.unload(REF)
+    await engine.unload(REF)
+    assert serving.removed == ["a"]
+
+
+async def test_the_adapters_name_stays_inside_and_the_tenant_salts_the_cache() -> None:
+    serving = Serving()
+    engine = SurrogateEngine("small", serving)
+    await engine.load(REF)
+    reply = await engine.chat(ChatCall({"model": "soma", "messages": []}, REF, "tenant-1"))
+    assert serving.bodies[0]["model"] == "a"
+    assert serving.bodies[0]["cache_salt"] == "tenant-1"
+    assert reply.body is not None
+    assert reply.body["model"] == "small"
+
+
+async def test_an_error_as_first_event_is_an_exception_and_not_a_reply() -> None:
+    serving = Serving('data: {"error": {"type": "InternalServerError"}}\n\n')
+    with pytest.raises(EngineUnavailable, match="before its first token"):
+        await SurrogateEngine("small", serving).chat(ChatCall({"stream": True}))
+    assert serving.closed
+
+
+async def test_a_stream_that_ends_at_once_is_an_exception() -> None:
+    with pytest.raises(EngineUnavailable):
+        await SurrogateEngine("small", Serving()).chat(ChatCall({"stream": True}))
+
+
+async def test_an_error_in_the_middle_breaks_the_stream() -> None:
+    serving = Serving('data: {"choices":[]}\n\n', 'data: {"error": {"type": "Boom"}}\n\n')
+    reply = await SurrogateEngine("small", serving).chat(ChatCall({"stream": True}))
+    assert reply.events is not None
+    assert await anext(reply.events)
+    with pytest.raises(EngineUnavailable, match="Boom"):
+        await anext(reply.events)

@@ -1,0 +1,101 @@
+"""Holds, replies, the encoder's memory and what of a session may be seen."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scheduler_house import House  # type: ignore[import-not-found]
+
+from soma_vllm.errors import ConfigError, NotFound
+from soma_vllm.scheduler.encoding import ThreadedEncoder
+from soma_vllm.scheduler.holds import AdapterHolds
+from soma_vllm.scheduler.policies.base import load_policy
+from soma_vllm.scheduler.replies import heard_whole, read_events
+from soma_vllm.scheduler.view import view
+from soma_vllm.types import SessionKey, Usage
+
+
+def test_never_more_distinct_adapters_are_held_than_there_are_slots() -> None:
+    holds = AdapterHolds(2)
+    assert [holds.try_hold(name) for name in ("a", "b", "c", "a")] == [True, True, False, True]
+
+
+async def test_drained_returns_when_the_last_hold_is_given_back() -> None:
+    holds = AdapterHolds(1)
+    holds.try_hold("a")
+    holds.try_hold("a")
+    waiting = asyncio.create_task(holds.drained("a"))
+    await holds.release("a")
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    await holds.release("a")
+    await asyncio.wait_for(waiting, 5)
+
+
+def test_a_stream_is_read_for_choice_zero_and_its_usage() -> None:
+    chunks = [
+        {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]},
+        {"choices": [{"index": 1, "delta": {"content": "not this"}}]},
+        {"choices": [{"index": 0, "delta": {"content": "he"}}]},
+        {"choices": [{"index": 0, "delta": {"content": "llo"}, "finish_reason": "stop"}]},
+        {
+            "choices": [],
+            "usage": {
+                "prompt_tokens": 9,
+                "completion_tokens": 2,
+                "prompt_tokens_details": {"cached_tokens": 8},
+            },
+        },
+    ]
+    events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
+    assert read_events(events) == ("hello", Usage(9, 8, 2), True)
+    assert read_events(events[:-1])[2] is False
+
+
+def test_a_whole_reply_without_content_is_empty_text() -> None:
+    heard = heard_whole({"choices": [{"message": {"content": None}}]}, 0.0)
+    assert heard.text == ""
+    assert heard.usage == Usage()
+
+
+async def test_the_encoder_is_asked_once_for_each_text() -> None:
+    asked: list[list[str]] = []
+
+    def encode(texts: Sequence[str]) -> NDArray[np.float32]:
+        asked.append(list(texts))
+        return np.asarray([[float(len(t))] for t in texts], dtype=np.float32)
+
+    encoder = ThreadedEncoder(encode)
+    assert (await encoder.encode(["a", "bb", "a"])).tolist() == [[1.0], [2.0], [1.0]]
+    assert (await encoder.encode(["bb"])).tolist() == [[2.0]]
+    assert asked == [["a", "bb"]]
+    encoder.close()
+
+
+async def test_a_view_of_a_session_holds_no_text(house: House) -> None:
+    for number in (1, 2, 3):
+        await house.say([], f"a pomegranate {number}")
+    await house.settled()
+    (key,) = {key for key, _ in house.events}
+    shown = json.dumps(view(await house.book.entry(key), True))
+    assert "pomegranate" not in shown
+    assert '"same"' not in shown
+
+
+async def test_an_unknown_session_is_not_found_and_not_remembered(house: House) -> None:
+    key = SessionKey("t", "nobody")
+    with pytest.raises(NotFound):
+        await house.book.entry(key)
+    with pytest.raises(KeyError):
+        house.book.session(key)
+
+
+def test_an_unknown_policy_is_told_with_the_known_ones(house: House) -> None:
+    config = house.config.model_copy(update={"policy": "dice"})
+    with pytest.raises(ConfigError, match="found 'dice'; expected one of original, soma, surrogate"):
+        load_policy(config)
