@@ -39,9 +39,16 @@ class Running:
         self.root = f"http://127.0.0.1:{port}"
         self.output = output
         self.run_dir = run_dir
+        self._clients: dict[str, OpenAI] = {}
 
     def client(self, key: str = "key") -> OpenAI:
-        return OpenAI(base_url=f"{self.root}/v1", api_key=key, max_retries=0, timeout=120)
+        if key not in self._clients:
+            self._clients[key] = OpenAI(base_url=f"{self.root}/v1", api_key=key, max_retries=0, timeout=120)
+        return self._clients[key]
+
+    def close(self) -> None:
+        for client in self._clients.values():
+            client.close()
 
     def session(self, name: str, key: str = "key") -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {key}"}
@@ -150,6 +157,7 @@ def serving(folder: Path, config: Path, settings: dict[str, Any] | None = None) 
         _wait_until_ready(running)
         yield running
     finally:
+        running.close()
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             try:

@@ -125,7 +125,9 @@ class House:
         self.adaptation = Adaptation(
             config, self.book, self.surrogate, self.trainer, self.shelf, encoder, self.holds
         )
-        drift = DriftWatch(config, self.book, self.original, self.surrogate, encoder, self.adaptation.retire)
+        drift = DriftWatch(
+            config, self.book, self.original, self.surrogate, encoder, self.holds, self.adaptation.retire
+        )
         self.dispatcher = Dispatcher(
             config,
             load_policy(config),

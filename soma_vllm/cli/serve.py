@@ -37,6 +37,7 @@ def serve(
 def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> None:
     config = load_config(path, overrides).for_serving(str(path))
     # Imported late: a wrong configuration is told in milliseconds.
+    from soma_vllm.adapters.durable import locked
     from soma_vllm.cli.server import ModelPaths, SomaServer, make_run_dir
     from soma_vllm.cli.terminal import output_to, tail
     from soma_vllm.engines.preflight import preflight
@@ -60,7 +61,7 @@ def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> N
     run_dir = make_run_dir(config.server.run_dir)
     log = run_dir / "surrogate.log"
     console.print(f"logs       {run_dir}", markup=False)
-    with output_to(log) as terminal:
+    with locked(run_dir), output_to(log) as terminal:
         screen = Console(file=terminal, highlight=False, soft_wrap=True)
         server = SomaServer(config, paths, policy, run_dir, lambda line: screen.print(line, markup=False))
         try:

@@ -21,6 +21,7 @@ from typing import Any
 
 import aiohttp
 
+from soma_vllm.adapters.durable import is_locked
 from soma_vllm.adapters.store import AdapterStore
 from soma_vllm.config import Config
 from soma_vllm.engines.base import Engine
@@ -145,7 +146,7 @@ class SomaServer:
         holds = AdapterHolds(self._config.surrogate.max_loras)
         shelf = StoreShelf(self._open_shelf())
         adaptation = Adaptation(self._config, book, surrogate, trainer, shelf, encoder, holds)
-        drift = DriftWatch(self._config, book, original, surrogate, encoder, adaptation.retire)
+        drift = DriftWatch(self._config, book, original, surrogate, encoder, holds, adaptation.retire)
         dispatcher = Dispatcher(
             self._config, self._policy, book, original, surrogate, encoder, holds, adaptation, drift
         )
@@ -255,7 +256,7 @@ class SomaServer:
 
 
 RUNS_KEPT = 20
-"""Run folders kept under $SOMA_HOME/run; a folder holds logs and a socket."""
+"""Run folders kept under $SOMA_HOME/run, beside those of running servers; a folder holds logs and a socket."""
 
 
 def make_run_dir(configured: str | None) -> Path:
@@ -276,8 +277,9 @@ def make_run_dir(configured: str | None) -> Path:
         raise PreflightError(
             f"server.run_dir: {configured or runs} cannot be made: {error.strerror}"
         ) from error
-    for old in sorted(runs.iterdir())[:-RUNS_KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    for old in sorted(path for path in runs.iterdir() if path.is_dir())[:-RUNS_KEPT]:
+        if not is_locked(old):
+            shutil.rmtree(old, ignore_errors=True)
     return folder
 
 

@@ -17,11 +17,13 @@ from argparse import Namespace
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from vllm.entrypoints.launchers.api_server.entry import run_server
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+from vllm.exceptions import VLLMClientError, VLLMServerError
 from vllm.lora.request import LoRARequest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -34,6 +36,10 @@ __all__ = ["ChatCompletionRequest", "PrivateChat", "run_server", "validate_json_
 
 if not vllm_is_supported():
     raise PreflightError(f"vLLM {installed_vllm()} is installed; expected {SUPPORTED_VLLM}x")
+
+
+REFUSALS = (VLLMClientError, ValueError, TypeError, OverflowError, NotImplementedError, TemplateError)
+"""What vLLM raises, rather than returns, for a request that is wrong: too long, or against its template."""
 
 
 def parse_arguments(arguments: Sequence[str]) -> Namespace:
@@ -66,9 +72,9 @@ class PrivateChat:
         try:
             request = ChatCompletionRequest.model_validate(body)
             answer = await self._chat.create_chat_completion(request, http)
-        except (EngineDeadError, EngineGenerateError) as error:
+        except (VLLMServerError, EngineDeadError, EngineGenerateError) as error:
             raise EngineUnavailable(f"the surrogate's engine failed: {type(error).__name__}") from error
-        except ValueError as error:  # pydantic's and vLLM's validation errors are ValueErrors
+        except REFUSALS as error:
             raise EngineRefused(400, _error_body(str(error))) from error
         if isinstance(answer, ErrorResponse):
             raise EngineRefused(answer.error.code, answer.model_dump())

@@ -26,7 +26,7 @@ from soma_vllm.errors import AdapterError, EngineError, TrainingError
 from soma_vllm.scheduler.book import SessionBook
 from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.scheduler.ports import AdapterEngine, Encoder, Shelf, Trainer
-from soma_vllm.scheduler.shadow import gaps_between, shadow_answer
+from soma_vllm.scheduler.shadow import adapted_answer, gaps_between
 from soma_vllm.session.gate import Verdict, centroid, judge
 from soma_vllm.session.phases import Phase
 from soma_vllm.session.session import Session
@@ -93,10 +93,11 @@ class Adaptation:
 
     async def retire(self, ref: AdapterRef) -> None:
         """Take an adapter out of the engine once its last token is out, then delete its files."""
-        await self._holds.drained(ref.name)
+        await self._holds.leaving(ref.name)
         try:
             await self._surrogate.unload(ref)
             await asyncio.to_thread(self._shelf.retire, ref.name)
+            self._holds.left(ref.name)
         except (EngineError, AdapterError) as error:
             logger.warning("adapter %s could not be retired: %s", ref.name, error)
 
@@ -117,7 +118,11 @@ class Adaptation:
                 return Chosen(verdict, None)
         result = await self._train(key, examples, held_out)
         ref = await self._publish(key, result)
-        gaps = await self._gaps(key, held_out, ref)
+        try:
+            gaps = await self._gaps(key, held_out, ref)
+        except EngineError:
+            await self.retire(ref)
+            raise
         evidence = [
             _evidence(Candidate.PLAIN, held_out, plain_gaps, result.plain),
             _evidence(Candidate.ADAPTER, held_out, gaps, result.adapted),
@@ -137,12 +142,11 @@ class Adaptation:
         self, key: SessionKey, held_out: Sequence[Example], ref: AdapterRef | None
     ) -> tuple[float, ...]:
         """The gap of one candidate on each held-out turn, measured on the engine that would serve."""
-        answers = await asyncio.gather(
-            *(
-                shadow_answer(self._surrogate, key.tenant, example.messages, self._config.max_new_tokens, ref)
-                for example in held_out
-            )
-        )
+        limit = self._config.max_new_tokens
+        answers = [
+            await adapted_answer(self._surrogate, self._holds, key.tenant, example.messages, limit, ref)
+            for example in held_out
+        ]
         return await gaps_between(self._encoder, answers, [example.answer for example in held_out])
 
     async def _train(
@@ -195,7 +199,7 @@ class Adaptation:
         vectors = await self._encoder.encode(queries)
         history = self._book.session(key).transcript()
         try:
-            await shadow_answer(self._surrogate, key.tenant, [*history, _NEXT], 1, ref)
+            await adapted_answer(self._surrogate, self._holds, key.tenant, [*history, _NEXT], 1, ref)
         except EngineError as error:
             # A cold cache makes the next turn slower, not wrong (the history may be longer than the context).
             logger.info("the surrogate's cache was not prefilled: %s", error)

@@ -10,15 +10,16 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
-from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt, wait_exponential
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from soma_vllm.config import Config
-from soma_vllm.errors import NotFound
+from soma_vllm.errors import EngineUnavailable, NotFound
 from soma_vllm.scheduler.ports import EventLog, Observer
 from soma_vllm.session.session import Session, fold, restore
 from soma_vllm.session.transcript import answered, fingerprint
@@ -33,6 +34,8 @@ class Entry:
 
     session: Session
     events: list[Event] = field(default_factory=list)
+    chains: set[str] = field(default_factory=set)
+    """Fingerprints by which its next request is recognised."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class SessionBook:
         self._by_chain: dict[tuple[str, str], SessionKey] = {}
         self._writes: asyncio.Queue[Write] = asyncio.Queue()
         self._writer: asyncio.Task[None] | None = None
+        self._unwritten: set[SessionKey] = set()
         self._opening: dict[SessionKey, asyncio.Lock] = {}
 
     async def start(self) -> None:
@@ -65,9 +69,12 @@ class SessionBook:
 
     async def stop(self) -> None:
         """Write what is still to be written, then end."""
-        if self._writer is not None:
-            await self._writes.join()
-            self._writer.cancel()
+        if self._writer is None:
+            return
+        written = asyncio.ensure_future(self._writes.join())
+        await asyncio.wait([written, self._writer], return_when=asyncio.FIRST_COMPLETED)
+        written.cancel()
+        self._writer.cancel()
 
     async def open(self, key: SessionKey) -> Session:
         """The session of this key: the live one, the one on record, or a new one."""
@@ -75,7 +82,8 @@ class SessionBook:
             return entry.session
         async with self._opening.setdefault(key, asyncio.Lock()):
             if key not in self._entries:
-                events = await self._log.events(key)
+                with _outage_is_unavailability():
+                    events = await self._log.events(key)
                 self._entries[key] = Entry(restore(key, events, self._config), events)
         self._opening.pop(key, None)
         return self._entries[key].session
@@ -88,7 +96,9 @@ class SessionBook:
             key = self._by_chain.get((tenant, chain))
             if key is not None:
                 return key
-            if (session := await self._log.find(tenant, chain)) is not None:
+            with _outage_is_unavailability():
+                session = await self._log.find(tenant, chain)
+            if session is not None:
                 return SessionKey(tenant, session)
         return SessionKey(tenant, f"auto-{uuid.uuid4().hex}")
 
@@ -102,10 +112,11 @@ class SessionBook:
         Raises:
             NotFound: this tenant has no such session.
         """
-        await self.open(key)
-        entry = self._entries[key]
-        if not entry.events:
-            del self._entries[key]
+        entry = self._entries.get(key)
+        if entry is None and await self._log.events(key):
+            await self.open(key)
+            entry = self._entries[key]
+        if entry is None or not entry.events:
             raise NotFound(f"no session {key.session!r}")
         return entry
 
@@ -113,17 +124,26 @@ class SessionBook:
         """Fold events into the session, tell the observers, and queue them for the log."""
         entry = self._entries[key]
         first_seq = len(entry.events)
-        self._by_chain.pop((key.tenant, entry.session.chain()), None)
         for event in events:
             entry.session = fold(entry.session, event, self._config)
             entry.events.append(event)
             for observe in self._observers:
                 observe(key, event)
         chain = entry.session.chain()
-        if entry.session.turns:
-            self._by_chain[key.tenant, chain] = key
+        self._index(key, entry)
         self._writes.put_nowait(Write(key, first_seq, events, entry.session.phase, chain))
         return entry.session
+
+    def _index(self, key: SessionKey, entry: Entry) -> None:
+        """Make a session recognisable by its transcript, and by the one before its last turn, for retries."""
+        turns = len(entry.session.turns)
+        chains = {fingerprint(entry.session.transcript(n)) for n in (turns - 1, turns) if n > 0}
+        for chain in entry.chains - chains:
+            if self._by_chain.get((key.tenant, chain)) == key:
+                del self._by_chain[key.tenant, chain]
+        for chain in chains:
+            self._by_chain[key.tenant, chain] = key
+        entry.chains = chains
 
     def note(self, key: SessionKey, kind: str, **data: Any) -> Session:
         """Record one event that happens now."""
@@ -138,15 +158,33 @@ class SessionBook:
                 self._writes.task_done()
 
     async def _write(self, write: Write) -> None:
+        if write.key in self._unwritten:
+            return
         attempts = AsyncRetrying(
-            retry=retry_if_exception_type(SQLAlchemyError),
+            retry=retry_if_exception(_may_pass),
             stop=stop_after_attempt(5),
             wait=wait_exponential(multiplier=0.2, max=5),
+            reraise=True,
         )
         try:
             async for attempt in attempts:
                 with attempt:
                     await self._log.append(write.key, write.first_seq, write.events, write.phase, write.chain)
-        except RetryError as error:
-            cause = type(error.last_attempt.exception()).__name__
-            logger.error("a session's events are not on record (%s); it goes on in memory only", cause)
+        except (SQLAlchemyError, OSError) as error:
+            # What is on record stays a true beginning of the session: nothing is written after a gap.
+            self._unwritten.add(write.key)
+            logger.error("a session goes on in memory only: %s", type(error).__name__)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether trying again can help: the database was away or full, not contradicted."""
+    return isinstance(error, SQLAlchemyError | OSError) and not isinstance(error, IntegrityError)
+
+
+@contextmanager
+def _outage_is_unavailability() -> Iterator[None]:
+    """Without its record a session must not be served as if it were new."""
+    try:
+        yield
+    except (SQLAlchemyError, OSError) as error:
+        raise EngineUnavailable(f"the session store does not answer ({type(error).__name__})") from error

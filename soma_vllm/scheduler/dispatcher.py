@@ -99,8 +99,8 @@ class Dispatcher:
             return await self._pass_through(engine, incoming)
         started = time.monotonic()
         key = await self._identify(incoming)
-        session = await self.book.open(key)
-        asked = await self._read(session, incoming)
+        asked = await self._read(await self.book.open(key), incoming)
+        session = self.book.session(key)  # as it is now: reading took a while
         route = self._policy.route(session, asked)
         return await self._serve(key, session, asked, route, incoming, started)
 
@@ -130,6 +130,8 @@ class Dispatcher:
         return self._original if incoming.headers.get("x-soma", "").lower() == "off" else None
 
     async def _identify(self, incoming: Incoming) -> SessionKey:
+        if not incoming.body["messages"]:
+            raise BadRequest("messages: found none; expected at least one", "messages")
         tenant = tenant_of(incoming.headers.get("authorization"))
         session = explicit_id(incoming.headers, incoming.body)
         if session is not None:

@@ -1,6 +1,6 @@
 """Watching a switched session for drift: sampled audits, and the turns that left the locality.
 
-* A sampled turn of the surrogate is asked of the original too, in the background (`audit: shadow original`).
+* A sampled turn of the surrogate is asked of the original too, in the background.
 * A turn that went to the original because it left the locality is asked of the surrogate too: the original's
   answer is there already, so this evidence costs no time of the original.
 
@@ -17,8 +17,9 @@ from soma_vllm.config import Config
 from soma_vllm.engines.base import Engine
 from soma_vllm.errors import EngineError
 from soma_vllm.scheduler.book import SessionBook
+from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.scheduler.ports import AdapterEngine, Encoder
-from soma_vllm.scheduler.shadow import gaps_between, shadow_answer
+from soma_vllm.scheduler.shadow import adapted_answer, gaps_between, shadow_answer
 from soma_vllm.session.phases import Phase
 from soma_vllm.session.session import Turn
 from soma_vllm.types import AdapterRef, Message, Role, SessionKey
@@ -36,6 +37,7 @@ class DriftWatch:
         original: Engine,
         surrogate: AdapterEngine,
         encoder: Encoder,
+        holds: AdapterHolds,
         retire: Callable[[AdapterRef], Awaitable[None]],
     ) -> None:
         self._config = config
@@ -43,6 +45,7 @@ class DriftWatch:
         self._original = original
         self._surrogate = surrogate
         self._encoder = encoder
+        self._holds = holds
         self._retire = retire
         self._sample = random.Random(config.training.seed)
 
@@ -64,7 +67,7 @@ class DriftWatch:
             if turn.engine is Role.SURROGATE:
                 shadow = await shadow_answer(self._original, key.tenant, asked, limit)
             else:
-                shadow = await shadow_answer(self._surrogate, key.tenant, shown, limit, adapter)
+                shadow = await adapted_answer(self._surrogate, self._holds, key.tenant, shown, limit, adapter)
             (value,) = await gaps_between(self._encoder, [turn.answer], [shadow])
         except EngineError as error:
             logger.info("an audit was dropped: %s", error)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from soma_vllm.engines.base import ChatCall, Engine
+from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.scheduler.ports import Encoder
 from soma_vllm.session.gate import gap
 from soma_vllm.types import AdapterRef, Message
@@ -23,6 +24,23 @@ async def shadow_answer(
     reply = await engine.chat(ChatCall(body, adapter, tenant))
     assert reply.body is not None, "a request without stream=true is answered whole"
     return str(reply.body["choices"][0]["message"].get("content") or "")
+
+
+async def adapted_answer(
+    engine: Engine,
+    holds: AdapterHolds,
+    tenant: str,
+    messages: Sequence[Message],
+    max_tokens: int,
+    adapter: AdapterRef | None,
+) -> str:
+    """The same under an adapter, which stays in the engine meanwhile.
+
+    Raises:
+        EngineError: it did not answer, or the adapter is leaving.
+    """
+    async with holds.shadowing(None if adapter is None else adapter.name):
+        return await shadow_answer(engine, tenant, messages, max_tokens, adapter)
 
 
 async def gaps_between(encoder: Encoder, these: Sequence[str], those: Sequence[str]) -> tuple[float, ...]:

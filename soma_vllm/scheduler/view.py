@@ -47,6 +47,8 @@ def turn_view(turn: Turn) -> dict[str, Any]:
 def event_view(event: Event) -> dict[str, Any]:
     """One event without what is private."""
     data = {name: value for name, value in event.data.items() if name not in PRIVATE}
+    if isinstance(data.get("adapter"), dict):
+        data["adapter"] = data["adapter"]["name"]  # where it lies is the server's business
     return {"kind": event.kind, "at": event.at, "data": data}
 
 

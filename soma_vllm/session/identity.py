@@ -30,7 +30,9 @@ def explicit_id(headers: Mapping[str, str], body: Mapping[str, Any]) -> str | No
         BadRequest: the id is empty, too long, or holds control characters.
     """
     metadata = body.get("metadata")
-    found = headers.get(HEADER) or (metadata.get("session_id") if isinstance(metadata, dict) else None)
+    found = _as_utf8(headers.get(HEADER)) or (
+        metadata.get("session_id") if isinstance(metadata, dict) else None
+    )
     if found is None:
         return None
     if not isinstance(found, str) or not found.strip():
@@ -42,3 +44,13 @@ def explicit_id(headers: Mapping[str, str], body: Mapping[str, Any]) -> str | No
     if not found.isprintable():
         raise BadRequest("session id: found control characters; expected printable text", "session_id")
     return found
+
+
+def _as_utf8(header: str | None) -> str | None:
+    """A header's text: servers hand it over as Latin-1, clients send UTF-8."""
+    if header is None:
+        return None
+    try:
+        return header.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return header

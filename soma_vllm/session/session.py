@@ -43,6 +43,11 @@ class Turn:
     complete: bool = True
     """False when generation was cut off: such a turn is neither learned from nor judged on."""
 
+    def teaches(self) -> bool:
+        """Whether this is a whole answer of the original to a query of the user's."""
+        asked = bool(self.messages) and self.messages[-1].get("role") == "user"
+        return asked and self.engine is Role.ORIGINAL and self.complete and bool(self.answer)
+
 
 @dataclass(frozen=True)
 class Session:
@@ -76,10 +81,8 @@ class Session:
         return fingerprint(self.transcript())
 
     def warm_turns(self) -> tuple[Turn, ...]:
-        """Complete turns of the present warm start, answered by the original."""
-        return tuple(
-            t for t in self.turns[self.warm_from :] if t.engine is Role.ORIGINAL and t.complete and t.answer
-        )
+        """Turns of the present warm start that can be learned from."""
+        return tuple(turn for turn in self.turns[self.warm_from :] if turn.teaches())
 
     def wants_adaptation(self, config: Config) -> bool:
         """True once the warm start, or the cool-down after a rollback, is complete."""

@@ -1,7 +1,7 @@
 """What a dialogue's messages mean to a session: equality, fingerprints, and where a history leaves the record.
 
 Clients send the whole history with every request and re-serialise it freely, so messages are compared by what
-they say: role, text, tool calls. Everything else about them is the engines' business.
+they say: role, text, attachments. Everything else about them is the engines' business.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ def text_of(message: Message) -> str:
 
 def says(message: Message) -> tuple[str, str, str]:
     """What a message says, comparable: (role, text, everything else that carries meaning)."""
+    if message.get("role") == "assistant":
+        # Answers are on record as text; what else they held (tool calls) cannot be compared.
+        return "assistant", text_of(message).strip(), ""
     content: Any = message.get("content")
     attachments = [p for p in content if not _is_text(p)] if isinstance(content, list) else []
     rest = {
         "attachments": attachments,
-        "tool_calls": message.get("tool_calls") or [],
         "tool_call_id": message.get("tool_call_id"),
         "name": message.get("name"),
     }

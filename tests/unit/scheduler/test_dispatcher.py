@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from scheduler_house import Build, House  # type: ignore[import-not-found]
 
-from soma_vllm.errors import BadRequest, EngineRefused, EngineUnavailable, TrainingError
+from soma_vllm.errors import BadRequest, EngineRefused, EngineUnavailable, NotFound, TrainingError
 from soma_vllm.scheduler.dispatcher import Incoming
 from soma_vllm.session.phases import Phase
 from soma_vllm.types import Agreement, Candidate
@@ -339,3 +339,78 @@ async def test_forcing_works_only_where_the_configuration_lets_it(build: Build) 
         await house.settled()
     assert free.session("free").serving is Candidate.ADAPTER
     assert bound.session("bound").serving is Candidate.PLAIN
+
+
+async def test_a_request_too_long_for_the_surrogate_is_answered_by_the_original(house: House) -> None:
+    history = await warmed(house)
+    house.surrogate.refusal = EngineRefused(400, {"error": {"message": "longer than the context"}})
+    answer = await house.say(history, "question 3")
+    assert answer.headers["X-SOMA-Engine"] == "original"
+
+
+async def test_an_adapter_stays_in_the_engine_while_an_audit_runs_under_it(build: Build) -> None:
+    house = build(gate={"locality_threshold": 0.0, "audit_rate": 0.0})
+    await house.book.start()
+    house.surrogate.answers = ["different", "same"]
+    history = await warmed(house)
+    house.surrogate.go.clear()
+    house.surrogate.called.clear()
+    await house.say(history, "question 3")
+    await house.surrogate.called.wait()
+    await house.say([], "another beginning")
+    assert house.session().phase is Phase.WARM_START
+    assert "unload adapter-s-1" not in house.surrogate.log
+    house.surrogate.go.set()
+    await house.settled()
+    assert house.surrogate.log[-2:] == ["unload adapter-s-1", "delete adapter-s-1"]
+
+
+async def test_an_adapter_that_cannot_be_judged_is_retired(house: House) -> None:
+    house.surrogate.answers = ["different"]
+    house.trainer.go.clear()
+    history: History = []
+    for number in (1, 2):
+        await house.say(history, f"question {number}")
+    while not house.trainer.requests:
+        await asyncio.sleep(0)
+    house.surrogate.refusal = EngineUnavailable("gone")
+    house.trainer.go.set()
+    await house.settled()
+    assert house.session().phase is Phase.ORIGINAL_ONLY
+    assert house.surrogate.log[-1] == "delete adapter-s-1"
+
+
+async def test_looking_at_a_session_during_its_first_turn_does_not_disturb_it(house: House) -> None:
+    house.original.go.clear()
+    asking = asyncio.create_task(house.say([], "question 1"))
+    await house.original.called.wait()
+    (key,) = house.book._entries
+    with pytest.raises(NotFound):
+        await house.book.entry(key)
+    house.original.go.set()
+    await asking
+    assert len(house.session().turns) == 1
+
+
+async def test_a_dialogue_without_an_id_is_recognised_when_it_asks_again(house: House) -> None:
+    history: History = []
+    house.original.answers = ["one", "two", "two again", "three"]
+    first = await house.say(history, "question 1", None)
+    await house.say(history, "question 2", None)
+    again = await house.say(history[:2], "question 2", None)
+    assert again.headers["X-SOMA-Session"] == first.headers["X-SOMA-Session"]
+    assert len(house.session(first.headers["X-SOMA-Session"]).turns) == 2
+
+
+async def test_a_history_that_ends_with_an_answer_teaches_nothing_and_breaks_nothing(house: House) -> None:
+    history: History = []
+    await house.say(history, "question 1")
+    body = {"model": "soma", "messages": history}
+    headers = {"authorization": "Bearer k", "x-session-id": "s"}
+    await house.dispatcher.chat(Incoming(body, headers))
+    assert house.session().phase is Phase.WARM_START
+
+
+async def test_a_request_without_messages_is_refused(house: House) -> None:
+    with pytest.raises(BadRequest, match="messages: found none"):
+        await house.dispatcher.chat(Incoming({"model": "soma", "messages": []}, {}))

@@ -25,11 +25,11 @@ def test_never_more_distinct_adapters_are_held_than_there_are_slots() -> None:
     assert [holds.try_hold(name) for name in ("a", "b", "c", "a")] == [True, True, False, True]
 
 
-async def test_drained_returns_when_the_last_hold_is_given_back() -> None:
+async def test_leaving_returns_when_the_last_hold_is_given_back() -> None:
     holds = AdapterHolds(1)
     holds.try_hold("a")
     holds.try_hold("a")
-    waiting = asyncio.create_task(holds.drained("a"))
+    waiting = asyncio.create_task(holds.leaving("a"))
     await holds.release("a")
     await asyncio.sleep(0)
     assert not waiting.done()

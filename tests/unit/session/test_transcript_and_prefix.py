@@ -66,11 +66,16 @@ def test_the_answered_part_ends_with_the_last_answer() -> None:
     assert answered(dialogue(2))[-1]["content"] == "a2"
 
 
-def test_tool_calls_and_images_count_as_said() -> None:
-    plain = [{"role": "assistant", "content": "x"}]
-    tool = [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]
-    image = [{"role": "assistant", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}]
-    assert len({fingerprint(m) for m in (plain, tool, image)}) == 3
+def test_images_and_tool_results_count_as_said() -> None:
+    plain = [{"role": "user", "content": "x"}]
+    image = [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}]
+    one, other = ([{"role": "tool", "content": "x", "tool_call_id": n}] for n in ("1", "2"))
+    assert len({fingerprint(m) for m in (plain, image, one, other)}) == 4
+
+
+def test_an_answer_that_called_a_tool_is_recognised_by_its_text() -> None:
+    call = [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
+    assert fingerprint(call) == fingerprint([{"role": "assistant", "content": ""}])
 
 
 @given(
