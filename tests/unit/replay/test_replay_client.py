@@ -14,7 +14,9 @@ import pytest
 from aiohttp import web
 from openai import AsyncOpenAI
 
-from soma_vllm.cli.replay import Player, Script, play_while_alive, started_server
+from soma_vllm.cli.child_server import serve_command, started_server, while_alive
+from soma_vllm.cli.dialogues import Script
+from soma_vllm.cli.player import Player
 from soma_vllm.cli.replay_view import SessionRecord
 from soma_vllm.errors import EngineUnavailable
 
@@ -230,7 +232,7 @@ async def test_a_server_that_dies_ends_the_replay(soma: FakeSoma) -> None:
     async with AsyncOpenAI(base_url=f"{soma.url}/v1", api_key="none") as client:
         player = Player(client, soma.url, Script({"a": ("one", "two")}, think_s=3600.0), lambda _: None)
         with pytest.raises(EngineUnavailable, match="ended with status 4 during the replay"):
-            await play_while_alive(player, process)
+            await while_alive(process, player.play())
 
 
 async def command(*arguments: str) -> tuple[int | None, str]:
@@ -282,6 +284,21 @@ async def test_the_command_writes_log_and_figure_and_checks_its_expectations(
 async def test_the_command_ends_well_when_its_expectations_are_met(soma: FakeSoma, files: list[str]) -> None:
     status, out = await command(*files, "--url", f"{soma.url}/v1", "--expect", "switch", "--only", "a")
     assert status == 0, out
+
+
+async def test_a_server_started_by_the_command_has_its_overrides_and_is_heard(files: list[str]) -> None:
+    overrides = ["--set", f"server.port={free_port()}", "--set", "original.url=http://127.0.0.1:1/v1"]
+    status, out = await command(*files, *overrides)
+    assert status == 1
+    assert "server | " in out
+    assert "original.name: found null; expected the model's name at original.url" in out
+    assert "the replay ended early: soma-serve ended with status 1 before it was ready" in out
+
+
+def test_a_server_is_started_with_the_configuration_and_every_override() -> None:
+    line = serve_command(Path("demo.yaml"), ["server.port=8100", "warm_window=2"])
+    arguments = ["--config", "demo.yaml", "--set", "server.port=8100", "--set", "warm_window=2"]
+    assert line == [sys.executable, "-m", "soma_vllm.cli.serve", *arguments]
 
 
 async def test_the_command_refuses_wrong_input_before_anything_starts(files: list[str], tmp_path: Path) -> None:

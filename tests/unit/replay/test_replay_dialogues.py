@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from soma_vllm.cli.replay import load_dialogues, make_script
+from soma_vllm.cli.dialogues import load_dialogues, make_script
 from soma_vllm.config import Config
 from soma_vllm.errors import ConfigError
 

@@ -46,9 +46,9 @@ def session(dialogue: str, letters: str, planned: int | None = None) -> SessionR
     )
 
 
-def shown(records: list[SessionRecord]) -> str:
+def shown(records: list[SessionRecord], width: int = 140) -> str:
     out = io.StringIO()
-    Console(file=out, width=140).print(view.table(records))
+    Console(file=out, width=width).print(view.table(records))
     return out.getvalue()
 
 
@@ -67,6 +67,20 @@ def test_the_table_shows_medians_by_engine_and_no_conversation() -> None:
     assert "2.00 s" in text
     assert "0.50 s" in text
     assert "secret" not in text
+
+
+def test_a_row_of_the_demo_fits_80_columns_on_one_line() -> None:
+    slow = replace(session("house-style", "OOOOAAAAAAxx"), forced=True, phase="ORIGINAL_ONLY")
+    slow = replace(slow, turns=tuple(replace(turn, latency_s=123.45, gap=0.125) for turn in slow.turns))
+    row = next(line for line in shown([slow], width=80).splitlines() if "house-style" in line)
+    assert " ".join(row.split()) == "house-style (forced) OOOOAAAAAAxx ORIGINAL_ONLY 123.45 s 123.45 s 0.125"
+
+
+def test_a_name_too_long_for_the_table_folds_and_nothing_is_cut() -> None:
+    lines = shown([session("n" * 64, "OOAA")], width=80).splitlines()
+    assert max(len(line) for line in lines) <= 80
+    assert sum(line.count("n") for line in lines if line.startswith("nn")) == 64
+    assert any("OOAA" in line and "2.00 s" in line and "0.50 s" in line for line in lines)
 
 
 def test_the_summary_counts_turns_and_names_sessions() -> None:
@@ -127,6 +141,7 @@ def test_a_training_spans_from_its_submission_to_its_end() -> None:
         {"kind": "training_submitted", "at": 123.0, "data": {}},
     ]
     assert timeline.training_spans(turns, events) == [(1.5, pytest.approx(3.0)), (3.5, 3.5)]
+    assert timeline.trainings(events) == [(103.0, 121.0), (123.0, None)]
 
 
 def test_the_figure_is_a_small_png_drawn_from_the_log_alone(tmp_path: Path) -> None:
