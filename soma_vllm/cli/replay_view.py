@@ -13,7 +13,8 @@ from enum import StrEnum
 from statistics import fmean, median
 from typing import Any
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -127,9 +128,10 @@ def unmet(expectations: Sequence[Expectation], sessions: Sequence[SessionRecord]
 _STYLES = {"O": "blue", "s": "yellow", "A": "green", "l": "magenta", "x": "red"}
 
 LEGEND = (
-    "O original · s surrogate · A surrogate with adapter · "
+    "O original · s surrogate · A surrogate with adapter\n"
     "l original, query outside the locality · x original after a roll back"
 )
+"""What the letters of a strip mean, in lines that fit any terminal the table fits."""
 
 
 def symbol(turn: TurnRecord) -> str:
@@ -148,12 +150,13 @@ def strip(session: SessionRecord) -> str:
     return (done + broken).ljust(session.planned, "·")
 
 
-def table(sessions: Sequence[SessionRecord]) -> Table:
-    """One row per dialogue."""
-    grid = Table(caption=LEGEND, caption_justify="left", header_style="bold")
-    for heading in ("dialogue", "turns", "phase", "adapter"):
-        grid.add_column(heading, no_wrap=heading != "adapter", overflow="fold")
-    for heading in ("original", "surrogate", "gap"):
+def table(sessions: Sequence[SessionRecord]) -> Group:
+    """One row per dialogue, and what the letters mean; in 80 columns, long names and strips fold."""
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
+    for heading in ("dialogue", "turns"):
+        grid.add_column(heading, overflow="fold")
+    grid.add_column("phase", no_wrap=True)
+    for heading in ("original\nmedian", "surrogate\nmedian", "gap\nmean"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for session in sessions:
         name = Text(session.dialogue)
@@ -166,12 +169,11 @@ def table(sessions: Sequence[SessionRecord]) -> Table:
             name,
             letters,
             session.phase,
-            ", ".join(session.adapters),
             _median_latency(session.served_by(Role.ORIGINAL)),
             _median_latency(session.served_by(Role.SURROGATE)),
             _mean_gap(session.turns),
         )
-    return grid
+    return Group(grid, Text(LEGEND, style="dim"))
 
 
 def summary(sessions: Sequence[SessionRecord]) -> list[str]:
@@ -249,5 +251,5 @@ class Screen:
         else:
             yield
 
-    def _table(self) -> Table:
+    def _table(self) -> Group:
         return table(list(self._shown.values()))

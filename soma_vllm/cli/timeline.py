@@ -13,6 +13,7 @@ from typing import Any
 
 COLORS = {"original": "#3b6ea8", "surrogate": "#f2b84b", "adapter": "#4fa36c"}
 INK = "#22262b"
+PALE_INK = "#66707c"
 TRAINING = "#8a5fb5"
 ROLLBACK = "#cf3a3a"
 BLOCK = 0.90
@@ -35,14 +36,20 @@ def draw(log: Mapping[str, Any], path: Path) -> None:
 
     sessions = {name: session for name, session in log["sessions"].items() if session["turns"]}
     longest = max(len(session["turns"]) for session in sessions.values())
-    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):
-        figure = Figure(figsize=(11, 1.7 + 0.52 * len(sessions)), layout="constrained")
+    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 10}):
+        figure = Figure(figsize=(10.5, 2.3 + 0.56 * len(sessions)), layout="constrained")
         axes = figure.add_subplot()
         for lane, session in enumerate(sessions.values()):
             _lane(axes, lane, session, longest)
         _frame(axes, list(sessions.items()), longest, log.get("config", {}).get("warm_window"))
+        figure.suptitle("Who answered each turn", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
         figure.legend(
-            handles=_legend(), loc="outside lower center", ncols=4, frameon=False, handlelength=1.4, fontsize=9
+            handles=_legend(list(sessions.values())),
+            loc="outside lower center",
+            ncols=3,
+            frameon=False,
+            handlelength=1.4,
+            columnspacing=1.6,
         )
         figure.savefig(path, dpi=130, format="png")
 
@@ -75,17 +82,26 @@ def training_spans(
     turns: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
 ) -> list[tuple[float, float]]:
     """From where to where on the axis of turns a training ran, for each of them."""
-    spans = []
+    last = float(turns[-1]["turn"]) + 0.5
+    return [
+        (position(turns, begun), last if ended is None else position(turns, ended))
+        for begun, ended in trainings(events)
+    ]
+
+
+def trainings(events: Sequence[Mapping[str, Any]]) -> list[tuple[float, float | None]]:
+    """When each training was submitted and when it ended, Unix seconds; None while it runs."""
+    found: list[tuple[float, float | None]] = []
     begun: float | None = None
     for event in sorted(events, key=lambda event: float(event["at"])):
         if event["kind"] == "training_submitted":
-            begun = position(turns, float(event["at"]))
+            begun = float(event["at"])
         elif event["kind"] in _TRAINED and begun is not None:
-            spans.append((begun, position(turns, float(event["at"]))))
+            found.append((begun, float(event["at"])))
             begun = None
     if begun is not None:
-        spans.append((begun, turns[-1]["turn"] + 0.5))
-    return spans
+        found.append((begun, None))
+    return found
 
 
 def _lane(axes: Any, lane: int, session: Mapping[str, Any], longest: int) -> None:
@@ -108,18 +124,36 @@ def _lane(axes: Any, lane: int, session: Mapping[str, Any], longest: int) -> Non
         if turn.get("gap") is not None:
             ink = INK if kind == "surrogate" else "white"
             axes.text(turn["turn"], lane, f"{turn['gap']:.2f}", color=ink, ha="center", va="center", zorder=4)
-    for begin, end in training_spans(turns, events):
+    _training(axes, lane, turns, events)
+    _markers(axes, lane, turns, events)
+    axes.text(longest + 0.72, lane, _latencies(turns), va="center", ha="left", color=INK)
+
+
+def _training(
+    axes: Any, lane: int, turns: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
+) -> None:
+    """A bar under the blocks, with its true length in seconds: on the axis of turns a pause has no width."""
+    height = lane + HEIGHT / 2 + 0.13
+    for (begin, end), (begun, ended) in zip(training_spans(turns, events), trainings(events), strict=True):
         middle, width = (begin + end) / 2, max(end - begin, 0.34)
         axes.plot(
             [middle - width / 2, middle + width / 2],
-            [lane + HEIGHT / 2 + 0.11] * 2,
+            [height] * 2,
             color=TRAINING,
             linewidth=3.2,
             solid_capstyle="round",
             zorder=5,
         )
-    _markers(axes, lane, turns, events)
-    axes.text(longest + 0.72, lane, _latencies(turns), va="center", ha="left", color=INK)
+        if ended is not None:
+            axes.text(
+                middle + width / 2 + 0.08,
+                height,
+                f"{ended - begun:.0f} s",
+                color=TRAINING,
+                fontsize=8.5,
+                va="center_baseline",
+                zorder=5,
+            )
 
 
 def _markers(
@@ -134,8 +168,8 @@ def _markers(
             place = _between(turns, float(event["at"]))
             axes.plot(place, lane, marker="X", color=ROLLBACK, markersize=11, markeredgecolor="white", zorder=6)
     for turn in turns:
-        if turn["engine"] == "original" and turn["phase"] == "SWITCHED":
-            axes.plot(turn["turn"], lane, marker="D", color="white", markersize=5, zorder=4)
+        if _is_outside(turn):
+            axes.plot(turn["turn"] - 0.34, lane - 0.15, marker="D", color="white", markersize=4, zorder=4)
 
 
 def _between(turns: Sequence[Mapping[str, Any]], at: float) -> float:
@@ -147,13 +181,12 @@ def _latencies(turns: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for engine in ("original", "surrogate"):
         times = [float(turn["latency_s"]) for turn in turns if turn["engine"] == engine]
-        if times:
-            parts.append(f"{median(times):.1f} s")
+        parts.append(f"{median(times):.1f} s" if times else "–")
     return " → ".join(parts)
 
 
 def _frame(axes: Any, sessions: Sequence[tuple[str, Any]], longest: int, warm_window: int | None) -> None:
-    names = [name + (" (forced)" if session.get("forced") else "") for name, session in sessions]
+    names = [name + ("\n(adapter forced)" if session.get("forced") else "") for name, session in sessions]
     axes.set_yticks(range(len(sessions)), names)
     axes.set_xticks(range(1, longest + 1))
     axes.set_xlim(0.4, longest + 0.6)
@@ -163,40 +196,60 @@ def _frame(axes: Any, sessions: Sequence[tuple[str, Any]], longest: int, warm_wi
     axes.spines[:].set_visible(False)
     if warm_window is not None:
         axes.axvspan(0.5, warm_window + 0.5, color="#eef2f7", linewidth=0, zorder=0)
-        axes.text(0.58, -0.66, "warm start", color="#66707c", fontsize=8.5, va="bottom")
+        axes.text(0.58, -0.66, "warm start: the original answers", color=PALE_INK, fontsize=9, va="bottom")
     axes.text(
         longest + 0.72,
         -0.66,
-        "median latency\noriginal → surrogate",
-        fontsize=8.5,
+        "median time of an answer\noriginal → surrogate",
+        fontsize=9,
         va="bottom",
-        color="#66707c",
+        color=PALE_INK,
     )
 
 
-def _legend() -> list[Any]:
+def _legend(sessions: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What the figure holds, and nothing it does not hold."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    def mark(marker: str, color: str, label: str, edge: str = "none") -> Any:
-        return Line2D(
-            [],
-            [],
-            marker=marker,
-            color=color,
-            markeredgecolor=edge,
-            linestyle="none",
-            markersize=8,
-            label=label,
-        )
+    turns = [turn for session in sessions for turn in session["turns"]]
+    kinds = {event["kind"] for session in sessions for event in session.get("events") or ()}
+    answered = {who(turn) for turn in turns}
+    labels = {
+        "original": "original",
+        "surrogate": "surrogate",
+        "adapter": "surrogate with its session's adapter",
+    }
+    handles: list[Any] = [Patch(color=COLORS[key], label=labels[key]) for key in COLORS if key in answered]
+    if "training_submitted" in kinds:
+        label = "training in the background, seconds"
+        handles.append(Line2D([], [], color=TRAINING, linewidth=3.2, label=label))
+    if "switched" in kinds:
+        handles.append(_mark(">", INK, "switch to the surrogate"))
+    if "rolled_back" in kinds:
+        handles.append(_mark("X", ROLLBACK, "roll back to the original"))
+    if any(_is_outside(turn) for turn in turns):
+        handles.append(_mark("D", "white", "question outside the locality, to the original", edge=INK))
+    if any(turn.get("gap") is not None for turn in turns):
+        handles.append(_mark("$0.1$", INK, "audited gap between both answers, 0: alike", size=15))
+    return handles
 
-    return [
-        Patch(color=COLORS["original"], label="original"),
-        Patch(color=COLORS["surrogate"], label="surrogate"),
-        Patch(color=COLORS["adapter"], label="surrogate + adapter"),
-        Line2D([], [], color=TRAINING, linewidth=3.2, label="training in the background"),
-        mark(">", INK, "switch"),
-        mark("X", ROLLBACK, "roll back"),
-        mark("D", "white", "outside the locality", edge=INK),
-        mark("$0.1$", INK, "audited gap"),
-    ]
+
+def _mark(marker: str, color: str, label: str, edge: str = "none", size: float = 8) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D(
+        [],
+        [],
+        marker=marker,
+        color=color,
+        markeredgecolor=edge,
+        linestyle="none",
+        markersize=size,
+        label=label,
+    )
+
+
+def _is_outside(turn: Mapping[str, Any]) -> bool:
+    """True when a switched session sent this turn to the original."""
+    return bool(turn["engine"] == "original" and turn["phase"] == "SWITCHED")
