@@ -39,8 +39,9 @@ models: setup
 tiny: setup
 	@$(BIN)/soma models make-tiny
 
-## make demo    the main job on the embedded pair: warm start, adapter, switch, rollback (about 15-20 minutes)
+## make demo    the main job on the embedded pair: warm start, adapter, switch, rollback (about 9 minutes, 20 with set-up)
 demo: models
+	@echo "[demo] nine dialogues through a real pair: about 9 minutes on 2 cores"
 	@$(BIN)/soma replay --config configs/cpu_demo.yaml --dialogues dialogues/demo.json --out out/demo \
 	  --concurrency 3 --think-time 2 --pause-after-warm-start 240 --force-adapter $(FORCED) \
 	  --expect switch --expect adapter --expect rollback
@@ -58,6 +59,7 @@ serve: models
 
 ## make test    lint and the whole test suite
 test: lint models tiny
+	@echo "[test] the whole suite, on real engines: about 9 minutes on 2 cores"
 	@$(BIN)/python -m pytest
 
 ## make lint    ruff and mypy

@@ -1,7 +1,8 @@
 """The book of live sessions: folded in memory at once, written to the event log behind.
 
 Guarantees: `record` never waits for the disk; the log receives every session's events in order; a session
-whose events are on record is restored by folding them again; nothing is found outside its tenant.
+whose events are on record is restored by folding them again; nothing is found outside its tenant; a session
+that somebody holds stays in memory, and of the others only the latest do.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
@@ -28,12 +31,20 @@ from soma_vllm.types import Event, Message, SessionKey
 logger = logging.getLogger(__name__)
 
 
+LIVE_SESSIONS = 10_000
+"""Sessions kept in memory beside those in use: with 10 kB of text each, some 200 MB."""
+
+
 @dataclass
 class Entry:
     """A live session and its log."""
 
     session: Session
     events: list[Event] = field(default_factory=list)
+    holds: int = 0
+    """Requests and background work under way."""
+    unwritten: int = 0
+    """Appends that are not on record yet."""
     chains: set[str] = field(default_factory=set)
     """Fingerprints by which its next request is recognised."""
 
@@ -52,11 +63,18 @@ class Write:
 class SessionBook:
     """Sessions by key, and by transcript."""
 
-    def __init__(self, config: Config, log: EventLog, observers: Sequence[Observer] = ()) -> None:
+    def __init__(
+        self,
+        config: Config,
+        log: EventLog,
+        observers: Sequence[Observer] = (),
+        live_sessions: int = LIVE_SESSIONS,
+    ) -> None:
         self._config = config
+        self._live_sessions = live_sessions
         self._log = log
         self._observers = tuple(observers)
-        self._entries: dict[SessionKey, Entry] = {}
+        self._entries: OrderedDict[SessionKey, Entry] = OrderedDict()
         self._by_chain: dict[tuple[str, str], SessionKey] = {}
         self._writes: asyncio.Queue[Write] = asyncio.Queue()
         self._writer: asyncio.Task[None] | None = None
@@ -79,6 +97,7 @@ class SessionBook:
     async def open(self, key: SessionKey) -> Session:
         """The session of this key: the live one, the one on record, or a new one."""
         if (entry := self._entries.get(key)) is not None:
+            self._entries.move_to_end(key)
             return entry.session
         async with self._opening.setdefault(key, asyncio.Lock()):
             if key not in self._entries:
@@ -86,7 +105,17 @@ class SessionBook:
                     events = await self._log.events(key)
                 self._entries[key] = Entry(restore(key, events, self._config), events)
         self._opening.pop(key, None)
-        return self._entries[key].session
+        session = self._entries[key].session
+        self._forget_oldest(key)
+        return session
+
+    def hold(self, key: SessionKey) -> None:
+        """Keep a live session in memory until `release`."""
+        self._entries[key].holds += 1
+
+    def release(self, key: SessionKey) -> None:
+        """Give one hold back."""
+        self._entries[key].holds -= 1
 
     async def recognise(self, tenant: str, messages: Sequence[Message]) -> SessionKey:
         """The session whose transcript the request continues; a new one where there is none."""
@@ -131,6 +160,7 @@ class SessionBook:
                 observe(key, event)
         chain = entry.session.chain()
         self._index(key, entry)
+        entry.unwritten += 1
         self._writes.put_nowait(Write(key, first_seq, events, entry.session.phase, chain))
         return entry.session
 
@@ -145,6 +175,19 @@ class SessionBook:
             self._by_chain[key.tenant, chain] = key
         entry.chains = chains
 
+    def _forget_oldest(self, newest: SessionKey) -> None:
+        """Drop sessions that the log can restore, beyond those that may stay in memory."""
+        surplus = len(self._entries) - self._live_sessions
+        idle = (
+            key
+            for key, entry in self._entries.items()
+            if not (entry.holds or entry.unwritten or key in self._unwritten or key == newest)
+        )
+        for key in list(islice(idle, max(0, surplus))):
+            for chain in self._entries.pop(key).chains:
+                if self._by_chain.get((key.tenant, chain)) == key:
+                    del self._by_chain[key.tenant, chain]
+
     def note(self, key: SessionKey, kind: str, **data: Any) -> Session:
         """Record one event that happens now."""
         return self.record(key, Event(kind, time.time(), data))
@@ -155,6 +198,7 @@ class SessionBook:
             try:
                 await self._write(write)
             finally:
+                self._entries[write.key].unwritten -= 1
                 self._writes.task_done()
 
     async def _write(self, write: Write) -> None:

@@ -99,10 +99,16 @@ class Dispatcher:
             return await self._pass_through(engine, incoming)
         started = time.monotonic()
         key = await self._identify(incoming)
-        asked = await self._read(await self.book.open(key), incoming)
-        session = self.book.session(key)  # as it is now: reading took a while
-        route = self._policy.route(session, asked)
-        return await self._serve(key, session, asked, route, incoming, started)
+        session = await self.book.open(key)
+        self.book.hold(key)
+        try:
+            asked = await self._read(session, incoming)
+            session = self.book.session(key)  # as it is now: reading took a while
+            route = self._policy.route(session, asked)
+            return await self._serve(key, session, asked, route, incoming, started)
+        except BaseException:
+            self.book.release(key)
+            raise
 
     def idle(self, key: SessionKey) -> bool:
         """True when no background work is under way for this session."""
@@ -176,6 +182,7 @@ class Dispatcher:
             if held is not None:
                 await self._holds.release(held)
             self._record(key, session.phase, asked, route, heard, incoming)
+            self.book.release(key)
 
         headers = self._headers(key, session.phase, route)
         return Answer(await _listened(reply, started, ended), headers)
@@ -299,15 +306,16 @@ class Dispatcher:
     def _spawn(self, key: SessionKey, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work, name=f"soma-background-{key.session}")
         self._background[task] = key
+        self.book.hold(key)
         task.add_done_callback(self._finished)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         key = self._background.pop(task)
-        if task.cancelled() or (error := task.exception()) is None:
-            return
-        logger.error("background work of a session failed", exc_info=error)
-        if self.book.session(key).phase is Phase.ADAPTING:
-            self.book.note(key, "training_failed", error=type(error).__name__, message="unexpected")
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("background work of a session failed", exc_info=error)
+            if self.book.session(key).phase is Phase.ADAPTING:
+                self.book.note(key, "training_failed", error=type(error).__name__, message="unexpected")
+        self.book.release(key)
 
 
 async def _listened(reply: Reply, started: float, ended: Ended) -> Reply:

@@ -59,3 +59,30 @@ async def test_without_its_record_a_session_is_refused_and_not_begun_anew() -> N
     log.away = True
     with pytest.raises(EngineUnavailable, match="session store"):
         await SessionBook(Config(), log).open(KEY)
+
+
+async def test_only_the_latest_sessions_stay_in_memory_and_those_in_use() -> None:
+    book = SessionBook(Config(), FailingLog(), live_sessions=2)
+    keys = [SessionKey("t", str(number)) for number in range(4)]
+    await book.open(keys[0])
+    book.hold(keys[0])
+    for key in keys[1:]:
+        await book.open(key)
+    assert book.session(keys[0])
+    assert book.session(keys[3])
+    for key in keys[1:3]:
+        with pytest.raises(KeyError):
+            book.session(key)
+
+
+async def test_a_session_that_is_not_on_record_yet_is_not_forgotten() -> None:
+    book = SessionBook(Config(), FailingLog(), live_sessions=1)
+    await book.open(KEY)
+    book.note(KEY, "one")
+    await book.open(SessionKey("t", "other"))
+    assert book.session(KEY)
+    await book.start()
+    await asyncio.wait_for(book.stop(), 5)
+    await book.open(SessionKey("t", "third"))
+    with pytest.raises(KeyError):
+        book.session(KEY)

@@ -414,3 +414,15 @@ async def test_a_history_that_ends_with_an_answer_teaches_nothing_and_breaks_not
 async def test_a_request_without_messages_is_refused(house: House) -> None:
     with pytest.raises(BadRequest, match="messages: found none"):
         await house.dispatcher.chat(Incoming({"model": "soma", "messages": []}, {}))
+
+
+async def test_nothing_holds_a_session_once_all_is_done(house: House) -> None:
+    history = await warmed(house)
+    stream = await house.say(history, "question 3", stream=True)
+    assert stream.reply.events is not None
+    await stream.reply.events.aclose()
+    house.original.refusal = house.surrogate.refusal = EngineUnavailable("down")
+    with pytest.raises(EngineUnavailable):
+        await house.say(history, "question 4")
+    await house.settled()
+    assert [entry.holds for entry in house.book._entries.values()] == [0]
