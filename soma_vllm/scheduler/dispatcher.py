@@ -174,7 +174,7 @@ class Dispatcher:
                 held, reply = await self._ask_surrogate(key, route, incoming)
             except EngineError as error:
                 logger.warning("the original answers instead of the surrogate: %s", error)
-                route = _instead(route, asked, "surrogate failed before its first token")
+                route = _instead(route, asked, f"surrogate failed: {error}")
         if reply is None:
             route, reply = await self._ask_original(key, asked, route, incoming)
 
@@ -229,11 +229,11 @@ class Dispatcher:
 
     def _headers(self, key: SessionKey, phase: Phase, route: Route) -> dict[str, str]:
         return {
-            "X-SOMA-Session": key.session.encode("ascii", "backslashreplace").decode(),
+            "X-SOMA-Session": _ascii(key.session),
             "X-SOMA-Engine": route.engine,
             "X-SOMA-Adapter": "" if route.adapter is None else route.adapter.name,
             "X-SOMA-Phase": phase,
-            "X-SOMA-Reason": route.reason,
+            "X-SOMA-Reason": _ascii(route.reason),
         }
 
     # -- record, adapt ----------------------------------------------------------------------------------
@@ -325,6 +325,11 @@ async def _listened(reply: Reply, started: float, ended: Ended) -> Reply:
     assert reply.body is not None
     await ended(heard_whole(reply.body, started))
     return reply
+
+
+def _ascii(text: str) -> str:
+    """Text as a header can carry it."""
+    return text.encode("ascii", "backslashreplace").decode()
 
 
 def _instead(route: Route, asked: Asked, why: str) -> Route:
