@@ -135,8 +135,10 @@ def gone(pids: set[int], limit_s: float = 30) -> set[int]:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, config: Path, settings: dict[str, Any] | None = None) -> Iterator[Running]:
-    """A soma-serve of its own port and run folder, ready; stopped at the end."""
+def serving(
+    folder: Path, config: Path, settings: dict[str, Any] | None = None, until: str = "listening"
+) -> Iterator[Running]:
+    """A soma-serve of its own port and run folder that has said `until`; stopped at the end."""
     port = free_port()
     document = yaml.safe_load(config.read_text())
     for name, value in (settings or {}).items():
@@ -154,7 +156,7 @@ def serving(folder: Path, config: Path, settings: dict[str, Any] | None = None) 
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     running = Running(process, port, output, run_dir)
     try:
-        _wait_until_ready(running)
+        _wait_until_said(running, until)
         yield running
     finally:
         running.close()
@@ -167,12 +169,12 @@ def serving(folder: Path, config: Path, settings: dict[str, Any] | None = None) 
                 process.wait()
 
 
-def _wait_until_ready(running: Running) -> None:
+def _wait_until_said(running: Running, words: str) -> None:
     deadline = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline:
         if running.process.poll() is not None:
             raise AssertionError(f"soma-serve ended with {running.process.returncode}:\n{running.said()}")
-        if "listening" in running.said():
+        if words in running.said():
             return
         time.sleep(0.2)
-    raise AssertionError(f"soma-serve is not ready after {START_LIMIT_S:g} s:\n{running.said()}")
+    raise AssertionError(f"soma-serve has not said {words!r} after {START_LIMIT_S:g} s:\n{running.said()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -66,8 +67,13 @@ def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> N
         server = SomaServer(config, paths, policy, run_dir, lambda line: screen.print(line, markup=False))
         try:
             uvloop.run(server.run())
-        except RuntimeError as error:  # vLLM's own word for an engine that did not start
-            raise PreflightError(f"the surrogate failed: {error}; the end of {log}:\n{tail(log)}") from error
+        except SomaError:
+            raise
+        except Exception as error:  # a process edge: whatever an engine died of, people get one message
+            traceback.print_exc()
+            raise PreflightError(
+                f"the surrogate failed ({type(error).__name__}: {error}); the end of {log}:\n{tail(log)}"
+            ) from error
 
 
 if __name__ == "__main__":
