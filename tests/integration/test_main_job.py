@@ -40,19 +40,14 @@ def test_a_dialogue_warms_up_gets_its_adapter_and_moves_to_the_surrogate(tiny_se
     assert dialogue.headers["X-SOMA-Adapter"] == found["adapter"]
 
 
-def test_the_last_warm_turn_returns_as_fast_as_any_other(tiny_server: Running) -> None:
+def test_the_last_warm_turn_returns_before_its_training_is_over(tiny_server: Running) -> None:
     dialogue = Dialogue(tiny_server, "prompt", **{"X-SOMA-Force": "adapter"})
-    seconds = []
     for number in range(1, 4):
-        started = time.monotonic()
         dialogue.say(f"question {number}")
-        seconds.append(time.monotonic() - started)
+    returned = time.time()
     found = tiny_server.until("prompt", "SWITCHED")
-    submitted = next(e["at"] for e in found["events"] if e["kind"] == "training_submitted")
-    trained = next(e["at"] for e in found["events"] if e["kind"] == "trained")
-    answered = [e["at"] for e in found["events"] if e["kind"] == "turn"][2]
-    assert answered <= submitted < trained
-    assert seconds[2] < (trained - submitted) + max(seconds[:2])
+    (trained,) = (event["at"] for event in found["events"] if event["kind"] == "trained")
+    assert returned < trained
 
 
 def test_the_same_answers_come_whole_and_streamed(tiny_server: Running) -> None:
@@ -134,6 +129,7 @@ def test_many_sessions_and_both_plain_models_are_served_at_once(tiny_server: Run
 
 
 async def test_a_client_that_leaves_stops_the_generation(tiny_server: Running) -> None:
+    before = original_metric(tiny_server, "vllm:generation_tokens_total")
     client = openai.AsyncOpenAI(base_url=f"{tiny_server.root}/v1", api_key="key")
     stream = await client.chat.completions.create(
         model="soma",
@@ -150,14 +146,22 @@ async def test_a_client_that_leaves_stops_the_generation(tiny_server: Running) -
             break
     await stream.close()
     await client.close()
-    async with asyncio.timeout(30):
-        while True:
-            try:
-                (turn,) = tiny_server.session("left")["turns"]
-                break
-            except (httpx.HTTPStatusError, ValueError):
-                await asyncio.sleep(0.1)
-    assert turn["latency_s"] < 20
+    async with asyncio.timeout(60):
+        while original_metric(tiny_server, "vllm:num_requests_running") > 0:
+            await asyncio.sleep(0.05)
+    assert 0 < original_metric(tiny_server, "vllm:generation_tokens_total") - before < 1000
+    (turn,) = tiny_server.session("left")["turns"]
+    assert turn["engine"] == "original"
+
+
+def original_metric(running: Running, name: str) -> float:
+    """A series of the original's own server, over its socket, summed over labels."""
+    transport = httpx.HTTPTransport(uds=str(running.run_dir / "original.sock"))
+    with httpx.Client(transport=transport, base_url="http://original", follow_redirects=True) as client:
+        lines = client.get("/metrics").text.splitlines()
+    values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} "))]
+    assert values, f"the original has no series {name}"
+    return sum(values)
 
 
 def test_a_killed_original_is_refused_clearly_and_comes_back(tiny_server: Running) -> None:
