@@ -32,8 +32,9 @@ class Section(BaseModel):
 class Mining(Section):
     """Stage 1, soft-prompt mining on the surrogate (Eqs. 2 and 3)."""
 
-    enabled: bool = True
-    """False trains on the bare warm start, with equal weights."""
+    enabled: bool | Literal["auto"] = "auto"
+    """True mines every session; False trains on the bare warm start, with equal weights. auto mines only where
+    it was measured to help later turns (docs/LOG.md)."""
     hardness: Literal["divergence", "reference"] = "divergence"
     """How a turn's hardness r_t is read off; "reference" is the published code's inverted form, for studies."""
     soft_len: Annotated[int, Field(ge=1, le=256)] = 16
@@ -76,6 +77,16 @@ class Lora(Section):
         "up_proj",
         "down_proj",
     )
+    objective: Literal["nll", "kd"] = "kd"
+    """kd: towards the original's own distribution, where it is known in the surrogate's vocabulary; towards the
+    answer's words, as with nll, elsewhere."""
+    top_layers: Positive | None = None
+    """LoRA in this many upper layers only; what lies below them is computed once per session. null: in all."""
+    checkpoints: tuple[Positive, ...] = ()
+    """Step counts up to `steps` at which the adapter is judged on the held-out turns; the best one is kept, and
+    training ends when they get worse. Empty: the last step alone."""
+    init_from: str | None = None
+    """Directory of an adapter of the same shape to start from (`soma distill`); null starts from nothing."""
     steps: Positive = 60
     batch_size: Positive = 2
     lr: Annotated[float, Field(gt=0)] = 2.0e-4
@@ -102,8 +113,21 @@ class Gate(Section):
     consecutive_to_rollback: Positive = 2
     """m_cons: breaches in a row that roll the session back."""
     encoder_max_tokens: Positive = 256
+    readmit_factor: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """`accept_threshold` is multiplied by this for every rollback the session has had: hysteresis."""
+    audit: Literal["generate", "score"] = "generate"
+    """How the original audits a turn of the surrogate's. generate: it answers too, and the gap is taken.
+    score: it only reads the surrogate's answer, one prefill, and says how surprising it is."""
     audit_rate: Ratio = 0.25
-    """Share of the surrogate's turns that the original answers too, in the background, to measure the gap."""
+    """Share of the surrogate's turns that the original audits, in the background."""
+    audits_per_minute: Annotated[float, Field(gt=0)] = 30.0
+    """Most audits of the original in all, over all sessions."""
+    audit_yields: bool = True
+    """Audits run only while no user waits for the original, and give way when one comes."""
+    audit_wait_s: Seconds = 60.0
+    """An audit that has not had its turn within this time is dropped."""
+    surprise_threshold: Annotated[float, Field(gt=0)] = 2.0
+    """Mean NLL of the surrogate's answers under the original, nats per token, that is drift (audit: score)."""
 
 
 class Prefix(Section):
@@ -112,6 +136,11 @@ class Prefix(Section):
     mode: Literal["full", "anchored", "sliding"] = "full"
     """full: everything. sliding: a summary and the last turns, as in the paper. anchored: the system message
     and turn 1 verbatim, a summary of the middle, the last turns; its window moves in steps."""
+    anchor: Literal["first", "facts"] = "facts"
+    """What the anchor keeps verbatim: turn 1 alone, or also later turns that bring facts (a passage, a table,
+    code, numbers)."""
+    anchor_words: Positive = 400
+    """Most words of later turns in the anchor."""
     window_step: Positive = 2
     """Turns by which the anchored window moves at once, so that the prompt's head stays cacheable between."""
 
@@ -155,6 +184,11 @@ class Original(Engine):
 
     url: str | None = None
     """Base URL of an external endpoint (".../v1"); null starts a vLLM server as a child process."""
+    api: Literal["openai", "vllm"] = "openai"
+    """What the endpoint at `url` speaks: vllm allows vLLM's own extensions (token ids, scoring, priorities), as
+    our own child always does."""
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 20
+    """Log-probabilities per token that a vLLM original is asked for during the warm start; 0 asks for none."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the external endpoint's key."""
     name: str | None = None

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 Message = Mapping[str, Any]
 """One OpenAI chat message, as the client sent it."""
 
@@ -54,6 +57,18 @@ class AdapterRef:
     """Directory with adapter_config.json and adapter_model.safetensors."""
 
 
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """The original's own distribution over an answer it gave, token by token, in the original's vocabulary."""
+
+    tokens: tuple[int, ...]
+    """(n,) ids of the answer as generated, with the end of turn where it was generated."""
+    top: NDArray[np.int32]
+    """(n, k) ids of the likeliest tokens at each position, likeliest first; -1 pads a shorter row."""
+    logprobs: NDArray[np.float32]
+    """(n, k) their log-probabilities, nats; -inf at padding."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One turn to learn from or to be judged on."""
@@ -64,6 +79,8 @@ class Example:
     """The prompt the surrogate will be given, ending with the user's query."""
     answer: str
     """What the original answered."""
+    teacher: Teacher | None = None
+    """How it came to answer that; None where the original shows only its words."""
 
 
 @dataclass(frozen=True)

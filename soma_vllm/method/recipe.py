@@ -115,7 +115,7 @@ def adapt(
     learnt, judged = render(tokenizer, examples), render(tokenizer, held_out)
     (plain, _), plain_s = _timed(lambda: score_rendered(model, judged))
 
-    mined = mine(model, tokenizer, learnt, mining, seed) if mining.enabled else None
+    mined = mine(model, tokenizer, learnt, mining, seed) if mining.enabled is True else None
     hardness = mined.hardness if mined else {}
     weights = turn_weights(hardness or dict.fromkeys((turn.turn for turn in learnt), 1.0))
 
