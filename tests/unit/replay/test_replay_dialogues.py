@@ -10,6 +10,7 @@ from soma_vllm.config import Config
 from soma_vllm.errors import ConfigError
 
 SHIPPED = Path(__file__).parents[3] / "dialogues" / "demo.json"
+STUDY = SHIPPED.with_name("study.json")
 FORCING = {"adaptation": {"allow_force_header": True}, "warm_window": 3, "max_new_tokens": 48}
 
 
@@ -19,8 +20,9 @@ def written(tmp_path: Path, document: object) -> Path:
     return path
 
 
-def test_the_shipped_dialogues_are_eight_or_more_of_eight_to_twelve_turns() -> None:
-    dialogues = load_dialogues(SHIPPED)
+@pytest.mark.parametrize("path", [SHIPPED, STUDY], ids=lambda path: path.stem)
+def test_the_shipped_dialogues_are_eight_or_more_of_eight_to_twelve_turns(path: Path) -> None:
+    dialogues = load_dialogues(path)
     assert len(dialogues) >= 8
     assert {name: len(turns) for name, turns in dialogues.items() if not 8 <= len(turns) <= 12} == {}
 
@@ -39,9 +41,21 @@ def test_the_shipped_topic_change_stays_on_its_topic_for_six_turns() -> None:
     assert ["Ticket:" in turn for turn in turns] == [True] * 6 + [False] * 5
 
 
-def test_every_shipped_dialogue_is_described() -> None:
-    text = (SHIPPED.parent / "README.md").read_text(encoding="utf-8")
-    assert [name for name in load_dialogues(SHIPPED) if f"| `{name}` |" not in text] == []
+def test_the_study_asks_short_questions_and_pastes_facts_twice_in_the_middle() -> None:
+    later = [(n, turn) for turns in load_dialogues(STUDY).values() for n, turn in enumerate(turns[1:], 2)]
+    pasted = [n for n, turn in later if len(turn.split()) > 25]
+    assert len(pasted) == 2
+    assert all(4 <= n <= 6 for n in pasted)
+
+
+def test_no_two_shipped_dialogues_share_a_name() -> None:
+    assert set(load_dialogues(SHIPPED)) & set(load_dialogues(STUDY)) == set()
+
+
+@pytest.mark.parametrize("path", [SHIPPED, STUDY], ids=lambda path: path.stem)
+def test_every_shipped_dialogue_is_described(path: Path) -> None:
+    text = (path.parent / "README.md").read_text(encoding="utf-8")
+    assert [name for name in load_dialogues(path) if f"| `{name}` |" not in text] == []
 
 
 def test_all_mistakes_of_a_file_are_reported_at_once(tmp_path: Path) -> None:
