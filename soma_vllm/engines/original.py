@@ -41,17 +41,20 @@ class OriginalEngine:
         *,
         api_key_env: str | None = None,
         connect_timeout_s: float = 5.0,
+        speaks_vllm: bool = False,
         socket: Path | None = None,
         supervisor: Supervisor | None = None,
     ) -> None:
         """`api_key_env` names the environment variable that holds the endpoint's key.
 
-        `socket` marks our own vLLM child; `supervisor`, when given, is asked whether it is ready.
+        `speaks_vllm` says that the endpoint takes vLLM's own extensions, as our child always does; `socket` marks
+        that child; `supervisor`, when given, is asked whether it is ready.
 
         Raises:
             PreflightError: the environment variable is not set.
         """
         self.name = name
+        self.speaks_vllm = speaks_vllm
         self._url = base_url.rstrip("/")
         self._headers = {"Accept-Encoding": "identity"}
         self._key_source = api_key_env
@@ -73,6 +76,7 @@ class OriginalEngine:
             name,
             "http://original/v1",
             connect_timeout_s=connect_timeout_s,
+            speaks_vllm=True,
             socket=socket,
             supervisor=supervisor,
         )
