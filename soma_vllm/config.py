@@ -88,13 +88,26 @@ class Lora(Section):
     init_from: str | None = None
     """Directory of an adapter of the same shape to start from (`soma distill`); null starts from nothing."""
     steps: Positive = 60
-    batch_size: Positive = 2
+    batch_size: Positive | None = None
+    """Turns per step; null takes all of them, which costs little more where they share their history."""
     lr: Annotated[float, Field(gt=0)] = 2.0e-4
     weight_decay: Annotated[float, Field(ge=0)] = 1.0e-2
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     max_seq_length: Positive = 1024
     early_stop_patience: Positive = 20
     early_stop_min_delta: Annotated[float, Field(ge=0)] = 1.0e-3
+
+    @model_validator(mode="after")
+    def _checkpoints_are_steps(self) -> Lora:
+        if (
+            list(self.checkpoints) != sorted(set(self.checkpoints))
+            or max(self.checkpoints, default=0) > self.steps
+        ):
+            raise ValueError(
+                f"lora.checkpoints: found {list(self.checkpoints)}; expected increasing numbers of at most "
+                f"lora.steps: {self.steps}"
+            )
+        return self
 
 
 class Gate(Section):

@@ -9,21 +9,35 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional
 
 from soma_vllm.config import Lora
 from soma_vllm.errors import TrainingError
-from soma_vllm.method.rendering import Rendered, answer_ids, answer_logits
-from soma_vllm.method.soft_prompt import at_least_float32
+from soma_vllm.method.decoder import Decoder
+from soma_vllm.method.losses import answer_kl, token_nll
+from soma_vllm.method.rendering import Rendered
+from soma_vllm.method.scoring import pooled, score_trunk
+from soma_vllm.method.trunk import Trunk
+from soma_vllm.types import Agreement
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The adapter after some steps, judged on turns it does not learn from."""
+
+    steps: int
+    agreement: Agreement
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,11 @@ class Training:
 
     losses: tuple[float, ...]
     """Weighted training loss before each step, nats per answer token."""
+    checkpoints: tuple[Checkpoint, ...]
+    """In the order of their steps; the first, of 0 steps, is the surrogate as it was before. Empty without
+    held-out turns."""
+    steps: int
+    """Steps behind the weights that were kept."""
     stopped_early: bool
 
 
@@ -51,19 +70,26 @@ def turn_weights(hardness: Mapping[int, float]) -> dict[int, float]:
 
 
 @contextmanager
-def attached(model: Any, lora: Lora, seed: int) -> Iterator[Any]:
-    """The model with a fresh adapter, in evaluation mode, for the length of the block.
+def attached(decoder: Decoder, lora: Lora, seed: int) -> Iterator[Any]:
+    """The decoder's model with a fresh adapter in it, in evaluation mode, for the length of the block.
+
+    The adapter starts from nothing (its product is 0), or from the files in `lora.init_from`. Yields peft's
+    model, for `save`; inside the block the decoder runs with the adapter.
 
     Raises:
-        TrainingError: the model already carries an adapter, or lacks a target module.
+        TrainingError: the model already carries an adapter, lacks a target module, or `lora.init_from` holds
+            an adapter of another shape.
     """
+    model = decoder.model
     _check_pristine(model)
     _check_targets(model, lora.target_modules)
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     modes = {name: module.training for name, module in model.named_modules()}
     with _seeded(seed, model.device):
-        adapted = get_peft_model(model, _peft_config(lora))
+        adapted = get_peft_model(model, _peft_config(decoder, lora))
     try:
+        if lora.init_from is not None:
+            _start_from(adapted, Path(lora.init_from))
         adapted.eval()
         yield adapted
     finally:
@@ -76,32 +102,43 @@ def attached(model: Any, lora: Lora, seed: int) -> Iterator[Any]:
 
 
 def train(
-    adapted: Any, rendered: Sequence[Rendered], weights: Mapping[int, float], lora: Lora, seed: int
+    decoder: Decoder,
+    learnt: Sequence[Rendered],
+    held_out: Sequence[Rendered],
+    weights: Mapping[int, float],
+    lora: Lora,
+    seed: int,
 ) -> Training:
-    """Minimise the weighted token NLL of the answers (Eq. 4); prompts are read and never scored.
+    """Fit the adapter in `decoder` to the turns of `learnt`; keep the checkpoint that is best on `held_out`.
 
-    A step's loss is sum over its turns of omega_t * (sum of token NLLs), over its answer tokens. Training
-    stops early once the mean loss of one pass over the turns has not improved by `early_stop_min_delta` for
-    `early_stop_patience` steps. `weights` holds omega_t by turn.
+    A step's loss is sum over its turns of omega_t * (sum of token losses), over its answer tokens: the NLL of
+    Eq. 4, or with objective "kd" the KL to the original's distribution where a turn has one. Training stops
+    early once the mean loss of one pass over the turns has not improved by `early_stop_min_delta` for
+    `early_stop_patience` steps, or once a checkpoint is worse on `held_out` than the best before it.
+    `weights` holds omega_t by turn. Without `lora.checkpoints` the last step is kept.
 
     Raises:
         TrainingError: the loss is not finite, or there is nothing to learn from.
     """
-    if not rendered:
+    if not learnt:
         raise TrainingError("found no turns to learn from; expected at least one")
-    turns = [turn.within(lora.max_seq_length) for turn in rendered]
-    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    cut = first_adapted_layer(decoder, lora)
+    turns = [turn.within(lora.max_seq_length) for turn in learnt]
+    trunk = Trunk.grow(decoder, turns, cut)
+    judge = _Judge(Trunk.grow(decoder, held_out, cut), held_out) if held_out else None
+    parameters = [parameter for parameter in decoder.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lora.lr, weight_decay=lora.weight_decay)
+    size = lora.batch_size or len(turns)
     patience = _Patience(
-        lora.early_stop_patience, lora.early_stop_min_delta, window=math.ceil(len(turns) / lora.batch_size)
+        lora.early_stop_patience, lora.early_stop_min_delta, window=math.ceil(len(turns) / size)
     )
-    batches = _batches(turns, lora.batch_size, seed)
+    best = _Best(parameters, judge)
+    drawn = _batches([turn.turn for turn in turns], size, seed)
     losses: list[float] = []
-    adapted.train()
-    with _seeded(seed, adapted.device):
+    with _seeded(seed, decoder.device):
         while len(losses) < lora.steps and not patience.exhausted:
             optimizer.zero_grad(set_to_none=True)
-            losses.append(_accumulate(adapted, next(batches), weights))
+            losses.append(_accumulate(trunk, next(drawn), weights, lora.objective))
             if not math.isfinite(losses[-1]):
                 raise TrainingError(
                     f"step {len(losses)}: found a training loss of {losses[-1]}; expected a finite number"
@@ -109,8 +146,65 @@ def train(
             nn.utils.clip_grad_norm_(parameters, lora.grad_clip)
             optimizer.step()
             patience.observe(losses[-1])
-    adapted.eval()
-    return Training(tuple(losses), stopped_early=len(losses) < lora.steps)
+            if len(losses) in lora.checkpoints and not best.improves(len(losses)):
+                break
+    stopped = len(losses) < lora.steps
+    if not lora.checkpoints or (stopped and patience.exhausted):
+        best.improves(len(losses))
+    kept = best.restore(last=not lora.checkpoints)
+    return Training(tuple(losses), tuple(best.seen), kept, stopped)
+
+
+def first_adapted_layer(decoder: Decoder, lora: Lora) -> int:
+    """Index of the lowest layer with LoRA in it."""
+    return 0 if lora.top_layers is None else max(0, decoder.depth - lora.top_layers)
+
+
+class _Judge:
+    """Agreement of the adapter as it is now on the held-out turns."""
+
+    def __init__(self, trunk: Trunk, held_out: Sequence[Rendered]) -> None:
+        self._trunk = trunk
+        self._held_out = held_out
+
+    def agreement(self) -> Agreement:
+        return pooled(score_trunk(self._trunk, self._held_out))
+
+
+class _Best:
+    """The weights of the checkpoint that is best on held-out turns, and all that were seen."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], judge: _Judge | None) -> None:
+        self._parameters = parameters
+        self._judge = judge
+        self._kept: list[torch.Tensor] = []
+        self._best: Checkpoint | None = None
+        self.seen: list[Checkpoint] = []
+        self._steps = 0
+        if judge is not None:
+            self.seen.append(Checkpoint(0, judge.agreement()))
+
+    def improves(self, steps: int) -> bool:
+        """Judge the weights as they are; False once they are worse than the best before."""
+        self._steps = steps
+        if self._judge is None or (self.seen and self.seen[-1].steps == steps):
+            return True
+        found = Checkpoint(steps, self._judge.agreement())
+        self.seen.append(found)
+        if self._best is not None and found.agreement.nll >= self._best.agreement.nll:
+            return False
+        self._best = found
+        self._kept = [parameter.detach().clone() for parameter in self._parameters]
+        return True
+
+    def restore(self, last: bool) -> int:
+        """Put the best weights back, or leave the last ones; the number of steps behind them."""
+        if last or self._best is None:
+            return self._steps
+        with torch.no_grad():
+            for parameter, kept in zip(self._parameters, self._kept, strict=True):
+                parameter.copy_(kept)
+        return self._best.steps
 
 
 def save(adapted: Any, directory: Path) -> None:
@@ -127,26 +221,36 @@ def save(adapted: Any, directory: Path) -> None:
     (directory / "README.md").unlink(missing_ok=True)  # peft's model card
 
 
-def _accumulate(adapted: Any, batch: Sequence[Rendered], weights: Mapping[int, float]) -> float:
-    """Add one batch's gradients, turn by turn (no padding, one turn's activations alive); its loss."""
-    tokens = sum(len(turn.answer) for turn in batch)
+def _accumulate(trunk: Trunk, drawn: Collection[int], weights: Mapping[int, float], objective: str) -> float:
+    """Add the gradients of some turns, batch by batch; their loss."""
+    tokens = sum(
+        len(turn.answer) for batch, _ in trunk.batches for turn, _, _ in batch.rows() if turn.turn in drawn
+    )
     total = 0.0
-    for turn in batch:
-        logits = at_least_float32(answer_logits(adapted, turn))
-        nll = functional.cross_entropy(logits, answer_ids(adapted, turn), reduction="sum")
-        share = weights[turn.turn] * nll / tokens
+    trunk.decoder.model.train()
+    for read in trunk.read(drawn):
+        losses = [weights[turn.turn] * _turn_loss(turn, logits, objective) for turn, logits in read]
+        share = torch.stack(losses).sum() / tokens
         share.backward()  # type: ignore[no-untyped-call]
         total += float(share.detach())
+    trunk.decoder.model.eval()
     return total
 
 
-def _batches(turns: Sequence[Rendered], size: int, seed: int) -> Iterator[list[Rendered]]:
-    """Endless passes over the turns, each in a fresh seeded order, cut into batches."""
+def _turn_loss(turn: Rendered, logits: torch.Tensor, objective: str) -> torch.Tensor:
+    """The sum of a turn's token losses."""
+    if objective == "kd" and turn.teacher is not None:
+        return answer_kl(logits, turn).sum()
+    return token_nll(logits, torch.tensor(turn.answer, device=logits.device)).sum()
+
+
+def _batches(turns: Sequence[int], size: int, seed: int) -> Iterator[frozenset[int]]:
+    """Endless passes over the turn numbers, each in a fresh seeded order, cut into batches."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(turns), generator=generator).tolist()
         for start in range(0, len(order), size):
-            yield [turns[index] for index in order[start : start + size]]
+            yield frozenset(turns[index] for index in order[start : start + size])
 
 
 class _Patience:
@@ -175,7 +279,27 @@ class _Patience:
             self._steps_without += 1
 
 
-def _peft_config(lora: Lora) -> LoraConfig:
+def _start_from(adapted: Any, directory: Path) -> None:
+    """Fill the fresh adapter with a saved one's weights."""
+    file = directory / SAFETENSORS_WEIGHTS_NAME
+    try:
+        saved = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"lora.init_from: {file}: found no adapter that can be read: {error}") from error
+    expected = {name: value.shape for name, value in get_peft_model_state_dict(adapted).items()}
+    found = {name: value.shape for name, value in saved.items()}
+    differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if differing:
+        name = differing[0]
+        raise TrainingError(
+            f"lora.init_from: {directory}: {len(differing)} weights do not fit, such as {name}: found "
+            f"{found.get(name)}; expected {expected.get(name)} (same rank, targets and layers as lora.*)"
+        )
+    set_peft_model_state_dict(adapted, saved)
+
+
+def _peft_config(decoder: Decoder, lora: Lora) -> LoraConfig:
+    first = first_adapted_layer(decoder, lora)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
@@ -184,6 +308,7 @@ def _peft_config(lora: Lora) -> LoraConfig:
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules),
         bias="none",
+        layers_to_transform=list(range(first, decoder.depth)) if first else None,
     )
 
 

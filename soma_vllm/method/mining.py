@@ -14,18 +14,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from soma_vllm.config import Mining
 from soma_vllm.errors import TrainingError
-from soma_vllm.method.divergence import Neighbourhoods, TurnTerms, neighbourhoods, objective, turn_terms
-from soma_vllm.method.rendering import Rendered, answer_ids, answer_logits
+from soma_vllm.method.decoder import Decoder
+from soma_vllm.method.divergence import Neighbourhoods, neighbourhoods, objective, turn_terms
+from soma_vllm.method.losses import token_nll
+from soma_vllm.method.packing import Batch
+from soma_vllm.method.rendering import Rendered
 from soma_vllm.method.soft_prompt import SoftPrompt, at_least_float32, verbalize
+from soma_vllm.method.trunk import Trunk
 
 RANKING_STEPS = 1
 """Optimiser steps after which the "divergence" hardness is read."""
@@ -48,88 +51,128 @@ class MiningResult:
 
 @dataclass(frozen=True)
 class _Reading:
-    """One look at all turns under one prompt."""
+    """One look at all n turns under all M prompts."""
 
-    objective: float
-    """J(P)."""
-    divergence: tuple[float, ...]
-    """L_sem_exp of each turn."""
-    nll: tuple[float, ...]
-    """Mean NLL of each turn's answer, nats per token."""
+    objectives: tuple[float, ...]
+    """J(P) of each prompt."""
+    divergence: torch.Tensor
+    """(M, n) L_sem_exp of each turn."""
+    nll: torch.Tensor
+    """(M, n) mean NLL of each turn's answer, nats per token."""
 
 
-def mine(model: Any, tokenizer: Any, rendered: Sequence[Rendered], mining: Mining, seed: int) -> MiningResult:
+def mine(
+    decoder: Decoder, tokenizer: Any, rendered: Sequence[Rendered], mining: Mining, seed: int
+) -> MiningResult:
     """Mine `mining.n_candidates` prompts and keep the one of least J(P) (Eqs. 2 and 3).
+
+    All candidates and all turns go through the surrogate together; each candidate's gradient, clipping and
+    optimiser see that candidate alone.
 
     Raises:
         TrainingError: J(P) is not finite.
     """
     began = time.perf_counter()
     turns = [turn.shortened(mining.max_prompt_tokens, mining.max_teacher_tokens) for turn in rendered]
-    embedding = model.get_input_embeddings().weight.detach()
     # Rows beyond the tokenizer are padding: no text has them.
-    vocabulary = embedding[: len(tokenizer)]
-    answers = [answer_ids(model, turn) for turn in turns]
+    vocabulary = decoder.embedding[: len(tokenizer)]
+    answers = [torch.tensor(turn.answer, device=decoder.device) for turn in turns]
     near = neighbourhoods(vocabulary, answers, mining.neighborhood_k, mining.temperature)
-    mined = [_mine_one(model, turns, near, mining, seed + number) for number in range(mining.n_candidates)]
-    finals = [readings[-1] for _, readings in mined]
-    objectives = tuple(final.objective for final in finals)
-    best = mined[objectives.index(min(objectives))][0]
+    width = vocabulary.shape[1]
+    prompts = [
+        SoftPrompt(mining.soft_len, width, mining.init_std, mining.scale, seed + number).to(decoder.device)
+        for number in range(mining.n_candidates)
+    ]
+    readings = _descend(decoder, turns, prompts, near, mining)
+    objectives = tuple(readings[-1].objectives)
+    best = prompts[objectives.index(min(objectives))]().detach()
     if mining.hardness == "divergence":
-        early = [readings[RANKING_STEPS].nll for _, readings in mined]
-        hardness = [sum(values) / len(values) for values in zip(*early, strict=True)]
+        hardness = readings[RANKING_STEPS].nll.mean(dim=0)
     else:
-        hardness = [max(values) for values in zip(*(final.divergence for final in finals), strict=True)]
+        hardness = readings[-1].divergence.amax(dim=0)
     return MiningResult(
         prompt=best.cpu(),
         objectives=objectives,
-        hardness={turn.turn: value for turn, value in zip(turns, hardness, strict=True)},
+        hardness={turn.turn: value for turn, value in zip(turns, hardness.tolist(), strict=True)},
         verbalized=tuple(verbalize(best, vocabulary).tolist()),
         seconds=time.perf_counter() - began,
     )
 
 
-def _mine_one(
-    model: Any, turns: Sequence[Rendered], near: Neighbourhoods, mining: Mining, seed: int
-) -> tuple[torch.Tensor, list[_Reading]]:
-    """One candidate: its prompt, and a reading before every step and after the last."""
-    width = model.get_input_embeddings().weight.shape[1]
-    prompt = SoftPrompt(mining.soft_len, width, mining.init_std, mining.scale, seed).to(model.device)
-    optimizer = torch.optim.AdamW(prompt.parameters(), lr=mining.lr, weight_decay=mining.weight_decay)
+def _descend(
+    decoder: Decoder,
+    turns: Sequence[Rendered],
+    prompts: Sequence[SoftPrompt],
+    near: Neighbourhoods,
+    mining: Mining,
+) -> list[_Reading]:
+    """Optimise the prompts in place; a reading before every step and one after the last."""
+    parameters = [prompt.parameter for prompt in prompts]
+    optimizer = torch.optim.AdamW(parameters, lr=mining.lr, weight_decay=mining.weight_decay)
+    trunk = Trunk.grow(decoder, turns)  # word vectors only: the prompts enter below every layer
     readings = []
     for _ in range(mining.iters):
         optimizer.zero_grad(set_to_none=True)
-        readings.append(_read(model, turns, prompt, near, mining, learn=True))
-        torch.nn.utils.clip_grad_norm_(prompt.parameters(), mining.grad_clip)
+        readings.append(_read(trunk, turns, prompts, near, mining, learn=True))
+        for parameter in parameters:
+            torch.nn.utils.clip_grad_norm_([parameter], mining.grad_clip)
         optimizer.step()
     with torch.no_grad():
-        readings.append(_read(model, turns, prompt, near, mining, learn=False))
-        return prompt().detach(), readings
+        readings.append(_read(trunk, turns, prompts, near, mining, learn=False))
+    return readings
 
 
 def _read(
-    model: Any,
+    trunk: Trunk,
     turns: Sequence[Rendered],
-    prompt: SoftPrompt,
+    prompts: Sequence[SoftPrompt],
     near: Neighbourhoods,
     mining: Mining,
     learn: bool,
 ) -> _Reading:
-    """Objective, divergences and NLLs under `prompt`; with `learn`, its gradient is accumulated."""
-    embedding = model.get_input_embeddings().weight.detach()
-    objectives, divergences, nlls = [], [], []
-    for turn in turns:
-        squashed = prompt()
-        logits = at_least_float32(answer_logits(model, turn, squashed))
-        answer = answer_ids(model, turn)
-        terms: TurnTerms = turn_terms(logits, answer, embedding, near, mining.teacher_topm, mining.lambda_exp)
-        value = objective(terms, squashed, mining.beta_anti_degen, mining.lambda_P)
+    """Objective, divergences and NLLs under every prompt; with `learn`, gradients are accumulated."""
+    shape = (len(prompts), len(turns))
+    objectives, divergence, nll = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
+    column = {turn.turn: index for index, turn in enumerate(turns)}
+    for batch, words in trunk.batches:
+        squashed = [prompt() for prompt in prompts]
+        # Gradients are gathered at these loose ends turn by turn, so that only one turn's logits are alive.
+        loose = [prompt.detach().requires_grad_(learn) for prompt in squashed]
+        ends: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for candidate, turn, final in _under(trunk.decoder, batch, words, squashed):
+            ends.append((final, final.detach().requires_grad_(learn)))
+            logits = at_least_float32(trunk.decoder.logits(ends[-1][1]))
+            answer = torch.tensor(turn.answer, device=logits.device)
+            terms = turn_terms(
+                logits, answer, trunk.decoder.embedding, near, mining.teacher_topm, mining.lambda_exp
+            )
+            value = objective(terms, loose[candidate], mining.beta_anti_degen, mining.lambda_P)
+            if learn:
+                (value / len(turns)).backward()  # type: ignore[no-untyped-call]
+            place = candidate, column[turn.turn]
+            objectives[place] = float(value.detach())
+            divergence[place] = float(terms.divergence.detach())
+            nll[place] = float(token_nll(logits.detach(), answer).mean())
         if learn:
-            (value / len(turns)).backward()  # type: ignore[no-untyped-call]
-        objectives.append(float(value.detach()))
-        divergences.append(float(terms.divergence.detach()))
-        nlls.append(float(functional.cross_entropy(logits.detach(), answer)))
-    mean = sum(objectives) / len(turns)
-    if not math.isfinite(mean):
-        raise TrainingError(f"mining: found J(P) = {mean}; expected a finite number")
-    return _Reading(mean, tuple(divergences), tuple(nlls))
+            ends += zip(squashed, loose, strict=True)
+            torch.autograd.backward([end for end, _ in ends], [leaf.grad for _, leaf in ends])
+    means = objectives.mean(dim=1).tolist()
+    if not all(math.isfinite(mean) for mean in means):
+        raise TrainingError(f"mining: found J(P) = {means}; expected finite numbers")
+    return _Reading(tuple(means), divergence, nll)
+
+
+def _under(
+    decoder: Decoder, batch: Batch, words: torch.Tensor, squashed: Sequence[torch.Tensor]
+) -> Iterator[tuple[int, Rendered, torch.Tensor]]:
+    """(candidate, turn, final states (n, d)): every strand of the batch behind every prompt, in one pass."""
+    count, length = len(squashed), len(squashed[0])
+    prompts = torch.stack(list(squashed)).to(words.dtype)
+    states = torch.cat([prompts.repeat_interleave(len(words), dim=0), words.repeat(count, 1, 1)], dim=1)
+    mask = batch.mask
+    if mask is not None:
+        mask = torch.cat([mask.new_ones(len(mask), length), mask], dim=1).repeat(count, 1)
+    final = decoder.run(states, mask)
+    for candidate in range(count):
+        for turn, row, positions in batch.rows(shift=length):
+            yield candidate, turn, final[candidate * len(words) + row, positions]

@@ -1,6 +1,6 @@
 """One adaptation from a session's warm start to an adapter on disk, top to bottom.
 
-    render -> score plain -> mine -> weigh -> attach -> train -> score adapted -> save -> detach
+    render -> mine -> weigh -> attach -> train, judged at checkpoints -> score -> save -> detach
 
 Guarantees: the surrogate is the same before and after, bit by bit, also when an adaptation fails; held-out
 turns are scored and never learnt from; equal inputs and seeds give equal adapters on one machine.
@@ -9,8 +9,9 @@ turns are scored and never learnt from; equal inputs and seeds give equal adapte
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,10 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from soma_vllm.config import Lora, Mining
 from soma_vllm.errors import ModelError, TrainingError
-from soma_vllm.method.finetune import attached, save, train, turn_weights
+from soma_vllm.method.decoder import Decoder
+from soma_vllm.method.finetune import Checkpoint, attached, first_adapted_layer, save, train, turn_weights
 from soma_vllm.method.mining import mine
-from soma_vllm.method.rendering import render
-from soma_vllm.method.scoring import Probe, score, score_rendered
+from soma_vllm.method.packing import pack
+from soma_vllm.method.rendering import Rendered, render
+from soma_vllm.method.scoring import Probe, pooled, score_turns
 from soma_vllm.types import Agreement, Example
 
 _T = TypeVar("_T")
@@ -32,36 +35,51 @@ _T = TypeVar("_T")
 class Surrogate:
     """A loaded, frozen surrogate. One adaptation at a time may use it."""
 
-    model: Any
+    decoder: Decoder
     tokenizer: Any
+
+    @property
+    def model(self) -> Any:
+        """The whole model, as transformers loaded it."""
+        return self.decoder.model
 
 
 @dataclass(frozen=True)
-class Adaptation:
-    """A finished adaptation: plain values only, picklable."""
+class Learnt:
+    """What an adaptation came to, while its adapter is still in the surrogate. Plain values but for `peft`."""
 
-    directory: str
-    """Holds adapter_config.json and adapter_model.safetensors."""
+    peft: Any
+    """peft's view of the adapted model, for `finetune.save`."""
     plain: Agreement
     """The surrogate without the adapter, on the held-out turns."""
     adapted: Agreement
     """The surrogate with it, on the same turns."""
+    checkpoints: tuple[Checkpoint, ...]
+    """What held-out turns said after 0 steps and at each checkpoint."""
+    steps: int
+    """Steps behind the adapter: those of the best checkpoint."""
+    losses: tuple[float, ...]
+    """Training loss before each step taken, nats per answer token."""
+    stopped_early: bool
+    distilled: bool
+    """Whether the original's distribution was the target, on every turn."""
     hardness: dict[int, float]
-    """r_t by turn; empty where mining is off."""
+    """r_t by turn; empty where nothing was mined."""
     weights: dict[int, float]
     """omega_t by turn, mean 1."""
     objective: float | None
-    """J(P) of the mined prompt; None where mining is off."""
+    """J(P) of the mined prompt; None where nothing was mined."""
     mined_text_ids: tuple[int, ...]
-    """V(P), token ids of the surrogate; empty where mining is off."""
-    losses: tuple[float, ...]
-    """Training loss before each step, nats per answer token."""
-    steps: int
-    stopped_early: bool
+    """V(P), token ids of the surrogate; empty where nothing was mined."""
     probe: Probe
     """What the adapted surrogate said of the first held-out turn, to check the engine that serves it."""
+    tokens: int
+    """Tokens the surrogate reads in one step, shared histories counted once."""
+    flops: float
+    """Floating-point operations of mining and training, estimated from shapes (2 per weight and token)."""
     mining_s: float
     finetune_s: float
+    """Training, with the judging of checkpoints."""
     scoring_s: float
 
 
@@ -83,7 +101,7 @@ def load_surrogate(path: str | Path, dtype: str, device: str, threads: int) -> S
         raise ModelError(f"{path}: found no surrogate that can be loaded: {error}") from error
     if not tokenizer.chat_template:
         raise ModelError(f"{path}: found no chat template; expected the tokenizer of a chat model")
-    return Surrogate(model.to(device).eval().requires_grad_(False), tokenizer)
+    return Surrogate(Decoder(model.to(device).eval().requires_grad_(False)), tokenizer)
 
 
 def score_plain(surrogate: Surrogate, held_out: tuple[Example, ...]) -> Agreement:
@@ -92,7 +110,56 @@ def score_plain(surrogate: Surrogate, held_out: tuple[Example, ...]) -> Agreemen
     Raises:
         TrainingError: nothing to score.
     """
-    return score(surrogate.model, surrogate.tokenizer, held_out)
+    return pooled(score_turns(surrogate.decoder, rendered(surrogate, held_out)))
+
+
+@contextmanager
+def adapting(
+    surrogate: Surrogate,
+    examples: tuple[Example, ...],
+    held_out: tuple[Example, ...],
+    mining: Mining,
+    lora: Lora,
+    seed: int,
+) -> Iterator[Learnt]:
+    """Mine and train one session's adapter; inside the block the surrogate runs with it.
+
+    Raises:
+        TrainingError: nothing to learn from or to score, a held-out turn among the examples, a turn beyond
+            the surrogate's context, or a number that is not finite. The surrogate is pristine again.
+    """
+    _check_disjoint(examples, held_out)
+    decoder = surrogate.decoder
+    learnt, judged = rendered(surrogate, examples), rendered(surrogate, held_out)
+
+    mined = mine(decoder, surrogate.tokenizer, learnt, mining, seed) if mines(mining) else None
+    hardness = mined.hardness if mined else {}
+    weights = turn_weights(hardness or dict.fromkeys((turn.turn for turn in learnt), 1.0))
+
+    with attached(decoder, lora, seed) as peft:
+        training, finetune_s = _timed(lambda: train(decoder, learnt, judged, weights, lora, seed))
+        scores, scoring_s = _timed(lambda: score_turns(decoder, judged))
+        cost = Cost.of(decoder, learnt, judged, mining, lora, len(training.losses), mined is not None)
+        yield Learnt(
+            peft=peft,
+            plain=training.checkpoints[0].agreement,
+            adapted=pooled(scores),
+            checkpoints=training.checkpoints,
+            steps=training.steps,
+            losses=training.losses,
+            stopped_early=training.stopped_early,
+            distilled=lora.objective == "kd" and all(turn.teacher is not None for turn in learnt),
+            hardness=hardness,
+            weights=weights,
+            objective=min(mined.objectives) if mined else None,
+            mined_text_ids=mined.verbalized if mined else (),
+            probe=scores[0].probe,
+            tokens=cost.tokens,
+            flops=cost.flops,
+            mining_s=mined.seconds if mined else 0.0,
+            finetune_s=finetune_s,
+            scoring_s=scoring_s,
+        )
 
 
 def adapt(
@@ -103,43 +170,72 @@ def adapt(
     lora: Lora,
     seed: int,
     out_dir: str | Path,
-) -> Adaptation:
-    """Mine, train and save one session's adapter, and score it on turns it was not trained on.
+) -> Learnt:
+    """`adapting`, with the adapter saved to `out_dir` and taken off again.
 
     Raises:
-        TrainingError: nothing to learn from or to score, a held-out turn among the examples, or a number
-            that is not finite. The surrogate is pristine again, `out_dir` may hold part of an adapter.
+        TrainingError: as `adapting`; `out_dir` may hold part of an adapter.
     """
-    _check_disjoint(examples, held_out)
-    model, tokenizer = surrogate.model, surrogate.tokenizer
-    learnt, judged = render(tokenizer, examples), render(tokenizer, held_out)
-    (plain, _), plain_s = _timed(lambda: score_rendered(model, judged))
+    with adapting(surrogate, examples, held_out, mining, lora, seed) as learnt:
+        save(learnt.peft, Path(out_dir))
+    return replace(learnt, peft=None)
 
-    mined = mine(model, tokenizer, learnt, mining, seed) if mining.enabled is True else None
-    hardness = mined.hardness if mined else {}
-    weights = turn_weights(hardness or dict.fromkeys((turn.turn for turn in learnt), 1.0))
 
-    with attached(model, lora, seed) as adapted_model:
-        training, finetune_s = _timed(lambda: train(adapted_model, learnt, weights, lora, seed))
-        (adapted, probe), adapted_s = _timed(lambda: score_rendered(adapted_model, judged))
-        save(adapted_model, Path(out_dir))
+def mines(mining: Mining) -> bool:
+    """Whether stage 1 runs. On `auto` it does not: nothing it finds helped later turns yet (docs/LOG.md)."""
+    return mining.enabled is True
 
-    return Adaptation(
-        directory=str(out_dir),
-        plain=plain,
-        adapted=adapted,
-        hardness=hardness,
-        weights=weights,
-        objective=min(mined.objectives) if mined else None,
-        mined_text_ids=mined.verbalized if mined else (),
-        losses=training.losses,
-        steps=len(training.losses),
-        stopped_early=training.stopped_early,
-        probe=probe,
-        mining_s=mined.seconds if mined else 0.0,
-        finetune_s=finetune_s,
-        scoring_s=plain_s + adapted_s,
-    )
+
+def rendered(surrogate: Surrogate, examples: tuple[Example, ...]) -> tuple[Rendered, ...]:
+    """Examples as token ids that fit the surrogate's context.
+
+    Raises:
+        TrainingError: no examples, an empty answer, or a turn that does not fit.
+    """
+    turns = render(surrogate.tokenizer, examples)
+    limit = surrogate.model.config.max_position_embeddings
+    for turn in turns:
+        if len(turn.inputs) > limit:
+            raise TrainingError(
+                f"turn {turn.turn}: found {len(turn.inputs)} tokens; the surrogate's context holds {limit}"
+            )
+    return turns
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an adaptation makes the processor do."""
+
+    tokens: int
+    flops: float
+
+    @classmethod
+    def of(
+        cls,
+        decoder: Decoder,
+        learnt: tuple[Rendered, ...],
+        judged: tuple[Rendered, ...],
+        mining: Mining,
+        lora: Lora,
+        steps: int,
+        mined: bool,
+    ) -> Cost:
+        """Estimated from shapes: 2 operations per weight and token forward, as many backward to the inputs."""
+        read = sum(len(strand.ids) for strand in pack([turn.within(lora.max_seq_length) for turn in learnt]))
+        judging = sum(len(strand.ids) for strand in pack(judged))
+        answers, judged_answers = (sum(len(turn.answer) for turn in turns) for turns in (learnt, judged))
+        layer = 2.0 * decoder.layer_parameters()
+        head = 2.0 * decoder.embedding.numel()
+        below = first_adapted_layer(decoder, lora)
+        above = decoder.depth - below
+        looks = 1 + sum(1 for checkpoint in lora.checkpoints if checkpoint <= steps)
+        flops = layer * below * (read + judging)
+        flops += steps * 2 * (layer * above * read + head * answers)
+        flops += looks * (layer * above * judging + head * judged_answers)
+        if mined:
+            looks = 2 * mining.iters + 1
+            flops += mining.n_candidates * looks * (layer * decoder.depth * read + head * answers)
+        return cls(read, flops)
 
 
 def _check_disjoint(examples: tuple[Example, ...], held_out: tuple[Example, ...]) -> None:

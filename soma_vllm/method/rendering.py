@@ -1,18 +1,20 @@
 """From an example to token ids: the surrogate's own chat template, then the original's answer and its end.
 
 Guarantees: the prompt is what an engine would send for the same messages (`apply_chat_template` with the
-generation prompt); the answer ends with the template's end-of-turn token, so that an adapter learns when to
-stop; a shortened prompt keeps its end, a shortened answer its beginning, and neither is ever cut to nothing.
+generation prompt); an answer known token by token is those tokens, one known as text ends with the template's
+end-of-turn token, so that an adapter learns when to stop; a shortened prompt keeps its end, a shortened answer
+its beginning, and neither is ever cut to nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+import numpy as np
 from jinja2.exceptions import TemplateError
+from numpy.typing import NDArray
 
 from soma_vllm.errors import TrainingError
 from soma_vllm.types import Example, Message
@@ -28,7 +30,11 @@ class Rendered:
     prompt: tuple[int, ...]
     """At least one token."""
     answer: tuple[int, ...]
-    """At least one token; the last is the end of turn unless the answer was shortened."""
+    """At least one token; the last is the end of turn unless the answer was cut."""
+    teacher: tuple[NDArray[np.int32], NDArray[np.float32]] | None = field(
+        default=None, compare=False, repr=False
+    )
+    """The original's likeliest tokens at each answer position and their log-probabilities, (n, k) each."""
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -37,7 +43,8 @@ class Rendered:
 
     def shortened(self, prompt: int, answer: int) -> Rendered:
         """At most the last `prompt` and the first `answer` tokens."""
-        return Rendered(self.turn, self.prompt[-prompt:], self.answer[:answer])
+        teacher = None if self.teacher is None else (self.teacher[0][:answer], self.teacher[1][:answer])
+        return Rendered(self.turn, self.prompt[-prompt:], self.answer[:answer], teacher)
 
     def within(self, length: int) -> Rendered:
         """At most `length` tokens in all: the prompt gives way first, down to a quarter of the room."""
@@ -58,14 +65,21 @@ def render(tokenizer: Any, examples: Sequence[Example]) -> tuple[Rendered, ...]:
     if empty:
         raise TrainingError(f"turns {', '.join(empty)}: found an empty answer; expected the original's words")
     end = end_of_turn(tokenizer)
-    return tuple(
-        Rendered(
-            turn=example.turn,
-            prompt=tuple(_ids(tokenizer, _prompt_text(tokenizer, example))),
-            answer=(*_ids(tokenizer, example.answer), end),
-        )
-        for example in examples
-    )
+    return tuple(_rendered(tokenizer, example, end) for example in examples)
+
+
+def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
+    """What an engine would read for `messages`, generation prompt included.
+
+    Raises:
+        TrainingError: the chat template refuses them, or they hold more than text.
+    """
+    plain = [_plain(message) for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise TrainingError(f"the chat template refused the messages: {error}") from error
+    return tuple(_ids(tokenizer, text))
 
 
 def end_of_turn(tokenizer: Any) -> int:
@@ -87,52 +101,31 @@ def end_of_turn(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def answer_logits(
-    model: Any,
-    rendered: Rendered,
-    soft_prompt: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Logits (n, V) that predict the n answer tokens, teacher-forced; no other position meets the output head.
-
-    `soft_prompt` (L, d), where given, is prepended at the embedding layer, before the whole prompt.
-    """
-    ids = torch.tensor([rendered.inputs], device=model.device)
-    length = ids.shape[1] + (0 if soft_prompt is None else len(soft_prompt))
-    # Numbered positions and not a count: a count slices the hidden states, and the strides of a slice make
-    # torch copy the whole output head (1-2 s for 150,000 words on one core).
-    keep = torch.arange(length - len(rendered.answer), length, device=model.device)
-    if soft_prompt is None:
-        output = model(input_ids=ids, use_cache=False, logits_to_keep=keep)
-    else:
-        words = model.get_input_embeddings()(ids)
-        embeds = torch.cat([soft_prompt.to(words.dtype).unsqueeze(0), words], dim=1)
-        output = model(inputs_embeds=embeds, use_cache=False, logits_to_keep=keep)
-    logits: torch.Tensor = output.logits[0]
-    return logits
-
-
-def answer_ids(model: Any, rendered: Rendered) -> torch.Tensor:
-    """The answer's token ids (n,) on the model's device."""
-    return torch.tensor(rendered.answer, device=model.device)
-
-
-def _prompt_text(tokenizer: Any, example: Example) -> str:
-    messages = [_plain(message, example.turn) for message in example.messages]
+def _rendered(tokenizer: Any, example: Example, end: int) -> Rendered:
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise TrainingError(f"turn {example.turn}: the chat template refused the messages: {error}") from error
-    return text
+        prompt = prompt_ids(tokenizer, example.messages)
+    except TrainingError as error:
+        raise TrainingError(f"turn {example.turn}: {error}") from error
+    teacher = example.teacher
+    if teacher is None:
+        return Rendered(example.turn, prompt, (*_ids(tokenizer, example.answer), end))
+    said = tokenizer.decode(list(teacher.tokens), skip_special_tokens=True)
+    if said.strip() != example.answer.strip():
+        raise TrainingError(
+            f"turn {example.turn}: the original's tokens do not spell its answer in the surrogate's "
+            "vocabulary; expected two models with the same tokenizer"
+        )
+    return Rendered(example.turn, prompt, teacher.tokens, (teacher.top, teacher.logprobs))
 
 
-def _plain(message: Message, turn: int) -> dict[str, Any]:
+def _plain(message: Message) -> dict[str, Any]:
     """The message with its content as one string, as text-only templates expect it."""
     content = message.get("content")
     if content is None or isinstance(content, str):
         return dict(message)
     kinds = [part.get("type") for part in content]
     if any(kind != "text" for kind in kinds):
-        raise TrainingError(f"turn {turn}: found content parts {kinds}; expected parts of type 'text' only")
+        raise TrainingError(f"found content parts {kinds}; expected parts of type 'text' only")
     return {**message, "content": "".join(part["text"] for part in content)}
 
 

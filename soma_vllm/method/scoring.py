@@ -1,4 +1,4 @@
-"""Teacher-forced agreement with the original's answers: one prefill a turn, no generation.
+"""Teacher-forced agreement with the original's answers: no generation, a dialogue's turns in one pass.
 
 Guarantees: only answer positions meet the output head; every answer token counts once, the end of turn
 included; the model is read, never changed. Plain and adapted surrogates are scored by the same code.
@@ -6,16 +6,34 @@ included; the model is read, never changed. Plain and adapted surrogates are sco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from soma_vllm.errors import TrainingError
-from soma_vllm.method.rendering import Rendered, answer_ids, answer_logits, render
+from soma_vllm.method.decoder import Decoder
+from soma_vllm.method.losses import answer_kl
+from soma_vllm.method.rendering import Rendered
 from soma_vllm.method.soft_prompt import at_least_float32
-from soma_vllm.types import Agreement, Example
+from soma_vllm.method.trunk import Trunk
+from soma_vllm.types import Agreement
+
+
+@dataclass(frozen=True)
+class TurnScore:
+    """One turn's agreement; sums over its answer tokens."""
+
+    turn: int
+    tokens: int
+    nll: float
+    """- log pi of the answer's tokens, nats."""
+    hits: int
+    """Tokens that are the model's own first choice."""
+    kl: float | None
+    """KL to the original's head, nats; None where the original shows only its words."""
+    probe: Probe
 
 
 @dataclass(frozen=True)
@@ -32,44 +50,62 @@ class Probe:
     """log pi of each answer token, nats."""
 
 
-def score(model: Any, tokenizer: Any, examples: Sequence[Example]) -> Agreement:
-    """Mean NLL and top-1 agreement over the answer tokens of all `examples`.
+def score_turns(decoder: Decoder, rendered: Sequence[Rendered]) -> list[TurnScore]:
+    """Each turn's agreement, in the order of `rendered`.
 
     Raises:
-        TrainingError: no examples, an empty answer, or a score that is not finite.
+        TrainingError: nothing to score, or a score that is not finite.
     """
-    return score_rendered(model, render(tokenizer, examples))[0]
+    return score_trunk(Trunk.grow(decoder, rendered), rendered)
 
 
-def score_rendered(model: Any, rendered: Sequence[Rendered]) -> tuple[Agreement, Probe]:
-    """Like `score`, of rendered examples; the probe is the first of them.
+@torch.inference_mode()
+def score_trunk(trunk: Trunk, rendered: Sequence[Rendered]) -> list[TurnScore]:
+    """Like `score_turns`, of turns whose lower layers are computed.
 
     Raises:
         TrainingError: nothing to score, or a score that is not finite.
     """
     if not rendered:
         raise TrainingError("found no turns to score; expected at least one")
-    probes, hits = [], 0
-    for turn in rendered:
-        logprobs, agreed = _read(model, turn)
-        probes.append(Probe(turn.prompt, turn.answer, tuple(logprobs.tolist())))
-        hits += agreed
-    tokens = sum(len(probe.answer) for probe in probes)
-    nll = -sum(sum(probe.logprobs) for probe in probes) / tokens
-    if not nll < float("inf"):
-        raise TrainingError(f"scoring: found an NLL of {nll}; expected a finite number")
-    return Agreement(nll=nll, top1=hits / tokens, tokens=tokens), probes[0]
+    with evaluating(trunk.decoder):
+        scores = {turn.turn: _score(turn, logits) for read in trunk.read() for turn, logits in read}
+    wrong = {number: score.nll for number, score in scores.items() if not score.nll < float("inf")}
+    if wrong:
+        raise TrainingError(f"scoring: found NLL by turn {wrong}; expected finite numbers")
+    return [scores[turn.turn] for turn in rendered]
 
 
-@torch.inference_mode()
-def _read(model: Any, turn: Rendered) -> tuple[torch.Tensor, int]:
-    """Log-probability of each answer token (n,), and how many are the model's first choice."""
-    was_training = model.training
-    model.eval()
+def pooled(scores: Sequence[TurnScore]) -> Agreement:
+    """Mean NLL and top-1 agreement over the answer tokens of all turns."""
+    tokens = sum(score.tokens for score in scores)
+    return Agreement(
+        nll=sum(score.nll for score in scores) / tokens,
+        top1=sum(score.hits for score in scores) / tokens,
+        tokens=tokens,
+    )
+
+
+@contextmanager
+def evaluating(decoder: Decoder) -> Iterator[None]:
+    """No dropout for the block."""
+    was_training = decoder.model.training
+    decoder.model.eval()
     try:
-        logits = at_least_float32(answer_logits(model, turn))
+        yield
     finally:
-        model.train(was_training)
-    answer = answer_ids(model, turn)
-    logprobs = torch.log_softmax(logits, dim=1).gather(1, answer.unsqueeze(1)).squeeze(1)
-    return logprobs, int((logits.argmax(dim=1) == answer).sum())
+        decoder.model.train(was_training)
+
+
+def _score(turn: Rendered, logits: torch.Tensor) -> TurnScore:
+    wide = at_least_float32(logits)
+    answer = torch.tensor(turn.answer, device=logits.device)
+    logprobs = torch.log_softmax(wide, dim=1).gather(1, answer.unsqueeze(1)).squeeze(1)
+    return TurnScore(
+        turn=turn.turn,
+        tokens=len(turn.answer),
+        nll=-float(logprobs.sum()),
+        hits=int((wide.argmax(dim=1) == answer).sum()),
+        kl=None if turn.teacher is None else float(answer_kl(wide, turn).sum()),
+        probe=Probe(turn.prompt, turn.answer, tuple(logprobs.tolist())),
+    )

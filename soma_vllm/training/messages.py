@@ -59,10 +59,16 @@ class TrainResult:
     """The plain surrogate on the held-out turns."""
     adapted: Agreement
     """The same under the adapter."""
+    checkpoints: tuple[tuple[int, Agreement], ...]
+    """(steps, agreement on the held-out turns) after 0 steps and at each checkpoint."""
     hardness: dict[int, float]
-    """r_t of each trained turn."""
+    """r_t of each trained turn; empty where nothing was mined."""
     steps: int
+    """Steps behind the adapter."""
+    distilled: bool
+    """Whether the original's distribution was the target, and not only its words."""
     losses: tuple[float, ...]
+    flops: float
     mining_s: float
     finetune_s: float
     scoring_s: float

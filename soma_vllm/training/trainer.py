@@ -72,12 +72,15 @@ class AdapterTrainer:
             shutil.rmtree(out_dir, ignore_errors=True)
             raise
         return TrainResult(
-            directory=str(made.directory),
+            directory=str(out_dir),
             plain=made.plain,
             adapted=made.adapted,
-            hardness=dict(made.hardness),
+            checkpoints=tuple((point.steps, point.agreement) for point in made.checkpoints),
+            hardness=made.hardness,
             steps=made.steps,
+            distilled=made.distilled,
             losses=made.losses,
+            flops=made.flops,
             mining_s=made.mining_s,
             finetune_s=made.finetune_s,
             scoring_s=made.scoring_s,
