@@ -48,10 +48,14 @@ class Trunk:
     def _logits(
         self, states: torch.Tensor, mask: torch.Tensor | None, rows: Sequence[tuple[Rendered, int, slice]]
     ) -> Read:
-        # Sequences end where the last wanted answer does.
+        # Sequences without a wanted answer stay out, and the others end where their last one does.
         end = max(positions.stop for _, _, positions in rows)
+        taken = {row: place for place, row in enumerate(sorted({row for _, row, _ in rows}))}
+        if len(taken) < len(states):
+            states = states[list(taken)]
+            mask = None if mask is None else mask[list(taken)]
         final = self.decoder.run(states[:, :end], None if mask is None else mask[:, :end], start=self.cut)
-        logits = self.decoder.logits(torch.cat([final[row, positions] for _, row, positions in rows]))
+        logits = self.decoder.logits(torch.cat([final[taken[row], positions] for _, row, positions in rows]))
         pieces = torch.split(logits, [positions.stop - positions.start for _, _, positions in rows])
         return [(turn, piece) for (turn, _, _), piece in zip(rows, pieces, strict=True)]
 
