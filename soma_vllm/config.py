@@ -332,6 +332,11 @@ class Config(Section):
             problems.append("original.name: found null; expected the model's name at original.url")
         if self.surrogate_model is None:
             problems.append("surrogate_model: found null; expected a model")
+        if self.gate.audit == "score" and self.original.url is not None and self.original.api != "vllm":
+            problems.append(
+                f"gate.audit: found 'score' with original.api: {self.original.api!r}; expected generate, or "
+                "original.api: vllm where the endpoint at original.url is a vLLM server"
+            )
         if problems:
             raise ConfigError(source, problems)
         return self

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from soma_vllm.config import Config
+from soma_vllm.engines.base import ChatCall
 from soma_vllm.engines.fake import FakeEngine
 from soma_vllm.errors import TrainingError
 from soma_vllm.scheduler.adaptation import Adaptation
@@ -20,6 +21,7 @@ from soma_vllm.scheduler.dispatcher import Answer, Dispatcher, Incoming
 from soma_vllm.scheduler.drift import DriftWatch
 from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.scheduler.policies.base import load_policy
+from soma_vllm.scheduler.quiet_times import QuietTimes
 from soma_vllm.session.session import Session
 from soma_vllm.storage.sessions import SessionStore
 from soma_vllm.training.messages import ScoreRequest, TrainRequest, TrainResult
@@ -38,6 +40,20 @@ SETTINGS: dict[str, Any] = {
     "adaptation": {"allow_force_header": True},
     "surrogate": {"max_loras": 1},
 }
+
+
+class FakeOriginal(FakeEngine):
+    """An engine that also reads answers, as it is told to find them."""
+
+    def __init__(self) -> None:
+        super().__init__("large", ["same"])
+        self.finds = Agreement(0.5, 0.9, 10)
+        self.read: list[tuple[ChatCall, str]] = []
+
+    async def score(self, call: ChatCall, answer: str) -> Agreement:
+        self.read.append((call, answer))
+        await self.chat(call)
+        return self.finds
 
 
 class FakeSurrogate(FakeEngine):
@@ -77,7 +93,20 @@ class FakeTrainer:
         await self.go.wait()
         if self.failure is not None:
             raise self.failure
-        return TrainResult(request.out_dir, self.plain, self.adapted, {1: 1.0}, 4, (1.0, 0.5), 0.1, 0.2, 0.3)
+        return TrainResult(
+            directory=request.out_dir,
+            plain=self.plain,
+            adapted=self.adapted,
+            checkpoints=((0, self.plain), (4, self.adapted)),
+            hardness={1: 1.0},
+            steps=4,
+            distilled=False,
+            losses=(1.0, 0.5),
+            flops=1.0,
+            mining_s=0.1,
+            finetune_s=0.2,
+            scoring_s=0.3,
+        )
 
 
 class FakeShelf:
@@ -114,7 +143,7 @@ class House:
 
     def __init__(self, config: Config, store: SessionStore) -> None:
         self.config = config
-        self.original = FakeEngine("large", ["same"])
+        self.original = FakeOriginal()
         self.surrogate = FakeSurrogate()
         self.trainer = FakeTrainer()
         self.shelf = FakeShelf(self.surrogate.log)
@@ -125,14 +154,22 @@ class House:
         self.adaptation = Adaptation(
             config, self.book, self.surrogate, self.trainer, self.shelf, encoder, self.holds
         )
+        self.quiet = QuietTimes(config.gate.audit_yields, config.gate.audit_wait_s)
         drift = DriftWatch(
-            config, self.book, self.original, self.surrogate, encoder, self.holds, self.adaptation.retire
+            config,
+            self.book,
+            self.original,
+            self.surrogate,
+            encoder,
+            self.holds,
+            self.adaptation.retire,
+            self.quiet,
         )
         self.dispatcher = Dispatcher(
             config,
             load_policy(config),
             self.book,
-            self.original,
+            self.quiet.watched(self.original),
             self.surrogate,
             encoder,
             self.holds,

@@ -24,7 +24,7 @@ import aiohttp
 from soma_vllm.adapters.durable import is_locked
 from soma_vllm.adapters.store import AdapterStore
 from soma_vllm.config import Config
-from soma_vllm.engines.base import Engine
+from soma_vllm.engines.base import ScoringEngine
 from soma_vllm.engines.command import (
     child_command,
     child_environment,
@@ -44,6 +44,7 @@ from soma_vllm.scheduler.drift import DriftWatch
 from soma_vllm.scheduler.encoding import ThreadedEncoder
 from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.scheduler.policies.base import Policy
+from soma_vllm.scheduler.quiet_times import QuietTimes
 from soma_vllm.storage.sessions import SessionStore
 from soma_vllm.telemetry.metrics import SessionMetrics
 from soma_vllm.types import AdapterRef, SessionKey
@@ -146,9 +147,11 @@ class SomaServer:
         holds = AdapterHolds(self._config.surrogate.max_loras)
         shelf = StoreShelf(self._open_shelf())
         adaptation = Adaptation(self._config, book, surrogate, trainer, shelf, encoder, holds)
-        drift = DriftWatch(self._config, book, original, surrogate, encoder, holds, adaptation.retire)
+        quiet = QuietTimes(self._config.gate.audit_yields, self._config.gate.audit_wait_s)
+        drift = DriftWatch(self._config, book, original, surrogate, encoder, holds, adaptation.retire, quiet)
+        users_original = quiet.watched(original)
         dispatcher = Dispatcher(
-            self._config, self._policy, book, original, surrogate, encoder, holds, adaptation, drift
+            self._config, self._policy, book, users_original, surrogate, encoder, holds, adaptation, drift
         )
         self._cleanup.push_async_callback(dispatcher.stop)
         self._begun = True
@@ -185,7 +188,7 @@ class SomaServer:
         self._cleanup.push_async_callback(self._supervisor.stop)
         self._say(f"original   loads {self._original_name}; its log is {child.log_path}")
 
-    async def _reach_original(self) -> Engine:
+    async def _reach_original(self) -> ScoringEngine:
         original = self._config.original
         if self._supervisor is None:
             assert original.url is not None, "for_serving has checked"

@@ -1,6 +1,7 @@
 """The port to an engine: one verb, `chat`, and a reply that is either whole or a stream.
 
-The dispatcher sees nothing else of an engine. Guarantees every implementation keeps:
+The dispatcher sees nothing else of an engine; an audit may also ask the original to `score`. Guarantees every
+implementation keeps:
 
 * `chat` raises `EngineUnavailable` or `EngineRefused` before it yields anything, or returns a `Reply`.
 * Closing a stream early (`aclose`) or cancelling `chat` stops the generation on the engine.
@@ -13,7 +14,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from soma_vllm.types import AdapterRef
+from soma_vllm.types import AdapterRef, Agreement
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,13 @@ class ChatCall:
     """Isolates prefix caches: becomes vLLM's `cache_salt` where the engine is a vLLM."""
     http: Any = None
     """The client's HTTP request, where there is one, for its headers and disconnects."""
+    background: bool = False
+    """No user waits for it: a vLLM engine serves users first."""
+
+    @property
+    def priority(self) -> int:
+        """vLLM's, lower is earlier. Never the client's own, which could overtake other clients."""
+        return int(self.background)
 
 
 class Events(Protocol):
@@ -62,5 +70,17 @@ class Engine(Protocol):
         Raises:
             EngineUnavailable: the engine is not running, or broke before its first token.
             EngineRefused: the engine answered with an OpenAI error of its own.
+        """
+        ...
+
+
+class ScoringEngine(Engine, Protocol):
+    """An engine that can also read an answer it did not give."""
+
+    async def score(self, call: ChatCall, answer: str) -> Agreement:
+        """How the engine itself would have answered, measured on `answer`: one prefill, no decoding.
+
+        Raises:
+            EngineError: it could not.
         """
         ...

@@ -1,8 +1,9 @@
 """The original over HTTP: any OpenAI-compatible endpoint, or the vLLM server we started as a child.
 
 Guarantees: the port's own (`engines/base.py`); the client's body goes out as it came, but for the model's
-name and, towards our own child, the `cache_salt` that keeps tenants' prefix caches apart; the client's API key
-is never sent on, and ours never logged; a generation may take as long as it takes.
+name, the `priority` towards a vLLM and, towards our own child, the `cache_salt` that keeps tenants' prefix
+caches apart; the client's API key is never sent on, and ours never logged; a generation may take as long as it
+takes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ import aiohttp
 
 from soma_vllm.engines.base import ChatCall, Reply
 from soma_vllm.engines.supervisor import State, Supervisor
-from soma_vllm.errors import EngineRefused, EngineUnavailable, PreflightError
+from soma_vllm.engines.surprise import agreement_from_prompt, scoring_body
+from soma_vllm.errors import EngineError, EngineRefused, EngineUnavailable, PreflightError
+from soma_vllm.types import Agreement
 
 _EVENT_END = re.compile(rb"\r?\n\r?\n")
 _GATEWAY_ERRORS = (502, 503, 504)
@@ -47,8 +51,8 @@ class OriginalEngine:
     ) -> None:
         """`api_key_env` names the environment variable that holds the endpoint's key.
 
-        `speaks_vllm` says that the endpoint takes vLLM's own extensions, as our child always does; `socket` marks
-        that child; `supervisor`, when given, is asked whether it is ready.
+        `speaks_vllm` says that the endpoint takes vLLM's own extensions, as our child always does; `socket`
+        marks that child; `supervisor`, when given, is asked whether it is ready.
 
         Raises:
             PreflightError: the environment variable is not set.
@@ -93,6 +97,26 @@ class OriginalEngine:
             return Reply(events=events)
         return Reply(body=await self._whole(call))
 
+    async def score(self, call: ChatCall, answer: str) -> Agreement:
+        """How likely the original finds an answer to the call's messages; see `ScoringEngine.score`.
+
+        Raises:
+            EngineUnavailable, EngineRefused: as in `chat`.
+            EngineError: the endpoint is no vLLM, or it cannot be told which tokens are the answer's.
+        """
+        if not self.speaks_vllm:
+            raise EngineError("found an original that does not speak vLLM; expected one, to score an answer")
+        self._require_child()
+        messages = call.body["messages"]
+        question = {"model": self.name, "messages": list(messages), "add_generation_prompt": True}
+        url = f"{self._url.removesuffix('/v1')}/tokenize"
+        opening = await self._read(self._client().post(url, json=question))
+        tokens = opening.get("tokens")
+        if not isinstance(tokens, list):
+            raise EngineError("found no tokens in the original's /tokenize; expected a list")
+        scored = await self._whole(replace(call, body=scoring_body(messages, answer)))
+        return agreement_from_prompt(scored, tokens)
+
     async def health(self) -> bool:
         """True when the original would take a request now."""
         if self._supervisor is not None and self._supervisor.state is not State.READY:
@@ -112,8 +136,12 @@ class OriginalEngine:
             await session.close()
 
     async def _whole(self, call: ChatCall) -> dict[str, Any]:
+        return await self._read(self._post(call))
+
+    async def _read(self, posted: Any) -> dict[str, Any]:
+        """The JSON object that a request is answered with."""
         try:
-            async with self._post(call) as response:
+            async with posted as response:
                 await self._refuse_errors(response)
                 body = await response.json(content_type=None)
         except _BROKEN as error:
@@ -121,9 +149,7 @@ class OriginalEngine:
         except ValueError as error:
             raise EngineUnavailable("the original answered 200 with a body that is not JSON") from error
         if not isinstance(body, dict):
-            raise EngineUnavailable(
-                f"the original answered a {type(body).__name__}; expected a chat.completion"
-            )
+            raise EngineUnavailable(f"the original answered a {type(body).__name__}; expected an object")
         return body
 
     async def _stream(self, call: ChatCall) -> AsyncGenerator[str, None]:
@@ -150,6 +176,8 @@ class OriginalEngine:
 
     def _post(self, call: ChatCall) -> Any:
         body = {**call.body, "model": self.name}
+        if self.speaks_vllm:
+            body["priority"] = call.priority
         if self._socket is not None:
             body["cache_salt"] = _salt(call.tenant, body.get("cache_salt"))
         return self._client().post(f"{self._url}/chat/completions", json=body)

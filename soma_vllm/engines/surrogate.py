@@ -49,6 +49,7 @@ class SurrogateEngine:
         body = dict(call.body)
         body["model"] = self.name if call.adapter is None else call.adapter.name
         body["cache_salt"] = call.tenant
+        body["priority"] = call.priority
         answer = await self._serving.complete(body, call.http)
         if isinstance(answer, Mapping):
             return Reply(body={**answer, "model": self.name})

@@ -59,6 +59,8 @@ class PrivateChat:
         self._models.lora_resolvers = []
         self._chat = copy.copy(state.openai_serving_chat)
         self._chat.models = self._models
+        # vLLM would let a client's header overrule the priority that the body was given.
+        self._chat._get_priority = lambda request, raw_request: request.priority
 
     async def complete(
         self, body: Mapping[str, Any], http: Any

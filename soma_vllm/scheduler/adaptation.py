@@ -113,7 +113,8 @@ class Adaptation:
         plain_gaps = await self._gaps(key, held_out, None)
         if Candidate.PLAIN in allowed and forced is not Candidate.ADAPTER:
             agreement = await self._trainer.score(ScoreRequest(held_out))
-            verdict = self._judge([_evidence(Candidate.PLAIN, held_out, plain_gaps, agreement)], forced)
+            evidence = [_evidence(Candidate.PLAIN, held_out, plain_gaps, agreement)]
+            verdict = self._judge(key, evidence, forced)
             if verdict.candidate is Candidate.PLAIN or Candidate.ADAPTER not in allowed:
                 return Chosen(verdict, None)
         result = await self._train(key, examples, held_out)
@@ -127,15 +128,16 @@ class Adaptation:
             _evidence(Candidate.PLAIN, held_out, plain_gaps, result.plain),
             _evidence(Candidate.ADAPTER, held_out, gaps, result.adapted),
         ]
-        return Chosen(self._judge(evidence, forced), ref)
+        return Chosen(self._judge(key, evidence, forced), ref)
 
-    def _judge(self, evidence: list[Evidence], forced: Candidate | None) -> Verdict:
+    def _judge(self, key: SessionKey, evidence: list[Evidence], forced: Candidate | None) -> Verdict:
         return judge(
             evidence,
             self._config.gate,
             self._config.acceptance_min_turns,
             self._config.adaptation.candidates,
             forced,
+            self._book.session(key).rollbacks,
         )
 
     async def _gaps(

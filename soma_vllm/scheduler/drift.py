@@ -1,30 +1,49 @@
 """Watching a switched session for drift: sampled audits, and the turns that left the locality.
 
-* A sampled turn of the surrogate is asked of the original too, in the background.
+* A sampled turn of the surrogate is shown to the original, in the background, in one of two ways: it answers
+  too (a gap), or it only reads the surrogate's answer in one prefill (a surprise, nats per token).
 * A turn that went to the original because it left the locality is asked of the surrogate too: the original's
   answer is there already, so this evidence costs no time of the original.
 
-Both yield a gap; enough breaches in a row roll the session back. Nothing here delays a reply.
+Enough breaches in a row, of either kind, roll the session back. Nothing here delays a reply: the original is
+asked within a budget, in its quiet times, one audit at a time. An audit that comes to nothing is one event,
+`audit_dropped`, with its reason.
 """
 
 from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from soma_vllm.config import Config
-from soma_vllm.engines.base import Engine
+from soma_vllm.engines.base import ChatCall, ScoringEngine
 from soma_vllm.errors import EngineError
 from soma_vllm.scheduler.book import SessionBook
+from soma_vllm.scheduler.budget import Budget
 from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.scheduler.ports import AdapterEngine, Encoder
+from soma_vllm.scheduler.quiet_times import Dropped, QuietTimes
 from soma_vllm.scheduler.shadow import adapted_answer, gaps_between, shadow_answer
+from soma_vllm.session.gate import AuditKind
 from soma_vllm.session.phases import Phase
-from soma_vllm.session.session import Turn
-from soma_vllm.types import AdapterRef, Message, Role, SessionKey
+from soma_vllm.session.session import Session, Turn
+from soma_vllm.types import AdapterRef, Event, Message, Role, SessionKey
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one audit measured."""
+
+    kind: AuditKind
+    value: float
+    top1: float | None = None
+    """Share of the answer's tokens that are the original's own first choice, where it read them."""
 
 
 class DriftWatch:
@@ -34,12 +53,14 @@ class DriftWatch:
         self,
         config: Config,
         book: SessionBook,
-        original: Engine,
+        original: ScoringEngine,
         surrogate: AdapterEngine,
         encoder: Encoder,
         holds: AdapterHolds,
         retire: Callable[[AdapterRef], Awaitable[None]],
+        quiet: QuietTimes,
     ) -> None:
+        """`quiet` are the original's times without users."""
         self._config = config
         self._book = book
         self._original = original
@@ -47,7 +68,9 @@ class DriftWatch:
         self._encoder = encoder
         self._holds = holds
         self._retire = retire
+        self._quiet = quiet
         self._sample = random.Random(config.training.seed)
+        self._budget = Budget(config.gate.audits_per_minute)
 
     def wants(self, turn: Turn) -> bool:
         """Whether this turn is to be audited: every locality miss, a share of the surrogate's turns."""
@@ -60,32 +83,85 @@ class DriftWatch:
     async def audit(
         self, key: SessionKey, turn: Turn, asked: tuple[Message, ...], shown: tuple[Message, ...]
     ) -> None:
-        """Measure one turn's gap and act on it. `asked` is the client's history, `shown` the surrogate's."""
-        limit = self._config.max_new_tokens
-        adapter = self._book.session(key).adapter
+        """Measure one turn and act on it. `asked` is the client's history, `shown` the surrogate's."""
+        session = self._book.session(key)
         try:
             if turn.engine is Role.SURROGATE:
-                shadow = await shadow_answer(self._original, key.tenant, asked, limit)
+                self._require_budget()
+                finding = await self._quiet.run(lambda: self._ask_original(key, turn, asked, session))
             else:
-                shadow = await adapted_answer(self._surrogate, self._holds, key.tenant, shown, limit, adapter)
-            (value,) = await gaps_between(self._encoder, [turn.answer], [shadow])
-        except EngineError as error:
+                finding = await self._ask_surrogate(key, turn, shown, session.adapter)
+            self._require_same(key, session)
+        except (EngineError, Dropped) as error:
             logger.info("an audit was dropped: %s", error)
+            self._note(key, "audit_dropped", turn=turn.number, reason=str(error))
             return
-        await self._observe(key, turn, value)
+        await self._observe(key, turn, finding)
 
-    async def _observe(self, key: SessionKey, turn: Turn, value: float) -> None:
-        session = self._book.note(key, "audited", turn=turn.number, gap=round(value, 4), served_by=turn.engine)
-        if session.phase is not Phase.SWITCHED or not session.drift.demands_rollback(self._config.gate):
+    async def _ask_surrogate(
+        self, key: SessionKey, turn: Turn, shown: tuple[Message, ...], adapter: AdapterRef | None
+    ) -> Finding:
+        """The gap of what the surrogate would have answered in place of the original."""
+        limit = self._config.max_new_tokens
+        shadow = await adapted_answer(self._surrogate, self._holds, key.tenant, shown, limit, adapter)
+        return await self._gap(turn, shadow)
+
+    async def _ask_original(
+        self, key: SessionKey, turn: Turn, asked: tuple[Message, ...], before: Session
+    ) -> Finding:
+        """What the original makes of the surrogate's turn; it may be cancelled at any moment."""
+        self._require_same(key, before)  # it may have waited long
+        if self._config.gate.audit == "generate":
+            limit = self._config.max_new_tokens
+            return await self._gap(turn, await shadow_answer(self._original, key.tenant, asked, limit))
+        call = ChatCall({"messages": list(asked)}, None, key.tenant, background=True)
+        agreement = await self._original.score(call, turn.answer)
+        return Finding("surprise", agreement.nll, agreement.top1)
+
+    async def _gap(self, turn: Turn, shadow: str) -> Finding:
+        (value,) = await gaps_between(self._encoder, [turn.answer], [shadow])
+        return Finding("gap", value)
+
+    def _require_budget(self) -> None:
+        if not self._budget.take():
+            raise Dropped(f"more than {self._config.gate.audits_per_minute:g} audits a minute")
+
+    def _require_same(self, key: SessionKey, before: Session) -> None:
+        """Keep an audit out of a drift window that it was not taken for.
+
+        Raises:
+            Dropped: the session was rolled back, rewound or closed meanwhile, whatever it is now.
+        """
+        session = self._book.session(key)
+        if session.phase is not Phase.SWITCHED or session.switches != before.switches:
+            raise Dropped(f"the session left the switch that was audited and is {session.phase}")
+
+    async def _observe(self, key: SessionKey, turn: Turn, finding: Finding) -> None:
+        """Put a finding into the drift window, and roll back where that demands it."""
+        session = self._note(
+            key,
+            "audited",
+            turn=turn.number,
+            kind=finding.kind,
+            gap=round(finding.value, 4) if finding.kind == "gap" else None,
+            surprise=round(finding.value, 4) if finding.kind == "surprise" else None,
+            top1=None if finding.top1 is None else round(finding.top1, 4),
+            served_by=turn.engine,
+        )
+        if not session.drift.demands_rollback(self._config.gate):
             return
         adapter = session.adapter
-        self._book.note(
+        self._note(
             key,
             "rolled_back",
-            moving_gap=round(session.drift.moving(), 4),
-            window=list(session.drift.window),
+            moving=round(session.drift.moving(), 4),
+            window=[asdict(audit) for audit in session.drift.window],
             breaches=session.drift.breaches,
             drift_threshold=self._config.gate.drift_threshold,
+            surprise_threshold=self._config.gate.surprise_threshold,
         )
         if adapter is not None:
             await self._retire(adapter)
+
+    def _note(self, key: SessionKey, event: str, **data: Any) -> Session:
+        return self._book.record(key, Event(event, time.time(), data))

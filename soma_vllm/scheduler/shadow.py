@@ -21,7 +21,7 @@ async def shadow_answer(
         EngineError: it did not answer.
     """
     body: dict[str, Any] = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0.0}
-    reply = await engine.chat(ChatCall(body, adapter, tenant))
+    reply = await engine.chat(ChatCall(body, adapter, tenant, background=True))
     assert reply.body is not None, "a request without stream=true is answered whole"
     return str(reply.body["choices"][0]["message"].get("content") or "")
 

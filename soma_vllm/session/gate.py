@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,24 +55,28 @@ def judge(
     min_turns: int,
     allowed: Sequence[Candidate] = COST_ORDER,
     forced: Candidate | None = None,
+    rollbacks: int = 0,
 ) -> Verdict:
     """The cheapest candidate that passes, else the original (Cor. 4.3, with token agreement beside the gap).
 
     A candidate passes when its mean gap over at least `min_turns` held-out turns plus the margin is at most
     eps, and its token agreement is at least `min_agreement`. The adapter must besides be no worse than the
     plain surrogate on the same held-out answers. A candidate that is not `allowed` is compared with but never
-    chosen; `forced` overrules the verdict, not the numbers.
+    chosen; `forced` overrules the verdict, not the numbers. Every rollback the session has had multiplies eps
+    by `readmit_factor`: what failed before must be better to come back.
     """
+    eps = gate.accept_threshold * gate.readmit_factor**rollbacks
     by_candidate = {item.candidate: item for item in evidence}
     plain = by_candidate.get(Candidate.PLAIN)
     failures = {
-        candidate: _failure(by_candidate[candidate], plain, gate, min_turns)
+        candidate: _failure(by_candidate[candidate], plain, gate, eps, min_turns)
         for candidate in COST_ORDER
         if candidate in by_candidate
     }
     numbers = {
         "candidates": {c.value: _numbers(by_candidate[c], failure) for c, failure in failures.items()},
-        "accept_threshold": gate.accept_threshold,
+        "accept_threshold": eps,
+        "rollbacks": rollbacks,
         "accept_margin": gate.accept_margin,
         "min_agreement": gate.min_agreement,
         "min_turns": min_turns,
@@ -86,18 +90,16 @@ def judge(
         objections = (f"{c}: {failure or 'not allowed'}" for c, failure in failures.items())
         why = "; ".join(objections) or "no candidate was judged"
         return Verdict(passed, why, numbers)
-    return Verdict(
-        passed, f"gap {_mean(by_candidate[passed].gaps):.3f} within {gate.accept_threshold:g}", numbers
-    )
+    return Verdict(passed, f"gap {_mean(by_candidate[passed].gaps):.3f} within {eps:g}", numbers)
 
 
-def _failure(item: Evidence, plain: Evidence | None, gate: Gate, min_turns: int) -> str | None:
+def _failure(item: Evidence, plain: Evidence | None, gate: Gate, eps: float, min_turns: int) -> str | None:
     """Why a candidate does not pass; None when it does."""
     if len(item.gaps) < min_turns:
         return f"judged on {len(item.gaps)} turns, fewer than {min_turns}"
     reached = _mean(item.gaps) + gate.accept_margin
-    if not reached <= gate.accept_threshold:  # also refuses NaN
-        return f"gap {reached:.3f} above {gate.accept_threshold:g}"
+    if not reached <= eps:  # also refuses NaN
+        return f"gap {reached:.3f} above {eps:g}"
     if item.agreement is None:
         return f"no token agreement, at least {gate.min_agreement:g} needed" if gate.min_agreement else None
     if not item.agreement.top1 >= gate.min_agreement:
@@ -126,22 +128,41 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
+AuditKind = Literal["gap", "surprise"]
+"""What an audit measured: the gap of two answers, or the original's surprise at one, in nats per token."""
+
+_LEAST_THRESHOLD = 1.0e-9
+"""Stands for a threshold of 0, under which any drift at all is a breach."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """One audited turn, in its own unit and in that of the drift window."""
+
+    kind: AuditKind
+    value: float
+    relative: float
+    """`value` over the threshold of its kind: 1 is just at the threshold."""
+
+
 @dataclass(frozen=True)
 class Drift:
-    """The drift monitor's state: a moving window of audited gaps and the breaches in a row."""
+    """The drift monitor's state: a moving window of audits of either kind and the breaches in a row."""
 
-    window: tuple[float, ...] = ()
+    window: tuple[Audit, ...] = ()
     breaches: int = 0
 
-    def observe(self, value: float, gate: Gate) -> Drift:
-        """The state after one audited gap. A breach is a moving mean above the threshold; calm resets."""
-        window = (*self.window, value)[-gate.drift_window :]
-        breached = not _mean(window) <= gate.drift_threshold
-        return Drift(window, self.breaches + 1 if breached else 0)
+    def observe(self, kind: AuditKind, value: float, gate: Gate) -> Drift:
+        """The state after one audit. A breach is a moving mean above 1, the thresholds' own; calm resets."""
+        threshold = gate.drift_threshold if kind == "gap" else gate.surprise_threshold
+        audit = Audit(kind, value, value / max(threshold, _LEAST_THRESHOLD))
+        after = Drift((*self.window, audit)[-gate.drift_window :])
+        breached = not after.moving() <= 1.0
+        return Drift(after.window, self.breaches + 1 if breached else 0)
 
     def moving(self) -> float:
-        """Mean gap over the window; NaN before the first audit."""
-        return _mean(self.window)
+        """Mean over the window, relative to the thresholds; NaN before the first audit."""
+        return _mean([audit.relative for audit in self.window])
 
     def demands_rollback(self, gate: Gate) -> bool:
         """True after m_cons breaches in a row."""

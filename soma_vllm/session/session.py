@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from soma_vllm.config import Config
-from soma_vllm.session.gate import Drift, Vector
+from soma_vllm.session.gate import AuditKind, Drift, Vector
 from soma_vllm.session.phases import Phase, after, may_happen
 from soma_vllm.session.prefix import compress
 from soma_vllm.session.transcript import fingerprint
@@ -39,7 +39,7 @@ class Turn:
     ttft_s: float | None
     latency_s: float
     gap: float | None = None
-    """Filled by the audit of this turn, where there was one."""
+    """Filled by the audit of this turn, where there was one that generated."""
     complete: bool = True
     """False when generation was cut off: such a turn is neither learned from nor judged on."""
 
@@ -67,6 +67,8 @@ class Session:
     learned: int = 0
     """Turns, counted from the first, that the present adaptation rests on."""
     trainings: int = 0
+    switches: int = 0
+    rollbacks: int = 0
     forced: Candidate | None = None
 
     def transcript(self, turns: int | None = None) -> tuple[Message, ...]:
@@ -89,7 +91,9 @@ class Session:
         if self.phase is Phase.WARM_START:
             return len(self.warm_turns()) >= config.warm_window
         if self.phase is Phase.ROLLED_BACK:
-            enough = max(config.adaptation.cool_down_turns, config.acceptance_min_turns + 1)
+            # Doubled every time, so that a session that comes and goes does it ever more rarely.
+            cool_down = config.adaptation.cool_down_turns * 2 ** (self.rollbacks - 1)
+            enough = max(cool_down, config.acceptance_min_turns + 1)
             return self.trainings < config.adaptation.max_trainings and len(self.warm_turns()) >= enough
         return False
 
@@ -182,14 +186,19 @@ def _switched(session: Session, data: Mapping[str, Any], config: Config) -> Sess
         adapter=None if ref is None else AdapterRef(**ref),
         centroid=tuple(data["centroid"]),
         drift=Drift(),
+        switches=session.switches + 1,
     )
 
 
 def _audited(session: Session, data: Mapping[str, Any], config: Config) -> Session:
-    number, value = data["turn"], data["gap"]
-    turns = tuple(replace(t, gap=value) if t.number == number else t for t in session.turns)
-    drift = session.drift.observe(value, config.gate) if session.phase is Phase.SWITCHED else session.drift
-    return replace(session, turns=turns, drift=drift)
+    number = data["turn"]
+    kind: AuditKind = "gap" if data.get("kind", "gap") == "gap" else "surprise"
+    if kind == "gap":
+        turns = tuple(replace(t, gap=data["gap"]) if t.number == number else t for t in session.turns)
+        session = replace(session, turns=turns)
+    if session.phase is not Phase.SWITCHED:
+        return session
+    return replace(session, drift=session.drift.observe(kind, data[kind], config.gate))
 
 
 def _rolled_back(session: Session, data: Mapping[str, Any], config: Config) -> Session:
@@ -201,11 +210,14 @@ def _rolled_back(session: Session, data: Mapping[str, Any], config: Config) -> S
         drift=Drift(),
         warm_from=len(session.turns),
         learned=0,
+        rollbacks=session.rollbacks + 1,
     )
 
 
 def _rewound(session: Session, data: Mapping[str, Any], config: Config) -> Session:
-    fresh = Session(session.key, trainings=session.trainings)
+    fresh = Session(
+        session.key, trainings=session.trainings, switches=session.switches, rollbacks=session.rollbacks
+    )
     return replace(fresh, turns=session.turns[: data["to"]])
 
 

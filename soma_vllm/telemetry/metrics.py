@@ -15,6 +15,7 @@ from soma_vllm.types import Event, SessionKey
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 GAPS = (0.01, 0.02, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0)
+NATS = (0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0, 3.0, 5.0, 8.0)
 
 
 class SessionMetrics:
@@ -42,6 +43,12 @@ class SessionMetrics:
         self._gap = Histogram(
             "soma_audit_gap", "Gap of audited turns.", ["engine"], buckets=GAPS, registry=registry
         )
+        self._surprise = Histogram(
+            "soma_audit_surprise_nats",
+            "Mean NLL of an audited answer under the original, per token.",
+            buckets=NATS,
+            registry=registry,
+        )
         self._training = Histogram(
             "soma_training_seconds",
             "Time per training stage.",
@@ -54,7 +61,7 @@ class SessionMetrics:
         )
         self._on: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
             "turn": self._turn,
-            "audited": lambda data: self._gap.labels(data["served_by"]).observe(data["gap"]),
+            "audited": self._audited,
             "trained": self._trained,
             "judged": lambda data: self._verdicts.labels(data["candidate"]).inc(),
         }
@@ -71,6 +78,12 @@ class SessionMetrics:
         self._latency.labels(data["engine"]).observe(data["latency_s"])
         if data["ttft_s"] is not None:
             self._ttft.labels(data["engine"]).observe(data["ttft_s"])
+
+    def _audited(self, data: Mapping[str, Any]) -> None:
+        if data["kind"] == "gap":
+            self._gap.labels(data["served_by"]).observe(data["gap"])
+        else:
+            self._surprise.observe(data["surprise"])
 
     def _trained(self, data: Mapping[str, Any]) -> None:
         for stage in ("mining", "finetune", "scoring"):

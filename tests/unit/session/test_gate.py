@@ -104,19 +104,45 @@ def test_forcing_overrules_the_verdict_and_keeps_the_numbers() -> None:
 
 
 def test_drift_rolls_back_after_consecutive_breaches_of_the_moving_mean() -> None:
-    drift = Drift().observe(0.5, GATE)
+    drift = Drift().observe("gap", 0.5, GATE)
     assert not drift.demands_rollback(GATE)
-    assert drift.observe(0.4, GATE).demands_rollback(GATE)
+    assert drift.observe("gap", 0.4, GATE).demands_rollback(GATE)
 
 
 def test_a_calm_audit_resets_the_breaches() -> None:
-    drift = Drift().observe(0.5, GATE).observe(0.0, GATE)
-    assert drift.moving() == 0.25
+    drift = Drift().observe("gap", 0.5, GATE).observe("gap", 0.0, GATE)
+    assert drift.moving() == pytest.approx(0.25 / GATE.drift_threshold)
     assert drift.breaches == 0
 
 
 def test_the_window_forgets_old_audits() -> None:
     drift = Drift()
     for value in (2.0, 0.1, 0.1):
-        drift = drift.observe(value, GATE)
-    assert drift.window == (0.1, 0.1)
+        drift = drift.observe("gap", value, GATE)
+    assert [audit.value for audit in drift.window] == [0.1, 0.1]
+
+
+def test_gaps_and_surprises_are_compared_each_by_its_own_threshold() -> None:
+    gate = Gate(drift_window=2, drift_threshold=0.3, surprise_threshold=2.0, consecutive_to_rollback=1)
+    calm = Drift().observe("gap", 0.29, gate).observe("surprise", 1.9, gate)
+    assert not calm.demands_rollback(gate)
+    assert [audit.relative for audit in calm.window] == pytest.approx([0.29 / 0.3, 0.95])
+    assert Drift().observe("surprise", 2.1, gate).demands_rollback(gate)
+    # By their raw mean, 1.125, these two would breach neither or both; relative to their thresholds, 1.13, they do.
+    assert Drift().observe("gap", 0.45, gate).observe("surprise", 1.8, gate).demands_rollback(gate)
+
+
+@pytest.mark.parametrize("value", [1.0e-6, 1.0])
+def test_under_a_threshold_of_nothing_any_drift_breaches_and_none_does_not(value: float) -> None:
+    gate = Gate(drift_threshold=0.0, consecutive_to_rollback=1)
+    assert Drift().observe("gap", value, gate).demands_rollback(gate)
+    assert not Drift().observe("gap", 0.0, gate).demands_rollback(gate)
+
+
+def test_every_rollback_makes_the_gate_stricter() -> None:
+    gate = Gate(accept_threshold=0.1, readmit_factor=0.5)
+    item = [evidence(Candidate.PLAIN, 0.04)]
+    judged = [judge(item, gate, 1, rollbacks=count) for count in range(3)]
+    assert [v.candidate for v in judged] == [Candidate.PLAIN, Candidate.PLAIN, Candidate.ORIGINAL]
+    assert [v.numbers["accept_threshold"] for v in judged] == pytest.approx([0.1, 0.05, 0.025])
+    assert "0.040 above 0.025" in judged[-1].reason

@@ -130,7 +130,10 @@ def test_audits_feed_the_drift_monitor_and_mark_their_turn() -> None:
     session = switched(warm())
     session = fold(session, Event("audited", 0.0, {"turn": 2, "gap": 1.5}), CONFIG)
     assert session.turns[1].gap == 1.5
-    assert session.drift.window == (1.5,)
+    surprise = {"turn": 3, "kind": "surprise", "gap": None, "surprise": 2.5}
+    session = fold(session, Event("audited", 0.0, surprise), CONFIG)
+    assert session.turns[2].gap is None
+    assert [(audit.kind, audit.value) for audit in session.drift.window] == [("gap", 1.5), ("surprise", 2.5)]
 
 
 def test_a_repeated_request_replaces_its_turn() -> None:

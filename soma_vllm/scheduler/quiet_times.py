@@ -1,0 +1,152 @@
+"""When nobody waits for an engine: what runs in the background may use it then, one piece of work at a time.
+
+Guarantees:
+
+* A user's request is never held back: it is counted and goes out; work that is under way is cancelled at that
+  moment, which closes its connection and thereby stops its generation.
+* Work that gave way is tried again in the next quiet time, until its wait is over. From the first moment to the
+  last no piece of work lives longer than twice `wait_s`: once waiting for its turn, once having it.
+* A user's request lasts from the call to the last token of its answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any, Self, TypeVar
+
+from soma_vllm.engines.base import ChatCall, Engine, Events, Reply
+
+T = TypeVar("T")
+
+
+class Dropped(Exception):
+    """A piece of background work came to nothing; the message says why."""
+
+
+class QuietTimes:
+    """Users at one engine, and the one piece of background work there. Single event loop, no locks needed."""
+
+    def __init__(self, yields: bool, wait_s: float) -> None:
+        """`yields`: work runs only while no user is there. Without it, work only waits for other work."""
+        self._yields = yields
+        self._wait_s = wait_s
+        self._users = 0
+        self._working: asyncio.Task[Any] | None = None
+        self._free = asyncio.Event()
+        self._free.set()
+
+    def watched(self, engine: Engine) -> Engine:
+        """The same engine for users: their requests are counted while they last."""
+        return _Watched(engine, self)
+
+    def came(self) -> None:
+        """A user's request goes to the engine; work there gives way."""
+        self._users += 1
+        self._settle()
+        if self._yields and self._working is not None:
+            self._working.cancel()
+
+    def left(self) -> None:
+        """A user's request is over."""
+        assert self._users > 0, "nobody is there"
+        self._users -= 1
+        self._settle()
+
+    async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """What `work` returns or raises, run in a quiet time; it may be begun several times.
+
+        Raises:
+            Dropped: there was none within the wait, or the work took longer than that.
+        """
+        deadline = asyncio.get_running_loop().time() + self._wait_s
+        while True:
+            await self._turn(deadline)
+            task: asyncio.Task[T] = asyncio.create_task(work(), name="soma-quiet-work")
+            self._working = task
+            self._settle()
+            try:
+                done, _ = await asyncio.wait([task], timeout=self._wait_s)
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                self._working = None
+                self._settle()
+            if not done:
+                raise Dropped(f"not over after {self._wait_s:g} s")
+            if not task.cancelled():
+                return task.result()
+
+    async def _turn(self, deadline: float) -> None:
+        """Return at a moment when work may begin; the caller begins before it awaits anything."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                while not self._free.is_set():
+                    await self._free.wait()
+        except TimeoutError:
+            raise Dropped(f"no quiet time within {self._wait_s:g} s") from None
+        if asyncio.get_running_loop().time() > deadline:
+            raise Dropped(f"gave way until {self._wait_s:g} s were over")
+
+    def _settle(self) -> None:
+        if self._working is None and not (self._yields and self._users):
+            self._free.set()
+        else:
+            self._free.clear()
+
+
+class _Watched:
+    """`Engine` that says when a user comes and leaves."""
+
+    def __init__(self, engine: Engine, quiet: QuietTimes) -> None:
+        self.name = engine.name
+        self._engine = engine
+        self._quiet = quiet
+
+    async def chat(self, call: ChatCall) -> Reply:
+        """Answer one chat completion; see `Engine.chat`."""
+        self._quiet.came()
+        try:
+            reply = await self._engine.chat(call)
+        except BaseException:
+            self._quiet.left()
+            raise
+        if reply.events is None:
+            self._quiet.left()
+            return reply
+        return replace(reply, events=_Leaving(reply.events, self._quiet))
+
+
+class _Leaving:
+    """The same events; the user has left when they are over, however that comes.
+
+    A class and not an async generator, because closing a generator that nobody began to read runs none of it.
+    """
+
+    def __init__(self, events: Events, quiet: QuietTimes) -> None:
+        self._events = events
+        self._quiet = quiet
+        self._over = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> str:
+        try:
+            return await anext(self._events)
+        except BaseException:
+            self._leave()
+            raise
+
+    async def aclose(self) -> None:
+        """Stop the generation; harmless when it is over."""
+        try:
+            await self._events.aclose()
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        if not self._over:
+            self._over = True
+            self._quiet.left()
