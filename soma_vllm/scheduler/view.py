@@ -38,6 +38,7 @@ def turn_view(turn: Turn) -> dict[str, Any]:
         "phase": turn.phase,
         "reason": turn.reason,
         "gap": turn.gap,
+        "surprise": turn.surprise,
         **asdict(turn.usage),
         "ttft_s": turn.ttft_s,
         "latency_s": round(turn.latency_s, 4),

@@ -40,6 +40,8 @@ class Turn:
     latency_s: float
     gap: float | None = None
     """Filled by the audit of this turn, where there was one that generated."""
+    surprise: float | None = None
+    """Filled by the audit of this turn, where there was one that only read: nats per token."""
     complete: bool = True
     """False when generation was cut off: such a turn is neither learned from nor judged on."""
 
@@ -193,9 +195,9 @@ def _switched(session: Session, data: Mapping[str, Any], config: Config) -> Sess
 def _audited(session: Session, data: Mapping[str, Any], config: Config) -> Session:
     number = data["turn"]
     kind: AuditKind = "gap" if data.get("kind", "gap") == "gap" else "surprise"
-    if kind == "gap":
-        turns = tuple(replace(t, gap=data["gap"]) if t.number == number else t for t in session.turns)
-        session = replace(session, turns=turns)
+    found = {kind: data[kind]}
+    turns = tuple(replace(t, **found) if t.number == number else t for t in session.turns)
+    session = replace(session, turns=turns)
     if session.phase is not Phase.SWITCHED:
         return session
     return replace(session, drift=session.drift.observe(kind, data[kind], config.gate))

@@ -128,7 +128,7 @@ def test_gaps_and_surprises_are_compared_each_by_its_own_threshold() -> None:
     assert not calm.demands_rollback(gate)
     assert [audit.relative for audit in calm.window] == pytest.approx([0.29 / 0.3, 0.95])
     assert Drift().observe("surprise", 2.1, gate).demands_rollback(gate)
-    # By their raw mean, 1.125, these two would breach neither or both; relative to their thresholds, 1.13, they do.
+    # One well above its threshold and one below: together 1.2 of it, whatever their units.
     assert Drift().observe("gap", 0.45, gate).observe("surprise", 1.8, gate).demands_rollback(gate)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from itertools import groupby
 
 import pytest
 
 from soma_vllm.config import Config, parse_config
+from soma_vllm.session.gate import judge
 from soma_vllm.session.phases import MOVING, TRANSITIONS, Phase, after, may_happen
 from soma_vllm.session.session import Session, Turn, fold, restore, turn_event
-from soma_vllm.types import AdapterRef, Candidate, Event, Role, SessionKey, Usage
+from soma_vllm.types import AdapterRef, Candidate, Event, Evidence, Role, SessionKey, Usage
 
 KEY = SessionKey("tenant", "s")
 CONFIG = parse_config({"warm_window": 3, "acceptance_min_turns": 1}, "test")
@@ -132,7 +134,7 @@ def test_audits_feed_the_drift_monitor_and_mark_their_turn() -> None:
     assert session.turns[1].gap == 1.5
     surprise = {"turn": 3, "kind": "surprise", "gap": None, "surprise": 2.5}
     session = fold(session, Event("audited", 0.0, surprise), CONFIG)
-    assert session.turns[2].gap is None
+    assert (session.turns[2].gap, session.turns[2].surprise) == (None, 2.5)
     assert [(audit.kind, audit.value) for audit in session.drift.window] == [("gap", 1.5), ("surprise", 2.5)]
 
 
@@ -161,6 +163,78 @@ def test_the_event_log_alone_restores_a_session() -> None:
         session = fold(session, event, CONFIG)
     stored = [Event(e.kind, e.at, json.loads(json.dumps(e.data))) for e in events]
     assert restore(KEY, stored, CONFIG) == session
+
+
+def answered(session: Session, engine: Role = Role.ORIGINAL) -> Session:
+    number = len(session.turns) + 1
+    return fold(session, turn_event(turn(number, engine), number - 1, 0.0), CONFIG)
+
+
+def audited(session: Session, value: float) -> Session:
+    """The session after one audit, rolled back where that demands it."""
+    session = fold(session, Event("audited", 0.0, {"turn": 1, "kind": "gap", "gap": value}), CONFIG)
+    if not session.drift.demands_rollback(CONFIG.gate):
+        return session
+    return fold(session, Event("rolled_back", 0.0, {}), CONFIG)
+
+
+def readmitted(session: Session, candidate: Candidate, held_out_gap: float) -> Session:
+    """The session after the adaptation it wants: judged by the gate, switched or refused."""
+    session = fold(session, Event("adaptation_started", 0.0, {"forced": None}), CONFIG)
+    found = [Evidence(candidate, (held_out_gap,), (1,), None)]
+    verdict = judge(found, CONFIG.gate, 1, rollbacks=session.rollbacks)
+    if verdict.candidate is Candidate.ORIGINAL:
+        return fold(session, Event("refused", 0.0, {}), CONFIG)
+    ref = asdict(REF) if candidate is Candidate.ADAPTER else None
+    data = {"candidate": verdict.candidate, "adapter": ref, "centroid": [0.1]}
+    return fold(session, Event("switched", 0.0, data), CONFIG)
+
+
+def dialogue(turns: int, held_out_gap: float, candidate: Candidate = Candidate.PLAIN) -> list[Session]:
+    """A session whose held-out turns always look alike and whose audits go bad once it serves, turn by turn."""
+    session = Session(KEY)
+    states = []
+    for _ in range(turns):
+        if session.phase is Phase.SWITCHED:
+            # A good audit now and then does not save it: the moving mean stays above the threshold.
+            session = audited(answered(session, Role.SURROGATE), 0.0 if len(session.turns) % 5 == 4 else 1.9)
+        else:
+            session = answered(session)
+            if session.wants_adaptation(CONFIG):
+                session = readmitted(session, candidate, held_out_gap)
+        states.append(session)
+    return states
+
+
+@pytest.mark.parametrize("candidate", [Candidate.PLAIN, Candidate.ADAPTER])
+def test_a_session_that_looks_well_and_does_badly_flaps_ever_more_rarely(candidate: Candidate) -> None:
+    states = dialogue(200, 0.0, candidate)
+    assert 2 <= states[-1].switches <= 7  # every stay with the original is twice as long: log2(200 / 3)
+    spans = [list(group) for phase, group in groupby(states, lambda s: s.phase) if phase is Phase.ROLLED_BACK]
+    lengths = [len(span) for span in spans[:-1]]
+    assert lengths == [3 * 2**count for count in range(len(lengths))]
+
+
+def test_a_session_that_was_good_enough_once_is_not_good_enough_for_ever() -> None:
+    states = dialogue(200, 0.07)  # passes 0.1 and 0.08, not 0.064
+    assert states[-1].phase is Phase.ORIGINAL_ONLY
+    assert states[-1].switches == 2
+
+
+def test_within_the_cool_down_nothing_is_adapted_whatever_the_client_repeats() -> None:
+    session = fold(switched(warm()), Event("rolled_back", 0.0, {}), CONFIG)
+    for _ in range(CONFIG.adaptation.cool_down_turns - 1):
+        session = answered(session)
+        repeated = turn(len(session.turns), answer="again")
+        session = fold(session, turn_event(repeated, len(session.turns) - 1, 0.0), CONFIG)
+        assert not session.wants_adaptation(CONFIG)
+    assert answered(session).wants_adaptation(CONFIG)
+
+
+def test_rewriting_the_history_does_not_wash_rollbacks_away() -> None:
+    session = fold(switched(warm()), Event("rolled_back", 0.0, {}), CONFIG)
+    session = fold(session, Event("rewound", 0.0, {"to": 1}), CONFIG)
+    assert (session.rollbacks, session.switches) == (1, 1)
 
 
 @pytest.mark.parametrize("phase", list(Phase))
