@@ -42,6 +42,7 @@ def test_a_childs_command_line_says_to_vllm_what_the_config_says(
     assert args.kv_cache_memory_bytes == 512 * 1024**2
     assert args.enforce_eager is True
     assert args.enable_prefix_caching is True
+    assert args.scheduling_policy == "priority"
     assert args.enable_log_requests is False
     assert args.disable_uvicorn_access_log is True
     assert args.uds == str(tmp_path / "original.sock")
@@ -68,6 +69,7 @@ def test_the_surrogates_command_line_makes_room_for_adapters(parser: argparse.Ar
     assert (args.max_loras, args.max_cpu_loras, args.max_lora_rank) == (2, 5, 16)
     assert args.lora_target_modules == ["q_proj", "v_proj"]
     assert args.model == "/models/small"
+    assert args.scheduling_policy == "priority"
 
 
 def test_extra_arguments_overrule_the_configs_own(parser: argparse.ArgumentParser) -> None:

@@ -91,3 +91,11 @@ async def test_an_error_in_the_middle_breaks_the_stream() -> None:
     assert await anext(reply.events)
     with pytest.raises(EngineUnavailable, match="Boom"):
         await anext(reply.events)
+
+
+async def test_users_come_before_the_background_whatever_a_client_asks_for() -> None:
+    serving = Serving()
+    engine = SurrogateEngine("small", serving)
+    await engine.chat(ChatCall({"messages": [], "priority": -5}))
+    await engine.chat(ChatCall({"messages": []}, background=True))
+    assert [body["priority"] for body in serving.bodies] == [0, 1]

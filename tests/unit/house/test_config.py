@@ -109,6 +109,15 @@ def test_a_server_needs_its_models_named() -> None:
     assert len(caught.value.problems) == 2
 
 
+def test_scoring_audits_need_an_original_that_is_a_vllm() -> None:
+    settings = {"original_model": "big", "surrogate_model": "small", "gate": {"audit": "score"}}
+    endpoint = {"url": "http://127.0.0.1:1/v1"}
+    parse_config(settings, "it").for_serving()
+    parse_config({**settings, "original": {**endpoint, "api": "vllm"}}, "it").for_serving()
+    with pytest.raises(ConfigError, match=r"found 'score' with original\.api: 'openai'; expected"):
+        parse_config({**settings, "original": endpoint}, "it").for_serving()
+
+
 def test_no_key_exists_that_nothing_reads() -> None:
     package = ROOT / "soma_vllm"
     sources = [p.read_text(encoding="utf-8") for p in package.rglob("*.py") if p.name != "config.py"]

@@ -40,3 +40,14 @@ def test_verdicts_and_training_times_are_counted() -> None:
     metrics(key, Event("trained", 0.0, {"mining_s": 1.0, "finetune_s": 2.0, "scoring_s": 3.0}))
     assert registry.get_sample_value("soma_verdicts_total", {"candidate": "plain"}) == 1
     assert registry.get_sample_value("soma_training_seconds_sum", {"stage": "finetune"}) == 2.0
+
+
+def test_gaps_and_surprises_are_counted_apart() -> None:
+    registry = CollectorRegistry()
+    metrics = SessionMetrics(registry)
+    key = SessionKey("t", "s")
+    served = {"served_by": "surrogate"}
+    metrics(key, Event("audited", 0.0, {"kind": "gap", "gap": 0.25, "surprise": None, **served}))
+    metrics(key, Event("audited", 0.0, {"kind": "surprise", "gap": None, "surprise": 1.5, **served}))
+    assert registry.get_sample_value("soma_audit_gap_sum", {"engine": "surrogate"}) == 0.25
+    assert registry.get_sample_value("soma_audit_surprise_nats_sum") == 1.5

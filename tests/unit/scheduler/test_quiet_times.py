@@ -1,0 +1,239 @@
+"""Background work at an engine: in quiet times only, one at a time, and never in a user's way."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from soma_vllm.engines.base import ChatCall, Reply
+from soma_vllm.engines.fake import FakeEngine
+from soma_vllm.errors import EngineUnavailable
+from soma_vllm.scheduler.quiet_times import Dropped, QuietTimes
+
+CALL = ChatCall({"messages": []})
+STREAM = ChatCall({"messages": [], "stream": True})
+
+
+class Work:
+    """Work that says when it runs, and goes on until it is let go."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.cancelled = 0
+        self.running = asyncio.Event()
+        self.go = asyncio.Event()
+
+    async def __call__(self) -> str:
+        self.begun += 1
+        self.running.set()
+        try:
+            await self.go.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running.clear()
+        return "done"
+
+
+async def idle() -> None:
+    """Let everything that can run do so."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_work_runs_while_nobody_is_there() -> None:
+    work = Work()
+    work.go.set()
+    assert await QuietTimes(True, 5).run(work) == "done"
+
+
+async def test_what_the_work_raises_comes_out() -> None:
+    async def broken() -> None:
+        raise EngineUnavailable("gone")
+
+    quiet = QuietTimes(True, 5)
+    with pytest.raises(EngineUnavailable, match="gone"):
+        await quiet.run(broken)
+    work = Work()
+    work.go.set()
+    assert await quiet.run(work) == "done"
+
+
+async def test_one_piece_of_work_runs_at_a_time() -> None:
+    quiet = QuietTimes(False, 5)
+    first, second = Work(), Work()
+    tasks = [asyncio.create_task(quiet.run(work)) for work in (first, second)]
+    await first.running.wait()
+    await idle()
+    assert second.begun == 0
+    first.go.set()
+    await second.running.wait()
+    second.go.set()
+    assert await asyncio.gather(*tasks) == ["done", "done"]
+
+
+async def test_work_gives_way_to_a_user_and_is_tried_again_when_he_has_left() -> None:
+    quiet, work = QuietTimes(True, 5), Work()
+    task = asyncio.create_task(quiet.run(work))
+    await work.running.wait()
+    quiet.came()
+    quiet.came()
+    await idle()
+    assert (work.begun, work.cancelled) == (1, 1)
+    quiet.left()
+    await idle()
+    assert work.begun == 1
+    quiet.left()
+    await work.running.wait()
+    work.go.set()
+    assert await task == "done"
+    assert work.begun == 2
+
+
+async def test_work_that_need_not_yield_runs_beside_users() -> None:
+    quiet, work = QuietTimes(False, 5), Work()
+    quiet.came()
+    task = asyncio.create_task(quiet.run(work))
+    await work.running.wait()
+    quiet.came()
+    await idle()
+    assert work.cancelled == 0
+    work.go.set()
+    assert await task == "done"
+
+
+async def test_work_without_a_quiet_time_is_dropped() -> None:
+    quiet, work = QuietTimes(True, 0.01), Work()
+    quiet.came()
+    with pytest.raises(Dropped, match=r"no quiet time within 0\.01 s"):
+        await quiet.run(work)
+    assert work.begun == 0
+
+
+async def test_work_that_takes_too_long_is_stopped_and_dropped() -> None:
+    quiet, work = QuietTimes(True, 0.01), Work()
+    with pytest.raises(Dropped, match=r"not over after 0\.01 s"):
+        await quiet.run(work)
+    assert work.cancelled == 1
+
+
+async def test_cancelling_ends_the_work_and_frees_its_place() -> None:
+    quiet, work, next_work = QuietTimes(True, 5), Work(), Work()
+    task = asyncio.create_task(quiet.run(work))
+    await work.running.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert work.cancelled == 1
+    next_work.go.set()
+    assert await quiet.run(next_work) == "done"
+
+
+async def read_all(reply: Reply) -> None:
+    assert reply.events is not None
+    async for _ in reply.events:
+        pass
+
+
+async def close_unread(reply: Reply) -> None:
+    assert reply.events is not None
+    await reply.events.aclose()
+    await reply.events.aclose()
+
+
+async def read_until_it_breaks(reply: Reply) -> None:
+    with pytest.raises(EngineUnavailable):
+        await read_all(reply)
+
+
+@pytest.mark.parametrize("end", [read_all, close_unread, read_until_it_breaks], ids=lambda f: f.__name__)
+async def test_a_user_is_there_until_his_stream_is_over_however_it_ends(end: object) -> None:
+    engine, quiet, work = FakeEngine(), QuietTimes(True, 5), Work()
+    engine.break_after = 1 if end is read_until_it_breaks else None
+    reply = await quiet.watched(engine).chat(STREAM)
+    task = asyncio.create_task(quiet.run(work))
+    await idle()
+    assert work.begun == 0
+    await end(reply)  # type: ignore[operator]
+    await work.running.wait()
+    work.go.set()
+    assert await task == "done"
+
+
+async def test_a_user_whose_request_fails_or_is_answered_whole_has_left() -> None:
+    engine, quiet, work = FakeEngine(), QuietTimes(True, 5), Work()
+    work.go.set()
+    watched = quiet.watched(engine)
+    assert (await watched.chat(CALL)).body is not None
+    engine.refusal = EngineUnavailable("down")
+    with pytest.raises(EngineUnavailable):
+        await watched.chat(CALL)
+    assert await quiet.run(work) == "done"
+
+
+class OneAtATime:
+    """The worst engine for a user: whoever has it keeps it to the end. Time is counted in turns of the loop."""
+
+    name = "slow"
+
+    def __init__(self, steps: int) -> None:
+        self.busy = asyncio.Lock()
+        self.steps = steps
+        self.user_waits: list[int] = []
+        self.users_waiting = 0
+        self.audits_done = 0
+
+    async def chat(self, call: ChatCall) -> Reply:
+        if call.background:
+            async with self.busy:
+                await self._work()
+            self.audits_done += 1
+            return Reply(body={})
+        waited = 0
+        while self.busy.locked():
+            await asyncio.sleep(0)
+            waited += 1
+        async with self.busy:
+            self.user_waits.append(waited)
+            await self._work()
+        return Reply(body={})
+
+    async def _work(self) -> None:
+        for _ in range(self.steps):
+            await asyncio.sleep(0)
+
+
+async def longest_wait(seed: int, yields: bool) -> tuple[int, int]:
+    """(loop turns that a user ever waited, audits done) of a random afternoon with one user and many audits."""
+    dice = random.Random(seed)
+    engine, quiet = OneAtATime(steps=200), QuietTimes(yields, 60)
+    watched = quiet.watched(engine)
+
+    async def audit() -> Reply:
+        return await engine.chat(ChatCall({}, background=True))
+
+    audits = []
+    for _ in range(30):
+        if dice.random() < 0.6:
+            audits.append(asyncio.create_task(quiet.run(audit)))
+        for _ in range(dice.randrange(400)):
+            await asyncio.sleep(0)
+        await watched.chat(CALL)
+    await asyncio.gather(*audits)
+    assert engine.audits_done == len(audits)
+    return max(engine.user_waits), engine.audits_done
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_a_user_is_never_queued_behind_an_audit(seed: int) -> None:
+    waited, audits = await longest_wait(seed, yields=True)
+    assert audits > 5
+    assert waited <= 3  # the turns of the loop in which the audit's cancellation reaches its connection
+
+
+async def test_without_yielding_a_user_would_be_queued_behind_an_audit() -> None:
+    waited, _ = await longest_wait(0, yields=False)
+    assert waited > 10
