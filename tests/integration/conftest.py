@@ -23,8 +23,10 @@ def tiny_models() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_server(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """Everything real: both engines, Ray, the store, on random models."""
-    with serving(tmp_path_factory.mktemp("tiny"), TINY) as running:
+    """Everything real: both engines, Ray, the store, on random models. Its original audits by reading."""
+    # Random models surprise each other beyond measure.
+    settings = {"gate": {"audit": "score", "surprise_threshold": 1000.0}}
+    with serving(tmp_path_factory.mktemp("tiny"), TINY, settings) as running:
         yield running
 
 
