@@ -121,7 +121,7 @@ class Gate(Section):
     locality_threshold: Annotated[float, Field(ge=0, le=2)] = 0.35
     """Largest cosine distance of a query to the warm start's centroid that the surrogate may answer."""
     drift_window: Positive = 4
-    """Audited gaps in the moving mean."""
+    """Audits in the moving mean."""
     drift_threshold: Annotated[float, Field(ge=0, le=2)] = 0.30
     consecutive_to_rollback: Positive = 2
     """m_cons: breaches in a row that roll the session back."""
@@ -134,11 +134,11 @@ class Gate(Section):
     audit_rate: Ratio = 0.25
     """Share of the surrogate's turns that the original audits, in the background."""
     audits_per_minute: Annotated[float, Field(gt=0)] = 30.0
-    """Most audits of the original in all, over all sessions."""
+    """Most audits of the original over all sessions, on average; after a pause a minute's worth at once."""
     audit_yields: bool = True
     """Audits run only while no user waits for the original, and give way when one comes."""
     audit_wait_s: Seconds = 60.0
-    """An audit that has not had its turn within this time is dropped."""
+    """An audit that has not had its turn within this time, or whose turn takes longer, is dropped."""
     surprise_threshold: Annotated[float, Field(gt=0)] = 2.0
     """Mean NLL of the surrogate's answers under the original, nats per token, that is drift (audit: score)."""
 
@@ -166,7 +166,8 @@ class Adaptation(Section):
     allow_force_header: bool = False
     """Let a request's `X-SOMA-Force: plain|adapter` overrule the gate's verdict for its session (studies)."""
     cool_down_turns: Positive = 3
-    """New turns answered by the original after a rollback before the session is adapted again."""
+    """New turns answered by the original after a rollback before the session is adapted again; twice as many
+    after every further one."""
     max_trainings: Positive = 3
     """Trainings a session may have in its life."""
     train_timeout_s: Seconds = 900.0
