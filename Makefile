@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup models tiny demo smoke serve test lint bench lock clean
+.PHONY: help setup models tiny demo smoke evaluate serve test lint bench lock clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -52,6 +52,14 @@ smoke: tiny
 	  --concurrency 4 --pause-after-warm-start 60 --force-adapter $(FORCED) --expect switch --expect adapter
 
 FORCED ?= house-style
+
+## make evaluate  compare plain and trained surrogates on later turns (embedded pair; about an hour, EVALUATE="…" adds options)
+evaluate: models
+	@$(BIN)/soma evaluate --config $(PAIR) --dialogues $(DIALOGUES) --out out/evaluate $(EVALUATE)
+
+PAIR ?= configs/cpu_demo.yaml
+DIALOGUES ?= dialogues/demo.json
+EVALUATE ?= --set prefix.mode=anchored
 
 ## make serve   the server on the embedded pair until Ctrl-C
 serve: models

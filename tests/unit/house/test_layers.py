@@ -21,7 +21,8 @@ BELOW: dict[str, frozenset[str]] = {
 BELOW["training"] = BELOW["method"] | {"method"}
 BELOW["scheduler"] = BELOW["training"] | {"adapters", "engines", "storage", "models", "training"}
 BELOW["telemetry"] = BELOW["scheduler"] | {"scheduler"}
-BELOW["cli"] = BELOW["telemetry"] | {"telemetry"}
+BELOW["evaluation"] = BELOW["scheduler"]
+BELOW["cli"] = BELOW["telemetry"] | {"telemetry", "evaluation"}
 BELOW |= {
     "errors": frozenset(),
     "versions": frozenset(),
@@ -37,7 +38,7 @@ HEAVY = {
     "peft": {"method"},
     "fastapi": {"scheduler/plugin.py"},
     "sqlalchemy": {"storage", "scheduler/book.py"},
-    "matplotlib": {"cli"},
+    "matplotlib": {"cli", "evaluation"},
 }
 VLLM_INTERNALS = {"engines/vllm_internals.py", "adapters/lora_kernels.py", "adapters/engine_hook.py"}
 
