@@ -5,12 +5,14 @@ from __future__ import annotations
 import typer
 
 from soma_vllm.cli import models
+from soma_vllm.cli.calibrate import calibrate
 from soma_vllm.cli.evaluate import evaluate
 from soma_vllm.cli.replay import replay
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(models.app, name="models", help="Fetch, list and make models.")
 app.command()(replay)
+app.command()(calibrate)
 app.command()(evaluate)
 
 

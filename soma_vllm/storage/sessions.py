@@ -8,13 +8,17 @@ names the tenant. SQLite (WAL) by default, any database that SQLAlchemy speaks a
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-from sqlalchemy import JSON, Float, Index, Integer, String, event, func, select
+from sqlalchemy import JSON, Float, Index, Integer, String, event, func, inspect, make_url, select
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from soma_vllm.errors import ConfigError
 from soma_vllm.types import Event, SessionKey
 
 
@@ -133,10 +137,54 @@ class SessionStore:
                 SessionSummary(SessionKey(row.tenant, row.session), row.phase, row.updated_at) for row in rows
             ]
 
+    async def keys(self, tenant: str | None = None) -> list[SessionKey]:
+        """Every session on record, of one tenant or of all, in the order of their names."""
+        wanted = select(SessionRow.tenant, SessionRow.session).order_by(SessionRow.tenant, SessionRow.session)
+        if tenant is not None:
+            wanted = wanted.where(SessionRow.tenant == tenant)
+        async with self._transaction() as transaction:
+            return [SessionKey(*row) for row in await transaction.execute(wanted)]
+
+    async def missing_tables(self) -> list[str]:
+        """Tables of the session store that this database lacks."""
+        async with self._engine.connect() as connection:
+            found = await connection.run_sync(lambda sync: inspect(sync).get_table_names())
+        return sorted(Base.metadata.tables.keys() - set(found))
+
     async def count(self) -> int:
         """Sessions on record, over all tenants."""
         async with self._transaction() as transaction:
             return await transaction.scalar(select(func.count()).select_from(SessionRow)) or 0
+
+
+@asynccontextmanager
+async def reading(url: str) -> AsyncIterator[SessionStore]:
+    """A store that exists, to read from; nothing is created.
+
+    Raises:
+        ConfigError: there is no session store at this URL, or it cannot be read.
+    """
+    try:
+        parsed = make_url(url)
+    except SQLAlchemyError as error:
+        expected = "expected an SQLAlchemy URL such as sqlite+aiosqlite:///sessions.db"
+        raise ConfigError("session store", [f"found {url!r}; {expected}"]) from error
+    name = parsed.render_as_string(hide_password=True)
+    file = parsed.database if parsed.get_backend_name() == "sqlite" else None
+    if file is not None and not Path(file).is_file():
+        raise ConfigError(name, [f"found no file {file}; expected a session store"])
+    try:
+        store = SessionStore(url)
+    except (SQLAlchemyError, ImportError) as error:
+        raise ConfigError(name, [f"found {parsed.drivername}; {error}"]) from error
+    try:
+        if missing := await store.missing_tables():
+            raise ConfigError(name, [f"found no table {', '.join(missing)}; expected a session store"])
+        yield store
+    except (SQLAlchemyError, OSError) as error:
+        raise ConfigError(name, [f"cannot be read ({type(error).__name__})"]) from error
+    finally:
+        await store.close()
 
 
 def _use_wal(connection: object, record: object) -> None:

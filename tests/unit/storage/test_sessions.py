@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy.exc import IntegrityError
 
-from soma_vllm.storage.sessions import SessionStore
+from soma_vllm.errors import ConfigError
+from soma_vllm.storage.sessions import SessionStore, reading
 from soma_vllm.types import Event, SessionKey
 
 KEY = SessionKey("t", "s")
@@ -59,3 +60,47 @@ async def test_sessions_survive_reopening(tmp_path: Path) -> None:
     assert await second.events(KEY) == [Event("turn", 1.0, {"a": 1})]
     assert await second.count() == 1
     await second.close()
+
+
+async def test_sessions_are_listed_by_key_of_one_tenant_or_of_all(store: SessionStore) -> None:
+    keys = [SessionKey("t", "a"), SessionKey("t", "b"), SessionKey("u", "a")]
+    for key in reversed(keys):
+        await store.append(key, 0, [Event("turn", 0.0)], "WARM_START", "c")
+    assert await store.keys() == keys
+    assert await store.keys("u") == keys[2:]
+
+
+async def test_reading_creates_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "none.db"
+    with pytest.raises(ConfigError, match=r"found no file .*none\.db; expected a session store"):
+        async with reading(f"sqlite+aiosqlite:///{file}"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "content", "told"),
+    [
+        ("no url", None, "expected an SQLAlchemy URL"),
+        ("sqlite:///{folder}/x.db", b"", "found sqlite"),
+        ("sqlite+aiosqlite:///{folder}/x.db", b"", "found no table events, sessions"),
+        ("sqlite+aiosqlite:///{folder}/x.db", b"not a database" * 100, "cannot be read"),
+        ("nosuch+driver://user:secret@host/db", None, "nosuch"),
+    ],
+)
+async def test_a_database_that_is_no_session_store_is_told_as_such(
+    tmp_path: Path, url: str, content: bytes | None, told: str
+) -> None:
+    if content is not None:
+        (tmp_path / "x.db").write_bytes(content)
+    with pytest.raises(ConfigError, match=told) as caught:
+        async with reading(url.format(folder=tmp_path)):
+            pass
+    assert "secret" not in str(caught.value)
+
+
+async def test_a_store_in_use_can_be_read(store: SessionStore, tmp_path: Path) -> None:
+    await store.append(KEY, 0, [Event("turn", 0.0)], "WARM_START", "c")
+    async with reading(f"sqlite+aiosqlite:///{tmp_path}/s.db") as other:
+        assert [event.kind for event in await other.events(KEY)] == ["turn"]
+    await store.append(KEY, 1, [Event("turn", 0.0)], "WARM_START", "c")
