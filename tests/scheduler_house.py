@@ -22,6 +22,7 @@ from soma_vllm.scheduler.drift import DriftWatch
 from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.scheduler.policies.base import load_policy
 from soma_vllm.scheduler.quiet_times import QuietTimes
+from soma_vllm.scheduler.teaching import Teachers, why_text
 from soma_vllm.session.session import Session
 from soma_vllm.storage.sessions import SessionStore
 from soma_vllm.training.messages import ScoreRequest, TrainRequest, TrainResult
@@ -143,16 +144,27 @@ class House:
 
     def __init__(self, config: Config, store: SessionStore) -> None:
         self.config = config
+        speaks_vllm = config.original.api == "vllm"
+        self.teachers = Teachers(config, why_text(config, speaks_vllm, same_vocabulary=True))
         self.original = FakeOriginal()
         self.surrogate = FakeSurrogate()
         self.trainer = FakeTrainer()
         self.shelf = FakeShelf(self.surrogate.log)
         self.events: list[tuple[SessionKey, Event]] = []
-        self.book = SessionBook(config, store, [lambda key, event: self.events.append((key, event))])
+        self.book = SessionBook(
+            config, store, [lambda key, event: self.events.append((key, event)), self.teachers]
+        )
         self.holds = AdapterHolds(config.surrogate.max_loras)
         encoder = HashEncoder()
         self.adaptation = Adaptation(
-            config, self.book, self.surrogate, self.trainer, self.shelf, encoder, self.holds
+            config,
+            self.book,
+            self.surrogate,
+            self.trainer,
+            self.shelf,
+            encoder,
+            self.holds,
+            self.teachers,
         )
         self.quiet = QuietTimes(config.gate.audit_yields, config.gate.audit_wait_s)
         drift = DriftWatch(
@@ -175,6 +187,7 @@ class House:
             self.holds,
             self.adaptation,
             drift,
+            self.teachers,
         )
 
     async def say(

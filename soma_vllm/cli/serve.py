@@ -42,16 +42,20 @@ def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> N
     from soma_vllm.cli.server import ModelPaths, SomaServer, make_run_dir
     from soma_vllm.cli.terminal import output_to, tail
     from soma_vllm.engines.preflight import preflight
-    from soma_vllm.models.hub import local_path
+    from soma_vllm.models.hub import folder_here, local_path
     from soma_vllm.scheduler.policies.base import load_policy
 
     policy = load_policy(config)
     external = config.original.url is not None
     assert config.surrogate_model is not None, "for_serving has checked"
+    original = None if external or config.original_model is None else local_path(config.original_model)
+    # An external original's weights are elsewhere; its tokenizer may be here all the same.
+    named = None if config.original_model is None else folder_here(config.original_model)
     paths = ModelPaths(
-        original=None if external or config.original_model is None else local_path(config.original_model),
+        original=original,
         surrogate=local_path(config.surrogate_model),
         encoder=local_path(config.encoder.model),
+        original_vocabulary=original or named,
     )
     for line in preflight(config, paths.original, paths.surrogate, paths.encoder):
         console.print(f"checked    {line}", markup=False)

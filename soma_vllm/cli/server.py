@@ -24,7 +24,6 @@ import aiohttp
 from soma_vllm.adapters.durable import is_locked
 from soma_vllm.adapters.store import AdapterStore
 from soma_vllm.config import Config
-from soma_vllm.engines.base import ScoringEngine
 from soma_vllm.engines.command import (
     child_command,
     child_environment,
@@ -37,6 +36,7 @@ from soma_vllm.engines.supervisor import ChildServer, Patience, Supervisor
 from soma_vllm.engines.surrogate import SurrogateEngine
 from soma_vllm.errors import PreflightError
 from soma_vllm.models.home import soma_home
+from soma_vllm.models.vocabulary import vocabulary_digest
 from soma_vllm.scheduler.adaptation import Adaptation
 from soma_vllm.scheduler.book import SessionBook
 from soma_vllm.scheduler.dispatcher import DISPATCH_NAME, Dispatcher
@@ -45,6 +45,7 @@ from soma_vllm.scheduler.encoding import ThreadedEncoder
 from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.scheduler.policies.base import Policy
 from soma_vllm.scheduler.quiet_times import QuietTimes
+from soma_vllm.scheduler.teaching import Teachers, why_text
 from soma_vllm.storage.sessions import SessionStore
 from soma_vllm.telemetry.metrics import SessionMetrics
 from soma_vllm.types import AdapterRef, SessionKey
@@ -63,6 +64,8 @@ class ModelPaths:
     """None for an external endpoint."""
     surrogate: Path
     encoder: Path
+    original_vocabulary: Path | None
+    """Where the original's tokenizer lies; None where that is unknown."""
 
 
 class StoreShelf:
@@ -141,17 +144,27 @@ class SomaServer:
         trainer = await self._start_trainers()
         original = await self._reach_original()
         surrogate = SurrogateEngine(self._surrogate_name, PrivateChat(engine_client, state))
-        book = SessionBook(self._config, store, [SessionMetrics()])
+        teachers = await self._engage_teachers(original.speaks_vllm)
+        book = SessionBook(self._config, store, [SessionMetrics(), teachers])
         await book.start()
         self._cleanup.push_async_callback(book.stop)
         holds = AdapterHolds(self._config.surrogate.max_loras)
         shelf = StoreShelf(self._open_shelf())
-        adaptation = Adaptation(self._config, book, surrogate, trainer, shelf, encoder, holds)
+        adaptation = Adaptation(self._config, book, surrogate, trainer, shelf, encoder, holds, teachers)
         quiet = QuietTimes(self._config.gate.audit_yields, self._config.gate.audit_wait_s)
         drift = DriftWatch(self._config, book, original, surrogate, encoder, holds, adaptation.retire, quiet)
         users_original = quiet.watched(original)
         dispatcher = Dispatcher(
-            self._config, self._policy, book, users_original, surrogate, encoder, holds, adaptation, drift
+            self._config,
+            self._policy,
+            book,
+            users_original,
+            surrogate,
+            encoder,
+            holds,
+            adaptation,
+            drift,
+            teachers,
         )
         self._cleanup.push_async_callback(dispatcher.stop)
         self._begun = True
@@ -188,7 +201,7 @@ class SomaServer:
         self._cleanup.push_async_callback(self._supervisor.stop)
         self._say(f"original   loads {self._original_name}; its log is {child.log_path}")
 
-    async def _reach_original(self) -> ScoringEngine:
+    async def _reach_original(self) -> OriginalEngine:
         original = self._config.original
         if self._supervisor is None:
             assert original.url is not None, "for_serving has checked"
@@ -197,12 +210,29 @@ class SomaServer:
                 original.url,
                 api_key_env=original.api_key_env,
                 connect_timeout_s=original.connect_timeout_s,
+                speaks_vllm=original.api == "vllm",
             )
         else:
             await self._supervisor.wait_ready(original.start_timeout_s)
             engine = OriginalEngine.of_child(self._original_name, self._supervisor, original.connect_timeout_s)
         self._cleanup.push_async_callback(engine.close)
         return engine
+
+    async def _engage_teachers(self, speaks_vllm: bool) -> Teachers:
+        """Teach by log-probabilities where the original shows them in the surrogate's vocabulary."""
+        why = why_text(self._config, speaks_vllm, same_vocabulary=True)
+        if why is None and not await asyncio.to_thread(self._one_vocabulary):
+            why = why_text(self._config, speaks_vllm, same_vocabulary=False)
+        self._say(f"teachers   {'log-probabilities' if why is None else f'{why}: answers teach as text'}")
+        return Teachers(self._config, why)
+
+    def _one_vocabulary(self) -> bool:
+        """Whether a token's id means the same to both models, as far as their folders say."""
+        original = self._paths.original_vocabulary
+        if original is None:
+            return False
+        digest = vocabulary_digest(original)
+        return digest is not None and digest == vocabulary_digest(self._paths.surrogate)
 
     async def _open_sessions(self) -> SessionStore:
         store = SessionStore(self._filled(self._config.storage.url))

@@ -1,14 +1,16 @@
 """A fake engine for the timing of faults: what no real engine can be made to do at a given moment.
 
 It answers from a script, holds before its first token, breaks after n events or refuses, and records the
-calls it got. Everything that a real engine can show is tested on a real one.
+calls it got. Asked for log-probabilities it makes some up, written as vLLM writes them. Everything that a real
+engine can show is tested on a real one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Sequence
+import zlib
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from soma_vllm.engines.base import ChatCall, Reply
@@ -47,25 +49,36 @@ class FakeEngine:
         if self.refusal is not None:
             raise self.refusal
         if not call.body.get("stream"):
-            return Reply(body=self._completion(answer))
-        events = self._stream(answer, self.break_after)
+            return Reply(body=self._completion(answer, call.body))
+        events = self._stream(answer, call.body, self.break_after)
         await anext(events)  # so that closing it before the first event is noticed too
         return Reply(events=events)
 
-    def _completion(self, answer: str) -> dict[str, Any]:
-        words = len(answer.split())
+    def _completion(self, answer: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        tokens = [*answer.split(), _END]
         return {
             "id": "chatcmpl-fake",
             "object": "chat.completion",
             "created": 0,
             "model": self.name,
             "choices": [
-                {"index": 0, "message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": answer},
+                    "logprobs": _logprobs(tokens, body),
+                    "finish_reason": "stop",
+                }
             ],
-            "usage": {"prompt_tokens": 1, "completion_tokens": words, "total_tokens": words + 1},
+            "usage": {
+                "prompt_tokens": 1,
+                "completion_tokens": len(tokens),
+                "total_tokens": len(tokens) + 1,
+            },
         }
 
-    async def _stream(self, answer: str, break_after: int | None) -> AsyncGenerator[str, None]:
+    async def _stream(
+        self, answer: str, body: Mapping[str, Any], break_after: int | None
+    ) -> AsyncGenerator[str, None]:
         """Yields "" to begin, then the events."""
         finished = False
         try:
@@ -78,19 +91,50 @@ class FakeEngine:
                 if count == break_after:
                     finished = True
                     raise EngineUnavailable(f"{self.name} broke after {count} events")
-                yield self._event(delta, "stop" if count == len(deltas) - 1 else None)
+                last = count == len(deltas) - 1
+                tokens = [delta["content"].strip(), _END][: 2 if last else 1]
+                shown = _logprobs(tokens, body) if count else None
+                yield self._event(delta, shown, "stop" if last else None)
             finished = True
             yield "data: [DONE]\n\n"
         finally:
             if not finished:
                 self.closed_early.set()
 
-    def _event(self, delta: dict[str, Any], finish_reason: str | None) -> str:
+    def _event(self, delta: dict[str, Any], shown: dict[str, Any] | None, finish_reason: str | None) -> str:
         chunk = {
             "id": "chatcmpl-fake",
             "object": "chat.completion.chunk",
             "created": 0,
             "model": self.name,
-            "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}],
+            "choices": [{"index": 0, "delta": delta, "logprobs": shown, "finish_reason": finish_reason}],
         }
-        return f"data: {json.dumps(chunk)}\n\n"
+        return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+_END = "<end>"
+
+
+def token_of(word: str) -> int:
+    """The id of a word in the fake's vocabulary."""
+    return zlib.crc32(word.encode()) % 1000
+
+
+def _logprobs(words: Sequence[str], body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Made-up log-probabilities of these words, each its own likeliest; None where none were asked for."""
+    if not body.get("logprobs"):
+        return None
+    by_id = bool(body.get("return_tokens_as_token_ids"))
+    content = []
+    for word in words:
+        tops = [
+            {
+                "token": f"token_id:{token_of(word) + rank}" if by_id else word,
+                "logprob": -0.5 - rank,
+                "bytes": None,
+            }
+            for rank in range(body.get("top_logprobs") or 0)
+        ]
+        token = f"token_id:{token_of(word)}" if by_id else word
+        content.append({"token": token, "logprob": -0.5, "bytes": None, "top_logprobs": tops})
+    return {"content": content}

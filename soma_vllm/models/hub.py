@@ -28,3 +28,12 @@ def local_path(name: str) -> Path:
             f"model {found}: not in the local Hugging Face cache, and the hub did not give it "
             f"({type(error).__name__}); expected a reachable hub, a local path or an embedded name"
         ) from error
+
+
+def folder_here(name: str) -> Path | None:
+    """Folder of a local path or an embedded name that is on this machine; None otherwise. Fetches nothing."""
+    try:
+        found = resolve(name)
+    except ModelError:
+        return None
+    return found if isinstance(found, Path) else None

@@ -7,6 +7,7 @@ Guarantees:
 * Candidates are judged on turns that were not trained on, against answers the original already gave.
 * The adapter that was judged is the adapter that serves: same files, same name, same engine.
 * Whatever goes wrong ends in one event, `refused` or `training_failed`, and the original keeps the session.
+* A session that was closed, or rewritten by its client, meanwhile gets no adapter: `adaptation_abandoned`.
 * An adapter that will not serve leaves the engine before its files are deleted.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Coroutine, Sequence
@@ -22,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from soma_vllm.config import Config
-from soma_vllm.errors import AdapterError, EngineError, TrainingError
+from soma_vllm.errors import AdapterError, EngineError, EngineRefused, SomaError, TrainingError
 from soma_vllm.scheduler.book import SessionBook
 from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.scheduler.ports import AdapterEngine, Encoder, Shelf, Trainer
 from soma_vllm.scheduler.shadow import adapted_answer, gaps_between
+from soma_vllm.scheduler.teaching import Teachers
 from soma_vllm.session.gate import Verdict, centroid, judge
 from soma_vllm.session.phases import Phase
 from soma_vllm.session.session import Session
@@ -46,6 +49,14 @@ class Chosen:
     """The adapter, if one was trained, whether or not it was chosen."""
 
 
+class TooMuch(EngineError):
+    """The surrogate does not take a held-out turn, and would not take the turns after it."""
+
+
+class Abandoned(SomaError):
+    """The session is not adapting any more."""
+
+
 class Adaptation:
     """Trains, publishes, judges and switches sessions."""
 
@@ -58,6 +69,7 @@ class Adaptation:
         shelf: Shelf,
         encoder: Encoder,
         holds: AdapterHolds,
+        teachers: Teachers,
     ) -> None:
         self._config = config
         self._book = book
@@ -66,18 +78,18 @@ class Adaptation:
         self._shelf = shelf
         self._encoder = encoder
         self._holds = holds
+        self._teachers = teachers
 
     def begin(self, key: SessionKey, forced: Candidate | None) -> Coroutine[Any, Any, None]:
         """Mark a session whose warm start is complete as adapting, now; the coroutine does the rest."""
         return self._run(key, self._book.note(key, "adaptation_started", forced=forced), forced)
 
     async def _run(self, key: SessionKey, session: Session, forced: Candidate | None) -> None:
-        examples, held_out = session.examples(self._config)
+        examples, held_out = (self._teachers.attach(key, part) for part in session.examples(self._config))
         try:
             chosen = await self._choose(key, examples, held_out, forced)
-        except (TrainingError, AdapterError, EngineError) as error:
-            logger.warning("adaptation failed: %s", error)
-            self._book.note(key, "training_failed", error=type(error).__name__, message=str(error))
+        except (TrainingError, AdapterError, EngineError, Abandoned) as error:
+            self._give_up(key, error)
             return
         verdict = chosen.verdict
         self._book.note(
@@ -90,6 +102,23 @@ class Adaptation:
             await self._switch(key, session, verdict, serving)
         if chosen.adapter is not None and self._book.session(key).adapter != chosen.adapter:
             await self.retire(chosen.adapter)
+
+    def _give_up(self, key: SessionKey, error: SomaError) -> None:
+        """Say once why an adaptation came to nothing."""
+        phase = self._book.session(key).phase
+        if phase is not Phase.ADAPTING:
+            self._book.note(key, "adaptation_abandoned", phase=phase)
+        elif isinstance(error, TooMuch):
+            self._book.note(key, "refused", reason=str(error))
+        else:
+            logger.warning("adaptation failed: %s", error)
+            self._book.note(key, "training_failed", error=type(error).__name__, message=str(error))
+
+    def _still_adapting(self, key: SessionKey) -> None:
+        """Raises Abandoned where the session was closed or rewritten meanwhile."""
+        phase = self._book.session(key).phase
+        if phase is not Phase.ADAPTING:
+            raise Abandoned(f"found the session in phase {phase}; expected {Phase.ADAPTING}")
 
     async def retire(self, ref: AdapterRef) -> None:
         """Take an adapter out of the engine once its last token is out, then delete its files."""
@@ -112,16 +141,18 @@ class Adaptation:
         allowed = self._config.adaptation.candidates
         plain_gaps = await self._gaps(key, held_out, None)
         if Candidate.PLAIN in allowed and forced is not Candidate.ADAPTER:
-            agreement = await self._trainer.score(ScoreRequest(held_out))
+            agreement = _finite(await self._trainer.score(ScoreRequest(held_out)))
             evidence = [_evidence(Candidate.PLAIN, held_out, plain_gaps, agreement)]
             verdict = self._judge(key, evidence, forced)
+            self._still_adapting(key)
             if verdict.candidate is Candidate.PLAIN or Candidate.ADAPTER not in allowed:
                 return Chosen(verdict, None)
         result = await self._train(key, examples, held_out)
         ref = await self._publish(key, result)
         try:
             gaps = await self._gaps(key, held_out, ref)
-        except EngineError:
+            self._still_adapting(key)
+        except (EngineError, Abandoned):
             await self.retire(ref)
             raise
         evidence = [
@@ -144,17 +175,28 @@ class Adaptation:
         self, key: SessionKey, held_out: Sequence[Example], ref: AdapterRef | None
     ) -> tuple[float, ...]:
         """The gap of one candidate on each held-out turn, measured on the engine that would serve."""
-        limit = self._config.max_new_tokens
-        answers = [
-            await adapted_answer(self._surrogate, self._holds, key.tenant, example.messages, limit, ref)
-            for example in held_out
-        ]
+        answers = [await self._answered(key, example, ref) for example in held_out]
         return await gaps_between(self._encoder, answers, [example.answer for example in held_out])
+
+    async def _answered(self, key: SessionKey, example: Example, ref: AdapterRef | None) -> str:
+        """What one candidate answers to a held-out turn."""
+        limit = self._config.max_new_tokens
+        try:
+            return await adapted_answer(self._surrogate, self._holds, key.tenant, example.messages, limit, ref)
+        except EngineRefused as error:
+            length = sum(len(text_of(message)) for message in example.messages)
+            raise TooMuch(
+                f"turn {example.turn}: the surrogate refused its prompt with status {error.status}; found "
+                f"{length} characters and {limit} tokens of answer to come, expected what fits a context of "
+                f"{self._config.surrogate.max_model_len} tokens"
+            ) from error
 
     async def _train(
         self, key: SessionKey, examples: tuple[Example, ...], held_out: tuple[Example, ...]
     ) -> TrainResult:
-        session = self._book.note(key, "training_submitted", turns=[example.turn for example in examples])
+        turns = [example.turn for example in examples]
+        lessons = self._teachers.account(examples)
+        session = self._book.note(key, "training_submitted", turns=turns, **lessons)
         out_dir = tempfile.mkdtemp(prefix="soma-train-")
         request = TrainRequest(
             examples,
@@ -166,10 +208,13 @@ class Adaptation:
         )
         try:
             result = await self._trainer.train(request)
+            _finite(result.plain)
+            _finite(result.adapted)
+            self._book.note(key, "trained", **_costs(result))
+            self._still_adapting(key)
         except BaseException:
             shutil.rmtree(out_dir, ignore_errors=True)
             raise
-        self._book.note(key, "trained", **_costs(result))
         return result
 
     async def _publish(self, key: SessionKey, result: TrainResult) -> AdapterRef:
@@ -186,8 +231,9 @@ class Adaptation:
             shutil.rmtree(result.directory, ignore_errors=True)
         self._book.note(key, "adapter_published", adapter=ref.name)
         try:
+            self._still_adapting(key)
             await self._surrogate.load(ref)
-        except EngineError:
+        except (EngineError, Abandoned):
             await self.retire(ref)
             raise
         self._book.note(key, "adapter_loaded", adapter=ref.name)
@@ -205,8 +251,9 @@ class Adaptation:
         except EngineError as error:
             # A cold cache makes the next turn slower, not wrong (the history may be longer than the context).
             logger.info("the surrogate's cache was not prefilled: %s", error)
-        if self._book.session(key).phase is not Phase.ADAPTING:
-            return  # the client rewrote the history meanwhile
+        if (phase := self._book.session(key).phase) is not Phase.ADAPTING:
+            self._book.note(key, "adaptation_abandoned", phase=phase)
+            return
         self._book.note(
             key,
             "switched",
@@ -227,6 +274,17 @@ def _evidence(
     return Evidence(candidate, gaps, tuple(example.turn for example in held_out), agreement)
 
 
+def _finite(agreement: Agreement) -> Agreement:
+    """An agreement that is a number.
+
+    Raises:
+        TrainingError: it is not.
+    """
+    if not math.isfinite(agreement.nll):
+        raise TrainingError(f"found a held-out score of {agreement.nll}; expected a number")
+    return agreement
+
+
 def _costs(result: TrainResult) -> dict[str, Any]:
     """A training's statistics, JSON-compatible."""
     return {
@@ -234,6 +292,8 @@ def _costs(result: TrainResult) -> dict[str, Any]:
         "finetune_s": round(result.finetune_s, 3),
         "scoring_s": round(result.scoring_s, 3),
         "steps": result.steps,
+        "distilled": result.distilled,
+        "flops": result.flops,
         "losses": [round(loss, 4) for loss in result.losses],
         "hardness": {str(turn): round(value, 4) for turn, value in result.hardness.items()},
         "plain": asdict(result.plain),

@@ -21,7 +21,7 @@ from typing import Any
 
 from soma_vllm.config import Config
 from soma_vllm.engines.base import ChatCall, Engine, Reply
-from soma_vllm.errors import BadRequest, EngineError, EngineUnavailable
+from soma_vllm.errors import BadRequest, EngineError, EngineRefused, EngineUnavailable
 from soma_vllm.scheduler.adaptation import Adaptation
 from soma_vllm.scheduler.book import SessionBook
 from soma_vllm.scheduler.drift import DriftWatch
@@ -29,6 +29,7 @@ from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.scheduler.policies.base import Asked, Policy
 from soma_vllm.scheduler.ports import AdapterEngine, Encoder
 from soma_vllm.scheduler.replies import Ended, Heard, Listened, heard_whole
+from soma_vllm.scheduler.teaching import Lesson, Teachers, without_logprobs
 from soma_vllm.session.gate import gap
 from soma_vllm.session.identity import explicit_id, tenant_of
 from soma_vllm.session.phases import Phase
@@ -75,6 +76,7 @@ class Dispatcher:
         holds: AdapterHolds,
         adaptation: Adaptation,
         drift: DriftWatch,
+        teachers: Teachers,
     ) -> None:
         self._config = config
         self._policy = policy
@@ -85,6 +87,7 @@ class Dispatcher:
         self._holds = holds
         self._adaptation = adaptation
         self._drift = drift
+        self._teachers = teachers
         self._background: dict[asyncio.Task[None], SessionKey] = {}
 
     async def chat(self, incoming: Incoming) -> Answer:
@@ -169,6 +172,7 @@ class Dispatcher:
         """Run the routed engine, the original if it cannot, and listen to what it says."""
         held = None
         reply = None
+        lesson = None
         if route.engine is Role.SURROGATE:
             try:
                 held, reply = await self._ask_surrogate(key, route, incoming)
@@ -176,12 +180,12 @@ class Dispatcher:
                 logger.warning("the original answers instead of the surrogate: %s", error)
                 route = _instead(route, asked, f"surrogate failed: {error}")
         if reply is None:
-            route, reply = await self._ask_original(key, asked, route, incoming)
+            route, reply, lesson = await self._ask_original(key, session, asked, route, incoming)
 
         async def ended(heard: Heard) -> None:
             if held is not None:
                 await self._holds.release(held)
-            self._record(key, session.phase, asked, route, heard, incoming)
+            self._record(key, session.phase, asked, route, heard, lesson, incoming)
             self.book.release(key)
 
         headers = self._headers(key, session.phase, route)
@@ -210,16 +214,34 @@ class Dispatcher:
         return (None if ref is None else ref.name), reply
 
     async def _ask_original(
-        self, key: SessionKey, asked: Asked, route: Route, incoming: Incoming
-    ) -> tuple[Route, Reply]:
+        self, key: SessionKey, session: Session, asked: Asked, route: Route, incoming: Incoming
+    ) -> tuple[Route, Reply, Lesson | None]:
+        """(the route in the end, the reply, what it teaches beside its words)."""
+        more = self._teachers.fields(session, incoming.body) if self._policy.adapts else {}
         try:
-            reply = await self._original.chat(ChatCall(incoming.body, None, key.tenant, incoming.http))
+            reply, lesson = await self._ask_for_more(key, incoming, more)
         except EngineUnavailable:
             if self._config.original.when_down != "surrogate":
                 raise
             route = Route(Role.SURROGATE, None, asked.messages, "original unavailable")
             _, reply = await self._ask_surrogate(key, route, incoming)
-        return route, reply
+            lesson = None
+        return route, reply, lesson
+
+    async def _ask_for_more(
+        self, key: SessionKey, incoming: Incoming, more: Mapping[str, Any]
+    ) -> tuple[Reply, Lesson | None]:
+        """The reply to the client's request; asked for `more` in it, also a lesson, taken off the reply."""
+        own = ChatCall(incoming.body, None, key.tenant, incoming.http)
+        if not more:
+            return await self._original.chat(own), None
+        try:
+            reply = await self._original.chat(replace(own, body={**incoming.body, **more}))
+        except EngineRefused:
+            # Perhaps only for what we added: what the client hears is the answer to its own request.
+            return await self._original.chat(own), None
+        lesson = Lesson()
+        return without_logprobs(reply, lesson), lesson
 
     async def _pass_through(self, engine: Engine, incoming: Incoming) -> Answer:
         tenant = tenant_of(incoming.headers.get("authorization"))
@@ -245,6 +267,7 @@ class Dispatcher:
         asked: Asked,
         route: Route,
         heard: Heard,
+        lesson: Lesson | None,
         incoming: Incoming,
     ) -> None:
         """Fold the turn into its session, then start what follows from it."""
@@ -268,7 +291,10 @@ class Dispatcher:
         if builds_on < session.learned and not _repeats(session, turn):
             self._rewind(key, session, builds_on)
         session = self.book.record(key, turn_event(turn, builds_on, time.time()))
+        self._teachers.keep(key, turn.number, heard, lesson)
         if self._policy.adapts:
+            if session.phase in (Phase.WARM_START, Phase.ROLLED_BACK) and (why := turn.unteachable()):
+                self.book.note(key, "turn_skipped", turn=turn.number, why=why)
             self._follow_up(key, session, turn, asked, incoming)
 
     def _rewind(self, key: SessionKey, session: Session, builds_on: int) -> None:

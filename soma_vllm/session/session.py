@@ -47,8 +47,17 @@ class Turn:
 
     def teaches(self) -> bool:
         """Whether this is a whole answer of the original to a query of the user's."""
-        asked = bool(self.messages) and self.messages[-1].get("role") == "user"
-        return asked and self.engine is Role.ORIGINAL and self.complete and bool(self.answer)
+        return self.unteachable() is None
+
+    def unteachable(self) -> str | None:
+        """Why this turn cannot be learned from or judged on; None where it can."""
+        if not self.messages or self.messages[-1].get("role") != "user":
+            return "it does not answer a query of the user's"
+        if self.engine is not Role.ORIGINAL:
+            return "the original did not answer it"
+        if not self.complete:
+            return "its answer was cut off"
+        return None if self.answer.strip() else "its answer is empty"
 
 
 @dataclass(frozen=True)
