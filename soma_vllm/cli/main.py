@@ -6,6 +6,7 @@ import typer
 
 from soma_vllm.cli import models
 from soma_vllm.cli.calibrate import calibrate
+from soma_vllm.cli.distill import distill
 from soma_vllm.cli.evaluate import evaluate
 from soma_vllm.cli.replay import replay
 
@@ -14,6 +15,7 @@ app.add_typer(models.app, name="models", help="Fetch, list and make models.")
 app.command()(replay)
 app.command()(calibrate)
 app.command()(evaluate)
+app.command()(distill)
 
 
 if __name__ == "__main__":
