@@ -53,7 +53,7 @@ smoke: tiny
 
 FORCED ?= house-style
 
-## make evaluate  compare plain and trained surrogates on later turns (embedded pair; about an hour, EVALUATE="…" adds options)
+## make evaluate  compare plain and trained surrogates on later turns (embedded pair, minutes a dialogue; EVALUATE="…" sets options)
 evaluate: models
 	@$(BIN)/soma evaluate --config $(PAIR) --dialogues $(DIALOGUES) --out out/evaluate $(EVALUATE)
 

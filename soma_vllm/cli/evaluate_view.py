@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from soma_vllm.evaluation.statistics import LEAST_PAIRS
+
 
 class Steps:
     """The terminal: a bar where there is one, else a line per step."""
@@ -68,7 +70,8 @@ def table(document: Mapping[str, Any]) -> Group:
     legend = (
         f"{sessions} sessions, turns after turn {warm} only; means over sessions. "
         "baseline: plain under the same prefix; for plain and for chosen, plain@full.\n"
-        "chosen: sessions that the gate gives to the surrogate; the original keeps the others."
+        "chosen: sessions that the gate gives to the surrogate; the original keeps the others. "
+        f"Fewer than {LEAST_PAIRS} sessions have no interval."
     )
     return Group(grid, Text(legend, style="dim"))
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from soma_vllm.evaluation.statistics import LEAST_PAIRS
+
 INK = "#22262b"
 PALE_INK = "#66707c"
 COLORS = {"full": "#3b6ea8", "anchored": "#4fa36c", "sliding": "#f2b84b"}
@@ -55,7 +57,7 @@ def _differences(document: Mapping[str, Any], path: Path) -> list[Path]:
     axes.set_xlabel("NLL minus the baseline's, nats per token of the original's later answers; left is better")
     _bare(axes)
     figure.suptitle(
-        "What an adapter or a prefix changes on later turns (bar: 95 % over sessions, ticks: sessions)",
+        f"Change on later turns (bar: 95 % interval, from {LEAST_PAIRS} sessions on; ticks: sessions)",
         x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK,
     )  # fmt: skip
     figure.savefig(path, dpi=130, format="png")

@@ -8,17 +8,20 @@ from collections.abc import Sequence
 import numpy as np
 
 RESAMPLES = 10_000
+LEAST_PAIRS = 6
+"""Fewer pairs that all fall to one side by chance, which n do with probability 2^(1-n), would exclude zero more
+often than the 5 % that the interval promises."""
 
 
 def interval(
     differences: Sequence[float], seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float] | None:
-    """95 % percentile bootstrap interval of a mean paired difference; None for fewer than two pairs.
+    """95 % percentile bootstrap interval of a mean paired difference; None for fewer than `LEAST_PAIRS`.
 
     `differences` holds one number per session: sessions are drawn, with replacement, and not turns, because
     the turns of a session are not independent (Efron and Tibshirani, An Introduction to the Bootstrap, ch. 13).
     """
-    if len(differences) < 2:
+    if len(differences) < LEAST_PAIRS:
         return None
     values = np.asarray(differences, dtype=np.float64)
     draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))

@@ -9,22 +9,23 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from soma_vllm.evaluation.statistics import interval, rouge_l
+from soma_vllm.evaluation.statistics import LEAST_PAIRS, interval, rouge_l
 
 
 def test_equal_differences_leave_no_doubt() -> None:
-    assert interval([0.25, 0.25, 0.25]) == (0.25, 0.25)
+    assert interval([0.25] * LEAST_PAIRS) == (0.25, 0.25)
 
 
-def test_fewer_than_two_sessions_have_no_interval() -> None:
+def test_so_few_sessions_that_chance_puts_all_on_one_side_have_no_interval() -> None:
     assert interval([]) is None
-    assert interval([0.3]) is None
+    assert interval([0.3] * (LEAST_PAIRS - 1)) is None
+    assert 2.0 ** (1 - LEAST_PAIRS) < 0.05 < 2.0 ** (2 - LEAST_PAIRS)
 
 
 def test_the_interval_is_that_of_all_possible_resamples() -> None:
-    # Four sessions have 256 resamples: their exact percentiles are what drawing at random comes to.
-    differences = [-0.4, 0.1, 0.2, 0.9]
-    means = [fmean(resample) for resample in itertools.product(differences, repeat=4)]
+    # Six sessions have 46,656 resamples: their exact percentiles are what drawing at random comes to.
+    differences = [-0.4, 0.1, 0.2, 0.9, -0.1, 0.5]
+    means = [fmean(resample) for resample in itertools.product(differences, repeat=6)]
     low, high = interval(differences) or (math.nan, math.nan)
     assert low == pytest.approx(np.percentile(means, 2.5), abs=0.03)
     assert high == pytest.approx(np.percentile(means, 97.5), abs=0.03)
