@@ -62,7 +62,8 @@ class Teacher:
     """The original's own distribution over an answer it gave, token by token, in the original's vocabulary."""
 
     tokens: tuple[int, ...]
-    """(n,) ids of the answer as generated, with the end of turn where it was generated."""
+    """(n,) ids of the answer as generated, up to its last whole character, with the end of turn where it was
+    generated."""
     top: NDArray[np.int32]
     """(n, k) ids of the likeliest tokens at each position, likeliest first; -1 pads a shorter row."""
     logprobs: NDArray[np.float32]

@@ -36,7 +36,7 @@ from soma_vllm.engines.supervisor import ChildServer, Patience, Supervisor
 from soma_vllm.engines.surrogate import SurrogateEngine
 from soma_vllm.errors import PreflightError
 from soma_vllm.models.home import soma_home
-from soma_vllm.models.vocabulary import vocabulary_digest
+from soma_vllm.models.vocabulary import Vocabulary, read_vocabulary
 from soma_vllm.scheduler.adaptation import Adaptation
 from soma_vllm.scheduler.book import SessionBook
 from soma_vllm.scheduler.dispatcher import DISPATCH_NAME, Dispatcher
@@ -221,18 +221,23 @@ class SomaServer:
     async def _engage_teachers(self, speaks_vllm: bool) -> Teachers:
         """Teach by log-probabilities where the original shows them in the surrogate's vocabulary."""
         why = why_text(self._config, speaks_vllm, same_vocabulary=True)
-        if why is None and not await asyncio.to_thread(self._one_vocabulary):
-            why = why_text(self._config, speaks_vllm, same_vocabulary=False)
-        self._say(f"teachers   {'log-probabilities' if why is None else f'{why}: answers teach as text'}")
+        vocabulary = await asyncio.to_thread(self._one_vocabulary) if why is None else None
+        if vocabulary is not None:
+            self._say("teachers   log-probabilities")
+            return Teachers(self._config, None, vocabulary.spelt)
+        why = why_text(self._config, speaks_vllm, same_vocabulary=False)
+        self._say(f"teachers   {why}: answers teach as text")
         return Teachers(self._config, why)
 
-    def _one_vocabulary(self) -> bool:
-        """Whether a token's id means the same to both models, as far as their folders say."""
-        original = self._paths.original_vocabulary
-        if original is None:
-            return False
-        digest = vocabulary_digest(original)
-        return digest is not None and digest == vocabulary_digest(self._paths.surrogate)
+    def _one_vocabulary(self) -> Vocabulary | None:
+        """The vocabulary of both models; None where it is not one, as far as their folders say."""
+        if self._paths.original_vocabulary is None:
+            return None
+        original = read_vocabulary(self._paths.original_vocabulary)
+        surrogate = read_vocabulary(self._paths.surrogate)
+        if original is None or surrogate is None or original.digest() != surrogate.digest():
+            return None
+        return surrogate
 
     async def _open_sessions(self) -> SessionStore:
         store = SessionStore(self._filled(self._config.storage.url))

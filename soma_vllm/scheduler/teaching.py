@@ -11,7 +11,7 @@ Guarantees:
   itself, goes out as it came, and its answer teaches as text.
 * What is kept stays in this process's memory, within a bound; it is never logged and never put on record.
   After a restart answers teach as text.
-* A teacher is only handed out with the very answer that it was heard with.
+* A teacher is only handed out with the very answer that it was heard with, and its tokens spell that answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -77,6 +77,9 @@ ABSENT: Mapping[str, Any] = {
 
 OVER = frozenset({"switched", "refused", "training_failed", "adaptation_abandoned", "closed"})
 """Events after which a session's teachers have done their work."""
+
+Spelling = Callable[[Sequence[int], str], int | None]
+"""How many of an answer's tokens, from the first, spell its text; None where they do not."""
 
 NOT_HEARD = "the original's log-probabilities were not heard with these answers"
 
@@ -144,18 +147,21 @@ class Lesson:
         # vLLM sends such an event for the sake of its log-probabilities alone.
         return None if '"delta":{},' in bare and '"finish_reason":null' in bare else bare
 
-    def teacher(self, heard: Heard) -> Teacher | None:
-        """What was heard with an answer, once it is over; None unless it is all of it."""
+    def teacher(self, heard: Heard, spelling: Spelling) -> Teacher | None:
+        """What was heard with an answer, once it is over; None unless it is all of it and spells it."""
         if not (self._usable and self._parts and heard.complete):
             return None
         tokens = tuple(token for part in self._parts for token in part.tokens)
         if heard.usage.completion_tokens not in (None, len(tokens)):
             return None
+        spelt = spelling(tokens, heard.text)
+        if not spelt:
+            return None
         width = max(part.top.shape[1] for part in self._parts)
         return Teacher(
-            tokens,
-            np.concatenate([_widened(part.top, width, -1) for part in self._parts]),
-            np.concatenate([_widened(part.logprobs, width, -np.inf) for part in self._parts]),
+            tokens[:spelt],
+            np.concatenate([_widened(part.top, width, -1) for part in self._parts])[:spelt],
+            np.concatenate([_widened(part.logprobs, width, -np.inf) for part in self._parts])[:spelt],
         )
 
     def _keep(self, shown: Mapping[str, Any] | None) -> None:
@@ -217,10 +223,20 @@ class Kept:
 class Teachers:
     """Decides which turns to hear log-probabilities on, and keeps what was heard. An observer of events."""
 
-    def __init__(self, config: Config, text_only: str | None, kept_bytes: int = KEPT_BYTES) -> None:
-        """`text_only` says why answers teach as text; None lets them teach by log-probabilities."""
+    def __init__(
+        self,
+        config: Config,
+        text_only: str | None,
+        spelling: Spelling = lambda tokens, text: len(tokens),
+        kept_bytes: int = KEPT_BYTES,
+    ) -> None:
+        """`text_only` says why answers teach as text; None lets them teach by log-probabilities.
+
+        `spelling` reads the original's tokens; without one they are taken to spell their answer.
+        """
         self._config = config
         self._text_only = text_only
+        self._spelling = spelling
         self._kept_bytes = kept_bytes
         self._kept: OrderedDict[SessionKey, dict[int, Kept]] = OrderedDict()
         self._bytes = 0
@@ -241,7 +257,7 @@ class Teachers:
     def keep(self, key: SessionKey, turn: int, heard: Heard, lesson: Lesson | None) -> None:
         """Keep what was heard with a turn that is on record now; whatever it replaced is dropped."""
         self._drop(key, turn)
-        teacher = None if lesson is None else lesson.teacher(heard)
+        teacher = None if lesson is None else lesson.teacher(heard, self._spelling)
         if teacher is None:
             return
         kept = Kept(heard.text, teacher)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +35,10 @@ def heard(text: str = "an answer", tokens: int | None = None, complete: bool = T
 def entry(token: int) -> dict[str, Any]:
     shown = {"token": f"token_id:{token}", "logprob": -0.5, "bytes": None}
     return {**shown, "top_logprobs": [shown]}
+
+
+def whole(tokens: Sequence[int], text: str) -> int | None:
+    return len(tokens)
 
 
 def lesson_of(*tokens: int) -> Lesson:
@@ -84,7 +89,7 @@ async def test_every_token_is_heard_in_order_with_the_end_of_turn(stream: bool) 
     reply = without_logprobs(reply, lesson)
     if reply.events is not None:
         _ = [event async for event in reply.events]
-    teacher = lesson.teacher(heard("one two three", 4))
+    teacher = lesson.teacher(heard("one two three", 4), whole)
     assert teacher is not None
     assert teacher.tokens == tuple(token_of(word) for word in ("one", "two", "three", "<end>"))
     assert teacher.top.shape == teacher.logprobs.shape == (4, 3)
@@ -110,7 +115,7 @@ def test_an_event_sent_for_its_log_probabilities_alone_is_not_sent_on_but_heard(
     assert lesson.event(event_of({}, None, 1)) is None
     assert lesson.event(event_of({"content": "a"}, None, 2)) is not None
     assert lesson.event(event_of({}, "stop", 3)) is not None
-    teacher = lesson.teacher(heard())
+    teacher = lesson.teacher(heard(), whole)
     assert teacher is not None
     assert teacher.tokens == (1, 2, 3)
 
@@ -119,15 +124,24 @@ def test_an_event_sent_for_its_log_probabilities_alone_is_not_sent_on_but_heard(
 def test_tokens_that_are_not_of_the_answer_make_no_teacher(delta: dict[str, Any]) -> None:
     lesson = Lesson()
     lesson.event(event_of(delta, None, 1))
-    assert lesson.teacher(heard()) is None
+    assert lesson.teacher(heard(), whole) is None
 
 
 @pytest.mark.parametrize(
     "said", [heard(complete=False), heard(tokens=3)], ids=["cut off", "more tokens counted than shown"]
 )
 def test_what_is_not_the_whole_answer_makes_no_teacher(said: Heard) -> None:
-    assert lesson_of(1, 2).teacher(said) is None
-    assert lesson_of(1, 2).teacher(heard(tokens=2)) is not None
+    assert lesson_of(1, 2).teacher(said, whole) is None
+    assert lesson_of(1, 2).teacher(heard(tokens=2), whole) is not None
+
+
+def test_tokens_that_spell_nothing_of_the_answer_are_left_out_and_others_make_no_teacher() -> None:
+    teacher = lesson_of(1, 2, 3).teacher(heard(tokens=3), lambda tokens, text: 2)
+    assert teacher is not None
+    assert teacher.tokens == (1, 2)
+    assert teacher.top.tolist() == [[1], [2]]
+    assert len(teacher.logprobs) == 2
+    assert lesson_of(1, 2, 3).teacher(heard(tokens=3), lambda tokens, text: None) is None
 
 
 def test_log_probabilities_in_another_shape_are_taken_off_all_the_same() -> None:
@@ -135,14 +149,14 @@ def test_log_probabilities_in_another_shape_are_taken_off_all_the_same() -> None
     shown = {"content": [{"token": "secret", "top_logprobs": [{"token": "a", "logprob": -1.0}]}]}
     body = lesson.whole({"choices": [{"message": {"content": "x"}, "logprobs": shown}]})
     assert body["choices"] == [{"message": {"content": "x"}, "logprobs": None}]
-    assert lesson.teacher(heard()) is None
+    assert lesson.teacher(heard(), whole) is None
 
 
 def test_rows_of_different_width_are_padded() -> None:
     lesson = lesson_of(1)
     wide = {**entry(2), "top_logprobs": [{"token": f"token_id:{t}", "logprob": -t} for t in (1, 2)]}
     lesson.whole({"choices": [{"message": {}, "logprobs": {"content": [wide]}}]})
-    teacher = lesson.teacher(heard())
+    teacher = lesson.teacher(heard(), whole)
     assert teacher is not None
     assert teacher.top.tolist() == [[1, -1], [1, 2]]
     assert np.isneginf(teacher.logprobs[0, 1])
