@@ -157,12 +157,16 @@ class Lesson:
         spelt = spelling(tokens, heard.text)
         if not spelt:
             return None
-        width = max(part.top.shape[1] for part in self._parts)
-        return Teacher(
-            tokens[:spelt],
-            np.concatenate([_widened(part.top, width, -1) for part in self._parts])[:spelt],
-            np.concatenate([_widened(part.logprobs, width, -np.inf) for part in self._parts])[:spelt],
-        )
+        shape = (len(tokens), max(part.top.shape[1] for part in self._parts))
+        top = np.full(shape, -1, dtype=np.int32)
+        logprobs = np.full(shape, -np.inf, dtype=np.float32)
+        first = 0
+        for part in self._parts:
+            rows, width = part.top.shape
+            top[first : first + rows, :width] = part.top
+            logprobs[first : first + rows, :width] = part.logprobs
+            first += rows
+        return Teacher(tokens[:spelt], top[:spelt].copy(), logprobs[:spelt].copy())
 
     def _keep(self, shown: Mapping[str, Any] | None) -> None:
         content = (shown or {}).get("content")
@@ -305,7 +309,3 @@ def _may_be_adapted(session: Session, config: Config) -> bool:
 def _is_more_than_content(message: Mapping[str, Any]) -> bool:
     """`_MORE_THAN_CONTENT`, of a whole message."""
     return any(message.get(name) for name in ("reasoning", "reasoning_content", "tool_calls"))
-
-
-def _widened(rows: Any, width: int, padding: float) -> Any:
-    return np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=padding)
