@@ -1,10 +1,16 @@
-"""Tiny random models of two real architectures, and examples to teach them."""
+"""Tiny random models of two real architectures, examples to teach them, and the slow way to read them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from soma_vllm.method.rendering import Rendered
 from soma_vllm.types import Example
 
 SHAPE = {
@@ -20,14 +26,45 @@ SHAPE = {
 }
 
 
-def tiny_model(architecture: str) -> Qwen2ForCausalLM | LlamaForCausalLM:
+def tiny_model(architecture: str, **shape: Any) -> Qwen2ForCausalLM | LlamaForCausalLM:
     torch.manual_seed(7)
     if architecture == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
+        model = Qwen2ForCausalLM(Qwen2Config(**{**SHAPE, **shape}))
     else:
-        model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "tie_word_embeddings": False}))
+        model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "tie_word_embeddings": False, **shape}))
     return model.eval().requires_grad_(False)
 
 
 def ask(turn: int, question: str, answer: str) -> Example:
     return Example(turn=turn, messages=({"role": "user", "content": question},), answer=answer)
+
+
+def dialogue(*exchanges: tuple[str, str]) -> tuple[Example, ...]:
+    """A session's turns, each with the full history in its prompt."""
+    turns: list[Example] = []
+    history: list[dict[str, str]] = []
+    for number, (question, answer) in enumerate(exchanges, start=1):
+        history.append({"role": "user", "content": question})
+        turns.append(Example(number, tuple(history), answer))
+        history.append({"role": "assistant", "content": answer})
+    return tuple(turns)
+
+
+def read_alone(model: Any, turn: Rendered) -> torch.Tensor:
+    """Logits (n, V) that predict a turn's answer, by the model's own forward pass over that turn alone."""
+    whole = model(input_ids=torch.tensor([turn.prompt + turn.answer]), use_cache=False).logits[0]
+    return whole[len(turn.prompt) - 1 : -1]
+
+
+def with_teachers(turns: Sequence[Rendered], k: int = 6) -> tuple[Rendered, ...]:
+    """The turns as if an original had shown its k likeliest tokens: random, the answer's token first."""
+    generator = torch.Generator().manual_seed(11)
+    taught = []
+    for turn in turns:
+        n = len(turn.answer)
+        logits = 2 * torch.randn(n, 260, generator=generator)
+        logits[torch.arange(n), torch.tensor(turn.answer)] += 8
+        logprobs, top = torch.log_softmax(logits, dim=1).topk(k, dim=1)
+        head = top.numpy().astype(np.int32), logprobs.numpy().astype(np.float32)
+        taught.append(replace(turn, teacher=head))
+    return tuple(taught)

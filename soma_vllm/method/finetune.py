@@ -7,6 +7,7 @@ weights learn, in float32 also over a bfloat16 base. The global random state is 
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -47,8 +48,8 @@ class Training:
     losses: tuple[float, ...]
     """Weighted training loss before each step, nats per answer token."""
     checkpoints: tuple[Checkpoint, ...]
-    """In the order of their steps; the first, of 0 steps, is the surrogate as it was before. Empty without
-    held-out turns."""
+    """In the order of their steps; the first, of 0 steps, is the adapter as it started: the plain surrogate, or
+    what `lora.init_from` makes of it. Empty without held-out turns."""
     steps: int
     """Steps behind the weights that were kept."""
     stopped_early: bool
@@ -89,7 +90,7 @@ def attached(decoder: Decoder, lora: Lora, seed: int) -> Iterator[Any]:
         adapted = get_peft_model(model, _peft_config(decoder, lora))
     try:
         if lora.init_from is not None:
-            _start_from(adapted, Path(lora.init_from))
+            _start_from(adapted, lora, Path(lora.init_from))
         adapted.eval()
         yield adapted
     finally:
@@ -115,7 +116,8 @@ def train(
     Eq. 4, or with objective "kd" the KL to the original's distribution where a turn has one. Training stops
     early once the mean loss of one pass over the turns has not improved by `early_stop_min_delta` for
     `early_stop_patience` steps, or once a checkpoint is worse on `held_out` than the best before it.
-    `weights` holds omega_t by turn. Without `lora.checkpoints` the last step is kept.
+    `weights` holds omega_t by turn. Without `lora.checkpoints`, or without held-out turns, the last step is
+    kept; with both, no step is taken after the last checkpoint.
 
     Raises:
         TrainingError: the loss is not finite, or there is nothing to learn from.
@@ -133,10 +135,12 @@ def train(
         lora.early_stop_patience, lora.early_stop_min_delta, window=math.ceil(len(turns) / size)
     )
     best = _Best(parameters, judge)
+    checkpoints = lora.checkpoints if judge else ()
+    most = checkpoints[-1] if checkpoints else lora.steps
     drawn = _batches([turn.turn for turn in turns], size, seed)
     losses: list[float] = []
     with _seeded(seed, decoder.device):
-        while len(losses) < lora.steps and not patience.exhausted:
+        while len(losses) < most and not patience.exhausted:
             optimizer.zero_grad(set_to_none=True)
             losses.append(_accumulate(trunk, next(drawn), weights, lora.objective))
             if not math.isfinite(losses[-1]):
@@ -146,12 +150,12 @@ def train(
             nn.utils.clip_grad_norm_(parameters, lora.grad_clip)
             optimizer.step()
             patience.observe(losses[-1])
-            if len(losses) in lora.checkpoints and not best.improves(len(losses)):
+            if len(losses) in checkpoints and not best.improves(len(losses)):
                 break
-    stopped = len(losses) < lora.steps
-    if not lora.checkpoints or (stopped and patience.exhausted):
+    stopped = len(losses) < most
+    if not checkpoints or (stopped and patience.exhausted):
         best.improves(len(losses))
-    kept = best.restore(last=not lora.checkpoints)
+    kept = best.restore(last=not checkpoints)
     return Training(tuple(losses), tuple(best.seen), kept, stopped)
 
 
@@ -279,23 +283,35 @@ class _Patience:
             self._steps_without += 1
 
 
-def _start_from(adapted: Any, directory: Path) -> None:
+def _start_from(adapted: Any, lora: Lora, directory: Path) -> None:
     """Fill the fresh adapter with a saved one's weights."""
-    file = directory / SAFETENSORS_WEIGHTS_NAME
     try:
-        saved = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise TrainingError(f"lora.init_from: {file}: found no adapter that can be read: {error}") from error
-    expected = {name: value.shape for name, value in get_peft_model_state_dict(adapted).items()}
-    found = {name: value.shape for name, value in saved.items()}
+        saved = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
+        alpha = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8")).get("lora_alpha")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise TrainingError(
+            f"lora.init_from: {directory}: found no adapter that can be read: {error}"
+        ) from error
+    if alpha != lora.alpha:  # the same weights would weigh more or less
+        raise TrainingError(f"lora.init_from: {directory}: found alpha {alpha}; expected {lora.alpha}")
+    expected = {name: list(value.shape) for name, value in _weights(adapted).items()}
+    found = {name: list(value.shape) for name, value in saved.items()}
     differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if differing:
         name = differing[0]
         raise TrainingError(
             f"lora.init_from: {directory}: {len(differing)} weights do not fit, such as {name}: found "
-            f"{found.get(name)}; expected {expected.get(name)} (same rank, targets and layers as lora.*)"
+            f"{found.get(name, 'none')}; expected {expected.get(name, 'none')} "
+            "(same rank, targets and layers as lora.*)"
         )
     set_peft_model_state_dict(adapted, saved)
+
+
+def _weights(adapted: Any) -> dict[str, torch.Tensor]:
+    """The adapter's weights under the names they are saved by."""
+    # "auto" would ask a model hub whether the vocabulary was resized.
+    weights: dict[str, torch.Tensor] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    return weights
 
 
 def _peft_config(decoder: Decoder, lora: Lora) -> LoraConfig:

@@ -6,7 +6,8 @@ recommends; equal inputs give equal answers on one machine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,18 @@ def _generate(
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=decoder.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=decoder.device)
-    output = decoder.model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+    with _recommended(decoder, greedy):
+        output = decoder.model.generate(input_ids=ids, attention_mask=mask)
     texts: list[str] = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+@contextmanager
+def _recommended(decoder: Decoder, config: GenerationConfig) -> Iterator[None]:
+    """`config` in place of the folder's own, which would fill in what it leaves open: a penalty, say."""
+    own = decoder.model.generation_config
+    decoder.model.generation_config = config
+    try:
+        yield
+    finally:
+        decoder.model.generation_config = own

@@ -49,7 +49,7 @@ class Batch:
 
 
 def pack(rendered: Sequence[Rendered]) -> list[Strand]:
-    """The fewest strands that hold all turns, in the order of their lengths."""
+    """All turns in few strands, in the order of their lengths."""
     chains: list[list[Rendered]] = []
     for turn in sorted(rendered, key=lambda turn: len(turn.inputs)):
         for chain in chains:

@@ -136,13 +136,15 @@ def adapting(
     hardness = mined.hardness if mined else {}
     weights = turn_weights(hardness or dict.fromkeys((turn.turn for turn in learnt), 1.0))
 
+    # A fresh adapter of 0 steps is the plain surrogate; one that starts from another adapter is not.
+    plain = pooled(score_turns(decoder, judged)) if lora.init_from is not None else None
     with attached(decoder, lora, seed) as peft:
         training, finetune_s = _timed(lambda: train(decoder, learnt, judged, weights, lora, seed))
         scores, scoring_s = _timed(lambda: score_turns(decoder, judged))
         cost = Cost.of(decoder, learnt, judged, mining, lora, len(training.losses), mined is not None)
         yield Learnt(
             peft=peft,
-            plain=training.checkpoints[0].agreement,
+            plain=plain or training.checkpoints[0].agreement,
             adapted=pooled(scores),
             checkpoints=training.checkpoints,
             steps=training.steps,

@@ -109,13 +109,19 @@ def _rendered(tokenizer: Any, example: Example, end: int) -> Rendered:
     teacher = example.teacher
     if teacher is None:
         return Rendered(example.turn, prompt, (*_ids(tokenizer, example.answer), end))
-    said = tokenizer.decode(list(teacher.tokens), skip_special_tokens=True)
-    if said.strip() != example.answer.strip():
+    known = len(tokenizer)
+    said = tokenizer.decode(list(teacher.tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    # An id beyond the vocabulary would be spelt as nothing.
+    if said.strip() != example.answer.strip() or max(teacher.tokens) >= known:
         raise TrainingError(
             f"turn {example.turn}: the original's tokens do not spell its answer in the surrogate's "
             "vocabulary; expected two models with the same tokenizer"
         )
-    return Rendered(example.turn, prompt, teacher.tokens, (teacher.top, teacher.logprobs))
+    # Padding rows of the original's output head, which the surrogate's may lack.
+    unknown = teacher.top >= known
+    top = np.where(unknown, np.int32(-1), teacher.top)
+    logprobs = np.where(unknown, np.float32(-np.inf), teacher.logprobs)
+    return Rendered(example.turn, prompt, teacher.tokens, (top, logprobs))
 
 
 def _plain(message: Message) -> dict[str, Any]:

@@ -70,6 +70,7 @@ def score_trunk(trunk: Trunk, rendered: Sequence[Rendered]) -> list[TurnScore]:
         raise TrainingError("found no turns to score; expected at least one")
     with evaluating(trunk.decoder):
         scores = {turn.turn: _score(turn, logits) for read in trunk.read() for turn, logits in read}
+    assert len(scores) == len(rendered), f"found {len(rendered)} turns with {len(scores)} numbers"
     wrong = {number: score.nll for number, score in scores.items() if not score.nll < float("inf")}
     if wrong:
         raise TrainingError(f"scoring: found NLL by turn {wrong}; expected finite numbers")

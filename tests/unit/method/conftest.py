@@ -10,6 +10,7 @@ from method_models import ask, tiny_model  # type: ignore[import-not-found]
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from soma_vllm.method.decoder import Decoder
 from soma_vllm.method.recipe import Surrogate
 from soma_vllm.types import Example
 
@@ -50,12 +51,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(params=["qwen2", "llama"])
 def surrogate(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> Surrogate:
-    return Surrogate(tiny_model(request.param), tokenizer)
+    return Surrogate(Decoder(tiny_model(request.param)), tokenizer)
 
 
 @pytest.fixture
 def qwen(tokenizer: PreTrainedTokenizerFast) -> Surrogate:
-    return Surrogate(tiny_model("qwen2"), tokenizer)
+    return Surrogate(Decoder(tiny_model("qwen2")), tokenizer)
 
 
 @pytest.fixture

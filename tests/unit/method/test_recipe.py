@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from method_models import ask, tiny_model
+from method_models import ask, dialogue, tiny_model
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
 from soma_vllm.config import Lora, Mining
 from soma_vllm.errors import ModelError, TrainingError
-from soma_vllm.method.recipe import Surrogate, adapt, load_surrogate, score_plain
+from soma_vllm.method.decoder import Decoder
+from soma_vllm.method.recipe import Surrogate, adapt, adapting, load_surrogate, score_plain
 from soma_vllm.method.rendering import render
-from soma_vllm.method.scoring import score_rendered
-from soma_vllm.types import Example
+from soma_vllm.method.scoring import pooled, score_turns
+from soma_vllm.types import Example, Teacher
 
-MINING = Mining(soft_len=2, n_candidates=2, iters=2)
+MINING = Mining(enabled=True, soft_len=2, n_candidates=2, iters=2)
 LORA = Lora(rank=4, alpha=8, steps=4, lr=0.01)
 
 Turns = tuple[Example, ...]
@@ -43,6 +47,7 @@ def test_an_adaptation_scores_both_candidates_and_leaves_the_surrogate_pristine(
     assert len(result.mined_text_ids) == 2
     assert (result.steps, result.stopped_early) == (4, False)
     assert min(result.mining_s, result.finetune_s, result.scoring_s) > 0
+    assert result.peft is None
     assert pickle.loads(pickle.dumps(result)) == result
 
 
@@ -51,11 +56,11 @@ def test_the_probe_tells_the_saved_adapter_from_the_plain_surrogate(
 ) -> None:
     result = adapt(qwen, examples, held_out, MINING, LORA, seed=0, out_dir=tmp_path)
     turns = render(qwen.tokenizer, held_out)
-    _, plain = score_rendered(qwen.model, turns)
-    served = PeftModel.from_pretrained(qwen.model, result.directory).eval()
-    agreement, probe = score_rendered(served, turns)
-    assert agreement == result.adapted
-    assert probe == result.probe != plain
+    (plain,) = score_turns(qwen.decoder, turns)
+    served = PeftModel.from_pretrained(qwen.model, tmp_path).eval()
+    (score,) = score_turns(Decoder(served.get_base_model()), turns)
+    assert pooled([score]) == result.adapted
+    assert score.probe == result.probe != plain.probe
 
 
 def test_two_sessions_one_after_the_other_get_the_adapters_they_would_get_alone(
@@ -63,21 +68,128 @@ def test_two_sessions_one_after_the_other_get_the_adapters_they_would_get_alone(
 ) -> None:
     adapt(qwen, examples[:1], held_out, MINING, LORA, seed=0, out_dir=tmp_path / "first")
     second = adapt(qwen, examples[1:], held_out, MINING, LORA, seed=0, out_dir=tmp_path / "second")
-    fresh = Surrogate(tiny_model("qwen2"), qwen.tokenizer)
+    fresh = Surrogate(Decoder(tiny_model("qwen2")), qwen.tokenizer)
     alone = adapt(fresh, examples[1:], held_out, MINING, LORA, seed=0, out_dir=tmp_path / "alone")
     assert second.losses == alone.losses
     name = "adapter_model.safetensors"
     assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
+@pytest.mark.parametrize("enabled", [False, "auto"])
 def test_without_mining_every_turn_weighs_the_same(
-    qwen: Surrogate, examples: Turns, held_out: Turns, tmp_path: Path
+    qwen: Surrogate, examples: Turns, held_out: Turns, tmp_path: Path, enabled: Any
 ) -> None:
-    off = MINING.model_copy(update={"enabled": False})
+    off = Mining(enabled=enabled)
     result = adapt(qwen, examples, held_out, off, LORA, seed=0, out_dir=tmp_path)
     assert result.weights == {1: 1.0, 2: 1.0, 3: 1.0}
     assert (result.hardness, result.objective, result.mined_text_ids) == ({}, None, ())
     assert result.mining_s == 0
+
+
+def test_mining_is_left_out_unless_it_is_asked_for(
+    qwen: Surrogate, examples: Turns, held_out: Turns, tmp_path: Path
+) -> None:
+    unsaid = adapt(qwen, examples, held_out, Mining(), LORA, seed=0, out_dir=tmp_path / "unsaid")
+    mined = adapt(qwen, examples, held_out, MINING, LORA, seed=0, out_dir=tmp_path / "mined")
+    assert (unsaid.hardness, unsaid.mining_s) == ({}, 0)
+    assert mined.flops > unsaid.flops > 0
+    assert mined.losses != unsaid.losses
+
+
+def test_inside_the_block_the_surrogate_runs_with_the_adapter_and_afterwards_without(
+    surrogate: Surrogate, examples: Turns, held_out: Turns
+) -> None:
+    turns = render(surrogate.tokenizer, held_out)
+    before = {name: tensor.clone() for name, tensor in surrogate.model.state_dict().items()}
+    with adapting(surrogate, examples, held_out, Mining(), LORA, seed=0) as learnt:
+        inside = pooled(score_turns(surrogate.decoder, turns))
+    assert inside == learnt.adapted != learnt.plain
+    with (
+        pytest.raises(ZeroDivisionError),
+        adapting(surrogate, examples, held_out, Mining(), LORA, seed=0),
+    ):
+        raise ZeroDivisionError
+    assert pooled(score_turns(surrogate.decoder, turns)) == learnt.plain
+    after = surrogate.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_what_was_learnt_is_the_best_checkpoint_and_says_what_each_one_came_to(
+    surrogate: Surrogate, examples: Turns, held_out: Turns, tmp_path: Path
+) -> None:
+    lora = LORA.model_copy(update={"steps": 24, "lr": 0.03, "checkpoints": (1, 2, 8, 24), "dropout": 0.0})
+    result = adapt(surrogate, examples, held_out, Mining(), lora, seed=0, out_dir=tmp_path)
+    seen = {point.steps: point.agreement for point in result.checkpoints}
+    assert seen[0] == result.plain == score_plain(surrogate, held_out)
+    assert result.adapted == seen[result.steps]
+    assert result.adapted.nll == min(agreement.nll for steps, agreement in seen.items() if steps)
+    assert len(result.losses) == max(seen)
+
+
+def test_a_pairs_adapter_to_start_from_does_not_pass_for_the_plain_surrogate(
+    qwen: Surrogate, examples: Turns, held_out: Turns, tmp_path: Path
+) -> None:
+    adapt(qwen, examples[:2], held_out, Mining(), LORA, seed=0, out_dir=tmp_path / "pair")
+    lora = LORA.model_copy(update={"init_from": str(tmp_path / "pair")})
+    result = adapt(qwen, examples, held_out, Mining(), lora, seed=0, out_dir=tmp_path / "session")
+    assert result.plain == score_plain(qwen, held_out)
+    assert result.checkpoints[0].agreement != result.plain
+
+
+def test_it_is_distilled_only_where_every_turn_has_a_teacher(
+    qwen: Surrogate, examples: Turns, held_out: Turns, tmp_path: Path
+) -> None:
+    def taught(example: Example) -> Example:
+        tokens = (*qwen.tokenizer(example.answer, add_special_tokens=False)["input_ids"],)
+        top = np.array(tokens, dtype=np.int32)[:, None]
+        return replace(example, teacher=Teacher(tokens, top, np.full(top.shape, -0.1, dtype=np.float32)))
+
+    shown = tuple(taught(example) for example in examples)
+    cases = {
+        "all": (shown, LORA),
+        "some": ((*shown[:2], examples[2]), LORA),
+        "none": (examples, LORA),
+        "words": (shown, LORA.model_copy(update={"objective": "nll"})),
+    }
+    distilled = {
+        name: adapt(qwen, told, held_out, Mining(), lora, seed=0, out_dir=tmp_path / name).distilled
+        for name, (told, lora) in cases.items()
+    }
+    assert distilled == {"all": True, "some": False, "none": False, "words": False}
+
+
+def test_a_shared_history_is_counted_once_and_every_step_costs_the_same_again(
+    surrogate: Surrogate, held_out: Turns, tmp_path: Path
+) -> None:
+    told = dialogue(("What is a crane?", "A bird."), ("And a bat?", "A club."), ("And a seal?", "Wax."))
+
+    def cost(name: str, **change: Any) -> tuple[int, float]:
+        lora = LORA.model_copy(update=change)
+        result = adapt(surrogate, told, held_out, Mining(), lora, seed=0, out_dir=tmp_path / name)
+        assert len(result.losses) == lora.steps
+        return result.tokens, result.flops
+
+    one, two, three = (cost(str(steps), steps=steps) for steps in (1, 2, 3))
+    assert one[0] == len(render(surrogate.tokenizer, told)[-1].inputs)
+    assert 0 < one[1] < two[1] < three[1]
+    assert three[1] - two[1] == pytest.approx(two[1] - one[1])
+    # A step above a cached trunk is cheaper, and so is a shorter text.
+    assert cost("top", steps=3, top_layers=1)[1] < three[1]
+    assert cost("short", steps=3, max_seq_length=20)[1] < three[1]
+
+
+def test_a_turn_beyond_the_surrogates_context_is_refused_by_name(
+    qwen: Surrogate, examples: Turns, held_out: Turns, tmp_path: Path
+) -> None:
+    long = ask(9, "word " * 120, "An answer.")
+    found = len(render(qwen.tokenizer, [long])[0].inputs)
+    message = f"turn 9: found {found} tokens; the surrogate's context holds 512"
+    with pytest.raises(TrainingError, match=message):
+        adapt(qwen, (*examples, long), held_out, Mining(), LORA, seed=0, out_dir=tmp_path)
+    with pytest.raises(TrainingError, match=message):
+        score_plain(qwen, (long,))
+    assert not list(tmp_path.iterdir())
 
 
 def test_judging_on_a_training_turn_is_refused(qwen: Surrogate, examples: Turns, tmp_path: Path) -> None:

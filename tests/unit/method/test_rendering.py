@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
 import pytest
-import torch
 from method_models import ask
 from transformers import PreTrainedTokenizerFast
 
 from soma_vllm.errors import TrainingError
-from soma_vllm.method.recipe import Surrogate
-from soma_vllm.method.rendering import Rendered, answer_logits, end_of_turn, render
-from soma_vllm.types import Example
+from soma_vllm.method.rendering import Rendered, end_of_turn, prompt_ids, render
+from soma_vllm.types import Example, Teacher
 
 
 def test_a_turn_is_the_chat_template_then_the_answer_then_the_end_of_turn(
@@ -66,19 +68,85 @@ def test_a_long_prompt_keeps_its_end_and_an_answer_is_never_cut_to_nothing(
     assert turn.answer == tuple(answer)
 
 
-def test_answer_logits_are_the_whole_models_logits_at_the_answers_positions(surrogate: Surrogate) -> None:
-    turn = render(surrogate.tokenizer, [ask(1, "Hi?", "Hello.")])[0]
-    with torch.no_grad():
-        whole = surrogate.model(torch.tensor([turn.prompt + turn.answer])).logits[0]
-        found = answer_logits(surrogate.model, turn)
-    start = len(turn.prompt)
-    assert torch.allclose(found, whole[start - 1 : start - 1 + len(turn.answer)], atol=1e-5)
+def teacher(tokenizer: PreTrainedTokenizerFast, answer: str, ended: bool = True) -> Teacher:
+    """An original that said `answer`, a byte at a time, with two tokens of its distribution at each."""
+    tokens = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    tokens = (*tokens, tokenizer.convert_tokens_to_ids("<|im_end|>")) if ended else tuple(tokens)
+    top = np.array([[token, 7] for token in tokens], dtype=np.int32)
+    return Teacher(tokens, top, np.full(top.shape, -0.7, dtype=np.float32))
 
 
-def test_a_soft_prompt_stands_before_the_whole_prompt(surrogate: Surrogate) -> None:
-    turn = render(surrogate.tokenizer, [ask(1, "Hi?", "Hello.")])[0]
-    words = surrogate.model.get_input_embeddings().weight
-    with torch.no_grad():
-        soft = answer_logits(surrogate.model, turn, soft_prompt=words[[65, 66]])
-        hard = answer_logits(surrogate.model, Rendered(1, (65, 66, *turn.prompt), turn.answer))
-    assert torch.allclose(soft, hard, atol=1e-5)
+@pytest.mark.parametrize("ended", [True, False], ids=["ended", "cut short"])
+def test_an_answer_known_token_by_token_is_those_tokens_with_what_the_original_thought_of_them(
+    tokenizer: PreTrainedTokenizerFast, ended: bool
+) -> None:
+    shown = teacher(tokenizer, "A cat.", ended)
+    (turn,) = render(tokenizer, [replace(ask(3, "And?", "A cat."), teacher=shown)])
+    assert turn.answer == shown.tokens
+    assert turn.teacher is not None
+    assert np.array_equal(turn.teacher[0], shown.top)
+    assert np.array_equal(turn.teacher[1], shown.logprobs)
+    assert turn.prompt == prompt_ids(tokenizer, ({"role": "user", "content": "And?"},))
+
+
+def test_tokens_are_taken_as_they_were_chosen_and_not_as_the_tokenizer_would_cut_the_text(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    # What the client saw is stripped; what the original chose is kept.
+    shown = teacher(tokenizer, " A cat , I 'm sure.\n")
+    (turn,) = render(tokenizer, [replace(ask(3, "And?", "A cat , I 'm sure."), teacher=shown)])
+    assert turn.answer == shown.tokens
+
+
+@pytest.mark.parametrize("wrong", ["other words", "one token less", "an id that no text has", "nothing"])
+def test_an_original_with_another_vocabulary_is_refused(tokenizer: PreTrainedTokenizerFast, wrong: str) -> None:
+    right = teacher(tokenizer, "A cat.")
+    tokens = {
+        "other words": teacher(tokenizer, "A dog.").tokens,
+        "one token less": right.tokens[1:],
+        "an id that no text has": (*right.tokens[:-1], 265),
+        "nothing": (),
+    }[wrong]
+    example = replace(ask(5, "And?", "A cat."), teacher=replace(right, tokens=tokens))
+    with pytest.raises(TrainingError, match=r"turn 5: the original's tokens do not spell .* same tokenizer"):
+        render(tokenizer, [ask(1, "a", "b"), example])
+
+
+def test_likely_tokens_beyond_the_vocabulary_count_as_padding(tokenizer: PreTrainedTokenizerFast) -> None:
+    shown = teacher(tokenizer, "Yes")
+    shown.top[1, 1] = 151_990
+    shown.top[2, 1], shown.logprobs[2, 1] = -1, -np.inf
+    (turn,) = render(tokenizer, [replace(ask(3, "And?", "Yes"), teacher=shown)])
+    assert turn.teacher is not None
+    top, logprobs = turn.teacher
+    assert top[:, 1].tolist() == [7, -1, -1, 7]
+    assert logprobs[:, 1].tolist() == pytest.approx([-0.7, -np.inf, -np.inf, -0.7])
+    assert (top.dtype, logprobs.dtype) == (np.int32, np.float32)
+    assert shown.top[1, 1] == 151_990
+
+
+@pytest.mark.parametrize("length", [100, 12, 1])
+def test_a_shortened_answer_keeps_its_own_rows_of_the_teacher(length: int) -> None:
+    rows = np.arange(20, dtype=np.int32).reshape(10, 2)
+    whole = Rendered(1, tuple(range(20)), tuple(range(100, 110)), (rows, -rows.astype(np.float32)))
+    turn = whole.within(length)
+    assert turn.teacher is not None
+    kept = len(turn.answer)
+    assert np.array_equal(turn.teacher[0], rows[:kept])
+    assert np.array_equal(turn.teacher[1], -rows[:kept])
+
+
+def test_messages_the_template_refuses_are_named_by_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+    refusing: Any = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>"
+    )
+    refusing.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}"
+        "{% endif %}{{ m['content'] }}{% endfor %}"
+    )
+    system = Example(4, ({"role": "system", "content": "Be brief."},), "Yes.")
+    with pytest.raises(TrainingError, match="turn 4: the chat template refused the messages: no system role"):
+        render(refusing, [system])
+    # Its template ends a turn with nothing, so the end of the text ends the answer.
+    (turn,) = render(refusing, [ask(1, "Hi?", "Yes.")])
+    assert turn.answer[-1] == refusing.eos_token_id
