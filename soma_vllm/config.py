@@ -154,6 +154,8 @@ class Prefix(Section):
     code, numbers)."""
     anchor_words: Positive = 400
     """Most words of later turns in the anchor."""
+    summary_words: Annotated[int, Field(ge=0)] = 12
+    """Words kept of each summarised query; 0 leaves those turns out without a word."""
     window_step: Positive = 2
     """Turns by which the anchored window moves at once, so that the prompt's head stays cacheable between."""
 
@@ -278,8 +280,8 @@ class Config(Section):
     surrogate_model: str | None = None
     warm_window: Annotated[int, Field(ge=1, le=64)] = 4
     """W: turns the original answers before the session may move."""
-    compressed_prefix_turns: Annotated[int, Field(ge=1)] = 2
-    """K: last turns kept verbatim in a compressed prefix."""
+    compressed_prefix_turns: Annotated[int, Field(ge=0)] = 2
+    """K: last turns kept verbatim in a compressed prefix. 0: none."""
     max_new_tokens: Positive = 200
     """Longest answer generated for acceptance and audits, and the replay client's `max_tokens`."""
     acceptance_min_turns: Positive = 1

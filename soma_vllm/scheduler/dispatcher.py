@@ -313,12 +313,7 @@ class Dispatcher:
                 self._spawn(key, self._adaptation.begin(key, self._forced(incoming)))
             return
         if self._drift.wants(turn):
-            shown = compress(
-                asked.messages,
-                self._config.prefix.mode,
-                self._config.compressed_prefix_turns,
-                self._config.prefix.window_step,
-            )
+            shown = compress(asked.messages, self._config.prefix, self._config.compressed_prefix_turns)
             if turn.engine is Role.ORIGINAL:
                 self.book.note(key, "locality_miss", turn=turn.number, distance=asked.distance)
             self._spawn(key, self._drift.audit(key, turn, asked.messages, shown))

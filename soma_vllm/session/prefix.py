@@ -6,42 +6,85 @@ accept the result.
 
 * full: everything, unchanged.
 * sliding: system message, summary, last K turns. The paper's form: its head changes every turn.
-* anchored: system message and turn 1 verbatim, summary of the middle, last K turns; the window moves
-  `window_step` turns at a time, so the head stays byte-identical in between and the engine's cache works.
+* anchored: system message and turn 1 verbatim, then older turns that bring facts, a summary of the others, the
+  last K turns. The window moves `window_step` turns at a time; between two moves each prompt begins with all of
+  the prompt before it, so that the engine's prefix cache serves everything but the last answer and the query.
+
+Facts stay in the prompt because weights do not learn them in a few steps; behaviour (a format, a voice) need
+not, since an adapter carries it (docs/LOG.md). What is not plainly behaviour counts as facts: a fact that is
+dropped makes the answer wrong, a style that is kept costs tokens.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from math import ceil
 from typing import Any
 
+from soma_vllm.config import Prefix
 from soma_vllm.session.transcript import text_of
 from soma_vllm.types import Message
 
-SUMMARY_WORDS = 12
-"""Words kept of each summarised query: enough to name its topic, too few to carry its facts."""
+FACTUAL_WORDS = 40
+"""A query this long pastes something in."""
+FACTUAL_NUMBERS = 6
+"""A query with this many numbers brings data."""
+SUMMARY_TURNS = 12
+"""Turns named in a summary, the latest ones: a prompt must not grow with the dialogue."""
+WORD_LETTERS = 12
+"""Longer runs without a space count as several words: scripts without spaces, encoded data."""
+_STRUCTURE = re.compile(
+    r"```|^\s*\|.*\|.*\|\s*$|^\s*[{\[].*[:,].*|\bCREATE TABLE\b|</?\w+>|(?:^\s*(?:[-*•]|\d+[.)])\s.*\n?){3}",
+    re.MULTILINE,
+)
+"""A code fence, a table's row, JSON, SQL schema, markup, or a list of three items."""
+_NUMBER = re.compile(r"\b\d+(?:[.,:]\d+)*\b")
 
 
-def compress(messages: Sequence[Message], mode: str, keep_turns: int, window_step: int) -> tuple[Message, ...]:
+def compress(messages: Sequence[Message], prefix: Prefix, keep_turns: int) -> tuple[Message, ...]:
     """The messages to send instead of `messages`; the last user message is always verbatim.
 
-    Args:
-        mode: "full", "sliding" or "anchored".
-        keep_turns: K, finished turns kept verbatim before the current query, at least 1.
-        window_step: turns by which the anchored window moves at once, at least 1.
+    `keep_turns` is K, the finished turns kept verbatim before the current query, at least 0; an anchored window
+    holds up to `window_step` - 1 more.
     """
     head, turns = split_turns(messages)
-    if mode == "full" or len(turns) <= 1:
+    if prefix.mode == "full" or len(turns) <= 1:
         return tuple(messages)
-    anchor = turns[:1] if mode == "anchored" else []
+    anchored = prefix.mode == "anchored"
+    anchor = turns[:1] if anchored else []
     older = turns[len(anchor) : -1]
-    step = window_step if mode == "anchored" else 1
+    step = prefix.window_step if anchored else 1
     dropped = max(0, len(older) - keep_turns) // step * step
     if dropped == 0:
         return tuple(messages)
     kept = [*older[dropped:], turns[-1]]
-    summarised = _with_summary(kept[0], summary(older[:dropped]))
-    return tuple(head + [m for turn in [*anchor, summarised, *kept[1:]] for m in turn])
+    words = prefix.anchor_words if anchored and prefix.anchor == "facts" else 0
+    pinned, rest = _pin(older[:dropped], words)
+    if rest and prefix.summary_words > 0:
+        kept[0] = _with_summary(kept[0], summary(rest, prefix.summary_words))
+    return tuple(head + [m for turn in [*anchor, *pinned, *kept] for m in turn])
+
+
+def factual(message: Message) -> bool:
+    """Whether a user's message or a tool's result brings facts that later turns may ask for.
+
+    A passage, a table, code, a list, data; an attachment and a tool's result always do.
+    """
+    content = message.get("content")
+    if message.get("role") == "tool" or (isinstance(content, list) and any(map(_attached, content))):
+        return True
+    text = text_of(message)
+    return (
+        words_in(text) >= FACTUAL_WORDS
+        or len(_NUMBER.findall(text)) >= FACTUAL_NUMBERS
+        or _STRUCTURE.search(text) is not None
+    )
+
+
+def words_in(text: str) -> int:
+    """Words of a text, a very long one counted as several."""
+    return sum(ceil(len(word) / WORD_LETTERS) for word in text.split())
 
 
 def split_turns(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
@@ -58,13 +101,40 @@ def split_turns(messages: Sequence[Message]) -> tuple[list[Message], list[list[M
     return head, turns
 
 
-def summary(turns: Sequence[Sequence[Message]]) -> str:
-    """One line that names what older turns were about."""
-    topics = []
-    for turn in turns:
-        words = text_of(turn[0]).split()
-        topics.append(" ".join(words[:SUMMARY_WORDS]) + ("…" if len(words) > SUMMARY_WORDS else ""))
+def summary(turns: Sequence[Sequence[Message]], words: int) -> str:
+    """One line that names what the latest of these turns asked, by the first `words` words of each query."""
+    topics = (_shortened(text_of(turn[0]), words) for turn in turns[-SUMMARY_TURNS:])
     return f"[Earlier in this conversation the user asked: {'; '.join(topics)}]"
+
+
+def _pin(turns: Sequence[list[Message]], words: int) -> tuple[list[list[Message]], list[list[Message]]]:
+    """(turns that stay verbatim, the others): factual ones, oldest first, while `words` last.
+
+    Oldest first, so that a turn once pinned stays pinned, and the anchor only ever grows at its end.
+    """
+    pinned: list[list[Message]] = []
+    rest: list[list[Message]] = []
+    for turn in turns:
+        length = sum(words_in(text_of(message)) for message in turn)
+        brings = any(factual(message) for message in turn if message.get("role") != "assistant")
+        if brings and length <= words:
+            words -= length
+            pinned.append(turn)
+        else:
+            rest.append(turn)
+    return pinned, rest
+
+
+def _shortened(text: str, words: int) -> str:
+    """The first `words` words, on one line; cut inside a word that has no end."""
+    said = text.split()
+    short = " ".join(said[:words])[: words * WORD_LETTERS]
+    return short if short == " ".join(said) else short + "…"
+
+
+def _attached(part: object) -> bool:
+    """Whether a content part is something other than text."""
+    return isinstance(part, dict) and part.get("type", "text") != "text"
 
 
 def _is_open(turn: Sequence[Message]) -> bool:

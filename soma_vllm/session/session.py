@@ -119,9 +119,8 @@ class Session:
                 turn.number,
                 compress(
                     (*self.transcript(turn.number - 1), *turn.messages),
-                    config.prefix.mode,
+                    config.prefix,
                     config.compressed_prefix_turns,
-                    config.prefix.window_step,
                 ),
                 turn.answer,
             )

@@ -27,12 +27,7 @@ class SomaPolicy:
         objection = self._objection(session, asked)
         if objection is not None:
             return Route(Role.ORIGINAL, None, asked.messages, objection)
-        messages = compress(
-            asked.messages,
-            self._config.prefix.mode,
-            self._config.compressed_prefix_turns,
-            self._config.prefix.window_step,
-        )
+        messages = compress(asked.messages, self._config.prefix, self._config.compressed_prefix_turns)
         near = "" if asked.distance is None else f", distance {asked.distance:.2f}"
         return Route(Role.SURROGATE, session.adapter, messages, f"switched to {session.serving}{near}")
 

@@ -1,18 +1,14 @@
-"""Recognising a dialogue by what was said, and what the surrogate is shown of it."""
+"""Recognising a dialogue by what was said."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from soma_vllm.errors import BadRequest
 from soma_vllm.session.identity import MAX_ID_LENGTH, explicit_id, tenant_of
 from soma_vllm.session.phases import Phase
-from soma_vllm.session.prefix import compress, split_turns
 from soma_vllm.session.session import Turn
 from soma_vllm.session.transcript import answered, common_turns, fingerprint
 from soma_vllm.types import Role, Usage
@@ -76,46 +72,6 @@ def test_images_and_tool_results_count_as_said() -> None:
 def test_an_answer_that_called_a_tool_is_recognised_by_its_text() -> None:
     call = [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
     assert fingerprint(call) == fingerprint([{"role": "assistant", "content": ""}])
-
-
-@given(
-    st.integers(0, 12), st.sampled_from(["full", "anchored", "sliding"]), st.integers(1, 4), st.integers(1, 3)
-)
-def test_the_query_is_always_the_last_message_and_never_changed_without_need(
-    turns: int, mode: str, keep: int, step: int
-) -> None:
-    shown = compress(dialogue(turns), mode, keep, step)
-    assert shown[0]["content"] == "You are terse."
-    assert str(shown[-1]["content"]).endswith(f"q{turns + 1}")
-    assert len(split_turns(shown)[1]) <= turns + 1
-
-
-def test_a_full_prefix_is_the_history_itself() -> None:
-    assert compress(dialogue(9), "full", 1, 1) == tuple(dialogue(9))
-
-
-def test_the_sliding_prefix_drops_turn_one() -> None:
-    shown = compress(dialogue(6), "sliding", 2, 1)
-    assert [m["content"] for m in shown if m["role"] == "assistant"] == ["a5", "a6"]
-    assert "q1; q2; q3; q4" in shown[1]["content"]
-
-
-def test_the_anchored_prefix_keeps_turn_one_verbatim() -> None:
-    shown = compress(dialogue(8), "anchored", 2, 2)
-    assert [m["content"] for m in shown[:3]] == ["You are terse.", "q1", "a1"]
-
-
-def test_the_anchored_window_moves_in_steps_so_that_the_head_stays_the_same() -> None:
-    heads = [compress(dialogue(turns), "anchored", 2, 3)[:4] for turns in range(6, 12)]
-    moves = sum(a != b for a, b in itertools.pairwise(heads))
-    assert moves <= 2
-    sliding = [compress(dialogue(turns), "sliding", 2, 3)[:2] for turns in range(6, 12)]
-    assert sum(a != b for a, b in itertools.pairwise(sliding)) == 5
-
-
-def test_a_short_dialogue_is_not_compressed() -> None:
-    for mode in ("anchored", "sliding"):
-        assert compress(dialogue(2), mode, 2, 2) == tuple(dialogue(2))
 
 
 def test_an_explicit_id_comes_from_the_header_before_the_metadata() -> None:
