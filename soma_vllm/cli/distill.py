@@ -18,8 +18,8 @@ from soma_vllm.config import Config, load_config
 from soma_vllm.errors import ConfigError, SomaError, TrainingError
 from soma_vllm.evaluation.material import Material, material, of_session, split_short
 from soma_vllm.evaluation.original import played_for
-from soma_vllm.evaluation.pair import ANYONE
 from soma_vllm.session.session import Session, restore
+from soma_vllm.training.pair import ANYONE
 
 
 def distill(

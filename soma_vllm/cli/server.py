@@ -34,7 +34,7 @@ from soma_vllm.engines.command import (
 from soma_vllm.engines.original import OriginalEngine
 from soma_vllm.engines.supervisor import ChildServer, Patience, Supervisor
 from soma_vllm.engines.surrogate import SurrogateEngine
-from soma_vllm.errors import PreflightError
+from soma_vllm.errors import PreflightError, TrainingError
 from soma_vllm.models.home import soma_home
 from soma_vllm.models.vocabulary import Vocabulary, read_vocabulary
 from soma_vllm.scheduler.adaptation import Adaptation
@@ -48,6 +48,7 @@ from soma_vllm.scheduler.quiet_times import QuietTimes
 from soma_vllm.scheduler.teaching import Teachers, why_text
 from soma_vllm.storage.sessions import SessionStore
 from soma_vllm.telemetry.metrics import SessionMetrics
+from soma_vllm.training.pair import ANYONE, owner_of
 from soma_vllm.types import AdapterRef, SessionKey
 
 PLUGINS = ("soma", "soma_engine")
@@ -108,6 +109,7 @@ class SomaServer:
             PreflightError: a part did not start.
         """
         async with self._cleanup:
+            self._check_pair_adapter()
             self._start_original()
             self._say(f"surrogate  starting {self._surrogate_name} (vLLM takes 20-60 s to load)")
             os.environ.update(vllm_environment(self._config.surrogate, str(self._paths.surrogate), PLUGINS))
@@ -129,6 +131,17 @@ class SomaServer:
                 announced.cancel()
                 self._say("stopping   the trainers, the original and the session store")
         self._say("stopped")
+
+    def _check_pair_adapter(self) -> None:
+        """Fail early where sessions could not tell whether they may start from the configured adapter."""
+        directory = self._config.lora.init_from
+        if directory is None:
+            return
+        try:
+            owner = owner_of(directory)
+        except TrainingError as error:
+            raise PreflightError(str(error)) from error
+        self._say(f"adapters   sessions of {'any tenant' if owner == ANYONE else owner} start from {directory}")
 
     def models(self) -> list[str]:
         """Names that may be asked for."""

@@ -17,11 +17,8 @@ from soma_vllm.config import Config
 from soma_vllm.errors import TrainingError
 from soma_vllm.evaluation.material import Material
 from soma_vllm.method.recipe import Learnt, Surrogate, adapt
+from soma_vllm.training.pair import MANIFEST
 from soma_vllm.types import Example
-
-MANIFEST = "soma.json"
-ANYONE = "*"
-"""The tenant of an adapter made of the operator's own dialogues: every tenant's sessions may start from it."""
 
 
 @dataclass(frozen=True)

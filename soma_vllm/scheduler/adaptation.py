@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from soma_vllm.config import Config
+from soma_vllm.config import Config, Lora
 from soma_vllm.errors import AdapterError, EngineError, EngineRefused, SomaError, TrainingError
 from soma_vllm.scheduler.book import SessionBook
 from soma_vllm.scheduler.holds import AdapterHolds
@@ -32,9 +32,11 @@ from soma_vllm.scheduler.shadow import adapted_answer, gaps_between
 from soma_vllm.scheduler.teaching import Teachers
 from soma_vllm.session.gate import Verdict, centroid, judge
 from soma_vllm.session.phases import Phase
+from soma_vllm.session.prefix import compress
 from soma_vllm.session.session import Session
 from soma_vllm.session.transcript import text_of
 from soma_vllm.training.messages import ScoreRequest, TrainRequest, TrainResult
+from soma_vllm.training.pair import may_start_from, owner_of
 from soma_vllm.types import AdapterRef, Agreement, Candidate, Evidence, Example, SessionKey
 
 logger = logging.getLogger(__name__)
@@ -202,7 +204,7 @@ class Adaptation:
             examples,
             held_out,
             self._config.mining,
-            self._config.lora,
+            self._lora_of(key.tenant),
             self._config.training.seed + session.trainings,
             out_dir,
         )
@@ -216,6 +218,13 @@ class Adaptation:
             shutil.rmtree(out_dir, ignore_errors=True)
             raise
         return result
+
+    def _lora_of(self, tenant: str) -> Lora:
+        """The training's settings; nobody starts from what another tenant's sessions taught."""
+        lora = self._config.lora
+        if lora.init_from is None or may_start_from(owner_of(lora.init_from), tenant):
+            return lora
+        return lora.model_copy(update={"init_from": None})
 
     async def _publish(self, key: SessionKey, result: TrainResult) -> AdapterRef:
         """Publish the trained files, then load them into the running engine."""
@@ -246,8 +255,9 @@ class Adaptation:
         queries = [text_of(turn.messages[-1]) for turn in session.warm_turns()]
         vectors = await self._encoder.encode(queries)
         history = self._book.session(key).transcript()
+        shown = compress([*history, _NEXT], self._config.prefix, self._config.compressed_prefix_turns)
         try:
-            await adapted_answer(self._surrogate, self._holds, key.tenant, [*history, _NEXT], 1, ref)
+            await adapted_answer(self._surrogate, self._holds, key.tenant, shown, 1, ref)
         except EngineError as error:
             # A cold cache makes the next turn slower, not wrong (the history may be longer than the context).
             logger.info("the surrogate's cache was not prefilled: %s", error)
@@ -296,6 +306,10 @@ def _costs(result: TrainResult) -> dict[str, Any]:
         "flops": result.flops,
         "losses": [round(loss, 4) for loss in result.losses],
         "hardness": {str(turn): round(value, 4) for turn, value in result.hardness.items()},
+        "checkpoints": [
+            {"steps": steps, "nll": round(judged.nll, 4), "top1": round(judged.top1, 4)}
+            for steps, judged in result.checkpoints
+        ],
         "plain": asdict(result.plain),
         "adapted": asdict(result.adapted),
     }

@@ -1,0 +1,34 @@
+"""Whose a pair's adapter is: `soma distill` writes it down, and only that tenant's sessions start from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from soma_vllm.errors import TrainingError
+
+MANIFEST = "soma.json"
+ANYONE = "*"
+"""The tenant of an adapter made of the operator's own dialogues: every tenant's sessions may start from it."""
+
+
+def owner_of(directory: str | Path) -> str:
+    """The tenant whose sessions the adapter was distilled from, or `ANYONE`.
+
+    Raises:
+        TrainingError: there is no manifest that says so.
+    """
+    file = Path(directory) / MANIFEST
+    try:
+        owner = json.loads(file.read_text(encoding="utf-8"))["tenant"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"lora.init_from: {file}: found no manifest with a tenant ({type(error).__name__}); expected a "
+            "directory that soma distill wrote"
+        ) from error
+    return str(owner)
+
+
+def may_start_from(owner: str, tenant: str) -> bool:
+    """Whether sessions of `tenant` may start from an adapter of `owner`."""
+    return owner in (ANYONE, tenant)
