@@ -139,11 +139,9 @@ async def test_a_client_that_leaves_stops_the_generation(tiny_server: Running) -
         extra_headers={"X-Session-ID": "left"},
         extra_body={"ignore_eos": True},
     )
-    said = ""
     async for chunk in stream:
-        said += chunk.choices[0].delta.content or ""
-        if len(said) > 20:
-            break
+        if chunk.choices[0].delta.content:
+            break  # at the first words: a tiny model is far ahead of what has reached the client
     await stream.close()
     await client.close()
     async with asyncio.timeout(60):
