@@ -20,7 +20,7 @@ EXAMPLES = tuple(
     Example(turn, ({"role": "user", "content": f"question {turn}"},), f"the answer {turn}")
     for turn in (1, 2, 3)
 )
-MINING = Mining(soft_len=4, n_candidates=2, iters=2, neighborhood_k=8, teacher_topm=16)
+MINING = Mining(enabled=True, soft_len=4, n_candidates=2, iters=2, neighborhood_k=8, teacher_topm=16)
 LORA = Lora(rank=4, alpha=8, dropout=0.0, steps=3, lr=5e-3)
 
 
@@ -40,6 +40,9 @@ async def test_an_actor_mines_trains_and_writes_an_adapter(pool: TrainerPool, tm
     result = await pool.train(request(tmp_path / "a"))
     assert result.hardness.keys() == {1, 2}
     assert result.steps == len(result.losses) == 3
+    # Judged before and after; a text-only original leaves nothing to distil from.
+    assert result.checkpoints == ((0, result.plain), (3, result.adapted))
+    assert (result.distilled, result.flops > 0) == (False, True)
     with safe_open(Path(result.directory) / "adapter_model.safetensors", "pt") as file:
         assert any("lora_A" in name for name in file.keys())  # noqa: SIM118
 

@@ -124,7 +124,7 @@ def test_the_gradient_by_every_prompt_is_that_of_its_own_objective(
         # The slow way, differentiated by itself: one turn at a time, one graph.
         parameter = prompt.parameter.detach().clone().requires_grad_()
         slow_objective(double, turns, parameter, mining).backward()
-        torch.testing.assert_close(prompt.parameter.grad, parameter.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(prompt.parameter.grad, parameter.grad, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("told", TOLD.values(), ids=TOLD.keys())
