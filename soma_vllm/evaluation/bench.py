@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from soma_vllm.config import Config
 from soma_vllm.errors import TrainingError
-from soma_vllm.evaluation.material import Material, material
+from soma_vllm.evaluation.material import Material, material, understood
 from soma_vllm.evaluation.statistics import rouge_l
 from soma_vllm.evaluation.trajectory import Told, Trajectory
 from soma_vllm.evaluation.variants import PLAIN, Variant, as_configured
@@ -128,9 +128,9 @@ class Bench:
     def _lay(self, found: Material) -> _Laid:
         kept = replace(
             found,
-            examples=self._understood(found.examples),
-            held_out=self._understood(found.held_out),
-            later=self._understood(found.later),
+            examples=understood(found.examples, self._surrogate.tokenizer),
+            held_out=understood(found.held_out, self._surrogate.tokenizer),
+            later=understood(found.later, self._surrogate.tokenizer),
         )
         rendered = []
         for example, turn in zip(kept.later, render(self._surrogate.tokenizer, kept.later), strict=True):
@@ -141,16 +141,6 @@ class Bench:
         within = tuple(turn.within(limit) for turn in rendered)
         shortened = sum(len(a.prompt) < len(b.prompt) for a, b in zip(within, rendered, strict=True))
         return _Laid(kept, within, shortened)
-
-    def _understood(self, examples: Sequence[Example]) -> tuple[Example, ...]:
-        """Without the teachers whose tokens mean something else in the surrogate's vocabulary."""
-        return tuple(e if self._understands(e) else replace(e, teacher=None) for e in examples)
-
-    def _understands(self, example: Example) -> bool:
-        if example.teacher is None:
-            return False
-        said = self._surrogate.tokenizer.decode(list(example.teacher.tokens), skip_special_tokens=True)
-        return bool(said.strip() == example.answer.strip())
 
     def _trained(self, variant: Variant, laid: _Laid, plain: Numbers) -> tuple[Numbers, tuple[Evidence, ...]]:
         """A trained variant's numbers, and the gate's evidence where a server would train just so."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from soma_vllm.config import Config
 from soma_vllm.errors import TrainingError
@@ -107,3 +108,15 @@ def _session(trajectory: Trajectory, config: Config) -> Session:
 
 def _taught(examples: Sequence[Example], trajectory: Trajectory) -> tuple[Example, ...]:
     return tuple(replace(e, teacher=trajectory.turns[e.turn - 1].teacher) for e in examples)
+
+
+def understood(examples: Sequence[Example], tokenizer: Any) -> tuple[Example, ...]:
+    """The examples without the teachers whose tokens do not spell their answer in this vocabulary."""
+    return tuple(e if _spells(e, tokenizer) else replace(e, teacher=None) for e in examples)
+
+
+def _spells(example: Example, tokenizer: Any) -> bool:
+    if example.teacher is None:
+        return False
+    said = tokenizer.decode(list(example.teacher.tokens), skip_special_tokens=True)
+    return bool(said.strip() == example.answer.strip())

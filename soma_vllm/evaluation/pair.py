@@ -15,7 +15,7 @@ from pathlib import Path
 
 from soma_vllm.config import Config
 from soma_vllm.errors import TrainingError
-from soma_vllm.evaluation.material import Material
+from soma_vllm.evaluation.material import Material, understood
 from soma_vllm.method.recipe import Learnt, Surrogate, adapt
 from soma_vllm.training.pair import MANIFEST
 from soma_vllm.types import Example
@@ -57,7 +57,13 @@ def distil(surrogate: Surrogate, pooled: Pool, config: Config, tenant: str, out:
     lora = config.lora.model_copy(update={"init_from": None})
     try:
         learnt = adapt(
-            surrogate, pooled.examples, pooled.held_out, config.mining, lora, config.training.seed, draft
+            surrogate,
+            understood(pooled.examples, surrogate.tokenizer),
+            understood(pooled.held_out, surrogate.tokenizer),
+            config.mining,
+            lora,
+            config.training.seed,
+            draft,
         )
         text = json.dumps(manifest(learnt, pooled, config, tenant), indent=2) + "\n"
         (draft / MANIFEST).write_text(text, encoding="utf-8")
