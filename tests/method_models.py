@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from soma_vllm.method.rendering import Rendered
@@ -33,6 +34,29 @@ def tiny_model(architecture: str, **shape: Any) -> Qwen2ForCausalLM | LlamaForCa
     else:
         model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "tie_word_embeddings": False, **shape}))
     return model.eval().requires_grad_(False)
+
+
+class _PlainNorm(nn.Module):
+    """RMSNorm without the detour over float32."""
+
+    def __init__(self, own: Any) -> None:
+        super().__init__()
+        self.weight, self.epsilon = own.weight, own.variance_epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = (
+            self.weight * x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.epsilon)
+        )
+        return normed
+
+
+def in_float64(model: Any) -> Any:
+    """The model in float64 throughout, for finite differences."""
+    model = model.double()
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            model.set_submodule(name, _PlainNorm(module))
+    return model
 
 
 def ask(turn: int, question: str, answer: str) -> Example:

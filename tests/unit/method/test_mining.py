@@ -128,11 +128,14 @@ def test_the_gradient_by_every_prompt_is_that_of_its_own_objective(
 
 
 @pytest.mark.parametrize("told", TOLD.values(), ids=TOLD.keys())
+@pytest.mark.parametrize("grad_clip", [1.0, 1e-7], ids=["not clipped", "clipped"])
 def test_candidates_mined_together_are_those_mined_alone_and_the_least_objective_is_kept(
-    surrogate: Surrogate, told: tuple[Example, ...]
+    surrogate: Surrogate, told: tuple[Example, ...], grad_clip: float
 ) -> None:
     turns = render(surrogate.tokenizer, told)
-    three, one = (SMALL.model_copy(update={"n_candidates": count, "lr": 1e-3}) for count in (3, 1))
+    # Clipped so hard that AdamW's own epsilon shows by how much.
+    change = {"lr": 5e-3, "grad_clip": grad_clip}
+    three, one = (SMALL.model_copy(update={**change, "n_candidates": count}) for count in (3, 1))
     alone = [mine(surrogate.decoder, surrogate.tokenizer, turns, one, seed=seed) for seed in (4, 5, 6)]
     together = mine(surrogate.decoder, surrogate.tokenizer, turns, three, seed=4)
     assert together.objectives == pytest.approx([result.objectives[0] for result in alone], rel=1e-4)
