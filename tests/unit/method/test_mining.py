@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from method_models import ask, dialogue
+from method_models import ask, dialogue, in_float64
 from torch.nn import functional
 
 from soma_vllm.config import Lora, Mining
@@ -108,7 +108,7 @@ def test_the_gradient_by_every_prompt_is_that_of_its_own_objective(
     surrogate: Surrogate, told: tuple[Example, ...]
 ) -> None:
     mining = SMALL.model_copy(update={"lambda_P": 0.1, "beta_anti_degen": 0.5, "n_candidates": 2})
-    double = Surrogate(Decoder(surrogate.model.double()), surrogate.tokenizer)
+    double = Surrogate(Decoder(in_float64(surrogate.model)), surrogate.tokenizer)
     turns = render(double.tokenizer, told)
     prompts = [SoftPrompt(3, 32, 0.5, mining.scale, seed).double() for seed in (0, 1)]
     embedding = double.decoder.embedding[: len(double.tokenizer)]
@@ -117,14 +117,23 @@ def test_the_gradient_by_every_prompt_is_that_of_its_own_objective(
     trunk = Trunk.grow(double.decoder, turns)
     reading = _read(trunk, turns, prompts, near, mining, learn=True)
     for prompt, found in zip(prompts, reading.objectives, strict=True):
-        with torch.no_grad():
-            value = slow_objective(double, turns, prompt.parameter, mining)
-        assert found == pytest.approx(float(value), rel=1e-5)
-        assert prompt.parameter.grad is not None
+        gradient = prompt.parameter.grad
+        assert gradient is not None
         # The slow way, differentiated by itself: one turn at a time, one graph.
-        parameter = prompt.parameter.detach().clone().requires_grad_()
-        slow_objective(double, turns, parameter, mining).backward()
-        torch.testing.assert_close(prompt.parameter.grad, parameter.grad, rtol=1e-3, atol=1e-6)
+        value = slow_objective(double, turns, prompt.parameter, mining)
+        assert found == pytest.approx(float(value.detach()), rel=1e-5)
+        (slow,) = torch.autograd.grad(value, prompt.parameter)
+        torch.testing.assert_close(gradient, slow, rtol=1e-9, atol=1e-12)
+        # And by central differences, so small that no token enters or leaves the m likeliest.
+        generator = torch.Generator().manual_seed(3)
+        for way in (gradient, *torch.randn(4, *gradient.shape, generator=generator, dtype=torch.float64)):
+            step = 1e-5 * way / way.norm()
+            with torch.no_grad():
+                up, down = (
+                    slow_objective(double, turns, prompt.parameter + sign * step, mining) for sign in (1, -1)
+                )
+            along = float((gradient * way).sum() / way.norm())
+            assert float(up - down) / 2e-5 == pytest.approx(along, rel=1e-5, abs=1e-8)
 
 
 @pytest.mark.parametrize("told", TOLD.values(), ids=TOLD.keys())
