@@ -154,6 +154,9 @@ class Prefix(Section):
     code, numbers)."""
     anchor_words: Positive = 400
     """Most words of later turns in the anchor."""
+    anchor_role: Literal["user", "system"] = "user"
+    """Where the anchor stands. user: as turns, with their answers. system: in the system message, without them,
+    which costs fewer tokens at the same agreement; needs a surrogate whose chat template knows that role."""
     summary_words: Annotated[int, Field(ge=0)] = 12
     """Words kept of each summarised query; 0 leaves those turns out without a word."""
     window_step: Positive = 2

@@ -9,6 +9,8 @@ accept the result.
 * anchored: system message and turn 1 verbatim, then older turns that bring facts, a summary of the others, the
   last K turns. The window moves `window_step` turns at a time; between two moves each prompt begins with all of
   the prompt before it, so that the engine's prefix cache serves everything but the last answer and the query.
+  With `anchor_role: system` the anchor's queries stand in the system message, without their answers, which costs
+  fewer tokens at the same agreement (docs/LOG.md).
 
 Facts stay in the prompt because weights do not learn them in a few steps; behaviour (a format, a voice) need
 not, since an adapter carries it (docs/LOG.md). What is not plainly behaviour counts as facts: a fact that is
@@ -63,6 +65,8 @@ def compress(messages: Sequence[Message], prefix: Prefix, keep_turns: int) -> tu
     pinned, rest = _pin(older[:dropped], words)
     if rest and prefix.summary_words > 0:
         kept[0] = _with_summary(kept[0], summary(rest, prefix.summary_words))
+    if anchored and prefix.anchor_role == "system":
+        return tuple(_with_system_anchor(head, [*anchor, *pinned], kept))
     return tuple(head + [m for turn in [*anchor, *pinned, *kept] for m in turn])
 
 
@@ -123,6 +127,33 @@ def _pin(turns: Sequence[list[Message]], words: int) -> tuple[list[list[Message]
         else:
             rest.append(turn)
     return pinned, rest
+
+
+def _with_system_anchor(
+    head: list[Message], anchor: Sequence[list[Message]], kept: Sequence[list[Message]]
+) -> list[Message]:
+    """`head`, anchor and kept turns, with every query of the anchor that is text in one system message.
+
+    What cannot stand there, attachments and tool results, stays a turn with its answer. Whatever else the head
+    holds, such as an assistant's greeting, follows the system message.
+    """
+    texts = [text_of(message) for message in head if message.get("role") == "system"]
+    turns: list[list[Message]] = []
+    for turn in anchor:
+        if _is_text_alone(turn):
+            texts += [text_of(message) for message in turn if message.get("role") == "user"]
+        else:
+            turns.append(turn)
+    system = {"role": "system", "content": "\n\n".join(texts)}
+    others = [message for message in head if message.get("role") != "system"]
+    return [*([system] if texts else []), *others, *(m for turn in [*turns, *kept] for m in turn)]
+
+
+def _is_text_alone(turn: Sequence[Message]) -> bool:
+    """Whether a turn holds queries and answers only, and no attachment."""
+    contents = [message.get("content") for message in turn if message.get("role") == "user"]
+    spoken = all(message.get("role") in ("user", "assistant") for message in turn)
+    return spoken and not any(isinstance(c, list) and any(map(_attached, c)) for c in contents)
 
 
 def _shortened(text: str, words: int) -> str:

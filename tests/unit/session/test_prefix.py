@@ -181,6 +181,7 @@ def test_between_moves_each_prompt_begins_with_all_of_the_prompt_before_it() -> 
             window_step=draw.randint(1, 4),
             summary_words=draw.choice([0, 5, 12]),
             anchor_words=draw.choice([30, 100, 400]),
+            anchor_role=draw.choice(["user", "system"]),
         )
         keep = draw.randint(0, 3)
         whole = dialogue(24, pasted)
@@ -188,7 +189,7 @@ def test_between_moves_each_prompt_begins_with_all_of_the_prompt_before_it() -> 
         moves = [n for n in range(1, 24) if prompts[n][: len(prompts[n - 1])] != prompts[n - 1]]
         assert len(moves) <= 24 // prefix.window_step
         assert all(b - a >= prefix.window_step for a, b in itertools.pairwise(moves))
-        assert all(prompt[:3] == tuple(whole[:3]) for prompt in prompts[1:])
+        assert all("q1" in prompt[0]["content"] + prompt[1]["content"] for prompt in prompts)
 
 
 def test_what_is_in_the_anchor_stays_there_when_the_window_moves() -> None:
@@ -202,6 +203,39 @@ def test_what_is_in_the_anchor_stays_there_when_the_window_moves() -> None:
             window = (turns - 2) % 2 + 1
             anchors.append(shown[: len(shown) - 1 - 2 * window])
         assert all(b[: len(a)] == a for a, b in itertools.pairwise(anchors))
+
+
+def test_an_anchor_in_the_system_message_holds_its_queries_without_their_answers() -> None:
+    shown = compress(dialogue(8, {4: TABLE}), anchored(anchor_role="system", summary_words=0), 2)
+    assert shown[0] == {"role": "system", "content": f"You are terse.\n\nq1\n\n{TABLE}"}
+    assert [m["content"] for m in shown[1:]] == ["q7", "a7", "q8", "a8", "q9"]
+
+
+def test_an_anchor_makes_a_system_message_where_the_client_sent_none() -> None:
+    shown = compress(dialogue(4)[1:], anchored(anchor_role="system", summary_words=0), 0)
+    assert shown == ({"role": "system", "content": "q1"}, user("q5"))
+
+
+def test_an_attachment_of_the_anchor_stays_a_turn() -> None:
+    messages = dialogue(4)
+    messages[1] = user([{"type": "text", "text": "Look"}, {"type": "image_url", "image_url": {"url": "x"}}])
+    shown = compress(messages, anchored(anchor_role="system", summary_words=0), 0)
+    assert shown == (*messages[:3], messages[-1])
+
+
+def test_a_greeting_before_turn_one_follows_the_system_anchor() -> None:
+    messages = [dialogue(0)[0], assistant("Hello."), *dialogue(3)[1:]]
+    shown = compress(messages, anchored(anchor_role="system", summary_words=0), 0)
+    assert [m["content"] for m in shown] == ["You are terse.\n\nq1", "Hello.", "q4"]
+
+
+def test_a_system_anchor_has_one_more_move_where_it_begins_and_is_as_still_after_it() -> None:
+    prefix = anchored(anchor_role="system", window_step=3, summary_words=0)
+    whole = dialogue(24, {9: TABLE})
+    prompts = [compress(whole[: 2 + 2 * turns], prefix, 1) for turns in range(24)]
+    moves = [n for n in range(1, 24) if prompts[n][: len(prompts[n - 1])] != prompts[n - 1]]
+    assert moves == list(range(5, 24, 3))
+    assert len({prompt[0]["content"] for prompt in prompts[5:]}) == 2
 
 
 def test_a_sliding_head_changes_every_turn() -> None:
