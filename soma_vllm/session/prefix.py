@@ -9,8 +9,8 @@ accept the result.
 * anchored: system message and turn 1 verbatim, then older turns that bring facts, a summary of the others, the
   last K turns. The window moves `window_step` turns at a time; between two moves each prompt begins with all of
   the prompt before it, so that the engine's prefix cache serves everything but the last answer and the query.
-  With `anchor_role: system` the anchor's queries stand in the system message, without their answers, which costs
-  fewer tokens at the same agreement (docs/LOG.md).
+  With `anchor_role: system` the anchor's queries stand in the system message, without their answers: fewer
+  tokens at the same agreement (docs/LOG.md).
 
 Facts stay in the prompt because weights do not learn them in a few steps; behaviour (a format, a voice) need
 not, since an adapter carries it (docs/LOG.md). What is not plainly behaviour counts as facts: a fact that is
