@@ -118,6 +118,8 @@ class Gate(Section):
     accept_margin: Annotated[float, Field(ge=0, le=2)] = 0.0
     min_agreement: Ratio = 0.0
     """Least share of held-out answer tokens that are the candidate's own first choice."""
+    min_gain: Ratio = 0.1
+    """Share by which an adapter's held-out NLL must be less than the plain surrogate's."""
     locality_threshold: Annotated[float, Field(ge=0, le=2)] = 0.35
     """Largest cosine distance of a query to the warm start's centroid that the surrogate may answer."""
     drift_window: Positive = 4

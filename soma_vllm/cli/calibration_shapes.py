@@ -30,6 +30,8 @@ class GateNumbers(BaseModel):
     accept_threshold: float
     accept_margin: float = 0.0
     min_agreement: float = 0.0
+    min_gain: float = 0.0
+    """0 in logs older than the key: any gain was enough."""
     min_turns: int = 1
 
 

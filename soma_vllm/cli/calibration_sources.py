@@ -281,7 +281,7 @@ def _cases(
 
 def _barred(numbers: GateNumbers) -> Mapping[Candidate, bool]:
     """Whom the gate would refuse under the loosest thresholds: it is asked again, with those."""
-    loosest = Gate(accept_threshold=2.0, min_agreement=0.0)
+    loosest = Gate(accept_threshold=2.0, min_agreement=0.0, min_gain=numbers.min_gain)
     evidence = []
     for candidate, scored in numbers.candidates.items():
         scores = scored.nll is not None and scored.top1 is not None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,17 +27,8 @@ from soma_vllm.errors import TrainingError
 from soma_vllm.method.decoder import Decoder
 from soma_vllm.method.losses import answer_kl, token_nll
 from soma_vllm.method.rendering import Rendered
-from soma_vllm.method.scoring import pooled, score_trunk
+from soma_vllm.method.stopping import Best, Checkpoint, Judge, Patience
 from soma_vllm.method.trunk import Trunk
-from soma_vllm.types import Agreement
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The adapter after some steps, judged on turns it does not learn from."""
-
-    steps: int
-    agreement: Agreement
 
 
 @dataclass(frozen=True)
@@ -127,14 +117,14 @@ def train(
     cut = first_adapted_layer(decoder, lora)
     turns = [turn.within(lora.max_seq_length) for turn in learnt]
     trunk = Trunk.grow(decoder, turns, cut)
-    judge = _Judge(Trunk.grow(decoder, held_out, cut), held_out) if held_out else None
+    judge = Judge(Trunk.grow(decoder, held_out, cut), held_out) if held_out else None
     parameters = [parameter for parameter in decoder.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lora.lr, weight_decay=lora.weight_decay)
     size = lora.batch_size or len(turns)
-    patience = _Patience(
+    patience = Patience(
         lora.early_stop_patience, lora.early_stop_min_delta, window=math.ceil(len(turns) / size)
     )
-    best = _Best(parameters, judge)
+    best = Best(parameters, judge)
     checkpoints = lora.checkpoints if judge else ()
     most = checkpoints[-1] if checkpoints else lora.steps
     drawn = _batches([turn.turn for turn in turns], size, seed)
@@ -162,53 +152,6 @@ def train(
 def first_adapted_layer(decoder: Decoder, lora: Lora) -> int:
     """Index of the lowest layer with LoRA in it."""
     return 0 if lora.top_layers is None else max(0, decoder.depth - lora.top_layers)
-
-
-class _Judge:
-    """Agreement of the adapter as it is now on the held-out turns."""
-
-    def __init__(self, trunk: Trunk, held_out: Sequence[Rendered]) -> None:
-        self._trunk = trunk
-        self._held_out = held_out
-
-    def agreement(self) -> Agreement:
-        return pooled(score_trunk(self._trunk, self._held_out))
-
-
-class _Best:
-    """The weights of the checkpoint that is best on held-out turns, and all that were seen."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], judge: _Judge | None) -> None:
-        self._parameters = parameters
-        self._judge = judge
-        self._kept: list[torch.Tensor] = []
-        self._best: Checkpoint | None = None
-        self.seen: list[Checkpoint] = []
-        self._steps = 0
-        if judge is not None:
-            self.seen.append(Checkpoint(0, judge.agreement()))
-
-    def improves(self, steps: int) -> bool:
-        """Judge the weights as they are; False once they are worse than the best before."""
-        self._steps = steps
-        if self._judge is None or (self.seen and self.seen[-1].steps == steps):
-            return True
-        found = Checkpoint(steps, self._judge.agreement())
-        self.seen.append(found)
-        if self._best is not None and found.agreement.nll >= self._best.agreement.nll:
-            return False
-        self._best = found
-        self._kept = [parameter.detach().clone() for parameter in self._parameters]
-        return True
-
-    def restore(self, last: bool) -> int:
-        """Put the best weights back, or leave the last ones; the number of steps behind them."""
-        if last or self._best is None:
-            return self._steps
-        with torch.no_grad():
-            for parameter, kept in zip(self._parameters, self._kept, strict=True):
-                parameter.copy_(kept)
-        return self._best.steps
 
 
 def save(adapted: Any, directory: Path) -> None:
@@ -255,32 +198,6 @@ def _batches(turns: Sequence[int], size: int, seed: int) -> Iterator[frozenset[i
         order = torch.randperm(len(turns), generator=generator).tolist()
         for start in range(0, len(order), size):
             yield frozenset(turns[index] for index in order[start : start + size])
-
-
-class _Patience:
-    """Early stopping on a moving mean: batches differ in their turns, a pass over all of them does not."""
-
-    def __init__(self, patience: int, min_delta: float, window: int) -> None:
-        self._patience = patience
-        self._min_delta = min_delta
-        self._recent: deque[float] = deque(maxlen=window)
-        self._best = math.inf
-        self._steps_without = 0
-
-    @property
-    def exhausted(self) -> bool:
-        return self._steps_without >= self._patience
-
-    def observe(self, loss: float) -> None:
-        self._recent.append(loss)
-        if len(self._recent) < (self._recent.maxlen or 1):
-            return
-        mean = sum(self._recent) / len(self._recent)
-        if mean < self._best - self._min_delta:
-            self._best = mean
-            self._steps_without = 0
-        else:
-            self._steps_without += 1
 
 
 def _start_from(adapted: Any, lora: Lora, directory: Path) -> None:

@@ -21,11 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from soma_vllm.config import Lora, Mining
 from soma_vllm.errors import ModelError, TrainingError
 from soma_vllm.method.decoder import Decoder
-from soma_vllm.method.finetune import Checkpoint, attached, first_adapted_layer, save, train, turn_weights
+from soma_vllm.method.finetune import attached, first_adapted_layer, save, train, turn_weights
 from soma_vllm.method.mining import mine
 from soma_vllm.method.packing import pack
 from soma_vllm.method.rendering import Rendered, render
 from soma_vllm.method.scoring import Probe, pooled, score_turns
+from soma_vllm.method.stopping import Checkpoint
 from soma_vllm.types import Agreement, Example
 
 _T = TypeVar("_T")
@@ -73,8 +74,6 @@ class Learnt:
     """V(P), token ids of the surrogate; empty where nothing was mined."""
     probe: Probe
     """What the adapted surrogate said of the first held-out turn, to check the engine that serves it."""
-    tokens: int
-    """Tokens the surrogate reads in one step, shared histories counted once."""
     flops: float
     """Floating-point operations of mining and training, estimated from shapes (2 per weight and token)."""
     mining_s: float
@@ -141,7 +140,6 @@ def adapting(
     with attached(decoder, lora, seed) as peft:
         training, finetune_s = _timed(lambda: train(decoder, learnt, judged, weights, lora, seed))
         scores, scoring_s = _timed(lambda: score_turns(decoder, judged))
-        cost = Cost.of(decoder, learnt, judged, mining, lora, len(training.losses), mined is not None)
         yield Learnt(
             peft=peft,
             plain=plain or training.checkpoints[0].agreement,
@@ -156,8 +154,7 @@ def adapting(
             objective=min(mined.objectives) if mined else None,
             mined_text_ids=mined.verbalized if mined else (),
             probe=scores[0].probe,
-            tokens=cost.tokens,
-            flops=cost.flops,
+            flops=estimated_flops(decoder, learnt, judged, mining, lora, len(training.losses)),
             mining_s=mined.seconds if mined else 0.0,
             finetune_s=finetune_s,
             scoring_s=scoring_s,
@@ -204,40 +201,30 @@ def rendered(surrogate: Surrogate, examples: tuple[Example, ...]) -> tuple[Rende
     return turns
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What an adaptation makes the processor do."""
-
-    tokens: int
-    flops: float
-
-    @classmethod
-    def of(
-        cls,
-        decoder: Decoder,
-        learnt: tuple[Rendered, ...],
-        judged: tuple[Rendered, ...],
-        mining: Mining,
-        lora: Lora,
-        steps: int,
-        mined: bool,
-    ) -> Cost:
-        """Estimated from shapes: 2 operations per weight and token forward, as many backward to the inputs."""
-        read = sum(len(strand.ids) for strand in pack([turn.within(lora.max_seq_length) for turn in learnt]))
-        judging = sum(len(strand.ids) for strand in pack(judged))
-        answers, judged_answers = (sum(len(turn.answer) for turn in turns) for turns in (learnt, judged))
-        layer = 2.0 * decoder.layer_parameters()
-        head = 2.0 * decoder.embedding.numel()
-        below = first_adapted_layer(decoder, lora)
-        above = decoder.depth - below
-        looks = 1 + sum(1 for checkpoint in lora.checkpoints if checkpoint <= steps)
-        flops = layer * below * (read + judging)
-        flops += steps * 2 * (layer * above * read + head * answers)
-        flops += looks * (layer * above * judging + head * judged_answers)
-        if mined:
-            looks = 2 * mining.iters + 1
-            flops += mining.n_candidates * looks * (layer * decoder.depth * read + head * answers)
-        return cls(read, flops)
+def estimated_flops(
+    decoder: Decoder,
+    learnt: tuple[Rendered, ...],
+    judged: tuple[Rendered, ...],
+    mining: Mining,
+    lora: Lora,
+    steps: int,
+) -> float:
+    """Operations of one adaptation: 2 per weight and token forward, as many backward to the inputs."""
+    read = sum(len(strand.ids) for strand in pack([turn.within(lora.max_seq_length) for turn in learnt]))
+    judging = sum(len(strand.ids) for strand in pack(judged))
+    answers, judged_answers = (sum(len(turn.answer) for turn in turns) for turns in (learnt, judged))
+    layer = 2.0 * decoder.layer_parameters()
+    head = 2.0 * decoder.embedding.numel()
+    below = first_adapted_layer(decoder, lora)
+    above = decoder.depth - below
+    looks = 1 + sum(1 for checkpoint in lora.checkpoints if checkpoint <= steps)
+    flops = layer * below * (read + judging)
+    flops += steps * 2 * (layer * above * read + head * answers)
+    flops += looks * (layer * above * judging + head * judged_answers)
+    if mines(mining):
+        passes = mining.n_candidates * (2 * mining.iters + 1)
+        flops += passes * (layer * decoder.depth * read + head * answers)
+    return flops
 
 
 def _check_disjoint(examples: tuple[Example, ...], held_out: tuple[Example, ...]) -> None:

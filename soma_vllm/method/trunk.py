@@ -64,8 +64,3 @@ class Trunk:
         for batch, _ in self.batches:
             for strand in batch.strands:
                 yield from strand.turns
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in all sequences, padding not counted."""
-        return sum(len(strand.ids) for batch, _ in self.batches for strand in batch.strands)

@@ -60,8 +60,9 @@ def judge(
     """The cheapest candidate that passes, else the original (Cor. 4.3, with token agreement beside the gap).
 
     A candidate passes when its mean gap over at least `min_turns` held-out turns plus the margin is at most
-    eps, and its token agreement is at least `min_agreement`. The adapter must besides be no worse than the
-    plain surrogate on the same held-out answers. A candidate that is not `allowed` is compared with but never
+    eps, and its token agreement is at least `min_agreement`. The adapter must besides undercut the
+    plain surrogate's NLL on the same held-out answers by the share `min_gain`: it costs more, and a difference
+    within the noise of a turn or two is no gain. A candidate that is not `allowed` is compared with but never
     chosen; `forced` overrules the verdict, not the numbers. Every rollback the session has had multiplies eps
     by `readmit_factor`: what failed before must be better to come back.
     """
@@ -79,6 +80,7 @@ def judge(
         "rollbacks": rollbacks,
         "accept_margin": gate.accept_margin,
         "min_agreement": gate.min_agreement,
+        "min_gain": gate.min_gain,
         "min_turns": min_turns,
     }
     passing = (c for c, failure in failures.items() if failure is None and c in allowed)
@@ -106,8 +108,9 @@ def _failure(item: Evidence, plain: Evidence | None, gate: Gate, eps: float, min
         return f"token agreement {item.agreement.top1:.3f} below {gate.min_agreement:g}"
     if item.candidate is Candidate.PLAIN or plain is None or plain.agreement is None:
         return None
-    if not item.agreement.nll <= plain.agreement.nll:
-        return f"held-out NLL {item.agreement.nll:.3f} worse than plain {plain.agreement.nll:.3f}"
+    if not item.agreement.nll <= (1.0 - gate.min_gain) * plain.agreement.nll:
+        least = f"{gate.min_gain:.0%} less than plain {plain.agreement.nll:.3f}"
+        return f"held-out NLL {item.agreement.nll:.3f} is not {least}"
     return None
 
 

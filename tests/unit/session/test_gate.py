@@ -60,12 +60,24 @@ def test_the_adapter_is_chosen_where_the_plain_surrogate_fails() -> None:
     assert "0.200" in verdict.numbers["candidates"]["plain"]["failure"]
 
 
-def test_an_adapter_worse_than_the_plain_surrogate_on_held_out_turns_never_serves() -> None:
-    verdict = judge(
-        [evidence(Candidate.PLAIN, 0.2, nll=0.5), evidence(Candidate.ADAPTER, 0.05, nll=0.6)], GATE, 1
-    )
-    assert verdict.candidate is Candidate.ORIGINAL
-    assert "worse than plain" in verdict.reason
+@pytest.mark.parametrize(
+    ("adapted", "serves"), [(0.44, True), (0.46, False), (0.6, False), (float("nan"), False)]
+)
+def test_an_adapter_serves_only_where_it_gains_enough_over_the_plain_surrogate(
+    adapted: float, serves: bool
+) -> None:
+    judged = [evidence(Candidate.PLAIN, 0.2, nll=0.5), evidence(Candidate.ADAPTER, 0.05, nll=adapted)]
+    verdict = judge(judged, GATE, 1)
+    assert verdict.candidate is (Candidate.ADAPTER if serves else Candidate.ORIGINAL)
+    if not serves:
+        assert "is not 10% less than plain 0.500" in verdict.reason
+
+
+def test_an_adapter_as_good_as_plain_may_be_let_in_by_configuration_and_a_worse_one_never() -> None:
+    gate = GATE.model_copy(update={"min_gain": 0.0})
+    plain = evidence(Candidate.PLAIN, 0.2, nll=0.5)
+    assert judge([plain, evidence(Candidate.ADAPTER, 0.05, nll=0.5)], gate, 1).candidate is Candidate.ADAPTER
+    assert judge([plain, evidence(Candidate.ADAPTER, 0.05, nll=0.51)], gate, 1).candidate is Candidate.ORIGINAL
 
 
 def test_acceptance_needs_its_least_number_of_turns() -> None:
