@@ -1,8 +1,8 @@
 """The original over HTTP: any OpenAI-compatible endpoint, or the vLLM server we started as a child.
 
 Guarantees: the port's own (`engines/base.py`); the client's body goes out as it came, but for the model's
-name, the `priority` towards a vLLM and, towards our own child, the `cache_salt` that keeps tenants' prefix
-caches apart; the client's API key is never sent on, and ours never logged; a generation may take as long as it
+name and, towards our own child, the `priority` and the `cache_salt` that keeps tenants' prefix caches apart (no
+client chooses its priority at a vLLM); the client's API key is never sent on, and ours never logged; a generation may take as long as it
 takes.
 """
 
@@ -177,8 +177,10 @@ class OriginalEngine:
     def _post(self, call: ChatCall) -> Any:
         body = {**call.body, "model": self.name}
         if self.speaks_vllm:
-            body["priority"] = call.priority
+            # Never the client's own. Someone else's vLLM may not schedule by priority, and would refuse it.
+            body.pop("priority", None)
         if self._socket is not None:
+            body["priority"] = call.priority
             body["cache_salt"] = _salt(call.tenant, body.get("cache_salt"))
         return self._client().post(f"{self._url}/chat/completions", json=body)
 

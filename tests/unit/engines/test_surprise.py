@@ -111,6 +111,22 @@ async def test_a_users_request_goes_before_the_background_whatever_he_asks_for(
     assert server.asked["/v1/chat/completions"]["priority"] == 0
 
 
+async def test_someone_elses_vllm_is_not_asked_for_a_priority_that_it_might_refuse(
+    unused_tcp_port: int,
+) -> None:
+    server = Vllm()
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", server.answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", unused_tcp_port).start()
+    engine = OriginalEngine("big", f"http://127.0.0.1:{unused_tcp_port}/v1", speaks_vllm=True)
+    await engine.chat(ChatCall({"messages": [], "priority": -5}, background=True))
+    await engine.close()
+    await runner.cleanup()
+    assert "priority" not in server.asked["/v1/chat/completions"]
+
+
 async def test_a_refused_score_is_a_refusal(served: tuple[Vllm, OriginalEngine]) -> None:
     server, engine = served
     server.status, server.reply = 400, {"error": {"message": "too long"}}
