@@ -2,8 +2,8 @@
 
 Guarantees: the port's own (`engines/base.py`); the client's body goes out as it came, but for the model's
 name and, towards our own child, the `priority` and the `cache_salt` that keeps tenants' prefix caches apart (no
-client chooses its priority at a vLLM); the client's API key is never sent on, and ours never logged; a generation may take as long as it
-takes.
+client chooses its priority at a vLLM); the client's API key is never sent on, and ours never logged; a
+generation may take as long as it takes.
 """
 
 from __future__ import annotations
