@@ -30,7 +30,7 @@ setup(
             "soma = soma_vllm.cli.main:app",
             "soma-serve = soma_vllm.cli.serve:app",
         ],
-        "vllm.endpoint_plugins": ["soma = soma_vllm.scheduler.plugin:SomaEndpointPlugin"],
+        "vllm.endpoint_plugins": ["soma = soma_vllm.api.plugin:SomaEndpointPlugin"],
         "vllm.general_plugins": ["soma_engine = soma_vllm.adapters.engine_hook:install"],
         "soma_vllm.policies": [
             "soma = soma_vllm.scheduler.policies.soma:SomaPolicy",

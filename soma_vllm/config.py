@@ -228,6 +228,9 @@ class Surrogate(Engine):
     """Adapters that one engine step can mix."""
     max_cpu_loras: Positive = 64
     """Adapters the engine keeps in memory; keep it above the live sessions."""
+    tools: bool = False
+    """Whether it may answer requests that define tools. Give it `--enable-auto-tool-choice` and a
+    `--tool-call-parser` by `extra_args` then."""
 
 
 class Training(Section):
@@ -270,6 +273,46 @@ class Storage(Section):
     """SQLAlchemy URL; {soma_home} and {run_dir} are filled in."""
 
 
+class Retention(Section):
+    """How long what was said, and what was learned from it, is kept."""
+
+    text: Literal["until_adapted", "session", "never"] = "session"
+    """What the store keeps of the conversation itself. session: all, as long as the session. until_adapted:
+    while the session may still be learned from. never: nothing; memory holds it meanwhile."""
+    text_ttl_s: Seconds | None = None
+    """Stored text older than this is erased, whatever its session does; null: no limit of its own."""
+    session_ttl_s: Seconds | None = 30 * 86400.0
+    """A session unused for this long is removed with all it has; null: never."""
+
+
+class Access(Section):
+    """Who may ask. `soma keys` issues API keys."""
+
+    mode: Literal["open", "keys"] = "open"
+    """open: any bearer token is a tenant of its own. keys: only keys issued with `soma keys add` are served."""
+    admin_key_env: str = "SOMA_ADMIN_KEY"
+    """Name of the environment variable that holds the admin key; while it is unset nobody is an admin."""
+    max_body_mib: Positive = 16
+    """Largest request body."""
+    cache_s: Annotated[float, Field(ge=0)] = 5.0
+    """Seconds that a key looked up in the database is trusted: a revoked key is refused after at most that.
+    While the database is away, a key seen earlier stays good."""
+
+
+class Limits(Section):
+    """How much one API key may ask; null: no limit. A key's own values, from `soma keys add`, come first."""
+
+    requests_per_minute: Positive | None = None
+    """In any 60 seconds."""
+    tokens_per_minute: Positive | None = None
+    """Prompt and completion, in any 60 seconds. Counted after each reply: the reply that passes the limit is
+    still given, the next request is refused."""
+    live_sessions: Positive | None = None
+    """Sessions held at the same time."""
+    adapters: Annotated[int, Field(ge=0)] | None = None
+    """Adapters held at the same time; the original serves the sessions beyond. 0: none is ever trained."""
+
+
 class Adapters(Section):
     """Where adapters live."""
 
@@ -303,7 +346,10 @@ class Config(Section):
     training: Training = Training()
     encoder: Encoder = Encoder()
     server: Server = Server()
+    access: Access = Access()
+    limits: Limits = Limits()
     storage: Storage = Storage()
+    retention: Retention = Retention()
     adapters: Adapters = Adapters()
 
     @model_validator(mode="after")

@@ -3,12 +3,19 @@
     SomaError
     ├── ConfigError            (ValueError)  the configuration is wrong; lists every mistake at once
     ├── BadRequest             (ValueError)  the client's request is wrong                     -> 400
+    │   ├── BodyTooLarge                     longer than this server reads                     -> 413
+    │   ├── NoSuchModel                      nobody here serves a model of that name           -> 404
+    │   └── Unprocessable                    well-formed, but nobody here can do what it asks  -> 422
+    ├── Unauthorized                         no API key, or none that is known                 -> 401
+    ├── Forbidden                            a known API key, but not for this                 -> 403
     ├── NotFound               (LookupError) no such session, adapter or model                 -> 404
+    ├── TooManyRequests                      the API key has used up a limit of its own        -> 429
     ├── PreflightError                       this machine cannot start the server as configured
     ├── ModelError                           a model cannot be fetched, verified or converted
     │   └── ChecksumMismatch                 bytes arrived, but not the promised ones
     ├── AdapterError                         an adapter is not fit to be published or loaded
     │   └── AdapterRejected                  `verify` found what is wrong with its files
+    ├── StoreUnavailable                     the session store does not answer                 -> 503
     ├── EngineError                          an engine did not answer
     │   ├── EngineUnavailable                it is not running, or not yet                     -> 503
     │   └── EngineRefused                    it answered with an OpenAI error of its own       -> as told
@@ -46,8 +53,36 @@ class BadRequest(SomaError, ValueError):
         super().__init__(message)
 
 
+class BodyTooLarge(BadRequest):
+    """The request's body is longer than this server reads."""
+
+
+class NoSuchModel(BadRequest):
+    """The client asks for a model that nobody here serves."""
+
+
+class Unprocessable(BadRequest):
+    """The client's request is well-formed, but asks for something that nobody here can do."""
+
+
+class Unauthorized(SomaError):
+    """No API key, or none that is known. The message never says which part of a key was wrong."""
+
+
+class Forbidden(SomaError):
+    """A known API key, but one that may not do this."""
+
+
 class NotFound(SomaError, LookupError):
     """No such session, adapter or model, or none that this API key may see."""
+
+
+class TooManyRequests(SomaError):
+    """The API key has used up a limit of its own. `retry_after` is in seconds: asking earlier is in vain."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        self.retry_after = retry_after
+        super().__init__(message)
 
 
 class PreflightError(SomaError):
@@ -77,6 +112,10 @@ class AdapterRejected(AdapterError):
     def __init__(self, name: str, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
         super().__init__(f"adapter {name} rejected: {'; '.join(self.problems)}")
+
+
+class StoreUnavailable(SomaError):
+    """The session store does not answer; a turn can still be answered, by the original and unrecorded."""
 
 
 class EngineError(SomaError):

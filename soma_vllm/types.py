@@ -137,4 +137,6 @@ class Event:
     at: float
     """Unix time, seconds."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """JSON-compatible."""
+    """JSON-compatible: numbers, names, digests. Never what somebody said."""
+    text: Mapping[str, Any] | None = None
+    """JSON-compatible: what was said. Kept apart, so that it can be erased while the event stays."""

@@ -12,21 +12,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from soma_vllm.config import Config
-from soma_vllm.engines.base import ChatCall
+from soma_vllm.engines.base import ChatCall, Salts
 from soma_vllm.engines.fake import FakeEngine
-from soma_vllm.errors import TrainingError
+from soma_vllm.errors import TooManyRequests, TrainingError
 from soma_vllm.scheduler.adaptation import Adaptation
+from soma_vllm.scheduler.background import Background
 from soma_vllm.scheduler.book import SessionBook
+from soma_vllm.scheduler.custody import Custody
 from soma_vllm.scheduler.dispatcher import Answer, Dispatcher, Incoming
 from soma_vllm.scheduler.drift import DriftWatch
 from soma_vllm.scheduler.holds import AdapterHolds
-from soma_vllm.scheduler.policies.base import load_policy
+from soma_vllm.scheduler.policies.base import Policies
 from soma_vllm.scheduler.quiet_times import QuietTimes
+from soma_vllm.scheduler.recorder import Recorder
 from soma_vllm.scheduler.teaching import Teachers, why_text
 from soma_vllm.session.session import Session
 from soma_vllm.storage.sessions import SessionStore
 from soma_vllm.training.messages import ScoreRequest, TrainRequest, TrainResult
-from soma_vllm.types import AdapterRef, Agreement, Event, SessionKey
+from soma_vllm.types import AdapterRef, Agreement, Event, SessionKey, Usage
 
 SETTINGS: dict[str, Any] = {
     "warm_window": 2,
@@ -43,7 +46,26 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-class FakeOriginal(FakeEngine):
+class Versatile(FakeEngine):
+    """An engine that also calls tools, and gives several choices, as it is told to."""
+
+    def __init__(self, name: str, answers: Sequence[str]) -> None:
+        super().__init__(name, answers)
+        self.calls_tools: list[dict[str, Any]] = []
+        self.choices = 1
+
+    def _completion(self, answer: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        found = super()._completion(answer, body)
+        (first,) = found["choices"]
+        if self.calls_tools:
+            first["message"] = {"role": "assistant", "content": None, "tool_calls": self.calls_tools}
+        for index in range(1, self.choices):
+            message = {"role": "assistant", "content": f"{answer}, or {index}"}
+            found["choices"].append({**first, "index": index, "message": message})
+        return found
+
+
+class FakeOriginal(Versatile):
     """An engine that also reads answers, as it is told to find them."""
 
     def __init__(self) -> None:
@@ -57,7 +79,7 @@ class FakeOriginal(FakeEngine):
         return self.finds
 
 
-class FakeSurrogate(FakeEngine):
+class FakeSurrogate(Versatile):
     """An engine that counts adapters in and out."""
 
     def __init__(self) -> None:
@@ -129,6 +151,25 @@ class FakeShelf:
         self._log.append(f"delete {name}")
 
 
+class OpenMeter:
+    """Counts, and limits as it is told to."""
+
+    def __init__(self) -> None:
+        self.spendings: list[tuple[str, Usage]] = []
+        self.sessions: int | None = None
+        self.adapters: int | None = None
+
+    def spent(self, tenant: str, usage: Usage) -> None:
+        self.spendings.append((tenant, usage))
+
+    def check_new_session(self, tenant: str, live: int) -> None:
+        if self.sessions is not None and live >= self.sessions:
+            raise TooManyRequests(f"found {live}", 60.0)
+
+    def may_adapt(self, tenant: str, adapters: int) -> bool:
+        return self.adapters is None or adapters < self.adapters
+
+
 class HashEncoder:
     """Equal texts are equal, different ones orthogonal or nearly so."""
 
@@ -150,6 +191,7 @@ class House:
         self.surrogate = FakeSurrogate()
         self.trainer = FakeTrainer()
         self.shelf = FakeShelf(self.surrogate.log)
+        self.meter = OpenMeter()
         self.events: list[tuple[SessionKey, Event]] = []
         self.book = SessionBook(
             config, store, [lambda key, event: self.events.append((key, event)), self.teachers]
@@ -165,7 +207,9 @@ class House:
             encoder,
             self.holds,
             self.teachers,
+            self.meter,
         )
+        self.background = Background(self.book)
         self.quiet = QuietTimes(config.gate.audit_yields, config.gate.audit_wait_s)
         drift = DriftWatch(
             config,
@@ -177,17 +221,22 @@ class House:
             self.adaptation.retire,
             self.quiet,
         )
+        recorder = Recorder(config, self.book, self.adaptation, drift, self.teachers, self.background)
         self.dispatcher = Dispatcher(
             config,
-            load_policy(config),
+            Policies(config),
             self.book,
             self.quiet.watched(self.original),
             self.surrogate,
             encoder,
             self.holds,
-            self.adaptation,
-            drift,
+            recorder,
             self.teachers,
+            self.meter,
+        )
+        self.salts = Salts()
+        self.custody = Custody(
+            config, self.book, store, self.adaptation, self.background, self.shelf, self.salts, self.meter
         )
 
     async def say(
@@ -213,7 +262,7 @@ class House:
 
     async def settled(self) -> None:
         """Return when no background work is left."""
-        while tasks := list(self.dispatcher._background):
+        while tasks := list(self.background._tasks):
             await asyncio.wait(tasks, timeout=10)
 
 

@@ -118,7 +118,7 @@ async def _restored(config: Config, tenant: str, storage: str | None, most: int)
             f"storage.url: found {url!r}, which names a running server's folder; give --storage"
         )
     async with reading(url.format(soma_home=soma_home())) as store:
-        keys = [found.key for found in (await store.sessions(tenant))[:most]]
+        keys = [found.key for found in await store.summaries(tenant, most)]
         return [restore(key, await store.events(key), config) for key in keys]
 
 

@@ -43,9 +43,9 @@ def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> N
     from soma_vllm.cli.terminal import output_to, tail
     from soma_vllm.engines.preflight import preflight
     from soma_vllm.models.hub import folder_here, local_path
-    from soma_vllm.scheduler.policies.base import load_policy
+    from soma_vllm.scheduler.policies.base import Policies
 
-    policy = load_policy(config)
+    policies = Policies(config)
     external = config.original.url is not None
     assert config.surrogate_model is not None, "for_serving has checked"
     original = None if external or config.original_model is None else local_path(config.original_model)
@@ -68,7 +68,7 @@ def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> N
     console.print(f"logs       {run_dir}", markup=False)
     with locked(run_dir), output_to(log) as terminal:
         screen = Console(file=terminal, highlight=False, soft_wrap=True)
-        server = SomaServer(config, paths, policy, run_dir, lambda line: screen.print(line, markup=False))
+        server = SomaServer(config, paths, policies, run_dir, lambda line: screen.print(line, markup=False))
         try:
             uvloop.run(server.run())
         except SomaError:

@@ -23,7 +23,9 @@ import aiohttp
 
 from soma_vllm.adapters.durable import is_locked
 from soma_vllm.adapters.store import AdapterStore
+from soma_vllm.api.allowances import Allowances
 from soma_vllm.config import Config
+from soma_vllm.engines.base import Salts
 from soma_vllm.engines.command import (
     child_command,
     child_environment,
@@ -38,14 +40,18 @@ from soma_vllm.errors import PreflightError, TrainingError
 from soma_vllm.models.home import soma_home
 from soma_vllm.models.vocabulary import Vocabulary, read_vocabulary
 from soma_vllm.scheduler.adaptation import Adaptation
+from soma_vllm.scheduler.background import Background
 from soma_vllm.scheduler.book import SessionBook
+from soma_vllm.scheduler.custody import Custody
 from soma_vllm.scheduler.dispatcher import DISPATCH_NAME, Dispatcher
 from soma_vllm.scheduler.drift import DriftWatch
 from soma_vllm.scheduler.encoding import ThreadedEncoder
 from soma_vllm.scheduler.holds import AdapterHolds
-from soma_vllm.scheduler.policies.base import Policy
+from soma_vllm.scheduler.policies.base import Policies
 from soma_vllm.scheduler.quiet_times import QuietTimes
+from soma_vllm.scheduler.recorder import Recorder
 from soma_vllm.scheduler.teaching import Teachers, why_text
+from soma_vllm.storage.keys import KeyStore
 from soma_vllm.storage.sessions import SessionStore
 from soma_vllm.telemetry.metrics import SessionMetrics
 from soma_vllm.training.pair import ANYONE, owner_of
@@ -89,16 +95,20 @@ class StoreShelf:
 class SomaServer:
     """soma-serve: the surrogate's vLLM server, and everything around it."""
 
-    def __init__(self, config: Config, paths: ModelPaths, policy: Policy, run_dir: Path, say: Say) -> None:
+    def __init__(self, config: Config, paths: ModelPaths, policies: Policies, run_dir: Path, say: Say) -> None:
         self._config = config
         self._paths = paths
-        self._policy = policy
+        self._policies = policies
         self._say = say
         self._started = time.monotonic()
         self._begun = False
         self._cleanup = AsyncExitStack()
         self._run_dir = run_dir
         self._supervisor: Supervisor | None = None
+        self._salts = Salts()
+        keys = KeyStore.at(self._filled(config.storage.url))
+        self._cleanup.push_async_callback(keys.close)
+        self.allowances = Allowances.configured(config, keys)
 
     # -- life -------------------------------------------------------------------------------------------
 
@@ -114,8 +124,8 @@ class SomaServer:
             self._say(f"surrogate  starting {self._surrogate_name} (vLLM takes 20-60 s to load)")
             os.environ.update(vllm_environment(self._config.surrogate, str(self._paths.surrogate), PLUGINS))
             # Only now: vLLM reads its environment when it is imported.
+            from soma_vllm.api.plugin import HOST
             from soma_vllm.engines.vllm_internals import parse_arguments, run_server
-            from soma_vllm.scheduler.plugin import HOST
 
             arguments = parse_arguments(
                 [
@@ -147,8 +157,8 @@ class SomaServer:
         """Names that may be asked for."""
         return [DISPATCH_NAME, self._original_name, self._surrogate_name]
 
-    async def begin(self, engine_client: Any, state: Any) -> Dispatcher:
-        """Called by the plugin once vLLM's engine is ready: start the rest and hand out the dispatcher."""
+    async def begin(self, engine_client: Any, state: Any) -> tuple[Dispatcher, Custody]:
+        """Called by the plugin once vLLM's engine is ready: start the rest, hand out what its routes need."""
         from soma_vllm.engines.vllm_internals import PrivateChat
 
         self._say("surrogate  ready")
@@ -156,32 +166,37 @@ class SomaServer:
         encoder = await self._load_encoder()
         trainer = await self._start_trainers()
         original = await self._reach_original()
-        surrogate = SurrogateEngine(self._surrogate_name, PrivateChat(engine_client, state))
+        surrogate = SurrogateEngine(self._surrogate_name, PrivateChat(engine_client, state), self._salts)
         teachers = await self._engage_teachers(original.speaks_vllm)
+        meter = self.allowances
         book = SessionBook(self._config, store, [SessionMetrics(), teachers])
         await book.start()
         self._cleanup.push_async_callback(book.stop)
         holds = AdapterHolds(self._config.surrogate.max_loras)
         shelf = StoreShelf(self._open_shelf())
-        adaptation = Adaptation(self._config, book, surrogate, trainer, shelf, encoder, holds, teachers)
+        adaptation = Adaptation(self._config, book, surrogate, trainer, shelf, encoder, holds, teachers, meter)
+        background = Background(book)
+        self._cleanup.push_async_callback(background.stop)
         quiet = QuietTimes(self._config.gate.audit_yields, self._config.gate.audit_wait_s)
         drift = DriftWatch(self._config, book, original, surrogate, encoder, holds, adaptation.retire, quiet)
-        users_original = quiet.watched(original)
+        recorder = Recorder(self._config, book, adaptation, drift, teachers, background)
         dispatcher = Dispatcher(
             self._config,
-            self._policy,
+            self._policies,
             book,
-            users_original,
+            quiet.watched(original),
             surrogate,
             encoder,
             holds,
-            adaptation,
-            drift,
+            recorder,
             teachers,
+            meter,
         )
-        self._cleanup.push_async_callback(dispatcher.stop)
+        custody = Custody(self._config, book, store, adaptation, background, shelf, self._salts, meter)
+        await custody.start()
+        self._cleanup.push_async_callback(custody.stop)
         self._begun = True
-        return dispatcher
+        return dispatcher, custody
 
     # -- parts ------------------------------------------------------------------------------------------
 
@@ -227,7 +242,9 @@ class SomaServer:
             )
         else:
             await self._supervisor.wait_ready(original.start_timeout_s)
-            engine = OriginalEngine.of_child(self._original_name, self._supervisor, original.connect_timeout_s)
+            engine = OriginalEngine.of_child(
+                self._original_name, self._supervisor, original.connect_timeout_s, self._salts
+            )
         self._cleanup.push_async_callback(engine.close)
         return engine
 

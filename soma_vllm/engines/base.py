@@ -10,6 +10,7 @@ implementation keeps:
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from soma_vllm.types import AdapterRef, Agreement
 
 @dataclass(frozen=True)
 class ChatCall:
-    """One OpenAI chat completion to run."""
+    """One OpenAI completion to run."""
 
     body: Mapping[str, Any]
     """The client's JSON body with `messages` already routed. The engine puts its own model name in."""
@@ -31,11 +32,31 @@ class ChatCall:
     """The client's HTTP request, where there is one, for its headers and disconnects."""
     background: bool = False
     """No user waits for it: a vLLM engine serves users first."""
+    text: bool = False
+    """It is a text completion (`/v1/completions`): `prompt` and no messages."""
 
     @property
     def priority(self) -> int:
         """vLLM's, lower is earlier. Never the client's own, which could overtake other clients."""
         return int(self.background)
+
+
+class Salts:
+    """What keeps tenants' prefix caches apart in a vLLM: each tenant's `cache_salt`, until it is renewed.
+
+    An engine's cache dies with its process, so nothing needs to be remembered longer than that.
+    """
+
+    def __init__(self) -> None:
+        self._renewed: dict[str, str] = {}
+
+    def of(self, tenant: str) -> str:
+        """The salt of a tenant's requests now."""
+        return self._renewed.get(tenant, tenant)
+
+    def renew(self, tenant: str) -> None:
+        """Make everything that is cached for a tenant unreachable, for ever."""
+        self._renewed[tenant] = f"{tenant}-{secrets.token_hex(8)}"
 
 
 class Events(Protocol):

@@ -20,7 +20,7 @@ from typing import Any
 
 import aiohttp
 
-from soma_vllm.engines.base import ChatCall, Reply
+from soma_vllm.engines.base import ChatCall, Reply, Salts
 from soma_vllm.engines.supervisor import State, Supervisor
 from soma_vllm.engines.surprise import agreement_from_prompt, scoring_body
 from soma_vllm.errors import EngineError, EngineRefused, EngineUnavailable, PreflightError
@@ -48,6 +48,7 @@ class OriginalEngine:
         speaks_vllm: bool = False,
         socket: Path | None = None,
         supervisor: Supervisor | None = None,
+        salts: Salts | None = None,
     ) -> None:
         """`api_key_env` names the environment variable that holds the endpoint's key.
 
@@ -70,10 +71,13 @@ class OriginalEngine:
         self._connect_timeout = connect_timeout_s
         self._socket = socket
         self._supervisor = supervisor
+        self._salts = salts or Salts()
         self._session: aiohttp.ClientSession | None = None
 
     @classmethod
-    def of_child(cls, name: str, supervisor: Supervisor, connect_timeout_s: float = 5.0) -> OriginalEngine:
+    def of_child(
+        cls, name: str, supervisor: Supervisor, connect_timeout_s: float = 5.0, salts: Salts | None = None
+    ) -> OriginalEngine:
         """The engine of a supervised child server."""
         socket = supervisor.child.socket
         return cls(
@@ -83,6 +87,7 @@ class OriginalEngine:
             speaks_vllm=True,
             socket=socket,
             supervisor=supervisor,
+            salts=salts,
         )
 
     async def chat(self, call: ChatCall) -> Reply:
@@ -181,8 +186,9 @@ class OriginalEngine:
             body.pop("priority", None)
         if self._socket is not None:
             body["priority"] = call.priority
-            body["cache_salt"] = _salt(call.tenant, body.get("cache_salt"))
-        return self._client().post(f"{self._url}/chat/completions", json=body)
+            body["cache_salt"] = _salt(self._salts.of(call.tenant), body.get("cache_salt"))
+        path = "completions" if call.text else "chat/completions"
+        return self._client().post(f"{self._url}/{path}", json=body)
 
     async def _refuse_errors(self, response: aiohttp.ClientResponse) -> None:
         status = response.status

@@ -11,9 +11,10 @@ import asyncio
 import json
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
-from soma_vllm.engines.base import ChatCall, Reply
+from soma_vllm.engines.base import ChatCall, Reply, Salts
 from soma_vllm.errors import EngineUnavailable
 from soma_vllm.types import AdapterRef
 
@@ -24,6 +25,9 @@ class ChatServing(Protocol):
     async def complete(
         self, body: Mapping[str, Any], http: Any
     ) -> Mapping[str, Any] | AsyncGenerator[str, None]: ...
+    async def complete_text(
+        self, body: Mapping[str, Any], http: Any
+    ) -> Mapping[str, Any] | AsyncGenerator[str, None]: ...
     async def add(self, ref: AdapterRef) -> None: ...
     async def remove(self, ref: AdapterRef) -> None: ...
 
@@ -31,8 +35,9 @@ class ChatServing(Protocol):
 class SurrogateEngine:
     """Chat completions of the small model, plain or under an adapter."""
 
-    def __init__(self, name: str, serving: ChatServing) -> None:
+    def __init__(self, name: str, serving: ChatServing, salts: Salts | None = None) -> None:
         self.name = name
+        self._salts = salts or Salts()
         self._serving = serving
         self._loaded: dict[str, AdapterRef] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -48,9 +53,10 @@ class SurrogateEngine:
             raise EngineUnavailable(f"adapter {call.adapter.name} is not loaded")
         body = dict(call.body)
         body["model"] = self.name if call.adapter is None else call.adapter.name
-        body["cache_salt"] = call.tenant
+        body["cache_salt"] = self._salts.of(call.tenant)
         body["priority"] = call.priority
-        answer = await self._serving.complete(body, call.http)
+        serve = self._serving.complete_text if call.text else self._serving.complete
+        answer = await serve(body, call.http)
         if isinstance(answer, Mapping):
             return Reply(body={**answer, "model": self.name})
         return Reply(events=await _begun(answer))
@@ -63,6 +69,9 @@ class SurrogateEngine:
         """
         async with self._locks[ref.name]:
             if ref.name not in self._loaded:
+                if not await asyncio.to_thread(Path(ref.path, "adapter_config.json").is_file):
+                    # vLLM would find out in its engine process, and take everybody's requests down with it.
+                    raise EngineUnavailable(f"adapter {ref.name} has no files")
                 await self._serving.add(ref)
                 self._loaded[ref.name] = ref
 

@@ -21,6 +21,7 @@ from jinja2 import TemplateError
 from vllm.entrypoints.launchers.api_server.entry import run_server
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 from vllm.exceptions import VLLMClientError, VLLMServerError
@@ -32,7 +33,14 @@ from soma_vllm.errors import EngineRefused, EngineUnavailable, PreflightError
 from soma_vllm.types import AdapterRef
 from soma_vllm.versions import SUPPORTED_VLLM, installed_vllm, vllm_is_supported
 
-__all__ = ["ChatCompletionRequest", "PrivateChat", "run_server", "validate_json_request", "with_cancellation"]
+__all__ = [
+    "ChatCompletionRequest",
+    "CompletionRequest",
+    "PrivateChat",
+    "run_server",
+    "validate_json_request",
+    "with_cancellation",
+]
 
 if not vllm_is_supported():
     raise PreflightError(f"vLLM {installed_vllm()} is installed; expected {SUPPORTED_VLLM}x")
@@ -61,6 +69,9 @@ class PrivateChat:
         self._chat.models = self._models
         # vLLM would let a client's header overrule the priority that the body was given.
         self._chat._get_priority = lambda request, raw_request: request.priority
+        self._completion = copy.copy(state.openai_serving_completion)
+        self._completion.models = self._models
+        self._completion._get_priority = self._chat._get_priority
 
     async def complete(
         self, body: Mapping[str, Any], http: Any
@@ -71,20 +82,13 @@ class PrivateChat:
             EngineRefused: vLLM found the request wrong.
             EngineUnavailable: the engine is dead or could not generate.
         """
-        try:
-            request = ChatCompletionRequest.model_validate(body)
-            answer = await self._chat.create_chat_completion(request, http)
-        except (VLLMServerError, EngineDeadError, EngineGenerateError) as error:
-            raise EngineUnavailable(f"the surrogate's engine failed: {type(error).__name__}") from error
-        except REFUSALS as error:
-            raise EngineRefused(400, _error_body(str(error))) from error
-        if isinstance(answer, ErrorResponse):
-            raise EngineRefused(answer.error.code, answer.model_dump())
-        if isinstance(answer, ChatCompletionResponse):
-            whole: dict[str, Any] = answer.model_dump()
-            return whole
-        events: AsyncGenerator[str, None] = answer
-        return events
+        return await _answered(ChatCompletionRequest, self._chat.create_chat_completion, body, http)
+
+    async def complete_text(
+        self, body: Mapping[str, Any], http: Any
+    ) -> Mapping[str, Any] | AsyncGenerator[str, None]:
+        """The same for a text completion."""
+        return await _answered(CompletionRequest, self._completion.create_completion, body, http)
 
     async def add(self, ref: AdapterRef) -> None:
         """Load an adapter into the engine and make it servable by its name.
@@ -105,6 +109,25 @@ class PrivateChat:
         """Take an adapter out of service and out of the engine's memory."""
         self._models.lora_requests.pop(ref.name, None)
         await self._engine_client.remove_lora(ref.number)
+
+
+async def _answered(
+    kind: Any, serve: Any, body: Mapping[str, Any], http: Any
+) -> Mapping[str, Any] | AsyncGenerator[str, None]:
+    """What one of vLLM's serving objects answers, with its failures as ours."""
+    try:
+        answer = await serve(kind.model_validate(body), http)
+    except (VLLMServerError, EngineDeadError, EngineGenerateError) as error:
+        raise EngineUnavailable(f"the surrogate's engine failed: {type(error).__name__}") from error
+    except REFUSALS as error:
+        raise EngineRefused(400, _error_body(str(error))) from error
+    if isinstance(answer, ErrorResponse):
+        raise EngineRefused(answer.error.code, answer.model_dump())
+    if isinstance(answer, ChatCompletionResponse | CompletionResponse):
+        whole: dict[str, Any] = answer.model_dump()
+        return whole
+    events: AsyncGenerator[str, None] = answer
+    return events
 
 
 def _error_body(message: str) -> dict[str, Any]:

@@ -73,9 +73,9 @@ def material(trajectory: Trajectory, config: Config) -> Material:
 
 
 def of_session(session: Session, config: Config) -> Material | None:
-    """What a session teaches, under the configuration's prefix; None where its warm start is not complete."""
+    """What a session teaches, under the configuration's prefix; None where too little was said, or kept."""
     count = len(session.warm_turns())
-    if count < config.warm_window:
+    if count < config.warm_window or not session.kept():
         return None
     # A warm window over the whole session gives the prompt of every turn as the session itself makes it.
     whole = config.model_copy(update={"warm_window": count, "acceptance_min_turns": 1})

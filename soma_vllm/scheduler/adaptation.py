@@ -8,7 +8,8 @@ Guarantees:
 * The adapter that was judged is the adapter that serves: same files, same name, same engine.
 * Whatever goes wrong ends in one event, `refused` or `training_failed`, and the original keeps the session.
 * A session that was closed, or rewritten by its client, meanwhile gets no adapter: `adaptation_abandoned`.
-* An adapter that will not serve leaves the engine before its files are deleted.
+* An adapter that will not serve leaves the engine before its files are deleted, also where the adaptation was
+  cancelled; one that serves another branch of the dialogue stays.
 """
 
 from __future__ import annotations
@@ -19,15 +20,22 @@ import math
 import shutil
 import tempfile
 from collections.abc import Coroutine, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from soma_vllm.config import Config, Lora
-from soma_vllm.errors import AdapterError, EngineError, EngineRefused, SomaError, TrainingError
+from soma_vllm.errors import (
+    AdapterError,
+    EngineError,
+    EngineRefused,
+    SomaError,
+    StoreUnavailable,
+    TrainingError,
+)
 from soma_vllm.scheduler.book import SessionBook
 from soma_vllm.scheduler.holds import AdapterHolds
-from soma_vllm.scheduler.ports import AdapterEngine, Encoder, Shelf, Trainer
+from soma_vllm.scheduler.ports import AdapterEngine, Encoder, Meter, Shelf, Trainer
 from soma_vllm.scheduler.shadow import adapted_answer, gaps_between
 from soma_vllm.scheduler.teaching import Teachers
 from soma_vllm.session.gate import Verdict, centroid, judge
@@ -40,15 +48,6 @@ from soma_vllm.training.pair import may_start_from, owner_of
 from soma_vllm.types import AdapterRef, Agreement, Candidate, Evidence, Example, SessionKey
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What an adaptation came to."""
-
-    verdict: Verdict
-    adapter: AdapterRef | None
-    """The adapter, if one was trained, whether or not it was chosen."""
 
 
 class TooMuch(EngineError):
@@ -72,6 +71,7 @@ class Adaptation:
         encoder: Encoder,
         holds: AdapterHolds,
         teachers: Teachers,
+        meter: Meter,
     ) -> None:
         self._config = config
         self._book = book
@@ -81,6 +81,7 @@ class Adaptation:
         self._encoder = encoder
         self._holds = holds
         self._teachers = teachers
+        self._meter = meter
 
     def begin(self, key: SessionKey, forced: Candidate | None) -> Coroutine[Any, Any, None]:
         """Mark a session whose warm start is complete as adapting, now; the coroutine does the rest."""
@@ -88,22 +89,22 @@ class Adaptation:
 
     async def _run(self, key: SessionKey, session: Session, forced: Candidate | None) -> None:
         examples, held_out = (self._teachers.attach(key, part) for part in session.examples(self._config))
+        made: list[AdapterRef] = []
         try:
-            chosen = await self._choose(key, examples, held_out, forced)
+            verdict = await self._choose(key, examples, held_out, forced, made)
+            self._book.note(
+                key, "judged", candidate=verdict.candidate, reason=verdict.reason, numbers=verdict.numbers
+            )
+            if verdict.candidate is Candidate.ORIGINAL:
+                self._book.note(key, "refused", reason=verdict.reason)
+            else:
+                serving = made[0] if verdict.candidate is Candidate.ADAPTER else None
+                await self._switch(key, session, verdict, serving)
         except (TrainingError, AdapterError, EngineError, Abandoned) as error:
             self._give_up(key, error)
-            return
-        verdict = chosen.verdict
-        self._book.note(
-            key, "judged", candidate=verdict.candidate, reason=verdict.reason, numbers=verdict.numbers
-        )
-        serving = chosen.adapter if verdict.candidate is Candidate.ADAPTER else None
-        if verdict.candidate is Candidate.ORIGINAL:
-            self._book.note(key, "refused", reason=verdict.reason)
-        else:
-            await self._switch(key, session, verdict, serving)
-        if chosen.adapter is not None and self._book.session(key).adapter != chosen.adapter:
-            await self.retire(chosen.adapter)
+        finally:
+            for ref in made:
+                await self.retire(key, ref)
 
     def _give_up(self, key: SessionKey, error: SomaError) -> None:
         """Say once why an adaptation came to nothing."""
@@ -122,13 +123,16 @@ class Adaptation:
         if phase is not Phase.ADAPTING:
             raise Abandoned(f"found the session in phase {phase}; expected {Phase.ADAPTING}")
 
-    async def retire(self, ref: AdapterRef) -> None:
-        """Take an adapter out of the engine once its last token is out, then delete its files."""
+    async def retire(self, key: SessionKey, ref: AdapterRef) -> None:
+        """Take an adapter that serves nobody out of the engine once its last token is out, and delete it."""
+        if await self._book.in_use(ref):
+            return
         await self._holds.leaving(ref.name)
         try:
             await self._surrogate.unload(ref)
             await asyncio.to_thread(self._shelf.retire, ref.name)
             self._holds.left(ref.name)
+            self._book.note(key, "adapter_retired", adapter=asdict(ref))
         except (EngineError, AdapterError) as error:
             logger.warning("adapter %s could not be retired: %s", ref.name, error)
 
@@ -138,9 +142,13 @@ class Adaptation:
         examples: tuple[Example, ...],
         held_out: tuple[Example, ...],
         forced: Candidate | None,
-    ) -> Chosen:
-        """Judge the candidates, cheapest first; train only if the plain surrogate will not do."""
-        allowed = self._config.adaptation.candidates
+        made: list[AdapterRef],
+    ) -> Verdict:
+        """Judge the candidates, cheapest first; train only if the plain surrogate will not do.
+
+        An adapter is put into `made` as soon as there is one.
+        """
+        allowed = await self._allowed(key.tenant)
         plain_gaps = await self._gaps(key, held_out, None)
         if Candidate.PLAIN in allowed and forced is not Candidate.ADAPTER:
             agreement = _finite(await self._trainer.score(ScoreRequest(held_out)))
@@ -148,20 +156,31 @@ class Adaptation:
             verdict = self._judge(key, evidence, forced)
             self._still_adapting(key)
             if verdict.candidate is Candidate.PLAIN or Candidate.ADAPTER not in allowed:
-                return Chosen(verdict, None)
+                return verdict
+        if Candidate.ADAPTER not in allowed:
+            raise AdapterError("the tenant holds as many adapters as its key allows (limits.adapters)")
         result = await self._train(key, examples, held_out)
-        ref = await self._publish(key, result)
-        try:
-            gaps = await self._gaps(key, held_out, ref)
-            self._still_adapting(key)
-        except (EngineError, Abandoned):
-            await self.retire(ref)
-            raise
+        ref = await self._publish(key, result, made)
+        gaps = await self._gaps(key, held_out, ref)
+        self._still_adapting(key)
         evidence = [
             _evidence(Candidate.PLAIN, held_out, plain_gaps, result.plain),
             _evidence(Candidate.ADAPTER, held_out, gaps, result.adapted),
         ]
-        return Chosen(self._judge(key, evidence, forced), ref)
+        return self._judge(key, evidence, forced)
+
+    async def _allowed(self, tenant: str) -> tuple[Candidate, ...]:
+        """The configured candidates, without an adapter where the tenant may have no further one."""
+        candidates = self._config.adaptation.candidates
+        if Candidate.ADAPTER not in candidates:
+            return candidates
+        try:
+            held = await self._book.adapters(tenant)
+        except StoreUnavailable:
+            return candidates
+        if self._meter.may_adapt(tenant, held):
+            return candidates
+        return tuple(candidate for candidate in candidates if candidate is not Candidate.ADAPTER)
 
     def _judge(self, key: SessionKey, evidence: list[Evidence], forced: Candidate | None) -> Verdict:
         return judge(
@@ -226,7 +245,7 @@ class Adaptation:
             return lora
         return lora.model_copy(update={"init_from": None})
 
-    async def _publish(self, key: SessionKey, result: TrainResult) -> AdapterRef:
+    async def _publish(self, key: SessionKey, result: TrainResult, made: list[AdapterRef]) -> AdapterRef:
         """Publish the trained files, then load them into the running engine."""
         try:
             ref = await asyncio.to_thread(
@@ -238,14 +257,11 @@ class Adaptation:
             )
         finally:
             shutil.rmtree(result.directory, ignore_errors=True)
-        self._book.note(key, "adapter_published", adapter=ref.name)
-        try:
-            self._still_adapting(key)
-            await self._surrogate.load(ref)
-        except (EngineError, Abandoned):
-            await self.retire(ref)
-            raise
-        self._book.note(key, "adapter_loaded", adapter=ref.name)
+        made.append(ref)
+        self._book.note(key, "adapter_published", adapter=asdict(ref))
+        self._still_adapting(key)
+        await self._surrogate.load(ref)
+        self._book.note(key, "adapter_loaded", adapter=asdict(ref))
         return ref
 
     async def _switch(

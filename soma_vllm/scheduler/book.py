@@ -1,38 +1,67 @@
-"""The book of live sessions: folded in memory at once, written to the event log behind.
+"""The book of live sessions: folded in memory at once, written to the session store behind.
 
-Guarantees: `record` never waits for the disk; the log receives every session's events in order; a session
+Guarantees: `record` never waits for the disk; the store receives every session's events in order; a session
 whose events are on record is restored by folding them again; nothing is found outside its tenant; a session
-that somebody holds stays in memory, and of the others only the latest do.
+that somebody holds stays in memory, and of the others only the latest do; a history that leaves a session's
+record goes on in a branch of its own, so that no request takes another one's turn away.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_exponential
+from sqlalchemy.exc import SQLAlchemyError
 
 from soma_vllm.config import Config
-from soma_vllm.errors import EngineUnavailable, NotFound
-from soma_vllm.scheduler.ports import EventLog, Observer
-from soma_vllm.session.session import Session, fold, restore
-from soma_vllm.session.transcript import answered, fingerprint
-from soma_vllm.types import Event, Message, SessionKey
-
-logger = logging.getLogger(__name__)
-
+from soma_vllm.errors import NotFound, StoreUnavailable, Unprocessable
+from soma_vllm.scheduler.index import TurnIndex
+from soma_vllm.scheduler.journal import Journal, Write
+from soma_vllm.scheduler.ports import Observer, Store
+from soma_vllm.session.phases import Phase
+from soma_vllm.session.session import (
+    RECOGNISED,
+    Session,
+    Turn,
+    branch_event,
+    fold,
+    inheritance,
+    restore,
+    turn_of,
+)
+from soma_vllm.session.transcript import Reading
+from soma_vllm.storage.records import AdapterRecord, Found, Standing, TurnMark
+from soma_vllm.storage.tables import RETIRED
+from soma_vllm.types import AdapterRef, Event, Message, SessionKey
 
 LIVE_SESSIONS = 10_000
 """Sessions kept in memory beside those in use: with 10 kB of text each, some 200 MB."""
+
+MOST_BEHIND = 50_000
+"""Unwritten events above which no more are taken on: turns go unrecorded until the store is back."""
+
+LOOKUP_S = 3.0
+"""Longest wait for the store while a user waits."""
+
+UNHELD_EVERY_S = 0.02
+
+LEARNING = frozenset({Phase.WARM_START, Phase.ADAPTING, Phase.ROLLED_BACK})
+"""Phases in which what was said may still be learned from."""
+
+ADAPTER_STATES = {
+    "adapter_published": "VERIFIED",
+    "adapter_loaded": "LOADED",
+    "switched": "ACTIVE",
+    "adapter_retired": RETIRED,
+}
+"""Event -> the state in which it leaves its adapter on record."""
 
 
 @dataclass
@@ -41,23 +70,18 @@ class Entry:
 
     session: Session
     events: list[Event] = field(default_factory=list)
+    pending: tuple[Event, ...] = ()
+    """What a branch begins with; on record with its first turn."""
     holds: int = 0
     """Requests and background work under way."""
-    unwritten: int = 0
-    """Appends that are not on record yet."""
-    chains: set[str] = field(default_factory=set)
-    """Fingerprints by which its next request is recognised."""
 
 
 @dataclass(frozen=True)
-class Write:
-    """One append to the log."""
+class Said:
+    """A transcript up to an answer that a client names."""
 
-    key: SessionKey
-    first_seq: int
-    events: Sequence[Event]
-    phase: str
-    chain: str
+    session: str
+    messages: tuple[Message, ...]
 
 
 class SessionBook:
@@ -66,44 +90,164 @@ class SessionBook:
     def __init__(
         self,
         config: Config,
-        log: EventLog,
+        store: Store,
         observers: Sequence[Observer] = (),
         live_sessions: int = LIVE_SESSIONS,
     ) -> None:
         self._config = config
         self._live_sessions = live_sessions
-        self._log = log
+        self._store = store
         self._observers = tuple(observers)
         self._entries: OrderedDict[SessionKey, Entry] = OrderedDict()
-        self._by_chain: dict[tuple[str, str], SessionKey] = {}
-        self._writes: asyncio.Queue[Write] = asyncio.Queue()
-        self._writer: asyncio.Task[None] | None = None
-        self._unwritten: set[SessionKey] = set()
+        self._index = TurnIndex(lambda key: self._entries[key].session.chain())
+        self._journal = Journal()
         self._opening: dict[SessionKey, asyncio.Lock] = {}
+        self._live: dict[str, int] = {}
 
     async def start(self) -> None:
         """Begin writing."""
-        self._writer = asyncio.create_task(self._write_all(), name="soma-session-writer")
+        await self._journal.start()
 
     async def stop(self) -> None:
         """Write what is still to be written, then end."""
-        if self._writer is None:
-            return
-        written = asyncio.ensure_future(self._writes.join())
-        await asyncio.wait([written, self._writer], return_when=asyncio.FIRST_COMPLETED)
-        written.cancel()
-        self._writer.cancel()
+        await self._journal.stop()
+
+    async def written(self) -> None:
+        """Return when everything recorded so far is in the store."""
+        await self._journal.written()
+
+    # -- finding a session ------------------------------------------------------------------------------
+
+    async def place(self, tenant: str, named: str | None, reading: Reading) -> SessionKey:
+        """The session that a request continues, open and held: the one it names, a branch of it, the one whose
+        transcript it repeats, or a new one.
+
+        Raises:
+            StoreUnavailable: nobody can tell now.
+        """
+        if self._journal.behind > MOST_BEHIND:
+            raise StoreUnavailable(f"{self._journal.behind} events wait for the session store")
+        found = None
+        if named is None:
+            found = await self._find(tenant, "", reading)
+            named = f"{RECOGNISED}{uuid.uuid4().hex}" if found is None else found.session
+        session = await self.open(SessionKey(tenant, named))
+        if not self._leads_on(session, reading):
+            session = await self._other(session, found, reading)
+        self.hold(session.key)
+        return session.key
+
+    async def _other(self, session: Session, found: Found | None, reading: Reading) -> Session:
+        """Where a request goes that does not continue the session it seemed to."""
+        tenant, family = session.key.tenant, session.family
+        again = self._index.asked_by(tenant, family, reading.asked) if reading.marks else None
+        if again is not None and self._entries[again].session.asked_again_by(reading):
+            return self._entries[again].session
+        if found is None:
+            found = await self._find(tenant, family, reading)
+        if found is None:
+            return self._branch(session, ())
+        other = await self.open(SessionKey(tenant, found.session))
+        return (
+            other if self._leads_on(other, reading) else self._branch(other, self._turns_at(other, found.seq))
+        )
+
+    def _leads_on(self, session: Session, reading: Reading) -> bool:
+        return session.phase is Phase.CLOSED or session.continued_by(reading)
+
+    def settle(self, key: SessionKey, reading: Reading) -> SessionKey:
+        """Where a request belongs once it is answered, held: its session, or a branch of it if that went on
+        meanwhile. Give the hold back."""
+        session = self._entries[key].session
+        if not session.continued_by(reading):
+            count, _ = session.repeated(reading)
+            key = self._branch(session, session.turns[:count]).key
+        self.hold(key)
+        return key
+
+    def _branch(self, parent: Session, turns: Sequence[Turn]) -> Session:
+        """A session that begins with some turns of another, in memory until its own first turn."""
+        now = time.time()
+        family = parent.family
+        unique = uuid.uuid4().hex
+        name = f"{family}~{unique[:12]}" if family else f"{RECOGNISED}{unique}"
+        inherited = inheritance(parent, turns, now)
+        first = branch_event(parent, turns, now)
+        pending = (first,) if inherited is None else (first, inherited)
+        session = restore(SessionKey(parent.key.tenant, name), pending, self._config)
+        self._entries[session.key] = Entry(session, pending=pending)
+        return session
+
+    def _turns_at(self, session: Session, seq: int) -> tuple[Turn, ...]:
+        """The turns of a session as one of its events left them."""
+        events = self._entries[session.key].events[: seq + 1]
+        past = restore(session.key, events, self._config)
+        if events[-1].kind != "variant":
+            return past.turns
+        turn = turn_of(events[-1])
+        return (*past.turns[: turn.number - 1], turn)
+
+    async def _find(self, tenant: str, family: str, reading: Reading) -> Found | None:
+        """The turn on record with which a request's history agrees furthest."""
+        if not reading.marks:
+            return None
+        chains = reading.chains()
+        hit = self._index.find(tenant, family, chains)
+        if hit is not None and hit.exact and hit.found.number == len(reading.marks):
+            return hit.found
+        async with _store_answers():
+            on_record = await self._store.find(tenant, family, chains)
+        if hit is None or on_record is None:
+            return on_record if hit is None else hit.found
+        if hit.found.number > on_record.number or (hit.exact and hit.found.number == on_record.number):
+            return hit.found
+        return on_record
+
+    async def said(self, tenant: str, response: str) -> Said:
+        """The transcript up to the answer of this id.
+
+        Raises:
+            NotFound: this tenant has no such response.
+            Unprocessable: its text was not kept.
+            StoreUnavailable: nobody can tell now.
+        """
+        found = self._index.of_response(tenant, response)
+        if found is None:
+            async with _store_answers():
+                found = await self._store.of_response(tenant, response)
+        if found is None:
+            raise NotFound(f"no response {response!r}")
+        session = await self.open(SessionKey(tenant, found.session))
+        turns = self._turns_at(session, found.seq)
+        return Said(found.session, _transcript(replace(session, turns=turns), response))
+
+    async def conversation(self, tenant: str, name: str) -> tuple[Message, ...]:
+        """The transcript of a session so far; empty for a new one. Raises as `said` does."""
+        session = await self.open(SessionKey(tenant, name))
+        self._drop_if_unused(session.key)
+        return _transcript(session, name)
+
+    # -- live sessions ----------------------------------------------------------------------------------
 
     async def open(self, key: SessionKey) -> Session:
-        """The session of this key: the live one, the one on record, or a new one."""
+        """The session of this key: the live one, the one on record, or a new one.
+
+        Raises:
+            StoreUnavailable: it may be on record, and the store does not answer.
+        """
         if (entry := self._entries.get(key)) is not None:
             self._entries.move_to_end(key)
             return entry.session
         async with self._opening.setdefault(key, asyncio.Lock()):
             if key not in self._entries:
-                with _outage_is_unavailability():
-                    events = await self._log.events(key)
-                self._entries[key] = Entry(restore(key, events, self._config), events)
+                async with _store_answers():
+                    events = await self._store.events(key)
+                session = restore(key, events, self._config)
+                self._entries[key] = Entry(session, events)
+                for seq, event in enumerate(events):
+                    self._index.add(key, session.family, _marks(seq, event))
+                if session.turns:
+                    self._index.ask(key, session.family, session.turns[-1].asked)
         self._opening.pop(key, None)
         session = self._entries[key].session
         self._forget_oldest(key)
@@ -114,121 +258,211 @@ class SessionBook:
         self._entries[key].holds += 1
 
     def release(self, key: SessionKey) -> None:
-        """Give one hold back."""
-        self._entries[key].holds -= 1
+        """Give one hold back; harmless when the session was removed meanwhile."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return
+        entry.holds -= 1
+        self._drop_if_unused(key)
 
-    async def recognise(self, tenant: str, messages: Sequence[Message]) -> SessionKey:
-        """The session whose transcript the request continues; a new one where there is none."""
-        history = answered(messages)
-        if history:
-            chain = fingerprint(history)
-            key = self._by_chain.get((tenant, chain))
-            if key is not None:
-                return key
-            with _outage_is_unavailability():
-                session = await self._log.find(tenant, chain)
-            if session is not None:
-                return SessionKey(tenant, session)
-        return SessionKey(tenant, f"auto-{uuid.uuid4().hex}")
+    def holds(self, key: SessionKey) -> int:
+        """Requests and background work under way for a session."""
+        entry = self._entries.get(key)
+        return 0 if entry is None else entry.holds
+
+    async def unheld(self, key: SessionKey, limit_s: float) -> None:
+        """Wait until nobody but the caller holds a session, or the time is over."""
+        deadline = time.monotonic() + limit_s
+        while self.holds(key) > 1 and time.monotonic() < deadline:
+            await asyncio.sleep(UNHELD_EVERY_S)
 
     def session(self, key: SessionKey) -> Session:
         """A live session as it is now."""
         return self._entries[key].session
+
+    def is_new(self, key: SessionKey) -> bool:
+        """Whether nothing of a live session is recorded yet."""
+        return not self._entries[key].events
 
     async def entry(self, key: SessionKey) -> Entry:
         """A session with its events.
 
         Raises:
             NotFound: this tenant has no such session.
+            StoreUnavailable: nobody can tell now.
         """
-        entry = self._entries.get(key)
-        if entry is None and await self._log.events(key):
-            await self.open(key)
-            entry = self._entries[key]
-        if entry is None or not entry.events:
+        await self.open(key)
+        entry = self._entries[key]
+        if not entry.events:
+            self._drop_if_unused(key)
             raise NotFound(f"no session {key.session!r}")
         return entry
 
+    async def live(self, tenant: str) -> int:
+        """Sessions that a tenant has."""
+        if tenant not in self._live:
+            async with _store_answers():
+                count = await self._store.live(tenant)
+            self._live.setdefault(tenant, count)
+        return self._live[tenant]
+
+    async def adapters(self, tenant: str) -> int:
+        """Adapters that a tenant has."""
+        async with _store_answers():
+            records = await self._store.adapters(tenant)
+        return sum(record.state != RETIRED for record in records)
+
+    async def in_use(self, ref: AdapterRef) -> bool:
+        """Whether any session is served by this adapter; True where nobody can tell."""
+        if any(_serves(entry.session, ref) for entry in self._entries.values()):
+            return True
+        try:
+            async with _store_answers():
+                users = await self._store.users_of(ref.name)
+        except StoreUnavailable:
+            return True
+        return any(key not in self._entries for key in users)
+
+    # -- recording --------------------------------------------------------------------------------------
+
     def record(self, key: SessionKey, *events: Event) -> Session:
-        """Fold events into the session, tell the observers, and queue them for the log."""
+        """Fold events into the session, tell the observers, and queue them for the store."""
         entry = self._entries[key]
-        first_seq = len(entry.events)
+        if not entry.events and key.tenant in self._live:
+            self._live[key.tenant] += 1
+        before = entry.session.phase
         for event in events:
             entry.session = fold(entry.session, event, self._config)
-            entry.events.append(event)
+        events, entry.pending = (*entry.pending, *events), ()
+        self._put_on_record(entry, events)
+        for event in events:
             for observe in self._observers:
                 observe(key, event)
-        chain = entry.session.chain()
-        self._index(key, entry)
-        entry.unwritten += 1
-        self._writes.put_nowait(Write(key, first_seq, events, entry.session.phase, chain))
+        if before in LEARNING and entry.session.phase not in LEARNING:
+            self._fall_silent(entry)
         return entry.session
-
-    def _index(self, key: SessionKey, entry: Entry) -> None:
-        """Make a session recognisable by its transcript, and by the one before its last turn, for retries."""
-        turns = len(entry.session.turns)
-        chains = {fingerprint(entry.session.transcript(n)) for n in (turns - 1, turns) if n > 0}
-        for chain in entry.chains - chains:
-            if self._by_chain.get((key.tenant, chain)) == key:
-                del self._by_chain[key.tenant, chain]
-        for chain in chains:
-            self._by_chain[key.tenant, chain] = key
-        entry.chains = chains
-
-    def _forget_oldest(self, newest: SessionKey) -> None:
-        """Drop sessions that the log can restore, beyond those that may stay in memory."""
-        surplus = len(self._entries) - self._live_sessions
-        idle = (
-            key
-            for key, entry in self._entries.items()
-            if not (entry.holds or entry.unwritten or key in self._unwritten or key == newest)
-        )
-        for key in list(islice(idle, max(0, surplus))):
-            for chain in self._entries.pop(key).chains:
-                if self._by_chain.get((key.tenant, chain)) == key:
-                    del self._by_chain[key.tenant, chain]
 
     def note(self, key: SessionKey, kind: str, **data: Any) -> Session:
         """Record one event that happens now."""
         return self.record(key, Event(kind, time.time(), data))
 
-    async def _write_all(self) -> None:
-        while True:
-            write = await self._writes.get()
-            try:
-                await self._write(write)
-            finally:
-                self._entries[write.key].unwritten -= 1
-                self._writes.task_done()
+    def recall(self, key: SessionKey, reading: Reading) -> None:
+        """Take what the turns said from a request's history, where it is yet to be learned from."""
+        entry = self._entries[key]
+        if entry.session.phase in LEARNING:
+            entry.session = entry.session.with_text(reading)
 
-    async def _write(self, write: Write) -> None:
-        if write.key in self._unwritten:
+    def _put_on_record(self, entry: Entry, events: Sequence[Event]) -> None:
+        session = entry.session
+        policy = self._config.retention.text
+        learning = session.phase in LEARNING
+        first_seq = len(entry.events)
+        in_memory = policy == "session" or learning
+        on_record = policy == "session" or (policy == "until_adapted" and learning)
+        entry.events += events if in_memory else [_silent(event) for event in events]
+        if not in_memory:
+            entry.session = session.without_text()
+        written = tuple(events) if on_record else tuple(_silent(event) for event in events)
+        marks = tuple(m for seq, event in enumerate(events, first_seq) for m in _marks(seq, event))
+        if marks:
+            self._index.add(session.key, session.family, marks)
+            self._index.ask(session.key, session.family, session.turns[-1].asked)
+        standing = _standing(session)
+        adapters = tuple(_adapters(events))
+
+        async def append() -> None:
+            await self._store.append(session.key, first_seq, written, standing, marks, adapters)
+
+        self._journal.put(Write(session.key, append))
+
+    def _fall_silent(self, entry: Entry) -> None:
+        """Nothing is learned from a session any more: erase what was kept for that alone."""
+        key, policy = entry.session.key, self._config.retention.text
+        if policy == "session":
             return
-        attempts = AsyncRetrying(
-            retry=retry_if_exception(_may_pass),
-            stop=stop_after_attempt(5),
-            wait=wait_exponential(multiplier=0.2, max=5),
-            reraise=True,
+        entry.events = [_silent(event) for event in entry.events]
+        entry.session = entry.session.without_text()
+        if policy == "until_adapted":
+            self._journal.put(Write(key, lambda: self._store.erase_text(key)))
+
+    def forget_texts_before(self, at: float) -> None:
+        """Erase from memory what was said before a time, but for what is being learned from this moment."""
+        for entry in self._entries.values():
+            old = [event for event in entry.events if event.text is not None and event.at < at]
+            if old and entry.session.phase is not Phase.ADAPTING:
+                entry.events = [_silent(e) if e.at < at else e for e in entry.events]
+                entry.session = restore(entry.session.key, (*entry.events, *entry.pending), self._config)
+
+    def remove(self, key: SessionKey) -> None:
+        """Drop a session from memory, and queue its removal from the store."""
+        self._entries.pop(key, None)
+        self._index.drop(key)
+        if key.tenant in self._live:
+            self._live[key.tenant] -= 1
+        self._journal.put(Write(key, lambda: self._store.delete(key), anew=True))
+
+    # -- memory -----------------------------------------------------------------------------------------
+
+    def _drop_if_unused(self, key: SessionKey) -> None:
+        """Drop a session that was opened and never came to anything."""
+        entry = self._entries.get(key)
+        if entry is not None and not entry.holds and not entry.events:
+            del self._entries[key]
+
+    def _forget_oldest(self, newest: SessionKey) -> None:
+        """Drop sessions that the store can restore, beyond those that may stay in memory."""
+        surplus = len(self._entries) - self._live_sessions
+        idle = (
+            key
+            for key, entry in self._entries.items()
+            if not (entry.holds or self._journal.holds(key) or key == newest)
         )
-        try:
-            async for attempt in attempts:
-                with attempt:
-                    await self._log.append(write.key, write.first_seq, write.events, write.phase, write.chain)
-        except (SQLAlchemyError, OSError) as error:
-            # What is on record stays a true beginning of the session: nothing is written after a gap.
-            self._unwritten.add(write.key)
-            logger.error("a session goes on in memory only: %s", type(error).__name__)
+        for key in list(islice(idle, max(0, surplus))):
+            del self._entries[key]
+            self._index.drop(key)
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether trying again can help: the database was away or full, not contradicted."""
-    return isinstance(error, SQLAlchemyError | OSError) and not isinstance(error, IntegrityError)
+def _transcript(session: Session, name: str) -> tuple[Message, ...]:
+    if not session.kept():
+        raise Unprocessable(
+            f"found {name!r}, but its text was not kept (retention.text); expected the messages in the request"
+        )
+    return session.transcript()
 
 
-@contextmanager
-def _outage_is_unavailability() -> Iterator[None]:
-    """Without its record a session must not be served as if it were new."""
+def _silent(event: Event) -> Event:
+    return event if event.text is None else replace(event, text=None)
+
+
+def _marks(seq: int, event: Event) -> tuple[TurnMark, ...]:
+    if event.kind not in ("turn", "variant"):
+        return ()
+    data = event.data
+    return (TurnMark(seq, data["number"], data["chain"], data["response"]),)
+
+
+def _standing(session: Session) -> Standing:
+    adapter = None if session.adapter is None else session.adapter.name
+    return Standing(session.family, session.phase, session.chain(), len(session.turns), adapter)
+
+
+def _adapters(events: Iterable[Event]) -> Iterable[AdapterRecord]:
+    for event in events:
+        ref = event.data.get("adapter")
+        if event.kind in ADAPTER_STATES and isinstance(ref, dict):
+            yield AdapterRecord(ref["name"], ref["number"], ref["path"], ADAPTER_STATES[event.kind])
+
+
+def _serves(session: Session, ref: AdapterRef) -> bool:
+    return session.adapter is not None and session.adapter.name == ref.name
+
+
+@asynccontextmanager
+async def _store_answers() -> AsyncIterator[None]:
+    """Raises StoreUnavailable where the store does not answer in time: without its record a session must not be
+    served as if it were new."""
     try:
-        yield
+        async with asyncio.timeout(LOOKUP_S):
+            yield
     except (SQLAlchemyError, OSError) as error:
-        raise EngineUnavailable(f"the session store does not answer ({type(error).__name__})") from error
+        raise StoreUnavailable(f"the session store does not answer ({type(error).__name__})") from error

@@ -1,4 +1,4 @@
-"""The way of a request: identify, route, serve, record, adapt.
+"""The way of a request: identify, route, serve, record.
 
 Guarantees:
 
@@ -7,51 +7,69 @@ Guarantees:
   the same turn. A hold on the adapter lasts from reservation to the last token.
 * Recording happens after the last event has been handed to the client, adaptation and audits after that, in
   tasks that no request awaits.
-* A request that a client repeats or rewrites replaces the turns it no longer contains; it never adds a second.
+* While the session store is away the original answers, and nothing is recorded.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from soma_vllm.config import Config
 from soma_vllm.engines.base import ChatCall, Engine, Reply
-from soma_vllm.errors import BadRequest, EngineError, EngineRefused, EngineUnavailable
-from soma_vllm.scheduler.adaptation import Adaptation
-from soma_vllm.scheduler.book import SessionBook
-from soma_vllm.scheduler.drift import DriftWatch
+from soma_vllm.errors import (
+    BadRequest,
+    EngineError,
+    EngineRefused,
+    EngineUnavailable,
+    NoSuchModel,
+    StoreUnavailable,
+)
+from soma_vllm.scheduler.book import Said, SessionBook
 from soma_vllm.scheduler.holds import AdapterHolds
-from soma_vllm.scheduler.policies.base import Asked, Policy
-from soma_vllm.scheduler.ports import AdapterEngine, Encoder
+from soma_vllm.scheduler.policies.base import Asked, Policies, Policy
+from soma_vllm.scheduler.ports import AdapterEngine, Encoder, Meter
+from soma_vllm.scheduler.recorder import Recorder
 from soma_vllm.scheduler.replies import Ended, Heard, Listened, heard_whole
 from soma_vllm.scheduler.teaching import Lesson, Teachers, without_logprobs
 from soma_vllm.session.gate import gap
 from soma_vllm.session.identity import explicit_id, tenant_of
 from soma_vllm.session.phases import Phase
 from soma_vllm.session.prefix import compress
-from soma_vllm.session.session import Session, Turn, turn_event
-from soma_vllm.session.transcript import common_turns, says, text_of
-from soma_vllm.types import Candidate, Role, Route, SessionKey
+from soma_vllm.session.session import Session
+from soma_vllm.session.transcript import Reading, read, text_of
+from soma_vllm.types import Candidate, Message, Role, Route, SessionKey
 
 logger = logging.getLogger(__name__)
 
 DISPATCH_NAME = "soma"
-"""The model name that asks for dispatch; the engines' own names bypass it."""
+"""The model name that asks for dispatch; `soma:<policy>` under another policy than the configured one. The
+engines' own names bypass it."""
+
+RESULTS = ("tool", "function")
+"""Roles of messages that bring what a tool found."""
 
 
 @dataclass(frozen=True)
 class Incoming:
-    """One chat completion as the client sent it."""
+    """One request as the client sent it."""
 
     body: Mapping[str, Any]
     headers: Mapping[str, str]
     """Lower-case names."""
     http: Any = None
+    session: str | None = None
+    """The session's id, where something else than the request's own headers and body tells it."""
+    response: str | None = None
+    """Id under which the client may name the answer later."""
+
+    @property
+    def tenant(self) -> str:
+        """Whose request it is."""
+        return tenant_of(self.headers.get("authorization"))
 
 
 @dataclass(frozen=True)
@@ -68,61 +86,75 @@ class Dispatcher:
     def __init__(
         self,
         config: Config,
-        policy: Policy,
+        policies: Policies,
         book: SessionBook,
         original: Engine,
         surrogate: AdapterEngine,
         encoder: Encoder,
         holds: AdapterHolds,
-        adaptation: Adaptation,
-        drift: DriftWatch,
+        recorder: Recorder,
         teachers: Teachers,
+        meter: Meter,
     ) -> None:
         self._config = config
-        self._policy = policy
-        self.book = book
+        self._policies = policies
+        self._book = book
         self._original = original
         self._surrogate = surrogate
         self._encoder = encoder
         self._holds = holds
-        self._adaptation = adaptation
-        self._drift = drift
+        self._recorder = recorder
         self._teachers = teachers
-        self._background: dict[asyncio.Task[None], SessionKey] = {}
+        self._meter = meter
 
     async def chat(self, incoming: Incoming) -> Answer:
         """Answer one chat completion.
 
         Raises:
             BadRequest: the request cannot be dispatched.
+            TooManyRequests: its tenant has too many sessions for a new one.
             EngineUnavailable: nobody can answer it now.
             EngineRefused: the engine found it wrong.
         """
-        if (engine := self._bypass(incoming)) is not None:
-            return await self._pass_through(engine, incoming)
         started = time.monotonic()
-        key = await self._identify(incoming)
-        session = await self.book.open(key)
-        self.book.hold(key)
+        if (engine := self._bypass(incoming)) is not None:
+            return await self._past_sessions(engine, incoming, started, "bypass")
+        policy = self._policy(incoming)
+        reading = read(incoming.tenant, _messages(incoming))
         try:
-            asked = await self._read(session, incoming)
-            session = self.book.session(key)  # as it is now: reading took a while
-            route = self._policy.route(session, asked)
-            return await self._serve(key, session, asked, route, incoming, started)
+            key = await self._enter(incoming, reading)
+        except StoreUnavailable as error:
+            logger.warning("the original answers a turn that is not recorded: %s", error)
+            return await self._past_sessions(self._original, incoming, started, "session store unavailable")
+        try:
+            if self._book.session(key).phase is Phase.CLOSED:
+                self._book.release(key)
+                return await self._past_sessions(self._original, incoming, started, "session being removed")
+            asked = await self._read(key, reading, incoming)
+            session = self._book.session(key)  # as it is now: reading took a while
+            return await self._serve(key, session, asked, policy, incoming, started)
         except BaseException:
-            self.book.release(key)
+            self._book.release(key)
             raise
 
-    def idle(self, key: SessionKey) -> bool:
-        """True when no background work is under way for this session."""
-        return key not in self._background.values()
+    async def complete(self, incoming: Incoming) -> Answer:
+        """Answer one text completion. It is no dialogue: the original answers, or the engine that is named.
 
-    async def stop(self) -> None:
-        """End all background work. An unfinished adaptation starts again with the session's next turn."""
-        tasks = list(self._background)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        Raises:
+            BadRequest, EngineUnavailable, EngineRefused: as in `chat`.
+        """
+        self._policy(incoming)
+        engine = self._bypass(incoming)
+        why = "a text completion has no session" if engine is None else "bypass"
+        return await self._past_sessions(engine or self._original, incoming, time.monotonic(), why, text=True)
+
+    async def said(self, tenant: str, response: str) -> Said:
+        """The transcript up to an answer; see `SessionBook.said`."""
+        return await self._book.said(tenant, response)
+
+    async def conversation(self, tenant: str, session: str) -> tuple[Message, ...]:
+        """A session's transcript; see `SessionBook.conversation`."""
+        return await self._book.conversation(tenant, session)
 
     # -- identify ---------------------------------------------------------------------------------------
 
@@ -133,43 +165,84 @@ class Dispatcher:
             return self._original
         if model == self._surrogate.name:
             return self._surrogate
-        if model not in (DISPATCH_NAME, None):
-            served = f"{DISPATCH_NAME}, {self._original.name}, {self._surrogate.name}"
-            raise BadRequest(f"model: found {model!r}; expected one of {served}", "model")
         return self._original if incoming.headers.get("x-soma", "").lower() == "off" else None
 
-    async def _identify(self, incoming: Incoming) -> SessionKey:
-        if not incoming.body["messages"]:
-            raise BadRequest("messages: found none; expected at least one", "messages")
-        tenant = tenant_of(incoming.headers.get("authorization"))
-        session = explicit_id(incoming.headers, incoming.body)
-        if session is not None:
-            return SessionKey(tenant, session)
-        return await self.book.recognise(tenant, incoming.body["messages"])
+    def _policy(self, incoming: Incoming) -> Policy:
+        """The policy that a request asks for, or the configured one.
 
-    async def _read(self, session: Session, incoming: Incoming) -> Asked:
+        Raises:
+            BadRequest: there is no such model, or no such policy.
+        """
+        model = incoming.body.get("model")
+        name = incoming.headers.get("x-soma-policy")
+        if model not in (None, DISPATCH_NAME, self._original.name, self._surrogate.name):
+            prefix, colon, of_model = str(model).partition(":")
+            if prefix != DISPATCH_NAME or not colon:
+                served = f"{DISPATCH_NAME}, {self._original.name}, {self._surrogate.name}"
+                raise NoSuchModel(f"model: found {str(model)[:200]!r}; expected one of {served}", "model")
+            name = of_model
+        return self._policies.default if name is None else self._policies.named(name)
+
+    async def _enter(self, incoming: Incoming, reading: Reading) -> SessionKey:
+        """The request's session, held."""
+        tenant = incoming.tenant
+        named = incoming.session or explicit_id(incoming.headers, incoming.body)
+        key = await self._book.place(tenant, named, reading)
+        try:
+            if self._book.is_new(key):
+                self._meter.check_new_session(tenant, await self._book.live(tenant))
+        except BaseException:
+            self._book.release(key)
+            raise
+        return key
+
+    async def _read(self, key: SessionKey, reading: Reading, incoming: Incoming) -> Asked:
         """What of the request is new to the session, and how far its query is from the warm start."""
-        messages = tuple(incoming.body["messages"])
-        builds_on, added = common_turns(session.turns, messages)
+        self._book.recall(key, reading)
+        session = self._book.session(key)
+        builds_on, added = session.repeated(reading)
         center = session.centroid_vector()
         distance = None
         if session.phase is Phase.SWITCHED and center is not None:
-            (vector,) = await self._encoder.encode([text_of(messages[-1])])
+            (vector,) = await self._encoder.encode([text_of(reading.messages[-1])])
             distance = gap(vector, center)
-        return Asked(messages, incoming.body, builds_on, added, distance)
+        return Asked(reading, incoming.body, builds_on, added, distance)
 
     # -- serve ------------------------------------------------------------------------------------------
+
+    def _route(self, session: Session, asked: Asked, policy: Policy) -> Route:
+        """To whoever called the tool whose result this is, else to the pinned engine, else by the policy."""
+        if asked.added and asked.added[-1].get("role") in RESULTS and asked.builds_on:
+            return self._to_caller(session, asked)
+        if session.pinned is Role.ORIGINAL:
+            return Route(Role.ORIGINAL, None, asked.messages, "pinned")
+        if session.pinned is Role.SURROGATE:
+            return Route(Role.SURROGATE, session.adapter, self._shown(asked), "pinned")
+        return policy.route(session, asked)
+
+    def _to_caller(self, session: Session, asked: Asked) -> Route:
+        """A tool's result goes back to the engine that called the tool."""
+        caller = session.turns[asked.builds_on - 1]
+        serving = None if session.adapter is None else session.adapter.name
+        if caller.engine is Role.SURROGATE and session.phase is Phase.SWITCHED and caller.adapter == serving:
+            return Route(Role.SURROGATE, session.adapter, self._shown(asked), "tool result to its caller")
+        return Route(Role.ORIGINAL, None, asked.messages, "tool result")
+
+    def _shown(self, asked: Asked) -> tuple[Message, ...]:
+        """What the surrogate sees of the history."""
+        return compress(asked.messages, self._config.prefix, self._config.compressed_prefix_turns)
 
     async def _serve(
         self,
         key: SessionKey,
         session: Session,
         asked: Asked,
-        route: Route,
+        policy: Policy,
         incoming: Incoming,
         started: float,
     ) -> Answer:
         """Run the routed engine, the original if it cannot, and listen to what it says."""
+        route = self._route(session, asked, policy)
         held = None
         reply = None
         lesson = None
@@ -180,13 +253,25 @@ class Dispatcher:
                 logger.warning("the original answers instead of the surrogate: %s", error)
                 route = _instead(route, asked, f"surrogate failed: {error}")
         if reply is None:
-            route, reply, lesson = await self._ask_original(key, session, asked, route, incoming)
+            more = self._teachers.fields(session, incoming.body) if policy.adapts else {}
+            route, reply, lesson = await self._ask_original(key, more, asked, route, incoming)
 
         async def ended(heard: Heard) -> None:
             if held is not None:
                 await self._holds.release(held)
-            self._record(key, session.phase, asked, route, heard, lesson, incoming)
-            self.book.release(key)
+            self._meter.spent(key.tenant, heard.usage)
+            self._recorder.record(
+                key,
+                session.phase,
+                asked,
+                route,
+                heard,
+                lesson=lesson,
+                response=incoming.response,
+                adapts=policy.adapts,
+                forced=self._forced(incoming),
+            )
+            self._book.release(key)
 
         headers = self._headers(key, session.phase, route)
         return Answer(await _listened(reply, started, ended), headers)
@@ -214,10 +299,9 @@ class Dispatcher:
         return (None if ref is None else ref.name), reply
 
     async def _ask_original(
-        self, key: SessionKey, session: Session, asked: Asked, route: Route, incoming: Incoming
+        self, key: SessionKey, more: Mapping[str, Any], asked: Asked, route: Route, incoming: Incoming
     ) -> tuple[Route, Reply, Lesson | None]:
         """(the route in the end, the reply, what it teaches beside its words)."""
-        more = self._teachers.fields(session, incoming.body) if self._policy.adapts else {}
         try:
             reply, lesson = await self._ask_for_more(key, incoming, more)
         except EngineUnavailable:
@@ -243,11 +327,19 @@ class Dispatcher:
         lesson = Lesson()
         return without_logprobs(reply, lesson), lesson
 
-    async def _pass_through(self, engine: Engine, incoming: Incoming) -> Answer:
-        tenant = tenant_of(incoming.headers.get("authorization"))
-        reply = await engine.chat(ChatCall(incoming.body, None, tenant, incoming.http))
+    async def _past_sessions(
+        self, engine: Engine, incoming: Incoming, started: float, why: str, text: bool = False
+    ) -> Answer:
+        """An answer that belongs to no session."""
+        tenant = incoming.tenant
+        reply = await engine.chat(ChatCall(incoming.body, None, tenant, incoming.http, text=text))
+
+        async def ended(heard: Heard) -> None:
+            self._meter.spent(tenant, heard.usage)
+
         role = Role.SURROGATE if engine is self._surrogate else Role.ORIGINAL
-        return Answer(reply, {"X-SOMA-Engine": role, "X-SOMA-Reason": "bypass"})
+        headers = {"X-SOMA-Engine": role, "X-SOMA-Reason": why}
+        return Answer(await _listened(reply, started, ended), headers)
 
     def _headers(self, key: SessionKey, phase: Phase, route: Route) -> dict[str, str]:
         return {
@@ -258,85 +350,11 @@ class Dispatcher:
             "X-SOMA-Reason": _ascii(route.reason),
         }
 
-    # -- record, adapt ----------------------------------------------------------------------------------
-
-    def _record(
-        self,
-        key: SessionKey,
-        phase: Phase,
-        asked: Asked,
-        route: Route,
-        heard: Heard,
-        lesson: Lesson | None,
-        incoming: Incoming,
-    ) -> None:
-        """Fold the turn into its session, then start what follows from it."""
-        if not heard.complete and not heard.text:
-            return  # the client left before anything was said: there is no turn
-        session = self.book.session(key)
-        builds_on, added = common_turns(session.turns, asked.messages)
-        turn = Turn(
-            number=builds_on + 1,
-            messages=added,
-            answer=heard.text,
-            engine=route.engine,
-            adapter=None if route.adapter is None else route.adapter.name,
-            phase=phase,
-            reason=route.reason,
-            usage=heard.usage,
-            ttft_s=heard.ttft_s,
-            latency_s=heard.latency_s,
-            complete=heard.complete,
-        )
-        if builds_on < session.learned and not _repeats(session, turn):
-            self._rewind(key, session, builds_on)
-        session = self.book.record(key, turn_event(turn, builds_on, time.time()))
-        self._teachers.keep(key, turn.number, heard, lesson)
-        if self._policy.adapts:
-            if session.phase in (Phase.WARM_START, Phase.ROLLED_BACK) and (why := turn.unteachable()):
-                self.book.note(key, "turn_skipped", turn=turn.number, why=why)
-            self._follow_up(key, session, turn, asked, incoming)
-
-    def _rewind(self, key: SessionKey, session: Session, builds_on: int) -> None:
-        """Forget what was learned from turns that the client has rewritten."""
-        adapter = session.adapter
-        self.book.note(key, "rewound", to=builds_on)
-        if adapter is not None:
-            self._spawn(key, self._adaptation.retire(adapter))
-
-    def _follow_up(
-        self, key: SessionKey, session: Session, turn: Turn, asked: Asked, incoming: Incoming
-    ) -> None:
-        unfinished = session.phase is Phase.ADAPTING and self.idle(key)
-        if session.wants_adaptation(self._config) or unfinished:
-            if self.idle(key):
-                self._spawn(key, self._adaptation.begin(key, self._forced(incoming)))
-            return
-        if self._drift.wants(turn):
-            shown = compress(asked.messages, self._config.prefix, self._config.compressed_prefix_turns)
-            if turn.engine is Role.ORIGINAL:
-                self.book.note(key, "locality_miss", turn=turn.number, distance=asked.distance)
-            self._spawn(key, self._drift.audit(key, turn, asked.messages, shown))
-
     def _forced(self, incoming: Incoming) -> Candidate | None:
         """The candidate that a study forces on this session, where the configuration lets it."""
         wish = incoming.headers.get("x-soma-force", "")
         allowed = self._config.adaptation.allow_force_header
         return Candidate(wish) if allowed and wish in (Candidate.PLAIN, Candidate.ADAPTER) else None
-
-    def _spawn(self, key: SessionKey, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work, name=f"soma-background-{key.session}")
-        self._background[task] = key
-        self.book.hold(key)
-        task.add_done_callback(self._finished)
-
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        key = self._background.pop(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("background work of a session failed", exc_info=error)
-            if self.book.session(key).phase is Phase.ADAPTING:
-                self.book.note(key, "training_failed", error=type(error).__name__, message="unexpected")
-        self.book.release(key)
 
 
 async def _listened(reply: Reply, started: float, ended: Ended) -> Reply:
@@ -358,8 +376,8 @@ def _instead(route: Route, asked: Asked, why: str) -> Route:
     return replace(route, engine=Role.ORIGINAL, adapter=None, messages=asked.messages, reason=why)
 
 
-def _repeats(session: Session, turn: Turn) -> bool:
-    """Whether a turn is the session's last one asked again, word for word."""
-    if turn.number != len(session.turns):
-        return False
-    return [says(m) for m in session.turns[-1].messages] == [says(m) for m in turn.messages]
+def _messages(incoming: Incoming) -> list[Message]:
+    messages: list[Message] = incoming.body["messages"]
+    if not messages:
+        raise BadRequest("messages: found none; expected at least one", "messages")
+    return messages

@@ -57,7 +57,7 @@ class DriftWatch:
         surrogate: AdapterEngine,
         encoder: Encoder,
         holds: AdapterHolds,
-        retire: Callable[[AdapterRef], Awaitable[None]],
+        retire: Callable[[SessionKey, AdapterRef], Awaitable[None]],
         quiet: QuietTimes,
     ) -> None:
         """`quiet` are the original's times without users."""
@@ -130,7 +130,7 @@ class DriftWatch:
         """Keep an audit out of a drift window that it was not taken for.
 
         Raises:
-            Dropped: the session was rolled back, rewound or closed meanwhile, whatever it is now.
+            Dropped: the session was rolled back, restarted or closed meanwhile, whatever it is now.
         """
         session = self._book.session(key)
         if session.phase is not Phase.SWITCHED or session.switches != before.switches:
@@ -161,7 +161,7 @@ class DriftWatch:
             surprise_threshold=self._config.gate.surprise_threshold,
         )
         if adapter is not None:
-            await self._retire(adapter)
+            await self._retire(key, adapter)
 
     def _note(self, key: SessionKey, event: str, **data: Any) -> Session:
         return self._book.record(key, Event(event, time.time(), data))

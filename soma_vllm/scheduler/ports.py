@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from soma_vllm.engines.base import Engine
+from soma_vllm.storage.records import AdapterRecord, Found, Standing, Summary, TurnMark
 from soma_vllm.training.messages import ScoreRequest, TrainRequest, TrainResult
-from soma_vllm.types import AdapterRef, Agreement, Event, SessionKey
+from soma_vllm.types import AdapterRef, Agreement, Event, SessionKey, Usage
 
 
 class Encoder(Protocol):
@@ -37,7 +38,7 @@ class AdapterEngine(Engine, Protocol):
 
 
 class Shelf(Protocol):
-    """Where adapters are published. Both verbs block, and raise AdapterError."""
+    """Where adapters are published. Its verbs block, and raise AdapterError."""
 
     def publish(
         self, key: SessionKey, trained: Path, *, base_model: str, manifest: Mapping[str, Any]
@@ -45,17 +46,53 @@ class Shelf(Protocol):
     def retire(self, name: str) -> None: ...
 
 
-class EventLog(Protocol):
-    """Where events are kept: `storage.sessions.SessionStore`."""
+class Store(Protocol):
+    """Where sessions are on record: `storage.sessions.SessionStore`.
+
+    Every verb may raise SQLAlchemyError or OSError.
+    """
 
     async def append(
-        self, key: SessionKey, first_seq: int, events: Sequence[Event], phase: str, chain: str
+        self,
+        key: SessionKey,
+        first_seq: int,
+        events: Sequence[Event],
+        standing: Standing,
+        marks: Sequence[TurnMark] = (),
+        adapters: Sequence[AdapterRecord] = (),
     ) -> None: ...
     async def events(self, key: SessionKey) -> list[Event]: ...
-    async def find(self, tenant: str, chain: str) -> str | None: ...
+    async def find(self, tenant: str, family: str, chains: Sequence[str]) -> Found | None: ...
+    async def of_response(self, tenant: str, response: str) -> Found | None: ...
+    async def erase_text(self, key: SessionKey) -> int: ...
+    async def erase_texts_before(self, at: float) -> int: ...
+    async def delete(self, key: SessionKey) -> None: ...
+    async def users_of(self, adapter: str) -> list[SessionKey]: ...
+    async def in_phase(self, phase: str) -> list[SessionKey]: ...
+    async def idle_since(self, at: float, limit: int) -> list[SessionKey]: ...
+    async def summaries(self, tenant: str | None, limit: int, after: float | None = None) -> list[Summary]: ...
+    async def live(self, tenant: str) -> int: ...
+    async def adapters(self, tenant: str | None = None) -> list[AdapterRecord]: ...
+    async def retired(self, adapter: str) -> None: ...
 
 
 class Observer(Protocol):
     """Something that is told of every event: metrics, logs."""
 
     def __call__(self, key: SessionKey, event: Event) -> None: ...
+
+
+class Meter(Protocol):
+    """What a tenant may still use: `api.allowances.Allowances`."""
+
+    def spent(self, tenant: str, usage: Usage) -> None:
+        """Count the tokens of a reply."""
+        ...
+
+    def check_new_session(self, tenant: str, live: int) -> None:
+        """Raise TooManyRequests where a tenant with `live` sessions may not open another."""
+        ...
+
+    def may_adapt(self, tenant: str, adapters: int) -> bool:
+        """Whether a tenant that holds `adapters` may have one more."""
+        ...

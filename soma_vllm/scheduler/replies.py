@@ -16,16 +16,35 @@ from soma_vllm.types import Usage
 
 
 @dataclass(frozen=True)
+class Choice:
+    """One of a reply's answers."""
+
+    text: str = ""
+    calls: tuple[Mapping[str, Any], ...] = ()
+    """Calls of tools, as OpenAI's `tool_calls`."""
+
+
+@dataclass(frozen=True)
 class Heard:
     """What a reply said, once it is over."""
 
-    text: str
-    """Content of choice 0."""
+    choices: tuple[Choice, ...]
+    """In the order of their indices; at least one."""
     usage: Usage
     complete: bool
     """The engine finished by itself: not cut off by the client or a failure."""
     ttft_s: float | None
     latency_s: float
+
+    @property
+    def text(self) -> str:
+        """Content of choice 0."""
+        return self.choices[0].text
+
+    @property
+    def silent(self) -> bool:
+        """Nothing was said."""
+        return not any(choice.text or choice.calls for choice in self.choices)
 
 
 Ended = Callable[[Heard], Awaitable[None]]
@@ -33,9 +52,9 @@ Ended = Callable[[Heard], Awaitable[None]]
 
 def heard_whole(body: Mapping[str, Any], started: float) -> Heard:
     """What a reply that came in one piece said."""
-    choices = body.get("choices") or [{}]
-    text = (choices[0].get("message") or {}).get("content") or ""
-    return Heard(text, _usage(body.get("usage")), True, None, time.monotonic() - started)
+    found = sorted(body.get("choices") or (), key=_index)
+    choices = tuple(_choice(choice.get("message") or {}) for choice in found) or (Choice(),)
+    return Heard(choices, _usage(body.get("usage")), True, None, time.monotonic() - started)
 
 
 class Listened:
@@ -73,13 +92,13 @@ class Listened:
         self._over = True
         latency = time.monotonic() - self._started
         await self._events.aclose()
-        text, usage, complete = read_events(self._kept)
-        await self._ended(Heard(text, usage, complete, self._first, latency))
+        choices, usage, complete = read_events(self._kept)
+        await self._ended(Heard(choices, usage, complete, self._first, latency))
 
 
-def read_events(events: Iterable[str]) -> tuple[str, Usage, bool]:
-    """(content of choice 0, usage, whether the stream came to its own end) of server-sent events."""
-    pieces: list[str] = []
+def read_events(events: Iterable[str]) -> tuple[tuple[Choice, ...], Usage, bool]:
+    """(choices, usage, whether the stream came to its own end) of server-sent events."""
+    spoken: dict[int, Spoken] = {0: Spoken()}
     usage = Usage()
     complete = False
     for event in events:
@@ -89,11 +108,39 @@ def read_events(events: Iterable[str]) -> tuple[str, Usage, bool]:
         elif data.startswith("{"):
             chunk = json.loads(data)
             usage = _usage(chunk["usage"]) if chunk.get("usage") else usage
-            first: Mapping[str, Any] = next(
-                (c for c in chunk.get("choices") or () if c.get("index", 0) == 0), {}
-            )
-            pieces.append((first.get("delta") or {}).get("content") or "")
-    return "".join(pieces), usage, complete
+            for choice in chunk.get("choices") or ():
+                spoken.setdefault(_index(choice), Spoken()).hear(choice.get("delta") or {})
+    return tuple(spoken[index].choice() for index in sorted(spoken)), usage, complete
+
+
+class Spoken:
+    """One choice of a stream, put together."""
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+        self._calls: dict[int, dict[str, Any]] = {}
+
+    def hear(self, delta: Mapping[str, Any]) -> None:
+        """Add what one event brought."""
+        self._pieces.append(delta.get("content") or "")
+        for part in delta.get("tool_calls") or ():
+            call = self._calls.setdefault(_index(part), {"id": None, "type": "function", "function": {}})
+            call["id"] = part.get("id") or call["id"]
+            function, new = call["function"], part.get("function") or {}
+            function["name"] = new.get("name") or function.get("name")
+            function["arguments"] = function.get("arguments", "") + (new.get("arguments") or "")
+
+    def choice(self) -> Choice:
+        """All of it."""
+        return Choice("".join(self._pieces), tuple(self._calls[index] for index in sorted(self._calls)))
+
+
+def _choice(message: Mapping[str, Any]) -> Choice:
+    return Choice(message.get("content") or "", tuple(message.get("tool_calls") or ()))
+
+
+def _index(part: Mapping[str, Any]) -> int:
+    return part.get("index") or 0
 
 
 def _usage(found: Mapping[str, Any] | None) -> Usage:

@@ -246,11 +246,11 @@ class Teachers:
         self._bytes = 0
 
     def __call__(self, key: SessionKey, event: Event) -> None:
-        """Drop what an event makes useless."""
+        """Drop what an event makes useless; hand a branch what was heard with the turns it begins with."""
         if event.kind in OVER:
             self._drop(key, 1)
-        elif event.kind == "rewound":
-            self._drop(key, event.data["to"] + 1)
+        elif event.kind == "branched":
+            self._share(SessionKey(key.tenant, event.data["of"]), key, len(event.data["turns"]))
 
     def fields(self, session: Session, body: Mapping[str, Any]) -> dict[str, Any]:
         """What to add to the request of this turn; empty where its answer teaches as text or not at all."""
@@ -287,6 +287,12 @@ class Teachers:
         if len(by_text) == len(examples):
             return {"teacher": "text", "why": self._text_only or NOT_HEARD}
         return {"teacher": "logprobs"} | ({"text_turns": by_text, "why": NOT_HEARD} if by_text else {})
+
+    def _share(self, parent: SessionKey, branch: SessionKey, turns: int) -> None:
+        for turn, kept in list(self._kept.get(parent, {}).items()):
+            if turn <= turns:
+                self._kept.setdefault(branch, {})[turn] = kept
+                self._bytes += kept.size
 
     def _drop(self, key: SessionKey, first_turn: int) -> None:
         """Forget a session's teachers from a turn on."""

@@ -7,10 +7,11 @@ from typing import Any
 
 from soma_vllm.scheduler.book import Entry
 from soma_vllm.session.session import Turn
+from soma_vllm.storage.records import Summary
 from soma_vllm.types import Event
 
-PRIVATE = frozenset({"messages", "answer", "centroid"})
-"""Event data that holds text, or a vector from which text could be guessed."""
+PRIVATE = frozenset({"centroid", "turns", "chain", "asked"})
+"""Event data from which text could be guessed, or that repeats other events."""
 
 
 def view(entry: Entry, idle: bool) -> dict[str, Any]:
@@ -18,7 +19,9 @@ def view(entry: Entry, idle: bool) -> dict[str, Any]:
     session = entry.session
     return {
         "session": session.key.session,
+        "tenant": session.key.tenant,
         "phase": session.phase,
+        "pinned": session.pinned,
         "serving": session.serving,
         "adapter": None if session.adapter is None else session.adapter.name,
         "trainings": session.trainings,
@@ -26,6 +29,18 @@ def view(entry: Entry, idle: bool) -> dict[str, Any]:
         "turns": [turn_view(turn) for turn in session.turns],
         "events": [event_view(event) for event in entry.events],
         "training": training_view(entry.events),
+    }
+
+
+def summary_view(summary: Summary) -> dict[str, Any]:
+    """One row of a listing."""
+    return {
+        "session": summary.key.session,
+        "tenant": summary.key.tenant,
+        "phase": summary.phase,
+        "turns": summary.turns,
+        "adapter": summary.adapter,
+        "updated_at": summary.updated_at,
     }
 
 

@@ -23,6 +23,7 @@ class Phase(StrEnum):
     ORIGINAL_ONLY = "ORIGINAL_ONLY"
     """No candidate passed, or training failed; the original keeps the session."""
     CLOSED = "CLOSED"
+    """It is being removed."""
 
 
 TRANSITIONS: Mapping[tuple[Phase, str], Phase] = {
@@ -34,12 +35,10 @@ TRANSITIONS: Mapping[tuple[Phase, str], Phase] = {
     (Phase.ADAPTING, "refused"): Phase.ORIGINAL_ONLY,
     (Phase.ADAPTING, "training_failed"): Phase.ORIGINAL_ONLY,
     (Phase.SWITCHED, "rolled_back"): Phase.ROLLED_BACK,
-    # The client rewrote turns that the session had learned from: what was learned is void.
-    (Phase.ADAPTING, "rewound"): Phase.WARM_START,
-    (Phase.SWITCHED, "rewound"): Phase.WARM_START,
-    (Phase.ROLLED_BACK, "rewound"): Phase.WARM_START,
-    (Phase.ORIGINAL_ONLY, "rewound"): Phase.WARM_START,
-    (Phase.WARM_START, "rewound"): Phase.WARM_START,
+    # A branch of a session goes on as that session would have, where it learned from common turns alone.
+    (Phase.WARM_START, "inherited"): Phase.SWITCHED,
+    # An administrator asked for another adaptation.
+    **{(phase, "restarted"): Phase.WARM_START for phase in Phase if phase is not Phase.CLOSED},
     **{(phase, "closed"): Phase.CLOSED for phase in Phase},
 }
 """(phase, event) -> next phase. Every other event leaves the phase as it is, or may not happen in it."""

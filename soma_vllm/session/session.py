@@ -2,12 +2,13 @@
 
 Guarantees: a `Session` is a value, made only by folding events in order, so that the event log alone restores
 it; an event that may not happen in the session's phase changes nothing; the adapter is set only while the
-phase is SWITCHED.
+phase is SWITCHED; what was said is needed to learn from, and for nothing else: a session whose text was
+erased is recognised, served and rolled back as before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from soma_vllm.config import Config
 from soma_vllm.session.gate import AuditKind, Drift, Vector
 from soma_vllm.session.phases import Phase, after, may_happen
 from soma_vllm.session.prefix import compress
-from soma_vllm.session.transcript import fingerprint
+from soma_vllm.session.transcript import Reading, spoken, text_of
 from soma_vllm.types import AdapterRef, Candidate, Event, Example, Message, Role, SessionKey, Usage
 
 
@@ -44,6 +45,18 @@ class Turn:
     """Filled by the audit of this turn, where there was one that only read: nats per token."""
     complete: bool = True
     """False when generation was cut off: such a turn is neither learned from nor judged on."""
+    calls: tuple[Mapping[str, Any], ...] = ()
+    """Calls of tools in the answer, as OpenAI's `tool_calls`."""
+    chain: str = ""
+    """Digest of the transcript up to and including this answer (`session/transcript.py`)."""
+    asked: str = ""
+    """Digest of the request that it answered: a request of the same digest is the same one, repeated."""
+    response: str | None = None
+    """Id under which a client may name it (OpenAI's Responses API)."""
+    kept: bool = True
+    """False where `messages`, `answer` and `calls` were erased, or never kept, and are empty."""
+    skip: str | None = None
+    """What `unteachable` said while the text was there; filled by the record."""
 
     def teaches(self) -> bool:
         """Whether this is a whole answer of the original to a query of the user's."""
@@ -51,13 +64,27 @@ class Turn:
 
     def unteachable(self) -> str | None:
         """Why this turn cannot be learned from or judged on; None where it can."""
+        if not self.kept:
+            return self.skip
         if not self.messages or self.messages[-1].get("role") != "user":
             return "it does not answer a query of the user's"
         if self.engine is not Role.ORIGINAL:
             return "the original did not answer it"
         if not self.complete:
             return "its answer was cut off"
+        if self.calls:
+            return "its answer calls a tool"
         return None if self.answer.strip() else "its answer is empty"
+
+    def silent(self) -> Turn:
+        """The same turn without its text."""
+        return replace(self, messages=(), answer="", calls=(), kept=False, skip=self.unteachable())
+
+    def voiced(self, messages: Sequence[Message]) -> Turn:
+        """The same turn with its text as a client sent it back: the messages that were new, then the answer."""
+        *added, said = messages
+        calls = tuple(said.get("tool_calls") or ())
+        return replace(self, messages=tuple(added), answer=text_of(said), calls=calls, kept=True)
 
 
 @dataclass(frozen=True)
@@ -65,6 +92,8 @@ class Session:
     """Everything the server knows of one dialogue."""
 
     key: SessionKey
+    family: str = ""
+    """The id that a client gave, which all branches of its dialogue share; "" for one known by transcript."""
     phase: Phase = Phase.WARM_START
     turns: tuple[Turn, ...] = ()
     serving: Candidate = Candidate.ORIGINAL
@@ -81,24 +110,68 @@ class Session:
     switches: int = 0
     rollbacks: int = 0
     forced: Candidate | None = None
+    pinned: Role | None = None
+    """The engine that an administrator bound it to."""
 
     def transcript(self, turns: int | None = None) -> tuple[Message, ...]:
         """All messages of the first `turns` turns, answers included."""
         messages: list[Message] = []
         for turn in self.turns[:turns]:
-            messages += [*turn.messages, {"role": "assistant", "content": turn.answer}]
+            messages += [*turn.messages, spoken(turn.answer, turn.calls)]
         return tuple(messages)
 
     def chain(self) -> str:
-        """Fingerprint of the transcript so far: by it the next request of this dialogue is recognised."""
-        return fingerprint(self.transcript())
+        """Digest of the transcript so far, "" before the first turn: by it the next request is recognised."""
+        return self.turns[-1].chain if self.turns else ""
+
+    def kept(self) -> bool:
+        """Whether the whole transcript is at hand."""
+        return all(turn.kept for turn in self.turns)
+
+    def repeated(self, reading: Reading) -> tuple[int, tuple[Message, ...]]:
+        """How many recorded turns a request's history repeats, and the messages that follow them."""
+        ends = {mark.chain: mark.end for mark in reading.marks}
+        for turn in reversed(self.turns):
+            if (end := ends.get(turn.chain)) is not None:
+                return turn.number, reading.messages[end:]
+        return 0, reading.messages
+
+    def continued_by(self, reading: Reading) -> bool:
+        """Whether a request is this session's next turn, or its last one asked again."""
+        count, _ = self.repeated(reading)
+        return count == len(self.turns) or self.asked_again_by(reading)
+
+    def asked_again_by(self, reading: Reading) -> bool:
+        """Whether a request is the one that the last turn answered."""
+        return bool(self.turns) and self.turns[-1].asked == reading.asked
+
+    def without_text(self) -> Session:
+        """The same session, silent."""
+        return replace(self, turns=tuple(turn.silent() if turn.kept else turn for turn in self.turns))
+
+    def with_text(self, reading: Reading) -> Session:
+        """The same session, where a request's history says what its turns said."""
+        if self.kept():
+            return self
+        ends = {mark.chain: mark.end for mark in reading.marks}
+        turns, begin = list(self.turns), 0
+        for index, turn in enumerate(self.turns):
+            end = ends.get(turn.chain)
+            if end is None:
+                break
+            if not turn.kept:
+                turns[index] = turn.voiced(reading.messages[begin:end])
+            begin = end
+        return replace(self, turns=tuple(turns))
 
     def warm_turns(self) -> tuple[Turn, ...]:
         """Turns of the present warm start that can be learned from."""
         return tuple(turn for turn in self.turns[self.warm_from :] if turn.teaches())
 
     def wants_adaptation(self, config: Config) -> bool:
-        """True once the warm start, or the cool-down after a rollback, is complete."""
+        """True once the warm start, or the cool-down after a rollback, is complete, with text to learn from."""
+        if self.pinned is not None or not self.kept():
+            return False
         if self.phase is Phase.WARM_START:
             return len(self.warm_turns()) >= config.warm_window
         if self.phase is Phase.ROLLED_BACK:
@@ -134,9 +207,18 @@ class Session:
         return None if self.centroid is None else np.asarray(self.centroid, dtype=np.float32)
 
 
+RECOGNISED = "auto-"
+"""Beginning of the ids of sessions that are known by their transcript."""
+
+
+def fresh(key: SessionKey) -> Session:
+    """A session without turns."""
+    return Session(key, "" if key.session.startswith(RECOGNISED) else key.session)
+
+
 def restore(key: SessionKey, events: Iterable[Event], config: Config) -> Session:
     """The session that a log of events describes."""
-    session = Session(key)
+    session = fresh(key)
     for event in events:
         session = fold(session, event, config)
     return session
@@ -148,21 +230,34 @@ def fold(session: Session, event: Event, config: Config) -> Session:
         return session
     moved = replace(session, phase=after(session.phase, event.kind))
     apply = _APPLY.get(event.kind)
-    return moved if apply is None else apply(moved, event.data, config)
+    return moved if apply is None else apply(moved, event, config)
 
 
-def turn_event(turn: Turn, builds_on: int, at: float) -> Event:
-    """The event of an answered turn. `builds_on` is how many recorded turns the client's history repeated."""
-    data = asdict(turn) | {"builds_on": builds_on}
-    data["messages"] = [dict(message) for message in turn.messages]
-    return Event("turn", at, data)
+def turn_event(turn: Turn, builds_on: int, at: float, kind: str = "turn") -> Event:
+    """The event of an answered turn. `builds_on` is how many recorded turns the client's history repeated.
+
+    Kind "variant" records an answer that was given too, beside the one that counts (OpenAI's `n`).
+    """
+    data = asdict(turn) | {"builds_on": builds_on, "skip": turn.unteachable()}
+    text = {name: data.pop(name) for name in ("messages", "answer", "calls")}
+    for later in ("gap", "surprise", "kept"):
+        del data[later]
+    text["messages"] = [dict(message) for message in turn.messages]
+    text["calls"] = [dict(call) for call in turn.calls]
+    return Event(kind, at, data, text if turn.kept else None)
 
 
-def _turn(session: Session, data: Mapping[str, Any], config: Config) -> Session:
-    turn = Turn(
-        number=data["builds_on"] + 1,
-        messages=tuple(data["messages"]),
-        answer=data["answer"],
+def turn_of(event: Event) -> Turn:
+    """The turn that an event records."""
+    return _read_turn(event.data, event.text)
+
+
+def _read_turn(data: Mapping[str, Any], text: Mapping[str, Any] | None) -> Turn:
+    said = text or {"messages": (), "answer": "", "calls": ()}
+    return Turn(
+        number=data["number"],
+        messages=tuple(said["messages"]),
+        answer=said["answer"],
         engine=Role(data["engine"]),
         adapter=data["adapter"],
         phase=Phase(data["phase"]),
@@ -171,36 +266,87 @@ def _turn(session: Session, data: Mapping[str, Any], config: Config) -> Session:
         ttft_s=data["ttft_s"],
         latency_s=data["latency_s"],
         complete=data["complete"],
+        calls=tuple(said["calls"]),
+        chain=data["chain"],
+        asked=data["asked"],
+        response=data["response"],
+        kept=text is not None,
+        skip=data["skip"],
     )
-    builds_on = data["builds_on"]
+
+
+def branch_event(parent: Session, turns: Sequence[Turn], at: float) -> Event:
+    """The first event of a session that begins with some turns of another."""
+    events = [turn_event(turn, turn.number - 1, at) for turn in turns]
+    data = {
+        "of": parent.key.session,
+        "family": parent.family,
+        "rollbacks": parent.rollbacks,
+        "turns": [event.data for event in events],
+    }
+    texts = [event.text for event in events]
+    return Event("branched", at, data, None if None in texts else {"turns": texts})
+
+
+def inheritance(parent: Session, turns: Sequence[Turn], at: float) -> Event | None:
+    """What a branch takes over from its parent: who serves it, if that was learned from common turns alone."""
+    learned = parent.learned
+    common = len(turns) >= learned > 0 and turns[learned - 1].chain == parent.turns[learned - 1].chain
+    if parent.phase is not Phase.SWITCHED or not common:
+        return None
+    data = {
+        "candidate": parent.serving,
+        "reason": f"learned from the first {learned} turns, which both branches have",
+        "adapter": None if parent.adapter is None else asdict(parent.adapter),
+        "centroid": None if parent.centroid is None else list(parent.centroid),
+        "learned": learned,
+    }
+    return Event("inherited", at, data)
+
+
+def _turn(session: Session, event: Event, config: Config) -> Session:
+    builds_on = event.data["builds_on"]
     kept = session.turns[:builds_on]
-    return replace(session, turns=(*kept, turn), warm_from=min(session.warm_from, builds_on))
+    return replace(session, turns=(*kept, turn_of(event)), warm_from=min(session.warm_from, builds_on))
 
 
-def _adaptation_started(session: Session, data: Mapping[str, Any], config: Config) -> Session:
-    forced = data.get("forced")
+def _branched(session: Session, event: Event, config: Config) -> Session:
+    data = event.data
+    texts = (event.text or {}).get("turns") or [None] * len(data["turns"])
+    turns = tuple(_read_turn(turn, text) for turn, text in zip(data["turns"], texts, strict=True))
+    return replace(session, family=data["family"], turns=turns, rollbacks=data["rollbacks"])
+
+
+def _inherited(session: Session, event: Event, config: Config) -> Session:
+    return replace(_switched(session, event, config), learned=event.data["learned"])
+
+
+def _adaptation_started(session: Session, event: Event, config: Config) -> Session:
+    forced = event.data.get("forced")
     return replace(
         session, learned=len(session.turns), forced=None if forced is None else Candidate(forced), adapter=None
     )
 
 
-def _training_submitted(session: Session, data: Mapping[str, Any], config: Config) -> Session:
+def _training_submitted(session: Session, event: Event, config: Config) -> Session:
     return replace(session, trainings=session.trainings + 1)
 
 
-def _switched(session: Session, data: Mapping[str, Any], config: Config) -> Session:
+def _switched(session: Session, event: Event, config: Config) -> Session:
+    data = event.data
     ref = data.get("adapter")
     return replace(
         session,
         serving=Candidate(data["candidate"]),
         adapter=None if ref is None else AdapterRef(**ref),
-        centroid=tuple(data["centroid"]),
+        centroid=None if data["centroid"] is None else tuple(data["centroid"]),
         drift=Drift(),
         switches=session.switches + 1,
     )
 
 
-def _audited(session: Session, data: Mapping[str, Any], config: Config) -> Session:
+def _audited(session: Session, event: Event, config: Config) -> Session:
+    data = event.data
     number = data["turn"]
     kind: AuditKind = "gap" if data.get("kind", "gap") == "gap" else "surprise"
     found = {kind: data[kind]}
@@ -211,7 +357,7 @@ def _audited(session: Session, data: Mapping[str, Any], config: Config) -> Sessi
     return replace(session, drift=session.drift.observe(kind, data[kind], config.gate))
 
 
-def _rolled_back(session: Session, data: Mapping[str, Any], config: Config) -> Session:
+def _rolled_back(session: Session, event: Event, config: Config) -> Session:
     return replace(
         session,
         serving=Candidate.ORIGINAL,
@@ -224,14 +370,24 @@ def _rolled_back(session: Session, data: Mapping[str, Any], config: Config) -> S
     )
 
 
-def _rewound(session: Session, data: Mapping[str, Any], config: Config) -> Session:
-    fresh = Session(
-        session.key, trainings=session.trainings, switches=session.switches, rollbacks=session.rollbacks
+def _restarted(session: Session, event: Event, config: Config) -> Session:
+    return replace(
+        session,
+        serving=Candidate.ORIGINAL,
+        adapter=None,
+        centroid=None,
+        drift=Drift(),
+        warm_from=0,
+        learned=0,
     )
-    return replace(fresh, turns=session.turns[: data["to"]])
 
 
-def _closed(session: Session, data: Mapping[str, Any], config: Config) -> Session:
+def _pinned(session: Session, event: Event, config: Config) -> Session:
+    engine = event.data["engine"]
+    return replace(session, pinned=None if engine is None else Role(engine))
+
+
+def _closed(session: Session, event: Event, config: Config) -> Session:
     return replace(session, serving=Candidate.ORIGINAL, adapter=None)
 
 
@@ -242,6 +398,9 @@ _APPLY = {
     "switched": _switched,
     "audited": _audited,
     "rolled_back": _rolled_back,
-    "rewound": _rewound,
+    "branched": _branched,
+    "inherited": _inherited,
+    "restarted": _restarted,
+    "pinned": _pinned,
     "closed": _closed,
 }

@@ -1,26 +1,21 @@
-"""What a dialogue's messages mean to a session: equality, fingerprints, and where a history leaves the record.
+"""What a dialogue's messages mean to a session: equality, digests, and where a history leaves the record.
 
 Clients send the whole history with every request and re-serialise it freely, so messages are compared by what
-they say: role, text, attachments. Everything else about them is the engines' business.
+they say: role, text, calls of tools, attachments. Everything else about them is the engines' business.
+
+A *chain* is the digest of a whole transcript up to and including an answer, salted with its tenant: equal
+chains are equal transcripts, so a history is found on record, and told from another, after its text was erased.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from soma_vllm.types import Message
-
-
-class Served(Protocol):
-    """A turn on record, as far as comparison needs it."""
-
-    @property
-    def messages(self) -> tuple[Message, ...]: ...
-    @property
-    def answer(self) -> str: ...
 
 
 def text_of(message: Message) -> str:
@@ -37,8 +32,7 @@ def text_of(message: Message) -> str:
 def says(message: Message) -> tuple[str, str, str]:
     """What a message says, comparable: (role, text, everything else that carries meaning)."""
     if message.get("role") == "assistant":
-        # Answers are on record as text; what else they held (tool calls) cannot be compared.
-        return "assistant", text_of(message).strip(), ""
+        return "assistant", text_of(message).strip(), _as_json(calls_of(message))
     content: Any = message.get("content")
     attachments = [p for p in content if not _is_text(p)] if isinstance(content, list) else []
     rest = {
@@ -46,46 +40,74 @@ def says(message: Message) -> tuple[str, str, str]:
         "tool_call_id": message.get("tool_call_id"),
         "name": message.get("name"),
     }
-    return str(message.get("role")), text_of(message).strip(), json.dumps(rest, sort_keys=True, default=str)
+    return str(message.get("role")), text_of(message).strip(), _as_json(rest)
 
 
-def fingerprint(messages: Sequence[Message]) -> str:
-    """Digest of what a list of messages says: the key by which a transcript is recognised."""
-    digest = hashlib.sha256()
-    for message in messages:
+def calls_of(message: Message) -> list[list[Any]]:
+    """The calls of tools in an assistant's message: [name, arguments], arguments as the JSON they mean."""
+    found = message.get("tool_calls")
+    calls = found if isinstance(found, list | tuple) else ()
+    functions = [call.get("function") for call in calls if isinstance(call, dict)]
+    return [[f.get("name"), _meant(f.get("arguments"))] for f in functions if isinstance(f, dict)]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The end of an answer in a history."""
+
+    end: int
+    """Index of the message after it."""
+    chain: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A request's messages, digested once."""
+
+    messages: tuple[Message, ...]
+    asked: str
+    """Digest of all messages."""
+    marks: tuple[Mark, ...]
+    """One for each assistant message, first to last."""
+
+    def chains(self) -> list[str]:
+        """Chains of the history, longest first: what a lookup tries."""
+        return [mark.chain for mark in reversed(self.marks)]
+
+
+def read(tenant: str, messages: Sequence[Message]) -> Reading:
+    """Digest a request's messages."""
+    digest = hashlib.sha256(f"{tenant}\n".encode())
+    marks = []
+    for position, message in enumerate(messages):
         digest.update(json.dumps(says(message)).encode("utf-8", "surrogatepass"))
         digest.update(b"\n")
-    return digest.hexdigest()
+        if message.get("role") == "assistant":
+            marks.append(Mark(position + 1, digest.hexdigest()))
+    return Reading(tuple(messages), digest.hexdigest(), tuple(marks))
 
 
-def answered(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The part of a request's history up to and including its last assistant message; empty on a first turn."""
-    for index in range(len(messages) - 1, -1, -1):
-        if messages[index].get("role") == "assistant":
-            return tuple(messages[: index + 1])
-    return ()
+def spoken(answer: str, calls: Sequence[Mapping[str, Any]] = ()) -> Message:
+    """An answer as the assistant message that a client would send back."""
+    message: dict[str, Any] = {"role": "assistant", "content": answer}
+    if calls:
+        message["tool_calls"] = [dict(call) for call in calls]
+        message["content"] = answer or None
+    return message
 
 
-def common_turns(turns: Sequence[Served], messages: Sequence[Message]) -> tuple[int, tuple[Message, ...]]:
-    """How many recorded turns a request's history repeats, and the messages that follow them.
+def _meant(arguments: object) -> object:
+    """A call's arguments, whatever the spacing they came in."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
 
-    A turn counts as repeated only when its messages *and* its answer are there, so the request that is being
-    answered now is always part of the remainder.
-    """
-    position = 0
-    for count, turn in enumerate(turns):
-        end = position + len(turn.messages)
-        reply = messages[end] if end < len(messages) else None
-        same = (
-            reply is not None
-            and [says(m) for m in messages[position:end]] == [says(m) for m in turn.messages]
-            and reply.get("role") == "assistant"
-            and text_of(reply).strip() == turn.answer.strip()
-        )
-        if not same:
-            return count, tuple(messages[position:])
-        position = end + 1
-    return len(turns), tuple(messages[position:])
+
+def _as_json(value: object) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _is_text(part: object) -> bool:

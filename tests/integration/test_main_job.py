@@ -93,7 +93,7 @@ def test_health_and_metrics_answer(tiny_server: Running) -> None:
 
 
 def test_an_unknown_model_is_an_openai_error(tiny_server: Running) -> None:
-    with pytest.raises(openai.BadRequestError, match="expected one of soma"):
+    with pytest.raises(openai.NotFoundError, match="expected one of soma"):
         tiny_server.client().chat.completions.create(model="gpt", messages=[{"role": "user", "content": "hi"}])
 
 

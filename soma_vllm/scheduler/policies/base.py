@@ -13,8 +13,9 @@ from importlib.metadata import entry_points
 from typing import Any, Protocol, cast
 
 from soma_vllm.config import Config
-from soma_vllm.errors import ConfigError
+from soma_vllm.errors import BadRequest, ConfigError
 from soma_vllm.session.session import Session
+from soma_vllm.session.transcript import Reading
 from soma_vllm.types import Message, Route
 
 GROUP = "soma_vllm.policies"
@@ -24,8 +25,8 @@ GROUP = "soma_vllm.policies"
 class Asked:
     """The turn to be routed."""
 
-    messages: tuple[Message, ...]
-    """The client's messages, whole."""
+    reading: Reading
+    """The client's messages, whole, and their digests."""
     body: Mapping[str, Any]
     """The client's whole request."""
     builds_on: int
@@ -34,6 +35,11 @@ class Asked:
     """The messages that follow those turns."""
     distance: float | None
     """Cosine distance of the query to the warm start's centroid; None where the session has none."""
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The client's messages, whole."""
+        return self.reading.messages
 
 
 class Policy(Protocol):
@@ -47,14 +53,32 @@ class Policy(Protocol):
         ...
 
 
-def load_policy(config: Config) -> Policy:
-    """The policy that the configuration names.
+class Policies:
+    """The installed policies by name, each made when it is first asked for."""
 
-    Raises:
-        ConfigError: no installed package has a policy of that name.
-    """
-    known = {entry.name: entry for entry in entry_points(group=GROUP)}
-    if config.policy not in known:
-        names = ", ".join(sorted(known)) or "none installed"
-        raise ConfigError("config", [f"policy: found {config.policy!r}; expected one of {names}"])
-    return cast(Policy, known[config.policy].load()(config))
+    def __init__(self, config: Config) -> None:
+        """Raises ConfigError: no installed package has the configured policy."""
+        self._config = config
+        self._known = {entry.name: entry for entry in entry_points(group=GROUP)}
+        self._made: dict[str, Policy] = {}
+        if config.policy not in self._known:
+            raise ConfigError(
+                "config", [f"policy: found {config.policy!r}; expected one of {', '.join(self.names())}"]
+            )
+        self.default = self.named(config.policy)
+
+    def names(self) -> list[str]:
+        """Every policy that may be asked for."""
+        return sorted(self._known)
+
+    def named(self, name: str) -> Policy:
+        """A policy.
+
+        Raises:
+            BadRequest: there is none of that name.
+        """
+        if name not in self._known:
+            raise BadRequest(f"policy: found {name!r}; expected one of {', '.join(self.names())}", "policy")
+        if name not in self._made:
+            self._made[name] = cast(Policy, self._known[name].load()(self._config))
+        return self._made[name]

@@ -1,7 +1,7 @@
 """The default policy: the original warms a session up, the surrogate takes over once the gate has let it.
 
-Guarantee: the surrogate answers only in phase SWITCHED, only inside the locality, and only requests without
-tools; everything else goes to the original.
+Guarantee: the surrogate answers only in phase SWITCHED, only inside the locality, and requests with tools only
+if the configuration lets it; everything else goes to the original.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ class SomaPolicy:
             return f"warm start {len(session.warm_turns()) + 1} of {self._config.warm_window}"
         if session.phase is not Phase.SWITCHED:
             return session.phase.lower().replace("_", " ")
-        if asked.builds_on < session.learned:
-            return f"history rewritten at turn {asked.builds_on + 1}"
-        if asked.body.get("tools"):
+        if asked.body.get("tools") and not self._config.surrogate.tools:
             return "tools"
         threshold = self._config.gate.locality_threshold
         if asked.distance is not None and not asked.distance <= threshold:

@@ -25,6 +25,7 @@ from soma_vllm.evaluation.variants import choose
 from soma_vllm.scheduler.view import event_view
 from soma_vllm.session.calibration import Case, Missing, Outcome
 from soma_vllm.session.gate import judge
+from soma_vllm.storage.records import Standing
 from soma_vllm.storage.sessions import SessionStore
 from soma_vllm.types import Agreement, Candidate, Event, Evidence, SessionKey
 
@@ -79,7 +80,7 @@ async def logged(folder: Path) -> Path:
     ]
     path = folder / "soma_log.json"
     write_log(path, house.config, records)
-    await house.dispatcher.stop()
+    await house.background.stop()
     await house.book.stop()
     await store.close()
     return path
@@ -153,7 +154,8 @@ async def test_one_tenants_sessions_can_be_calibrated_alone(tmp_path: Path) -> N
     store = SessionStore(url(tmp_path))
     (tenant,) = {key.tenant for key in await store.keys()}
     fine = next(key for key in await store.keys() if key.session == "fine")
-    await store.append(SessionKey("other", "theirs"), 0, await store.events(fine), "SWITCHED", "c")
+    standing = Standing("theirs", "SWITCHED", "c", 1, None)
+    await store.append(SessionKey("other", "theirs"), 0, await store.events(fine), standing)
     await store.close()
     assert len((await read_store(url(tmp_path))).judged) == 8
     assert len((await read_store(url(tmp_path), tenant)).judged) == 7

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from soma_vllm.engines.base import ChatCall
+from soma_vllm.engines.base import ChatCall, Salts
 from soma_vllm.engines.surrogate import SurrogateEngine
 from soma_vllm.errors import EngineUnavailable
 from soma_vllm.types import AdapterRef
 
-REF = AdapterRef("a", 1, "somewhere")
+REF = AdapterRef("a", 1, "nowhere")
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> AdapterRef:
+    """An adapter whose files are there."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    return AdapterRef("a", 1, str(tmp_path))
 
 
 class Serving:
@@ -51,21 +59,41 @@ async def test_an_adapter_must_be_loaded_before_it_serves() -> None:
         await engine.chat(ChatCall({"messages": []}, REF))
 
 
-async def test_two_loads_at_once_are_one() -> None:
+async def test_an_adapter_without_files_never_reaches_the_engine() -> None:
+    serving = Serving()
+    with pytest.raises(EngineUnavailable, match="adapter a has no files"):
+        await SurrogateEngine("small", serving).load(REF)
+    assert serving.added == []
+
+
+async def test_a_renewed_salt_makes_what_a_tenant_has_cached_unreachable() -> None:
+    serving, salts = Serving(), Salts()
+    engine = SurrogateEngine("small", serving, salts)
+    for tenant in ("one", "other"):
+        await engine.chat(ChatCall({"messages": []}, tenant=tenant))
+    salts.renew("one")
+    for tenant in ("one", "other"):
+        await engine.chat(ChatCall({"messages": []}, tenant=tenant))
+    before, other_before, after, other_after = (body["cache_salt"] for body in serving.bodies)
+    assert before != after
+    assert other_before == other_after
+
+
+async def test_two_loads_at_once_are_one(here: AdapterRef) -> None:
     serving = Serving()
     engine = SurrogateEngine("small", serving)
-    await asyncio.gather(engine.load(REF), engine.load(REF))
+    await asyncio.gather(engine.load(here), engine.load(here))
     assert serving.added == ["a"]
-    await engine.unload(REF)
-    await engine.unload(REF)
+    await engine.unload(here)
+    await engine.unload(here)
     assert serving.removed == ["a"]
 
 
-async def test_the_adapters_name_stays_inside_and_the_tenant_salts_the_cache() -> None:
+async def test_the_adapters_name_stays_inside_and_the_tenant_salts_the_cache(here: AdapterRef) -> None:
     serving = Serving()
     engine = SurrogateEngine("small", serving)
-    await engine.load(REF)
-    reply = await engine.chat(ChatCall({"model": "soma", "messages": []}, REF, "tenant-1"))
+    await engine.load(here)
+    reply = await engine.chat(ChatCall({"model": "soma", "messages": []}, here, "tenant-1"))
     assert serving.bodies[0]["model"] == "a"
     assert serving.bodies[0]["cache_salt"] == "tenant-1"
     assert reply.body is not None

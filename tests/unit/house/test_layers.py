@@ -22,7 +22,8 @@ BELOW["training"] = BELOW["method"] | {"method"}
 BELOW["scheduler"] = BELOW["training"] | {"adapters", "engines", "storage", "models", "training"}
 BELOW["telemetry"] = BELOW["scheduler"] | {"scheduler"}
 BELOW["evaluation"] = BELOW["scheduler"]
-BELOW["cli"] = BELOW["telemetry"] | {"telemetry", "evaluation"}
+BELOW["api"] = BELOW["scheduler"] | {"scheduler"}
+BELOW["cli"] = BELOW["telemetry"] | {"telemetry", "evaluation", "api"}
 BELOW |= {
     "errors": frozenset(),
     "versions": frozenset(),
@@ -32,12 +33,12 @@ BELOW |= {
 
 HEAVY = {
     "ray": {"training"},
-    "vllm": {"engines", "adapters", "scheduler/plugin.py"},
+    "vllm": {"engines", "adapters"},
     "torch": {"method", "adapters", "models"},
     "transformers": {"method", "models"},
     "peft": {"method"},
-    "fastapi": {"scheduler/plugin.py"},
-    "sqlalchemy": {"storage", "scheduler/book.py"},
+    "fastapi": {"api"},
+    "sqlalchemy": {"storage", "scheduler/book.py", "scheduler/journal.py", "scheduler/custody.py"},
     "matplotlib": {"cli", "evaluation"},
 }
 VLLM_INTERNALS = {"engines/vllm_internals.py", "adapters/lora_kernels.py", "adapters/engine_hook.py"}

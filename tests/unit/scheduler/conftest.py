@@ -32,7 +32,7 @@ async def build(tmp_path: Path) -> AsyncIterator[Build]:
 
     yield make
     for house in houses:
-        await house.dispatcher.stop()
+        await house.background.stop()
         await house.book.stop()
     await store.close()
 

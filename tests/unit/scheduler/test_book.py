@@ -1,32 +1,38 @@
-"""The book of sessions when its log fails."""
+"""The book of sessions, its writer, and what happens when their store fails."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from typing import Any
 
 import pytest
+from sqlalchemy.exc import IntegrityError
 
 from soma_vllm.config import Config
-from soma_vllm.errors import EngineUnavailable
+from soma_vllm.errors import StoreUnavailable
 from soma_vllm.scheduler.book import SessionBook
+from soma_vllm.scheduler.journal import Journal, Write
+from soma_vllm.session.transcript import read
 from soma_vllm.types import Event, SessionKey
 
 KEY = SessionKey("t", "s")
 
 
-class FailingLog:
-    """A log that is away while `away` is set, and keeps what it was given."""
+class FailingStore:
+    """A store that is away while `away` is set, and keeps what it was given."""
 
     def __init__(self) -> None:
         self.away = False
+        self.contradicts = False
         self.kept: list[tuple[int, str]] = []
 
     async def append(
-        self, key: SessionKey, first_seq: int, events: Sequence[Event], phase: str, chain: str
+        self, key: SessionKey, first_seq: int, events: Any, standing: Any, marks: Any, adapters: Any
     ) -> None:
         if self.away:
             raise ConnectionRefusedError("no database")
+        if self.contradicts:
+            raise IntegrityError("insert", {}, Exception())
         self.kept += [(first_seq + offset, event.kind) for offset, event in enumerate(events)]
 
     async def events(self, key: SessionKey) -> list[Event]:
@@ -34,35 +40,94 @@ class FailingLog:
             raise ConnectionRefusedError("no database")
         return []
 
-    async def find(self, tenant: str, chain: str) -> str | None:
+    async def find(self, tenant: str, family: str, chains: Any) -> None:
         return None
 
 
-async def test_after_a_lost_write_nothing_of_that_session_is_written_and_stopping_does_not_hang() -> None:
-    log = FailingLog()
-    book = SessionBook(Config(), log)
+def book_on(store: FailingStore, live_sessions: int = 10) -> SessionBook:
+    return SessionBook(Config(), store, live_sessions=live_sessions)  # type: ignore[arg-type]
+
+
+async def test_what_is_recorded_while_the_store_is_away_is_written_when_it_is_back() -> None:
+    store = FailingStore()
+    book = book_on(store)
+    await book.start()
+    await book.open(KEY)
+    store.away = True
+    for kind in ("one", "two"):
+        book.note(KEY, kind)
+    await asyncio.sleep(0.15)
+    assert store.kept == []
+    store.away = False
+    await asyncio.wait_for(book.written(), 10)
+    await book.stop()
+    assert store.kept == [(0, "one"), (1, "two")]
+
+
+async def test_after_a_contradicted_write_nothing_of_that_session_is_written() -> None:
+    store = FailingStore()
+    book = book_on(store)
     await book.start()
     await book.open(KEY)
     book.note(KEY, "one")
-    await asyncio.wait_for(book._writes.join(), 5)
-    log.away = True
+    await book.written()
+    store.contradicts = True
     book.note(KEY, "two")
-    await asyncio.wait_for(book._writes.join(), 30)
-    log.away = False
+    await book.written()
+    store.contradicts = False
     book.note(KEY, "three")
+    await book.open(SessionKey("t", "other"))
+    book.note(SessionKey("t", "other"), "four")
     await asyncio.wait_for(book.stop(), 5)
-    assert log.kept == [(0, "one")]
+    assert store.kept == [(0, "one"), (0, "four")]
 
 
-async def test_without_its_record_a_session_is_refused_and_not_begun_anew() -> None:
-    log = FailingLog()
-    log.away = True
-    with pytest.raises(EngineUnavailable, match="session store"):
-        await SessionBook(Config(), log).open(KEY)
+async def test_a_removal_makes_good_what_was_missing_before_it() -> None:
+    done: list[str] = []
+    journal = Journal()
+    await journal.start()
+
+    async def contradicted() -> None:
+        raise IntegrityError("insert", {}, Exception())
+
+    async def do(what: str) -> None:
+        done.append(what)
+
+    journal.put(Write(KEY, contradicted))
+    journal.put(Write(KEY, lambda: do("lost")))
+    journal.put(Write(KEY, lambda: do("removed"), anew=True))
+    journal.put(Write(KEY, lambda: do("begun anew")))
+    await asyncio.wait_for(journal.stop(), 5)
+    assert done == ["removed", "begun anew"]
+
+
+async def test_stopping_while_the_store_is_away_does_not_hang_and_tells_what_is_lost(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def away() -> None:
+        raise ConnectionRefusedError("no database")
+
+    journal = Journal(stop_limit_s=0.1)
+    await journal.start()
+    journal.put(Write(KEY, away))
+    await asyncio.wait_for(journal.stop(), 5)
+    assert "1 writes to the session store are lost" in caplog.text
+
+
+async def test_without_its_record_a_session_is_not_begun_anew() -> None:
+    store = FailingStore()
+    store.away = True
+    book = book_on(store)
+    with pytest.raises(StoreUnavailable, match="session store"):
+        await book.open(KEY)
+    with pytest.raises(StoreUnavailable):
+        await book.place("t", "s", read("t", [{"role": "user", "content": "hi"}]))
+    store.away = False
+    assert (await book.open(KEY)).turns == ()
 
 
 async def test_only_the_latest_sessions_stay_in_memory_and_those_in_use() -> None:
-    book = SessionBook(Config(), FailingLog(), live_sessions=2)
+    book = book_on(FailingStore(), live_sessions=2)
     keys = [SessionKey("t", str(number)) for number in range(4)]
     await book.open(keys[0])
     book.hold(keys[0])
@@ -76,7 +141,7 @@ async def test_only_the_latest_sessions_stay_in_memory_and_those_in_use() -> Non
 
 
 async def test_a_session_that_is_not_on_record_yet_is_not_forgotten() -> None:
-    book = SessionBook(Config(), FailingLog(), live_sessions=1)
+    book = book_on(FailingStore(), live_sessions=1)
     await book.open(KEY)
     book.note(KEY, "one")
     await book.open(SessionKey("t", "other"))

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 from scheduler_house import Build, House  # type: ignore[import-not-found]
 
-from soma_vllm.errors import BadRequest, EngineRefused, EngineUnavailable, NotFound, TrainingError
+from soma_vllm.errors import (
+    BadRequest,
+    EngineRefused,
+    EngineUnavailable,
+    NotFound,
+    TooManyRequests,
+    TrainingError,
+)
 from soma_vllm.scheduler.dispatcher import Incoming
 from soma_vllm.session.phases import Phase
 from soma_vllm.types import Agreement, Candidate
@@ -238,17 +245,180 @@ async def test_a_retry_does_not_advance_a_session_twice(house: House) -> None:
     assert len(house.session().turns) == 1
 
 
-async def test_rewriting_a_learned_turn_voids_the_switch_and_retires_the_adapter(house: House) -> None:
+async def test_a_branch_before_what_was_learned_begins_anew_and_leaves_the_session_as_it_is(
+    house: House,
+) -> None:
     house.surrogate.answers = ["different", "same"]
     history = await warmed(house)
-    assert house.session().phase is Phase.SWITCHED
-    edited = [{"role": "user", "content": "another question 1"}]
-    answer = await house.say(edited[:0], "another question 1")
+    answer = await house.say([], "another question 1")
     await house.settled()
+    branch = answer.headers["X-SOMA-Session"]
+    assert branch.startswith("s~")
     assert answer.headers["X-SOMA-Engine"] == "original"
-    assert house.session().phase is Phase.WARM_START
-    assert "delete adapter-s-1" in house.surrogate.log
-    assert len(history) == 4
+    assert house.session(branch).phase is Phase.WARM_START
+    answer = await house.say(history, "question 3")
+    assert answer.headers["X-SOMA-Session"] == "s"
+    assert answer.headers["X-SOMA-Adapter"] == "adapter-s-1"
+
+
+async def test_a_branch_after_what_was_learned_is_served_by_the_same_adapter_until_neither_needs_it(
+    house: House,
+) -> None:
+    house.surrogate.answers = ["different", "same"]
+    history = await warmed(house)
+    await house.say(history[:], "question 3")
+    await house.say(history, "question 3 b")
+    answer = await house.say(history[:4], "question 3 c")
+    branch = answer.headers["X-SOMA-Session"]
+    assert branch != "s"
+    assert answer.headers["X-SOMA-Adapter"] == "adapter-s-1"
+    await house.custody.roll_back(house.session().key)
+    await house.settled()
+    assert "delete adapter-s-1" not in house.surrogate.log
+    for name in [branch, *{key.session for key, _ in house.events} - {"s", branch}]:
+        await house.custody.roll_back(house.session(name).key)
+    await house.settled()
+    assert house.surrogate.log[-1] == "delete adapter-s-1"
+
+
+async def test_a_branch_is_found_again_by_its_transcript(house: House) -> None:
+    house.original.answers = ["one", "two", "other", "three", "more"]
+    history: History = []
+    await house.say(history, "question 1")
+    await house.say(history, "question 2")
+    other = history[:2]
+    first = await house.say(other, "another question 2")
+    second = await house.say(other, "question 3")
+    assert first.headers["X-SOMA-Session"] == second.headers["X-SOMA-Session"] != "s"
+    assert len(house.session(first.headers["X-SOMA-Session"]).turns) == 3
+    assert len(house.session().turns) == 2
+
+
+async def test_two_dialogues_that_begin_alike_go_on_apart(house: House) -> None:
+    house.original.answers = ["hello", "hello", "to one", "to the other", "again"]
+    one: History = []
+    other: History = []
+    await house.say(one, "hi", None)
+    await house.say(other, "hi", None)
+    first = await house.say(one, "mine", None)
+    second = await house.say(other, "yours", None)
+    assert first.headers["X-SOMA-Session"] != second.headers["X-SOMA-Session"]
+    third = await house.say(one, "and then", None)
+    assert third.headers["X-SOMA-Session"] == first.headers["X-SOMA-Session"]
+
+
+async def test_parallel_requests_of_one_session_are_both_served_and_both_on_record(house: House) -> None:
+    history: History = []
+    await house.say(history, "question 1")
+    house.original.go.clear()
+    asked = [asyncio.create_task(house.say(history[:], query)) for query in ("left", "right")]
+    await asyncio.sleep(0.01)
+    house.original.go.set()
+    await asyncio.gather(*asked)
+    recorded = [event for _, event in house.events if event.kind == "turn"]
+    assert [event.data["number"] for event in recorded] == [1, 2, 2]
+    assert len(house.session().turns) == 2
+    assert len({key for key, event in house.events if event.kind == "turn"}) == 2
+
+
+async def test_a_request_that_is_sent_twice_at_once_is_one_turn(house: House) -> None:
+    history: History = []
+    await house.say(history, "question 1")
+    house.original.go.clear()
+    asked = [asyncio.create_task(house.say(history[:], "question 2")) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    house.original.go.set()
+    await asyncio.gather(*asked)
+    assert len(house.session().turns) == 2
+    assert {key.session for key, _ in house.events} == {"s"}
+
+
+async def test_a_tools_result_goes_back_to_whoever_called_the_tool(build: Build) -> None:
+    house = build(surrogate={"max_loras": 1, "tools": True})
+    await house.book.start()
+    history = await warmed(house)
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    house.surrogate.calls_tools = [call]
+    answer = await house.say(history, "question 3", tools=[{"type": "function"}])
+    assert answer.headers["X-SOMA-Engine"] == "surrogate"
+    house.surrogate.calls_tools = []
+    history.append({"role": "tool", "tool_call_id": "1", "content": "found"})
+    body = {"model": "soma", "messages": history, "tools": [{"type": "function"}]}
+    headers = {"authorization": "Bearer k", "x-session-id": "s"}
+    answer = await house.dispatcher.chat(Incoming(body, headers))
+    assert answer.headers["X-SOMA-Reason"] == "tool result to its caller"
+    assert len(house.session().turns) == 4
+
+
+async def test_a_session_does_not_switch_in_the_middle_of_a_tool_loop(house: House) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    house.trainer.go.clear()
+    history: History = []
+    await house.say(history, "question 1")
+    house.original.calls_tools = []
+    await house.say(history, "question 2")
+    house.original.calls_tools = [call]
+    await house.say(history, "question 3")
+    house.original.calls_tools = []
+    house.trainer.go.set()
+    await house.settled()
+    assert house.session().phase is Phase.SWITCHED
+    history.append({"role": "tool", "tool_call_id": "1", "content": "found"})
+    headers = {"authorization": "Bearer k", "x-session-id": "s"}
+    answer = await house.dispatcher.chat(Incoming({"model": "soma", "messages": history}, headers))
+    assert answer.headers["X-SOMA-Engine"] == "original"
+    assert answer.headers["X-SOMA-Reason"] == "tool result"
+
+
+async def test_a_client_may_go_on_from_any_of_several_choices(house: House) -> None:
+    house.original.choices = 2
+    history: History = []
+    answer = await house.say(history, "question 1")
+    house.original.choices = 1
+    assert answer.reply.body is not None
+    other = [history[0], answer.reply.body["choices"][1]["message"]]
+    answer = await house.say(other, "question 2")
+    assert house.session(answer.headers["X-SOMA-Session"]).turns[0].answer == "same, or 1"
+    assert len(house.session(answer.headers["X-SOMA-Session"]).turns) == 2
+
+
+async def test_a_policy_can_be_asked_for_by_header_and_by_model(house: House) -> None:
+    by_header = await house.say([], "question 1", headers={"x-soma-policy": "surrogate"})
+    by_model = await house.say([], "question 1", "t", model="soma:surrogate")
+    assert by_header.headers["X-SOMA-Engine"] == by_model.headers["X-SOMA-Engine"] == "surrogate"
+    with pytest.raises(BadRequest, match="policy: found 'none'; expected one of original, soma, surrogate"):
+        await house.say([], "question 1", "u", model="soma:none")
+
+
+async def test_a_tenant_with_its_share_of_sessions_opens_no_further_one_but_goes_on_in_those(
+    house: House,
+) -> None:
+    house.meter.sessions = 1
+    history: History = []
+    await house.say(history, "question 1")
+    with pytest.raises(TooManyRequests):
+        await house.say([], "question 1", "t")
+    await house.say([], "question 1", "t", key="another")
+    await house.say(history, "question 2")
+    assert len(house.session().turns) == 2
+    assert len(house.book._entries) == 2
+
+
+async def test_the_tokens_of_every_reply_are_counted_for_its_tenant(house: House) -> None:
+    await house.say([], "question 1")
+    await house.dispatcher.chat(
+        Incoming({"model": "small", "messages": [{"role": "user", "content": "hi"}]}, {})
+    )
+    tenants = [tenant for tenant, _ in house.meter.spendings]
+    assert tenants == [house.session().key.tenant, "public"]
+
+
+async def test_a_tenant_with_its_share_of_adapters_gets_no_further_one(house: House) -> None:
+    house.surrogate.answers = ["different"]
+    house.meter.adapters = 0
+    await warmed(house)
+    assert house.trainer.requests == []
+    assert house.session().phase is Phase.ORIGINAL_ONLY
 
 
 async def test_sessions_go_on_after_a_restart(build: Build) -> None:
@@ -272,7 +442,7 @@ async def test_an_adaptation_that_a_restart_interrupted_is_taken_up_with_the_nex
     history: History = []
     for number in (1, 2):
         await first.say(history, f"question {number}")
-    await first.dispatcher.stop()
+    await first.background.stop()
     await first.book.stop()
     second = build()
     await second.book.start()
@@ -357,8 +527,8 @@ async def test_an_adapter_stays_in_the_engine_while_an_audit_runs_under_it(build
     house.surrogate.called.clear()
     await house.say(history, "question 3")
     await house.surrogate.called.wait()
-    await house.say([], "another beginning")
-    assert house.session().phase is Phase.WARM_START
+    removing = asyncio.create_task(house.custody.roll_back(house.session().key))
+    await removing
     assert "unload adapter-s-1" not in house.surrogate.log
     house.surrogate.go.set()
     await house.settled()

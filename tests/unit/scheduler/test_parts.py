@@ -14,8 +14,8 @@ from scheduler_house import House  # type: ignore[import-not-found]
 from soma_vllm.errors import ConfigError, NotFound
 from soma_vllm.scheduler.encoding import ThreadedEncoder
 from soma_vllm.scheduler.holds import AdapterHolds
-from soma_vllm.scheduler.policies.base import load_policy
-from soma_vllm.scheduler.replies import heard_whole, read_events
+from soma_vllm.scheduler.policies.base import Policies
+from soma_vllm.scheduler.replies import Choice, heard_whole, read_events
 from soma_vllm.scheduler.view import view
 from soma_vllm.types import SessionKey, Usage
 
@@ -37,7 +37,7 @@ async def test_leaving_returns_when_the_last_hold_is_given_back() -> None:
     await asyncio.wait_for(waiting, 5)
 
 
-def test_a_stream_is_read_for_choice_zero_and_its_usage() -> None:
+def test_a_stream_is_read_for_its_choices_and_its_usage() -> None:
     chunks = [
         {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]},
         {"choices": [{"index": 1, "delta": {"content": "not this"}}]},
@@ -53,7 +53,7 @@ def test_a_stream_is_read_for_choice_zero_and_its_usage() -> None:
         },
     ]
     events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
-    assert read_events(events) == ("hello", Usage(9, 8, 2), True)
+    assert read_events(events) == ((Choice("hello"), Choice("not this")), Usage(9, 8, 2), True)
     assert read_events(events[:-1])[2] is False
 
 
@@ -78,8 +78,9 @@ async def test_the_encoder_is_asked_once_for_each_text() -> None:
 
 
 async def test_a_view_of_a_session_holds_no_text(house: House) -> None:
+    history: list[dict[str, str]] = []
     for number in (1, 2, 3):
-        await house.say([], f"a pomegranate {number}")
+        await house.say(history, f"a pomegranate {number}")
     await house.settled()
     (key,) = {key for key, _ in house.events}
     shown = json.dumps(view(await house.book.entry(key), True))
@@ -98,4 +99,4 @@ async def test_an_unknown_session_is_not_found_and_not_remembered(house: House) 
 def test_an_unknown_policy_is_told_with_the_known_ones(house: House) -> None:
     config = house.config.model_copy(update={"policy": "dice"})
     with pytest.raises(ConfigError, match="found 'dice'; expected one of original, soma, surrogate"):
-        load_policy(config)
+        Policies(config)

@@ -17,7 +17,7 @@ from soma_vllm.engines.fake import FakeEngine, token_of
 from soma_vllm.engines.teacher import teaching_fields
 from soma_vllm.errors import EngineRefused
 from soma_vllm.scheduler.dispatcher import Answer
-from soma_vllm.scheduler.replies import Heard
+from soma_vllm.scheduler.replies import Choice, Heard
 from soma_vllm.scheduler.teaching import Lesson, Teachers, can_be_added_to, why_text, without_logprobs
 from soma_vllm.session.phases import Phase
 from soma_vllm.session.session import Session
@@ -29,7 +29,7 @@ KEY, OTHER = SessionKey("t", "s"), SessionKey("t", "other")
 
 
 def heard(text: str = "an answer", tokens: int | None = None, complete: bool = True) -> Heard:
-    return Heard(text, Usage(completion_tokens=tokens), complete, None, 0.1)
+    return Heard((Choice(text),), Usage(completion_tokens=tokens), complete, None, 0.1)
 
 
 def entry(token: int) -> dict[str, Any]:
@@ -239,13 +239,15 @@ def test_what_an_adaptation_no_longer_needs_is_dropped(kind: str) -> None:
     assert teachers.attach(KEY, [example(1)])[0].teacher is None
 
 
-def test_rewinding_drops_the_turns_that_were_rewritten() -> None:
+def test_a_branch_has_the_teachers_of_the_turns_it_begins_with() -> None:
     teachers = Teachers(Config(), None)
-    for turn in (1, 2):
+    for turn in (1, 2, 3):
         teachers.keep(KEY, turn, heard(), lesson_of(turn))
-    teachers(KEY, Event("rewound", 0.0, {"to": 1}))
-    found = teachers.attach(KEY, [example(1), example(2)])
-    assert [item.teacher is not None for item in found] == [True, False]
+    branch = SessionKey(KEY.tenant, "branch")
+    teachers(branch, Event("branched", 0.0, {"of": KEY.session, "turns": [{}, {}]}))
+    teachers(KEY, Event("closed", 0.0, {}))
+    found = teachers.attach(branch, [example(turn) for turn in (1, 2, 3)])
+    assert [item.teacher is not None for item in found] == [True, True, False]
 
 
 def test_beyond_its_bound_the_store_forgets_the_sessions_heard_longest_ago() -> None:

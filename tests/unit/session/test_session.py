@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 
 import pytest
@@ -11,7 +11,7 @@ import pytest
 from soma_vllm.config import Config, parse_config
 from soma_vllm.session.gate import judge
 from soma_vllm.session.phases import MOVING, TRANSITIONS, Phase, after, may_happen
-from soma_vllm.session.session import Session, Turn, fold, restore, turn_event
+from soma_vllm.session.session import Session, Turn, branch_event, fold, fresh, inheritance, restore, turn_event
 from soma_vllm.types import AdapterRef, Candidate, Event, Evidence, Role, SessionKey, Usage
 
 KEY = SessionKey("tenant", "s")
@@ -51,7 +51,7 @@ def switched(session: Session) -> Session:
 
 def test_the_surrogate_serves_in_phase_switched_only() -> None:
     leading_in = {kind for (_, kind), phase in TRANSITIONS.items() if phase is Phase.SWITCHED}
-    assert leading_in == {"switched"}
+    assert leading_in == {"switched", "inherited"}
     assert [phase for phase in Phase if (phase, "switched") in TRANSITIONS] == [Phase.ADAPTING]
 
 
@@ -143,11 +143,65 @@ def test_a_repeated_request_replaces_its_turn() -> None:
     assert [t.answer for t in session.turns] == ["answer 1", "answer 2", "again"]
 
 
-def test_rewinding_forgets_what_was_learned() -> None:
-    session = fold(switched(warm()), Event("rewound", 0.0, {"to": 1}), CONFIG)
-    assert session.phase is Phase.WARM_START
-    assert session.adapter is None
-    assert len(session.turns) == 1
+def chained(session: Session, turns: int) -> tuple[Turn, ...]:
+    """Turns of a session with chains, as the record gives them."""
+    return tuple(replace(t, chain=f"chain {t.number}") for t in session.turns[:turns])
+
+
+def branch(parent: Session, turns: tuple[Turn, ...]) -> Session:
+    inherited = inheritance(parent, turns, 0.0)
+    events = [branch_event(parent, turns, 0.0), *([] if inherited is None else [inherited])]
+    stored = [Event(e.kind, e.at, *json.loads(json.dumps([e.data, e.text]))) for e in events]
+    return restore(SessionKey("tenant", "s~1"), stored, CONFIG)
+
+
+def test_a_branch_that_shares_what_was_learned_from_is_served_by_the_same_adapter() -> None:
+    parent = switched(warm())
+    parent = replace(parent, turns=chained(parent, 3), family="s")
+    session = branch(parent, parent.turns)
+    assert (session.phase, session.adapter, session.learned) == (Phase.SWITCHED, REF, 3)
+    assert (session.turns, session.family) == (parent.turns, "s")
+
+
+@pytest.mark.parametrize("common", [0, 1, 2])
+def test_a_branch_without_a_turn_that_was_learned_from_begins_its_own_warm_start(common: int) -> None:
+    parent = switched(warm())
+    parent = replace(parent, turns=chained(parent, 3))
+    session = branch(parent, parent.turns[:common])
+    assert (session.phase, session.adapter, len(session.turns)) == (Phase.WARM_START, None, common)
+
+
+def test_a_branch_whose_learned_turn_was_answered_otherwise_inherits_nothing() -> None:
+    parent = switched(warm())
+    parent = replace(parent, turns=chained(parent, 3))
+    other = (*parent.turns[:2], replace(parent.turns[2], chain="another"))
+    assert branch(parent, other).phase is Phase.WARM_START
+
+
+def test_text_is_beside_the_record_of_a_turn_and_never_in_it() -> None:
+    event = turn_event(turn(1, answer="the answer", query="the question"), 0, 0.0)
+    assert event.text is not None
+    assert "the " not in json.dumps(event.data)
+    silent = restore(KEY, [replace(event, text=None)], CONFIG)
+    assert not silent.kept()
+    assert silent.turns[0].teaches()
+
+
+def test_why_a_turn_teaches_nothing_is_known_without_its_text() -> None:
+    event = turn_event(turn(1, answer=" "), 0, 0.0)
+    assert restore(KEY, [replace(event, text=None)], CONFIG).turns[0].unteachable() == "its answer is empty"
+
+
+def test_an_asked_for_adaptation_learns_from_every_turn_again() -> None:
+    session = fold(switched(warm()), Event("restarted", 0.0, {}), CONFIG)
+    assert (session.phase, session.adapter, session.learned) == (Phase.WARM_START, None, 0)
+    assert session.wants_adaptation(CONFIG)
+
+
+def test_a_pinned_session_is_not_adapted() -> None:
+    session = fold(warm(), Event("pinned", 0.0, {"engine": "original"}), CONFIG)
+    assert not session.wants_adaptation(CONFIG)
+    assert fold(session, Event("pinned", 0.0, {"engine": None}), CONFIG).wants_adaptation(CONFIG)
 
 
 def test_the_event_log_alone_restores_a_session() -> None:
@@ -158,10 +212,10 @@ def test_the_event_log_alone_restores_a_session() -> None:
         Event("switched", 2.0, {"candidate": "adapter", "adapter": asdict(REF), "centroid": [1.0]}),
         Event("audited", 3.0, {"turn": 3, "gap": 0.25}),
     ]
-    session = Session(KEY)
+    session = fresh(KEY)
     for event in events:
         session = fold(session, event, CONFIG)
-    stored = [Event(e.kind, e.at, json.loads(json.dumps(e.data))) for e in events]
+    stored = [Event(e.kind, e.at, *json.loads(json.dumps([e.data, e.text]))) for e in events]
     assert restore(KEY, stored, CONFIG) == session
 
 
@@ -231,10 +285,9 @@ def test_within_the_cool_down_nothing_is_adapted_whatever_the_client_repeats() -
     assert answered(session).wants_adaptation(CONFIG)
 
 
-def test_rewriting_the_history_does_not_wash_rollbacks_away() -> None:
-    session = fold(switched(warm()), Event("rolled_back", 0.0, {}), CONFIG)
-    session = fold(session, Event("rewound", 0.0, {"to": 1}), CONFIG)
-    assert (session.rollbacks, session.switches) == (1, 1)
+def test_a_branch_does_not_wash_rollbacks_away() -> None:
+    parent = fold(switched(warm()), Event("rolled_back", 0.0, {}), CONFIG)
+    assert branch(parent, ()).rollbacks == 1
 
 
 @pytest.mark.parametrize("phase", list(Phase))

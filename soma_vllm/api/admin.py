@@ -1,0 +1,126 @@
+"""`/soma/sessions`: what a tenant may see and remove of its own, and what an administrator may do with any.
+
+Guarantees: without the admin key a session is looked up in the caller's own tenant alone, and another's answers
+404 like one that does not exist; conversation text is in no answer.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict
+
+from soma_vllm.api.access import CALLER
+from soma_vllm.api.allowances import Caller
+from soma_vllm.api.errors import failed
+from soma_vllm.errors import Forbidden, SomaError
+from soma_vllm.scheduler.custody import Custody
+from soma_vllm.scheduler.view import summary_view, view
+from soma_vllm.types import Role, SessionKey
+
+router = APIRouter(prefix="/soma/sessions")
+
+MOST_LISTED = 1000
+
+Tenant = Annotated[str | None, Query(max_length=64)]
+
+
+class Pin(BaseModel):
+    """Body of a pin."""
+
+    model_config = ConfigDict(extra="forbid")
+    engine: Literal["original", "surrogate"] | None
+
+
+@router.get("")
+async def list_sessions(
+    raw_request: Request,
+    tenant: Tenant = None,
+    limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 100,
+    before: float | None = None,
+) -> Response:
+    """The caller's sessions, or for an administrator those of one tenant or of all, the most recent first.
+
+    `before` goes on from the `updated_at` of a listing's last session.
+    """
+    caller = _caller(raw_request)
+    whose = tenant if caller.admin else caller.tenant
+    try:
+        found = await _custody(raw_request).summaries(whose, limit, before)
+    except SomaError as error:
+        return failed(error)
+    return JSONResponse({"object": "list", "data": [summary_view(summary) for summary in found]})
+
+
+@router.post("/{session:path}/pin")
+async def pin_session(session: str, pin: Pin, raw_request: Request, tenant: Tenant = None) -> Response:
+    """Bind a session to an engine; null lets it go. Administrators only."""
+    engine = None if pin.engine is None else Role(pin.engine)
+    return await _ordered(raw_request, session, tenant, lambda custody, key: custody.pin(key, engine))
+
+
+@router.post("/{session:path}/rollback")
+async def roll_session_back(session: str, raw_request: Request, tenant: Tenant = None) -> Response:
+    """Give a session back to the original. Administrators only."""
+    return await _ordered(raw_request, session, tenant, lambda custody, key: custody.roll_back(key))
+
+
+@router.post("/{session:path}/readapt")
+async def readapt_session(session: str, raw_request: Request, tenant: Tenant = None) -> Response:
+    """Have a session adapted anew. Administrators only."""
+    return await _ordered(raw_request, session, tenant, lambda custody, key: custody.readapt(key))
+
+
+@router.get("/{session:path}")
+async def show_session(session: str, raw_request: Request, tenant: Tenant = None) -> Response:
+    """One session in numbers."""
+    return await _shown(raw_request, _key(raw_request, session, tenant))
+
+
+@router.delete("/{session:path}")
+async def remove_session(session: str, raw_request: Request, tenant: Tenant = None) -> Response:
+    """Remove a session: its record, its text, its adapter. Answers when nothing of it is left."""
+    try:
+        await _custody(raw_request).remove(_key(raw_request, session, tenant))
+    except SomaError as error:
+        return failed(error)
+    return Response(status_code=204)
+
+
+async def _ordered(raw_request: Request, session: str, tenant: str | None, order: Any) -> Response:
+    """Carry an administrator's order out, then show the session."""
+    if not _caller(raw_request).admin:
+        return failed(Forbidden("found an API key without this right; expected the admin key"))
+    key = _key(raw_request, session, tenant)
+    try:
+        await order(_custody(raw_request), key)
+    except SomaError as error:
+        return failed(error)
+    return await _shown(raw_request, key)
+
+
+async def _shown(raw_request: Request, key: SessionKey) -> Response:
+    custody = _custody(raw_request)
+    try:
+        entry = await custody.entry(key)
+    except SomaError as error:
+        return failed(error)
+    return JSONResponse(view(entry, custody.idle(key)))
+
+
+def _key(raw_request: Request, session: str, tenant: str | None) -> SessionKey:
+    """The session meant: an administrator may name another tenant."""
+    caller = _caller(raw_request)
+    return SessionKey(tenant if caller.admin and tenant is not None else caller.tenant, session)
+
+
+def _caller(raw_request: Request) -> Caller:
+    caller: Caller = raw_request.scope["state"][CALLER]
+    return caller
+
+
+def _custody(raw_request: Request) -> Custody:
+    custody: Custody = raw_request.app.state.soma_custody
+    return custody

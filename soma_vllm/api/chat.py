@@ -1,0 +1,76 @@
+"""OpenAI's chat completions, text completions and model list, dispatched."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from soma_vllm.api.errors import failed
+from soma_vllm.engines.base import Events
+from soma_vllm.engines.vllm_internals import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    validate_json_request,
+    with_cancellation,
+)
+from soma_vllm.errors import SomaError
+from soma_vllm.scheduler.dispatcher import Answer, Dispatcher, Incoming
+
+router = APIRouter()
+
+
+class DialogueStream(StreamingResponse):
+    """A stream that is closed when the response is over, also when the client left before it began."""
+
+    def __init__(self, events: Events, headers: Mapping[str, str]) -> None:
+        super().__init__(events, headers=dict(headers), media_type="text/event-stream")
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events, then close them."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+
+
+@router.post("/v1/chat/completions", dependencies=[Depends(validate_json_request)])
+@with_cancellation  # type: ignore[untyped-decorator]
+async def create_chat_completion(request: ChatCompletionRequest, raw_request: Request) -> Response:
+    """OpenAI's chat completion, dispatched. `request` is vLLM's own reading: it has validated the body."""
+    return await _answered(dispatcher(raw_request).chat, raw_request)
+
+
+@router.post("/v1/completions", dependencies=[Depends(validate_json_request)])
+@with_cancellation  # type: ignore[untyped-decorator]
+async def create_completion(request: CompletionRequest, raw_request: Request) -> Response:
+    """OpenAI's text completion: no dialogue, so the original answers, or the engine that is named."""
+    return await _answered(dispatcher(raw_request).complete, raw_request)
+
+
+@router.get("/v1/models")
+async def list_models(raw_request: Request) -> JSONResponse:
+    """The names that may be asked for. Adapters are not among them."""
+    names = raw_request.app.state.soma_host.models()
+    cards = [{"id": name, "object": "model", "created": 0, "owned_by": "soma_vllm"} for name in names]
+    return JSONResponse({"object": "list", "data": cards})
+
+
+def dispatcher(raw_request: Request) -> Dispatcher:
+    """The dispatcher of the application that got this request."""
+    found: Dispatcher = raw_request.app.state.soma
+    return found
+
+
+async def _answered(answer: Callable[[Incoming], Awaitable[Answer]], raw_request: Request) -> Response:
+    incoming = Incoming(await raw_request.json(), raw_request.headers, raw_request)
+    try:
+        found = await answer(incoming)
+    except SomaError as error:
+        return failed(error)
+    if found.reply.events is not None:
+        return DialogueStream(found.reply.events, found.headers)
+    return JSONResponse(found.reply.body, headers=dict(found.headers))

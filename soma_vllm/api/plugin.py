@@ -1,0 +1,67 @@
+"""The `soma` endpoint plugin of vLLM: our routes replace vLLM's of the same paths, behind our access control.
+
+vLLM builds plugins with no arguments, hands them the application, then initialises them with the server's
+parsed arguments; soma-serve puts its host there under `HOST`. Without one (someone started plain vLLM and named
+this plugin) start-up fails.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any, Protocol
+
+from fastapi import FastAPI
+
+from soma_vllm.api import admin, chat
+from soma_vllm.api.access import AccessControl
+from soma_vllm.api.allowances import Allowances
+from soma_vllm.errors import PreflightError
+from soma_vllm.scheduler.custody import Custody
+from soma_vllm.scheduler.dispatcher import Dispatcher
+
+HOST = "soma_host"
+"""Attribute of the server's arguments under which soma-serve leaves its host."""
+
+
+class Host(Protocol):
+    """soma-serve, as the plugin sees it."""
+
+    allowances: Allowances
+
+    async def begin(self, engine_client: Any, state: Any) -> tuple[Dispatcher, Custody]:
+        """Called when vLLM's engine and serving objects are ready; returns once dispatch can begin."""
+        ...
+
+    def models(self) -> list[str]:
+        """Names that may be asked for."""
+        ...
+
+
+class SomaEndpointPlugin:
+    """`vllm.endpoint_plugins` entry point."""
+
+    name = "soma"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Register the routes, those vLLM has too are replaced, and what stands in front of all routes."""
+        for part in (chat, admin):
+            app.include_router(part.router)
+        app.add_middleware(AccessControl, allowances=_host(app.state.args).allowances)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Start what dispatch needs.
+
+        Raises:
+            PreflightError: this vLLM was not started by soma-serve, or something did not start.
+        """
+        host = _host(args)
+        state.soma_host = host
+        state.soma, state.soma_custody = await host.begin(engine_client, state)
+
+
+def _host(args: Namespace) -> Host:
+    host: Host | None = getattr(args, HOST, None)
+    if host is None:
+        raise PreflightError("the soma endpoint plugin runs inside soma-serve; start that instead of vLLM")
+    return host

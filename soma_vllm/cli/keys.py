@@ -1,0 +1,198 @@
+"""`soma keys`: issue, list and revoke API keys, for servers with `access.mode: keys`.
+
+Guarantees: a key is printed once, alone on stdout, and kept nowhere; only `add` creates a session store; a
+running server need not be told. Loads no engine. Every SomaError ends as one line on stderr, with exit code 2
+when the input was wrong and 1 otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from soma_vllm.config import Limits, load_config
+from soma_vllm.errors import BadRequest, ConfigError, SomaError
+
+if TYPE_CHECKING:
+    from soma_vllm.storage.keys import ApiKey, KeyStore
+
+app = typer.Typer(help="Issue, list and revoke API keys.", no_args_is_help=True)
+
+UNLIMITED = "unlimited"
+
+ConfigPath = Annotated[Path | None, typer.Option("--config", help="The server's configuration.")]
+StorageUrl = Annotated[
+    str | None, typer.Option("--storage", help="SQLAlchemy URL of the session store, instead of --config.")
+]
+
+
+def _limit(flag: str, what: str) -> Any:
+    return typer.Option(flag, metavar=f"N|{UNLIMITED}", help=f"{what}; without it, as the configuration says.")
+
+
+@app.command()
+def add(
+    name: Annotated[str, typer.Argument(help="Whose key it is, for people.")],
+    config: ConfigPath = None,
+    storage: StorageUrl = None,
+    requests_per_minute: Annotated[str | None, _limit("--requests-per-minute", "Requests in a minute")] = None,
+    tokens_per_minute: Annotated[str | None, _limit("--tokens-per-minute", "Tokens in a minute")] = None,
+    live_sessions: Annotated[str | None, _limit("--live-sessions", "Sessions at a time")] = None,
+    adapters: Annotated[str | None, _limit("--adapters", "Adapters at a time")] = None,
+) -> None:
+    """Issue a key. It is printed once, on stdout; only its digest is kept."""
+    with _one_line_errors():
+        limits = _limits(
+            requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute,
+            live_sessions=live_sessions,
+            adapters=adapters,
+        )
+        key_id, key = asyncio.run(_add(_url(config, storage), name, limits))
+    typer.echo(f"key {key_id} for {name}; it is shown this once, keep it safe:", err=True)
+    typer.echo(key)
+
+
+@app.command("ls")
+def list_keys(config: ConfigPath = None, storage: StorageUrl = None) -> None:
+    """List the keys: id, name, tenant, limits, when issued, state."""
+    with _one_line_errors():
+        found = asyncio.run(_ls(_url(config, storage)))
+    table = Table(box=None, pad_edge=False)
+    for column in ("ID", "NAME", "TENANT", "LIMITS", "ISSUED", "STATE"):
+        table.add_column(column, no_wrap=column in ("ID", "TENANT"), overflow="fold")
+    for key in found:
+        state = "in use" if key.revoked_at is None else f"revoked {_date(key.revoked_at)}"
+        table.add_row(key.id, key.name, key.tenant, _shown(key.limits), _date(key.created_at), state)
+    Console(highlight=False, markup=False).print(table)
+
+
+@app.command()
+def revoke(
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="As `soma keys ls` shows it.")],
+    config: ConfigPath = None,
+    storage: StorageUrl = None,
+) -> None:
+    """End a key's use. A running server refuses it after at most `access.cache_s`."""
+    with _one_line_errors():
+        asyncio.run(_revoke(_url(config, storage), key_id))
+    typer.echo(f"key {key_id} is revoked")
+
+
+async def _add(url: str, name: str, limits: Limits) -> tuple[str, str]:
+    from soma_vllm.models.home import soma_home
+    from soma_vllm.storage.connections import parse, told
+    from soma_vllm.storage.keys import KeyStore
+
+    parsed = parse(url)
+    if parsed.get_backend_name() == "sqlite" and parsed.database:
+        folder = Path(parsed.database).parent
+        if folder == soma_home():
+            folder.mkdir(parents=True, exist_ok=True)
+        elif not folder.is_dir():
+            raise ConfigError(told(parsed), [f"found no folder {folder}; expected one for the session store"])
+    store = KeyStore.at(url)
+    try:
+        await store.open()
+        return await store.add(name, limits)
+    finally:
+        await store.close()
+
+
+async def _ls(url: str) -> list[ApiKey]:
+    async with _store(url) as store:
+        return await store.ls()
+
+
+async def _revoke(url: str, key_id: str) -> None:
+    async with _store(url) as store:
+        await store.revoke(key_id)
+
+
+@asynccontextmanager
+async def _store(url: str) -> AsyncIterator[KeyStore]:
+    """The keys of a session store that exists.
+
+    Raises:
+        ConfigError: there is none at this URL.
+    """
+    from soma_vllm.storage.keys import KeyStore
+    from soma_vllm.storage.sessions import reading
+
+    async with reading(url):
+        store = KeyStore.at(url)
+        try:
+            yield store
+        finally:
+            await store.close()
+
+
+def _limits(**given: str | None) -> Limits:
+    """The limits that were given; the others stay unset.
+
+    Raises:
+        ConfigError: with every mistake.
+    """
+    problems, values = [], dict[str, int | None]()
+    for name, text in given.items():
+        if text is None:
+            continue
+        try:
+            values[name] = None if text == UNLIMITED else int(text)
+            Limits.model_validate({name: values[name]})
+        except ValueError:
+            problems.append(f"--{name.replace('_', '-')}: found {text!r}; expected a number or {UNLIMITED}")
+    if problems:
+        raise ConfigError("command line", problems)
+    return Limits.model_validate(values)
+
+
+def _url(config: Path | None, storage: str | None) -> str:
+    """The session store's URL, filled in.
+
+    Raises:
+        ConfigError: it is not known.
+    """
+    from soma_vllm.models.home import soma_home
+
+    if (config is None) == (storage is None):
+        found = "neither" if config is None else "both"
+        raise ConfigError("command line", [f"found {found} of --config and --storage; expected one of them"])
+    if config is None:
+        assert storage is not None
+        return storage
+    settings = load_config(config)
+    url, run_dir = settings.storage.url, settings.server.run_dir
+    if "{run_dir}" in url and run_dir is None:
+        raise ConfigError(
+            str(config), [f"storage.url: found {url!r}, which names a running server's folder; give --storage"]
+        )
+    filled = None if run_dir is None else Path(run_dir).expanduser().absolute()
+    return url.format(soma_home=soma_home(), run_dir=filled)
+
+
+def _shown(limits: Limits) -> str:
+    own = limits.model_dump(exclude_unset=True)
+    lines = (f"{name} {UNLIMITED if most is None else most}" for name, most in own.items())
+    return "\n".join(lines).replace("_", " ") or "-"
+
+
+def _date(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d")
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except SomaError as error:
+        typer.echo(f"soma keys: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2 if isinstance(error, ConfigError | BadRequest) else 1) from None

@@ -1,0 +1,214 @@
+"""Care for sessions outside any request: an administrator's orders, removal, retention, and taking up again
+what a restart interrupted.
+
+Guarantees: a session is removed in one order, so that nobody is answered by what is going: it is closed, its
+work ends, its requests end, its adapter leaves the engine, its record and text are deleted, and its tenant's
+cached prefixes become unreachable. A failure on the way leaves it closed, and the next start removes the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import suppress
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from soma_vllm.config import Config
+from soma_vllm.engines.base import Salts
+from soma_vllm.errors import AdapterError, BadRequest, NotFound, StoreUnavailable, TooManyRequests
+from soma_vllm.scheduler.adaptation import Adaptation
+from soma_vllm.scheduler.background import Background
+from soma_vllm.scheduler.book import Entry, SessionBook
+from soma_vllm.scheduler.ports import Meter, Shelf, Store
+from soma_vllm.session.phases import Phase
+from soma_vllm.session.session import Session
+from soma_vllm.storage.records import Summary
+from soma_vllm.storage.tables import RETIRED
+from soma_vllm.types import Role, SessionKey
+
+logger = logging.getLogger(__name__)
+
+SWEEP_EVERY_S = 60.0
+SWEPT_AT_ONCE = 200
+"""Sessions that one sweep removes at most."""
+
+LAST_REQUEST_S = 600.0
+"""Longest wait for the requests of a session that is being removed."""
+
+ADAPTER_RETRY_S = 60.0
+
+
+class Custody:
+    """Looks after sessions."""
+
+    def __init__(
+        self,
+        config: Config,
+        book: SessionBook,
+        store: Store,
+        adaptation: Adaptation,
+        background: Background,
+        shelf: Shelf,
+        salts: Salts,
+        meter: Meter,
+        sweep_every_s: float = SWEEP_EVERY_S,
+    ) -> None:
+        self._config = config
+        self._book = book
+        self._store = store
+        self._adaptation = adaptation
+        self._background = background
+        self._shelf = shelf
+        self._salts = salts
+        self._meter = meter
+        self._sweep_every_s = sweep_every_s
+        self._sweeper: asyncio.Task[None] | None = None
+
+    # -- looking ----------------------------------------------------------------------------------------
+
+    async def entry(self, key: SessionKey) -> Entry:
+        """A session with its events; raises NotFound, StoreUnavailable."""
+        return await self._book.entry(key)
+
+    def idle(self, key: SessionKey) -> bool:
+        """True when no background work is under way for this session."""
+        return self._background.idle(key)
+
+    async def summaries(self, tenant: str | None, limit: int, after: float | None) -> list[Summary]:
+        """Sessions on record, the most recent first, from those last used before `after` on.
+
+        Raises:
+            StoreUnavailable: the store does not answer.
+        """
+        try:
+            return await self._store.summaries(tenant, limit, after)
+        except (SQLAlchemyError, OSError) as error:
+            raise StoreUnavailable(f"the session store does not answer ({type(error).__name__})") from error
+
+    # -- orders -----------------------------------------------------------------------------------------
+
+    async def pin(self, key: SessionKey, engine: Role | None) -> Session:
+        """Bind a session to an engine, or let it go again. Raises NotFound."""
+        await self._open(key)
+        return self._book.note(key, "pinned", engine=engine)
+
+    async def roll_back(self, key: SessionKey) -> Session:
+        """Give a session back to the original.
+
+        Raises:
+            NotFound: there is no such session.
+            BadRequest: the surrogate does not serve it.
+        """
+        session = await self._open(key)
+        if session.phase is not Phase.SWITCHED:
+            raise BadRequest(f"found the session in phase {session.phase}; expected {Phase.SWITCHED}")
+        rolled_back = self._book.note(key, "rolled_back", reason="asked by an administrator")
+        self._retire(key, session)
+        return rolled_back
+
+    async def readapt(self, key: SessionKey) -> Session:
+        """Have a session adapted anew, from all its turns that can teach: at once where their text is at hand,
+        else with its next turn.
+
+        Raises:
+            NotFound: there is no such session.
+            BadRequest: it is being adapted, or removed.
+            TooManyRequests: its tenant has as many adapters as its key allows.
+        """
+        session = await self._open(key)
+        if session.phase in (Phase.ADAPTING, Phase.CLOSED):
+            raise BadRequest(f"found the session in phase {session.phase}; expected another")
+        held = await self._book.adapters(key.tenant) - (session.adapter is not None)
+        if not self._meter.may_adapt(key.tenant, held):
+            raise TooManyRequests("limits.adapters: this key's are used up", ADAPTER_RETRY_S)
+        restarted = self._book.note(key, "restarted", reason="asked by an administrator")
+        self._retire(key, session)
+        if restarted.wants_adaptation(self._config):
+            self._background.spawn(key, self._adaptation.begin(key, None))
+        return self._book.session(key)
+
+    async def remove(self, key: SessionKey) -> None:
+        """Remove a session and all it has; returns when nothing of it is left.
+
+        Raises:
+            NotFound: there is no such session.
+        """
+        session = await self._open(key)
+        self._book.hold(key)
+        try:
+            if session.phase is not Phase.CLOSED:
+                self._book.note(key, "closed")
+            await self._background.cancel(key)
+            await self._book.unheld(key, LAST_REQUEST_S)
+            if session.adapter is not None:
+                await self._adaptation.retire(key, session.adapter)
+            self._book.remove(key)
+        finally:
+            self._book.release(key)
+        self._salts.renew(key.tenant)
+        await self._book.written()
+
+    async def _open(self, key: SessionKey) -> Session:
+        """Raises NotFound, StoreUnavailable."""
+        return (await self._book.entry(key)).session
+
+    def _retire(self, key: SessionKey, session: Session) -> None:
+        if session.adapter is not None:
+            self._background.spawn(key, self._adaptation.retire(key, session.adapter))
+
+    # -- by itself --------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Take up what a restart interrupted, then keep to the configured retention.
+
+        Raises:
+            SQLAlchemyError, OSError: the store does not answer.
+        """
+        await self._drop_orphans()
+        for key in await self._store.in_phase(Phase.CLOSED):
+            await self.remove(key)
+        for key in await self._store.in_phase(Phase.ADAPTING):
+            session = await self._book.open(key)
+            if session.phase is Phase.ADAPTING and session.kept() and self._background.idle(key):
+                self._background.spawn(key, self._adaptation.begin(key, session.forced))
+        self._sweeper = asyncio.create_task(self._sweep_for_ever(), name="soma-retention")
+
+    async def stop(self) -> None:
+        """End the sweeps."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.gather(self._sweeper, return_exceptions=True)
+
+    async def sweep(self) -> int:
+        """Erase text and remove sessions whose time is over; how many sessions were removed."""
+        retention = self._config.retention
+        now = time.time()
+        if retention.text_ttl_s is not None:
+            await self._store.erase_texts_before(now - retention.text_ttl_s)
+            self._book.forget_texts_before(now - retention.text_ttl_s)
+        if retention.session_ttl_s is None:
+            return 0
+        removed = 0
+        for key in await self._store.idle_since(now - retention.session_ttl_s, SWEPT_AT_ONCE):
+            if not self._book.holds(key):
+                await self.remove(key)
+                removed += 1
+        return removed
+
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(self._sweep_every_s)
+            try:
+                await self.sweep()
+            except (SQLAlchemyError, OSError, StoreUnavailable) as error:
+                logger.warning("retention waits for the session store: %s", type(error).__name__)
+
+    async def _drop_orphans(self) -> None:
+        """Delete adapters that serve no session: a crash came between publishing them and switching."""
+        for record in await self._store.adapters():
+            if record.state != RETIRED and not await self._store.users_of(record.name):
+                with suppress(NotFound, AdapterError):
+                    await asyncio.to_thread(self._shelf.retire, record.name)
+                await self._store.retired(record.name)

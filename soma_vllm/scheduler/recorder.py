@@ -1,0 +1,133 @@
+"""What follows an answer: its turn is recorded, then adaptation or an audit may begin. No user waits for it.
+
+Guarantees: a request that was repeated replaces its own turn and adds none; an answer to a history that has
+gone on meanwhile begins a branch; of several requests at once the first whose answer ends is recorded first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from soma_vllm.config import Config
+from soma_vllm.scheduler.adaptation import Adaptation
+from soma_vllm.scheduler.background import Background
+from soma_vllm.scheduler.book import SessionBook
+from soma_vllm.scheduler.drift import DriftWatch
+from soma_vllm.scheduler.policies.base import Asked
+from soma_vllm.scheduler.replies import Choice, Heard
+from soma_vllm.scheduler.teaching import Lesson, Teachers
+from soma_vllm.session.phases import Phase
+from soma_vllm.session.prefix import compress
+from soma_vllm.session.session import Session, Turn, turn_event
+from soma_vllm.session.transcript import read, spoken
+from soma_vllm.types import Candidate, Event, Role, Route, SessionKey
+
+
+class Recorder:
+    """Folds answered turns into their sessions."""
+
+    def __init__(
+        self,
+        config: Config,
+        book: SessionBook,
+        adaptation: Adaptation,
+        drift: DriftWatch,
+        teachers: Teachers,
+        background: Background,
+    ) -> None:
+        self._config = config
+        self._book = book
+        self._adaptation = adaptation
+        self._drift = drift
+        self._teachers = teachers
+        self._background = background
+
+    def record(
+        self,
+        key: SessionKey,
+        phase: Phase,
+        asked: Asked,
+        route: Route,
+        heard: Heard,
+        *,
+        lesson: Lesson | None = None,
+        response: str | None = None,
+        adapts: bool = True,
+        forced: Candidate | None = None,
+    ) -> None:
+        """Fold one answered turn into its session, then start what follows from it.
+
+        `phase` is the one in which it was routed; `adapts` says whether its policy has sessions adapted.
+        """
+        if not heard.complete and heard.silent:
+            return  # the client left before anything was said: there is no turn
+        key = self._book.settle(key, asked.reading)
+        try:
+            turn, builds_on = self._turn(self._book.session(key), phase, asked, route, heard, response)
+            session = self._book.record(key, *_events(turn, builds_on, heard.choices[1:], key.tenant, asked))
+            self._teachers.keep(key, turn.number, heard, lesson)
+            if adapts:
+                if session.phase in (Phase.WARM_START, Phase.ROLLED_BACK) and (why := turn.unteachable()):
+                    self._book.note(key, "turn_skipped", turn=turn.number, why=why)
+                self._follow_up(key, session, turn, asked, forced)
+        finally:
+            self._book.release(key)
+
+    def _turn(
+        self, session: Session, phase: Phase, asked: Asked, route: Route, heard: Heard, response: str | None
+    ) -> tuple[Turn, int]:
+        """(the turn, how many turns on record its history repeats)."""
+        builds_on, added = session.repeated(asked.reading)
+        turn = Turn(
+            number=builds_on + 1,
+            messages=added,
+            answer=heard.text,
+            engine=route.engine,
+            adapter=None if route.adapter is None else route.adapter.name,
+            phase=phase,
+            reason=route.reason,
+            usage=heard.usage,
+            ttft_s=heard.ttft_s,
+            latency_s=heard.latency_s,
+            complete=heard.complete,
+            calls=heard.choices[0].calls,
+            chain=_chain(session.key.tenant, asked, heard.choices[0]),
+            asked=asked.reading.asked,
+            response=response,
+        )
+        return turn, builds_on
+
+    def _follow_up(
+        self, key: SessionKey, session: Session, turn: Turn, asked: Asked, forced: Candidate | None
+    ) -> None:
+        idle = self._background.idle(key)
+        unfinished = session.phase is Phase.ADAPTING and session.kept() and idle
+        if session.wants_adaptation(self._config) or unfinished:
+            if idle:
+                self._background.spawn(key, self._adaptation.begin(key, forced))
+            return
+        if self._drift.wants(turn):
+            shown = compress(asked.messages, self._config.prefix, self._config.compressed_prefix_turns)
+            if turn.engine is Role.ORIGINAL:
+                self._book.note(key, "locality_miss", turn=turn.number, distance=asked.distance)
+            self._background.spawn(key, self._drift.audit(key, turn, asked.messages, shown))
+
+
+def _events(turn: Turn, builds_on: int, others: Sequence[Choice], tenant: str, asked: Asked) -> list[Event]:
+    """The turn, and what else was answered to the same request (`n`): a client may go on from any of them."""
+    now = time.time()
+    variants = [
+        replace(turn, answer=other.text, calls=other.calls, chain=_chain(tenant, asked, other))
+        for other in others
+    ]
+    return [
+        turn_event(turn, builds_on, now),
+        *(turn_event(variant, builds_on, now, "variant") for variant in variants),
+    ]
+
+
+def _chain(tenant: str, asked: Asked, choice: Choice) -> str:
+    """Digest of the transcript that ends with this answer."""
+    return read(tenant, [*asked.messages, spoken(choice.text, choice.calls)]).asked

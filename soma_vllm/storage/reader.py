@@ -1,0 +1,146 @@
+"""What the session store is asked: events, the session that a request belongs to, and listings.
+
+Guarantees: nothing is written; every question of a client's names its tenant; a session that is being
+removed is not found and uses nothing, though it is listed, and its events can be read, until it is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Row, Select, func, select
+
+from soma_vllm.storage.connections import connect
+from soma_vllm.storage.finding import Turn, by_chains, by_response
+from soma_vllm.storage.records import AdapterRecord, Found, Summary
+from soma_vllm.storage.schema import missing_tables, refuse_other_versions
+from soma_vllm.storage.tables import CLOSED, AdapterRow, EventRow, SessionRow, TextRow
+from soma_vllm.types import Event, SessionKey
+
+_KEYS = select(SessionRow.tenant, SessionRow.session)
+
+
+class SessionReader:
+    """The questions. Every one raises SQLAlchemyError or OSError while the database is away."""
+
+    def __init__(self, url: str) -> None:
+        """Connects to nothing yet.
+
+        Raises:
+            ConfigError: `url` is of no database that the store knows.
+        """
+        self._engine = connect(url)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._engine.dispose()
+
+    async def events(self, key: SessionKey) -> list[Event]:
+        """All events of a session in order, with the text that is still there; empty without such a session."""
+        its_text = [getattr(TextRow, name) == getattr(EventRow, name) for name in ("tenant", "session", "seq")]
+        return [
+            Event(*row)
+            for row in await self._rows(
+                select(EventRow.kind, EventRow.at, EventRow.data, TextRow.data)
+                .outerjoin_from(EventRow, TextRow, its_text[0] & its_text[1] & its_text[2])
+                .where(of(EventRow, key))
+                .order_by(EventRow.seq)
+            )
+        ]
+
+    async def find(self, tenant: str, family: str, chains: Sequence[str]) -> Found | None:
+        """The turn that a request goes on from: the one with the longest chain among `chains`, longest first.
+
+        Of several, one of a session whose transcript ends there, then one of the session appended to last.
+        """
+        return await self._turn(by_chains(self._engine.dialect.name, tenant, family, chains))
+
+    async def of_response(self, tenant: str, response: str) -> Found | None:
+        """The latest turn that a client may name so."""
+        return await self._turn(by_response(tenant, response))
+
+    async def users_of(self, adapter: str) -> list[SessionKey]:
+        """Sessions that this adapter serves, closed ones left out."""
+        return await self._keys(SessionRow.adapter == adapter, SessionRow.phase != CLOSED)
+
+    async def in_phase(self, phase: str) -> list[SessionKey]:
+        """Sessions in this phase, over all tenants."""
+        return await self._keys(SessionRow.phase == phase)
+
+    async def idle_since(self, at: float, limit: int) -> list[SessionKey]:
+        """At most `limit` sessions without an append since a Unix time, longest idle first; no closed ones."""
+        idle = _KEYS.where(SessionRow.updated_at < at, SessionRow.phase != CLOSED)
+        rows = await self._rows(idle.order_by(SessionRow.updated_at).limit(limit))
+        return [SessionKey(*row) for row in rows]
+
+    async def summaries(self, tenant: str | None, limit: int, after: float | None = None) -> list[Summary]:
+        """At most `limit` sessions of one tenant or of all, the latest first; closed ones as well.
+
+        `after` goes on where a page ended: it is the `updated_at` of that page's last summary.
+        """
+        named = (
+            SessionRow.family,
+            SessionRow.phase,
+            SessionRow.turns,
+            SessionRow.adapter,
+            SessionRow.updated_at,
+        )
+        wanted = _KEYS.add_columns(*named).order_by(SessionRow.updated_at.desc()).limit(limit)
+        if tenant is not None:
+            wanted = wanted.where(SessionRow.tenant == tenant)
+        if after is not None:
+            wanted = wanted.where(SessionRow.updated_at < after)
+        return [Summary(SessionKey(*row[:2]), *row[2:]) for row in await self._rows(wanted)]
+
+    async def live(self, tenant: str) -> int:
+        """A tenant's sessions that are not closed."""
+        return await self._count(SessionRow.tenant == tenant, SessionRow.phase != CLOSED)
+
+    async def count(self) -> int:
+        """Sessions on record, over all tenants."""
+        return await self._count()
+
+    async def keys(self, tenant: str | None = None) -> list[SessionKey]:
+        """Every session on record, of one tenant or of all, in the order of their names."""
+        found = await self._keys(*(() if tenant is None else (SessionRow.tenant == tenant,)))
+        # Sorted here: databases differ in the order of letters.
+        return sorted(found, key=lambda key: (key.tenant, key.session))
+
+    async def adapters(self, tenant: str | None = None) -> list[AdapterRecord]:
+        """Adapters on record, of one tenant or of all, in the order of their numbers."""
+        wanted = select(AdapterRow.name, AdapterRow.number, AdapterRow.path, AdapterRow.state)
+        if tenant is not None:
+            wanted = wanted.where(AdapterRow.tenant == tenant)
+        return [AdapterRecord(*row) for row in await self._rows(wanted.order_by(AdapterRow.number))]
+
+    async def missing_tables(self) -> list[str]:
+        """Tables of the session store that this database lacks."""
+        async with self._engine.connect() as connection:
+            return await connection.run_sync(missing_tables)
+
+    async def refuse_other_versions(self) -> None:
+        """Raise ConfigError where this database's tables are not the ones that this code reads."""
+        async with self._engine.connect() as connection:
+            await connection.run_sync(refuse_other_versions)
+
+    async def _rows(self, wanted: Select[*tuple[Any, ...]]) -> Sequence[Row[*tuple[Any, ...]]]:
+        async with self._engine.connect() as connection:
+            return (await connection.execute(wanted)).all()
+
+    async def _keys(self, *conditions: ColumnElement[bool]) -> list[SessionKey]:
+        return [SessionKey(*row) for row in await self._rows(_KEYS.where(*conditions))]
+
+    async def _count(self, *conditions: ColumnElement[bool]) -> int:
+        ((count,),) = await self._rows(select(func.count()).select_from(SessionRow).where(*conditions))
+        return int(count)
+
+    async def _turn(self, wanted: Turn) -> Found | None:
+        rows = await self._rows(wanted)
+        return Found(*rows[0]) if rows else None
+
+
+def of(table: type[Any], key: SessionKey) -> ColumnElement[bool]:
+    """The condition that a row of this table belongs to a session."""
+    belongs: ColumnElement[bool] = (table.tenant == key.tenant) & (table.session == key.session)
+    return belongs
