@@ -145,9 +145,7 @@ def reasoning_item(item: str, text: str, status: str = "completed") -> dict[str,
     return {"id": item, "type": "reasoning", "summary": [], "status": status, "content": content}
 
 
-def call_item(
-    item: str, call: str, name: str, arguments: str, status: str = "completed"
-) -> dict[str, Any]:
+def call_item(item: str, call: str, name: str, arguments: str, status: str = "completed") -> dict[str, Any]:
     """The call of a tool; `call` is the id that its result will name."""
     function = {"call_id": call, "name": name, "arguments": arguments}
     return {"id": item, "type": "function_call", "status": status, **function}

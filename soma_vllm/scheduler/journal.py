@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_exponential
 
 from soma_vllm.types import SessionKey
@@ -101,11 +102,15 @@ class Journal:
             before_sleep=_say_once,
             reraise=True,
         )
+        tried = 0
         try:
             async for attempt in attempts:
+                tried = attempt.retry_state.attempt_number
                 with attempt:
                     await write.do()
         except (SQLAlchemyError, OSError) as error:
+            if isinstance(error, IntegrityError) and tried > 1:
+                return  # it was taken the first time, and only the word of it was lost
             self._given_up.add(write.key)
             logger.error("a session goes on in memory only: %s", type(error).__name__)
             return
@@ -116,7 +121,7 @@ class Journal:
 def _may_pass(error: BaseException) -> bool:
     """Whether trying again can help: the database was away or full, not contradicted."""
     if isinstance(error, SQLAlchemyError):
-        return isinstance(error, DBAPIError) and not isinstance(error, CONTRADICTED)
+        return isinstance(error, DBAPIError | PoolTimeout) and not isinstance(error, CONTRADICTED)
     return isinstance(error, OSError)
 
 

@@ -82,6 +82,24 @@ async def test_after_a_contradicted_write_nothing_of_that_session_is_written() -
     assert store.kept == [(0, "one"), (0, "four")]
 
 
+async def test_a_write_whose_acknowledgement_was_lost_costs_its_session_nothing() -> None:
+    attempts: list[str] = []
+
+    async def taken_but_not_told() -> None:
+        attempts.append("tried")
+        raise ConnectionResetError if len(attempts) == 1 else IntegrityError("insert", {}, Exception())
+
+    async def next_one() -> None:
+        attempts.append("next")
+
+    journal = Journal()
+    await journal.start()
+    journal.put(Write(KEY, taken_but_not_told))
+    journal.put(Write(KEY, next_one))
+    await asyncio.wait_for(journal.stop(), 5)
+    assert attempts == ["tried", "tried", "next"]
+
+
 async def test_a_removal_makes_good_what_was_missing_before_it() -> None:
     done: list[str] = []
     journal = Journal()

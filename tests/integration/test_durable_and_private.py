@@ -1,0 +1,191 @@
+"""A server with API keys that is killed, and started again over the same records."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from running import TINY, Dialogue, Running, descendants, gone, serving  # type: ignore[import-not-found]
+
+ADMIN = "the-admin-key-of-the-tests"
+SETTINGS: dict[str, Any] = {"access": {"mode": "keys"}}
+FORCED = {"X-SOMA-Force": "adapter"}
+
+
+def soma(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "soma_vllm.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "SOMA_ADMIN_KEY": ADMIN},
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Path:
+    return tmp_path_factory.mktemp("durable")
+
+
+@pytest.fixture(scope="module")
+def keys(folder: Path) -> list[str]:
+    (folder / "run").mkdir()
+    storage = f"sqlite+aiosqlite:///{folder}/run/sessions.db"
+    limits = (["--requests-per-minute", "1000"], ["--live-sessions", "1"])
+    added = [
+        soma("keys", "add", name, "--storage", storage, *limit)
+        for name, limit in zip("ab", limits, strict=True)
+    ]
+    assert [done.returncode for done in added] == [0, 0], added
+    return [done.stdout.strip() for done in added]
+
+
+@pytest.fixture(scope="module")
+def killed(folder: Path, keys: list[str]) -> Iterator[Path]:
+    """Where a server was killed after one session had switched, while another was being trained."""
+    os.environ["SOMA_ADMIN_KEY"] = ADMIN
+    with serving(folder, TINY, SETTINGS) as first:
+        switched = Dialogue(first, "switched", keys[0], **FORCED)
+        for number in range(4):
+            switched.say(f"question {number} about rivers")
+        first.until("switched", "SWITCHED", key=keys[0])
+        switched.say("one more question about rivers")
+        _refuses_strangers(first, keys)
+        _obeys_the_administrator(first, keys)
+        training = Dialogue(first, "training", keys[0], **FORCED)
+        for number in range(4):
+            training.say(f"question {number} about mountains")
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if any(e["kind"] == "training_submitted" for e in first.session("training", keys[0])["events"]):
+                break
+            time.sleep(0.05)
+        time.sleep(0.3)  # records are written behind the answers
+        everybody = descendants(first.process.pid)
+        os.kill(first.process.pid, signal.SIGKILL)
+        first.process.wait(30)
+        assert not gone(everybody, 60)
+    (folder / "history").write_text(repr(switched.messages))
+    yield folder
+    del os.environ["SOMA_ADMIN_KEY"]
+
+
+def _refuses_strangers(server: Running, keys: list[str]) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        server.client("sk-soma-000000000000-" + "x" * 43).models.list()
+    for path in ("/v1/models", "/soma/sessions", "/soma/sessions/switched", "/tokenize"):
+        assert httpx.get(f"{server.root}{path}", timeout=30).status_code == 401, path
+    assert httpx.get(f"{server.root}/health", timeout=30).status_code == 200
+    Dialogue(server, "theirs", keys[1]).say("hello")
+    with pytest.raises(openai.RateLimitError):
+        Dialogue(server, "another", keys[1]).say("hello")
+    with pytest.raises(httpx.HTTPStatusError, match="404"):
+        server.session("switched", keys[1])
+    listed = httpx.get(f"{server.root}/soma/sessions", headers=_bearer(keys[1]), timeout=30).json()["data"]
+    assert [row["session"] for row in listed] == ["theirs"]
+    order = httpx.post(f"{server.root}/soma/sessions/theirs/rollback", headers=_bearer(keys[1]), timeout=30)
+    assert order.status_code == 403
+
+
+def _obeys_the_administrator(server: Running, keys: list[str]) -> None:
+    listed = soma("sessions", "ls", "--json", "--url", server.root)
+    assert listed.returncode == 0, listed.stderr
+    for word in ("switched", "theirs"):
+        assert f'"session": "{word}"' in listed.stdout
+    tenant = server.session("theirs", keys[1])["tenant"]
+    where = ["--url", server.root, "--tenant", tenant]
+    assert soma("sessions", "pin", "theirs", "surrogate", *where).returncode == 0
+    assert server.session("theirs", keys[1])["pinned"] == "surrogate"
+    assert "expected SWITCHED" in soma("sessions", "rollback", "theirs", *where).stderr
+    assert soma("sessions", "rm", "theirs", *where).stdout.strip() == "removed    theirs"
+    gone_now = soma("sessions", "show", "theirs", *where)
+    assert gone_now.returncode == 1
+    assert "no session 'theirs'" in gone_now.stderr
+
+
+def _bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.fixture(scope="module")
+def again(killed: Path) -> Iterator[Running]:
+    with serving(killed, TINY, SETTINGS) as second:
+        yield second
+
+
+def test_after_a_kill_a_session_goes_on_where_it_was_with_its_adapter(
+    again: Running, killed: Path, keys: list[str]
+) -> None:
+    before = again.session("switched", keys[0])
+    assert (before["phase"], len(before["turns"])) == ("SWITCHED", 5)
+    dialogue = Dialogue(again, "switched", keys[0])
+    dialogue.messages = eval((killed / "history").read_text())
+    dialogue.say("and another question about rivers")
+    assert dialogue.headers["X-SOMA-Engine"] == "surrogate"
+    assert dialogue.headers["X-SOMA-Adapter"] == before["adapter"]
+    assert len(again.session("switched", keys[0])["turns"]) == 6
+
+
+def test_after_a_kill_a_training_that_was_under_way_is_done_without_anybodys_asking(
+    again: Running, keys: list[str]
+) -> None:
+    found = again.until("training", "SWITCHED", "ORIGINAL_ONLY", key=keys[0])
+    assert len(found["turns"]) == 4
+    assert [event["kind"] for event in found["events"]].count("adaptation_started") == 2
+
+
+def test_a_removed_session_is_not_found_by_a_server_started_later(again: Running, keys: list[str]) -> None:
+    with pytest.raises(httpx.HTTPStatusError, match="404"):
+        again.session("theirs", keys[1])
+
+
+def test_an_owner_removes_its_own_session_and_its_adapter(again: Running, keys: list[str]) -> None:
+    name = again.session("switched", keys[0])["adapter"]
+    again.until("switched", "SWITCHED", key=keys[0])
+    found = list((again.run_dir / "adapters").rglob("soma.json"))
+    assert any(name in path.read_text() for path in found)
+    url = f"{again.root}/soma/sessions/switched"
+    assert httpx.delete(url, headers=_bearer(keys[0]), timeout=60).status_code == 204
+    assert httpx.delete(url, headers=_bearer(keys[0]), timeout=60).status_code == 404
+    left = list((again.run_dir / "adapters").rglob("soma.json"))
+    assert not any(name in path.read_text() for path in left)
+
+
+def test_a_body_that_is_too_large_is_refused(again: Running, keys: list[str]) -> None:
+    body = b'{"model": "soma", "messages": "' + b"x" * (17 << 20) + b'"}'
+    answer = httpx.post(f"{again.root}/v1/chat/completions", content=body, headers=_bearer(keys[0]), timeout=60)
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "body_too_large"
+
+
+def test_text_completions_are_answered_by_the_original_or_by_whom_they_name(
+    again: Running, keys: list[str]
+) -> None:
+    for model, engine in (("soma", "original"), ("tiny-surrogate", "surrogate")):
+        raw = again.client(keys[0]).completions.with_raw_response.create(model=model, prompt="A", max_tokens=4)
+        assert raw.headers["X-SOMA-Engine"] == engine
+        assert raw.parse().usage.completion_tokens > 0
+
+
+def test_several_choices_and_log_probabilities_come_through(again: Running, keys: list[str]) -> None:
+    reply = again.client(keys[0]).chat.completions.create(
+        model="soma",
+        messages=[{"role": "user", "content": "hello"}],
+        n=2,
+        logprobs=True,
+        top_logprobs=2,
+        max_tokens=4,
+        temperature=1.0,
+        seed=1,
+    )
+    assert len(reply.choices) == 2
+    assert all(len(choice.logprobs.content[0].top_logprobs) == 2 for choice in reply.choices)
