@@ -22,7 +22,7 @@ REFUSED: Mapping[str, str] = {
     "context_management": "dialogues are not compacted here",
     "moderation": "nothing is moderated here",
 }
-"""Parameters of OpenAI's that nobody here serves, and why. Null and false say the same as leaving them out."""
+"""Parameters of OpenAI's that nobody here serves, and why. Null, false and empty ask for nothing."""
 
 PASSED = frozenset(
     {
@@ -203,7 +203,7 @@ def parse(body: object) -> ResponsesRequest:
         raise BadRequest(f"body: found {type(body).__name__}; expected a JSON object")
     given = {name: value for name, value in body.items() if value is not None}
     for name, why in REFUSED.items():
-        if given.pop(name, False) is not False:
+        if given.pop(name, None):
             raise BadRequest(f"{name}: {why}; expected it to be left out", name)
     _check_tools(given.get("tools"))
     try:
@@ -257,8 +257,8 @@ def _check_id(conversation: str) -> None:
 
 
 def _refusal(error: ValidationError, body: Mapping[str, Any]) -> BadRequest:
-    """The first of pydantic's complaints, without what was sent: that may be what somebody said."""
-    first = error.errors(include_url=False)[0]
+    """The most definite of pydantic's complaints, without what was sent: that may be what somebody said."""
+    first = max(error.errors(include_url=False), key=lambda complaint: len(complaint["loc"]))
     param = _param(first["loc"], body, missing=first["type"] == "missing")
     complaint = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
     if first["type"] == "missing":

@@ -100,17 +100,18 @@ def read_events(events: Iterable[str]) -> tuple[tuple[Choice, ...], Usage, bool]
     """(choices, usage, whether the stream came to its own end) of server-sent events."""
     spoken: dict[int, Spoken] = {0: Spoken()}
     usage = Usage()
-    complete = False
+    complete = failed = False
     for event in events:
         data = event.removeprefix("data:").strip()
         if data == "[DONE]":
             complete = True
         elif data.startswith("{"):
             chunk = json.loads(data)
+            failed = failed or "error" in chunk
             usage = _usage(chunk["usage"]) if chunk.get("usage") else usage
             for choice in chunk.get("choices") or ():
                 spoken.setdefault(_index(choice), Spoken()).hear(choice.get("delta") or {})
-    return tuple(spoken[index].choice() for index in sorted(spoken)), usage, complete
+    return tuple(spoken[index].choice() for index in sorted(spoken)), usage, complete and not failed
 
 
 class Spoken:

@@ -17,7 +17,8 @@ import pytest
 from running import TINY, Dialogue, Running, descendants, gone, serving  # type: ignore[import-not-found]
 
 ADMIN = "the-admin-key-of-the-tests"
-SETTINGS: dict[str, Any] = {"access": {"mode": "keys"}}
+# Enough steps for a training to be under way when the server is killed.
+SETTINGS: dict[str, Any] = {"access": {"mode": "keys"}, "lora": {"steps": 150}}
 FORCED = {"X-SOMA-Force": "adapter"}
 
 
@@ -69,11 +70,13 @@ def killed(folder: Path, keys: list[str]) -> Iterator[Path]:
             if any(e["kind"] == "training_submitted" for e in first.session("training", keys[0])["events"]):
                 break
             time.sleep(0.05)
-        time.sleep(0.3)  # records are written behind the answers
-        everybody = descendants(first.process.pid)
+        time.sleep(0.1)  # records are written behind the answers
+        everybody = {
+            pid: Path(f"/proc/{pid}/cmdline").read_text()[:80] for pid in descendants(first.process.pid)
+        }
         os.kill(first.process.pid, signal.SIGKILL)
         first.process.wait(30)
-        assert not gone(everybody, 60)
+        assert not [everybody[pid] for pid in gone(set(everybody), 90)]
     (folder / "history").write_text(repr(switched.messages))
     yield folder
     del os.environ["SOMA_ADMIN_KEY"]
@@ -189,3 +192,17 @@ def test_several_choices_and_log_probabilities_come_through(again: Running, keys
     )
     assert len(reply.choices) == 2
     assert all(len(choice.logprobs.content[0].top_logprobs) == 2 for choice in reply.choices)
+
+
+def test_a_dialogue_goes_on_from_a_response_and_is_one_session(again: Running, keys: list[str]) -> None:
+    client = again.client(keys[0])
+    first = client.responses.create(model="soma", input="hello", max_output_tokens=8)
+    raw = client.responses.with_raw_response.create(
+        model="soma", input="and then", previous_response_id=first.id, max_output_tokens=8
+    )
+    assert raw.parse().previous_response_id == first.id
+    assert len(again.session(raw.headers["X-SOMA-Session"], keys[0])["turns"]) == 2
+    with pytest.raises(openai.NotFoundError):
+        again.client(keys[1]).responses.create(model="soma", input="x", previous_response_id=first.id)
+    events = list(client.responses.create(model="soma", input="hello", max_output_tokens=8, stream=True))
+    assert events[-1].type in ("response.completed", "response.incomplete")

@@ -57,6 +57,11 @@ def test_a_stream_is_read_for_its_choices_and_its_usage() -> None:
     assert read_events(events[:-1])[2] is False
 
 
+def test_a_stream_with_an_error_in_it_did_not_come_to_its_own_end() -> None:
+    events = ['data: {"choices": []}\n\n', 'data: {"error": {"type": "Boom"}}\n\n', "data: [DONE]\n\n"]
+    assert read_events(events)[2] is False
+
+
 def test_a_whole_reply_without_content_is_empty_text() -> None:
     heard = heard_whole({"choices": [{"message": {"content": None}}]}, 0.0)
     assert heard.text == ""

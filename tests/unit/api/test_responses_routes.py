@@ -1,0 +1,478 @@
+"""`/v1/responses` as clients meet it: the official ones, raw HTTP, and one that leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+from collections.abc import Awaitable, Callable, MutableMapping
+from http import HTTPStatus
+from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel
+from responses_house import (  # type: ignore[import-not-found]
+    BROKEN,
+    HEADERS,
+    ChatEvents,
+    Script,
+    Spoken,
+    application,
+    checked,
+    http_client,
+    openai_client,
+    told,
+)
+from starlette.testclient import TestClient
+from vllm.entrypoints.openai.responses import api_router as vllm_responses
+
+from soma_vllm.api import responses
+from soma_vllm.errors import BadRequest, EngineRefused, NoSuchModel, StoreUnavailable, Unprocessable
+from soma_vllm.session.identity import tenant_of
+from soma_vllm.session.transcript import read
+
+WEATHER: Any = {
+    "type": "function",
+    "name": "weather",
+    "description": "the weather",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    "strict": True,
+}
+CALL = Spoken((), [("call_1", "weather", ['{"city":', ' "Bonn"}'])], finish="tool_calls")
+
+
+class City(BaseModel):
+    name: str
+    people: int
+
+
+@pytest.fixture
+def script() -> Script:
+    return Script()
+
+
+@pytest.fixture
+def client(script: Script) -> AsyncOpenAI:
+    return openai_client(script)
+
+
+def sync_client(script: Script) -> OpenAI:
+    http = TestClient(application(script), base_url="http://soma/v1")
+    return OpenAI(api_key="k", base_url="http://soma/v1", http_client=http, max_retries=0)
+
+
+# -- the official clients ---------------------------------------------------------------------------------
+
+
+async def test_openais_client_gets_an_answer(script: Script, client: AsyncOpenAI) -> None:
+    answer = await client.responses.create(model="soma", input="hello")
+    assert answer.output_text == "An answer."
+    assert re.fullmatch(r"resp_[0-9a-f]{32}", answer.id)
+    assert script.body == {"model": "soma", "messages": [{"role": "user", "content": "hello"}]}
+    assert script.asked[-1].response == answer.id
+    assert script.asked[-1].session is None
+    assert script.asked[-1].tenant == tenant_of("Bearer k")
+
+
+def test_openais_synchronous_client_gets_an_answer(script: Script) -> None:
+    answer = sync_client(script).responses.create(model="soma", input="hello")
+    assert answer.output_text == "An answer."
+
+
+async def test_openais_client_reads_a_stream(script: Script, client: AsyncOpenAI) -> None:
+    words = []
+    last = None
+    async for event in await client.responses.create(model="soma", input="hello", stream=True):
+        if event.type == "response.output_text.delta":
+            words.append(event.delta)
+        last = event
+    assert words == ["An ", "answer."]
+    assert last is not None
+    assert last.type == "response.completed"
+    assert last.response.output_text == "An answer."
+    assert last.response.id == script.asked[-1].response
+    assert script.body["stream"] is True
+    assert script.body["stream_options"] == {"include_usage": True}
+
+
+def test_openais_synchronous_client_puts_a_stream_together(script: Script) -> None:
+    script.answers = [Spoken(("I look.",), CALL.calls, thoughts=("Hm.",))]
+    with sync_client(script).responses.stream(model="soma", input="hello", tools=[WEATHER]) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_response()
+    assert "response.function_call_arguments.delta" in kinds
+    assert final.output_text == "I look."
+    assert [item.type for item in final.output] == ["reasoning", "message", "function_call"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_tool_is_called_and_its_result_goes_back(
+    script: Script, client: AsyncOpenAI, streamed: bool
+) -> None:
+    script.answers = [CALL, Spoken(("Sun.",))]
+    asked: list[Any] = [{"role": "user", "content": "weather in Bonn?"}]
+
+    async def turn() -> Any:
+        if not streamed:
+            return await client.responses.create(model="soma", input=asked, tools=[WEATHER])
+        async with client.responses.stream(model="soma", input=asked, tools=[WEATHER]) as stream:
+            return await stream.get_final_response()
+
+    first = await turn()
+    (call,) = first.output
+    assert json.loads(call.arguments) == {"city": "Bonn"}
+    asked += [item.to_dict() for item in first.output]
+    asked.append({"type": "function_call_output", "call_id": call.call_id, "output": "sun"})
+    assert (await turn()).output_text == "Sun."
+    assert script.body["messages"] == [
+        {"role": "user", "content": "weather in Bonn?"},
+        CALL.message(),
+        {"role": "tool", "tool_call_id": "call_1", "content": "sun"},
+    ]
+    function = {name: value for name, value in WEATHER.items() if name != "type"}
+    assert script.body["tools"] == [{"type": "function", "function": function}]
+
+
+async def test_a_result_may_follow_its_call_by_the_response_alone(script: Script, client: AsyncOpenAI) -> None:
+    script.answers = [CALL]
+    first = await client.responses.create(model="soma", input="weather?", tools=[WEATHER])
+    result: Any = {"type": "function_call_output", "call_id": "call_1", "output": "sun"}
+    await client.responses.create(model="soma", input=[result], tools=[WEATHER], previous_response_id=first.id)
+    assert script.body["messages"] == [
+        {"role": "user", "content": "weather?"},
+        CALL.message(),
+        {"role": "tool", "tool_call_id": "call_1", "content": "sun"},
+    ]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_openais_client_parses_a_structured_answer(
+    script: Script, client: AsyncOpenAI, streamed: bool
+) -> None:
+    script.answers = [Spoken(('{"name": "Bonn",', ' "people": 330000}'))]
+    if streamed:
+        async with client.responses.stream(model="soma", input="a city", text_format=City) as stream:
+            answer = await stream.get_final_response()
+    else:
+        answer = await client.responses.parse(model="soma", input="a city", text_format=City)
+    assert answer.output_parsed == City(name="Bonn", people=330000)
+    wanted = script.body["response_format"]
+    assert wanted["type"] == "json_schema"
+    assert wanted["json_schema"]["name"] == "City"
+    assert wanted["json_schema"]["strict"] is True
+    assert set(wanted["json_schema"]["schema"]["properties"]) == {"name", "people"}
+
+
+def test_openais_synchronous_client_parses_a_structured_answer(script: Script) -> None:
+    script.answers = [Spoken(('{"name": "Bonn", "people": 1}',))]
+    answer = sync_client(script).responses.parse(model="soma", input="a city", text_format=City)
+    assert answer.output_parsed == City(name="Bonn", people=1)
+
+
+# -- going on ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_dialogue_goes_on_from_its_last_response(
+    script: Script, client: AsyncOpenAI, streamed: bool
+) -> None:
+    if streamed:
+        async with client.responses.stream(model="soma", input="one") as stream:
+            first = (await stream.get_final_response()).id
+    else:
+        first = (await client.responses.create(model="soma", input="one")).id
+    second = await client.responses.create(model="soma", input="two", previous_response_id=first)
+    assert second.previous_response_id == first
+    assert script.asked[-1].session == "s"
+    assert script.body["messages"] == [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "An answer."},
+        {"role": "user", "content": "two"},
+    ]
+
+
+async def test_instructions_are_those_of_their_request(script: Script, client: AsyncOpenAI) -> None:
+    first = await client.responses.create(model="soma", input="one", instructions="be brief")
+    again = await client.responses.create(
+        model="soma", input="two", instructions="be brief", previous_response_id=first.id
+    )
+    one, two = (read("t", incoming.body["messages"]) for incoming in script.asked)
+    assert two.messages[: len(one.messages)] == one.messages
+    await client.responses.create(model="soma", input="three", previous_response_id=again.id)
+    assert [message["role"] for message in script.body["messages"]] == ["user", "assistant"] * 2 + ["user"]
+
+
+async def test_a_conversation_is_a_session_of_its_name(script: Script, client: AsyncOpenAI) -> None:
+    for conversation in ("c1", {"id": "c1"}):
+        answer = await client.responses.create(
+            model="soma",
+            input="x",
+            conversation=conversation,  # type: ignore[arg-type]
+            extra_headers={"X-Session-ID": "other"},
+        )
+        assert answer.conversation is not None
+        assert answer.conversation.id == "c1"
+        assert script.asked[-1].session == "c1"
+    assert [message["role"] for message in script.body["messages"]] == ["user", "assistant", "user"]
+
+
+async def test_another_tenants_response_does_not_exist(script: Script, client: AsyncOpenAI) -> None:
+    mine = await client.responses.create(model="soma", input="secret")
+    stranger = openai_client(script, key="other")
+    with pytest.raises(openai.NotFoundError) as caught:
+        await stranger.responses.create(model="soma", input="x", previous_response_id=mine.id)
+    assert caught.value.code == "previous_response_not_found"
+    assert caught.value.param == "previous_response_id"
+    assert len(script.asked) == 1
+
+
+async def test_a_response_that_is_not_to_be_stored_cannot_be_gone_on_from(
+    script: Script, client: AsyncOpenAI
+) -> None:
+    answer = await client.responses.create(model="soma", input="x", store=False)
+    assert script.asked[-1].response is None
+    assert answer.to_dict()["store"] is False
+    with pytest.raises(openai.NotFoundError):
+        await client.responses.create(model="soma", input="y", previous_response_id=answer.id)
+
+
+async def test_a_response_says_whether_it_can_be_gone_on_from(script: Script, client: AsyncOpenAI) -> None:
+    assert (await client.responses.create(model="soma", input="x")).to_dict()["store"] is True
+    script.headers = {"X-SOMA-Engine": "original", "X-SOMA-Reason": "bypass"}
+    assert (await client.responses.create(model="large", input="x")).to_dict()["store"] is False
+
+
+# -- HTTP -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_who_answered_and_why_stands_in_the_headers(script: Script, streamed: bool) -> None:
+    async with http_client(script) as http:
+        got = await http.post("/responses", json={"input": "x", "stream": streamed})
+    assert got.status_code == 200
+    assert {name: got.headers[name] for name in HEADERS} == HEADERS
+    kind = "text/event-stream" if streamed else "application/json"
+    assert got.headers["content-type"].startswith(kind)
+
+
+async def test_a_stream_is_openais_events_and_nothing_else(script: Script) -> None:
+    async with http_client(script) as http:
+        got = await http.post("/responses", json={"input": "x", "stream": True})
+    lines = [f"{block}\n\n" for block in got.text.split("\n\n") if block]
+    assert told(lines)[-1]["type"] == "response.completed"
+
+
+async def test_a_whole_response_passes_openais_own_types(script: Script) -> None:
+    async with http_client(script) as http:
+        got = await http.post("/responses", json={"input": "x", "metadata": {"session_id": "m"}})
+    assert checked(got.json()).metadata == {"session_id": "m"}
+    assert script.body["metadata"] == {"session_id": "m"}
+    assert script.body.get("model") is None
+    assert got.json()["model"] == "soma"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (BadRequest("messages: too many", "messages"), 400),
+        (NoSuchModel("model: found 'x'", "model"), 404),
+        (BROKEN, 503),
+        (StoreUnavailable("away"), 503),
+    ],
+)
+async def test_an_error_has_openais_shape(script: Script, error: Any, status: int) -> None:
+    for streamed in (False, True):
+        script.answers = [error]
+        async with http_client(script) as http:
+            got = await http.post("/responses", json={"input": "x", "stream": streamed})
+        assert got.status_code == status
+        shown = got.json()["error"]
+        assert set(shown) == {"message", "type", "param", "code"}
+        assert shown["message"] == str(error)
+        assert status != 503 or math.isfinite(float(got.headers["retry-after"]))
+
+
+async def test_an_engines_own_refusal_goes_out_unchanged(script: Script, client: AsyncOpenAI) -> None:
+    script.answers = [EngineRefused(400, {"error": {"message": "too long", "param": "messages"}})]
+    with pytest.raises(openai.BadRequestError, match="too long"):
+        await client.responses.create(model="soma", input="x")
+
+
+async def test_a_dialogue_whose_text_was_not_kept_cannot_be_gone_on_from(
+    script: Script, client: AsyncOpenAI
+) -> None:
+    script.unreadable = Unprocessable("its text was not kept")
+    with pytest.raises(openai.UnprocessableEntityError):
+        await client.responses.create(model="soma", input="x", previous_response_id="resp_1")
+
+
+async def test_what_is_not_served_is_refused_before_anybody_is_asked(
+    script: Script, client: AsyncOpenAI
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.responses.create(model="soma", input="x", tools=[{"type": "web_search"}])
+    assert caught.value.param == "tools[0].type"
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.responses.create(model="soma", input="x", background=True)
+    assert caught.value.param == "background"
+    with pytest.raises(openai.BadRequestError):
+        await client.responses.create(
+            model="soma", input=[{"type": "item_reference", "id": "msg_1"}], previous_response_id="resp_1"
+        )
+    assert not script.asked
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b'{"input": NaN}', b"\xff", b"[" * 100_000, b'{"input": "x"} x'],
+)
+async def test_a_body_that_is_no_json_object_is_refused(script: Script, content: bytes) -> None:
+    async with http_client(script) as http:
+        got = await http.post("/responses", content=content, headers={"content-type": "application/json"})
+    assert got.status_code == 400
+    assert "JSON" in got.json()["error"]["message"]
+
+
+async def test_half_a_surrogate_pair_is_no_servers_error(script: Script) -> None:
+    script.answers = [Spoken(("\ud83d",))]
+    schema = '{"type": "object", "description": "\\ud83d"}'
+    tool = f'{{"type": "function", "name": "f", "parameters": {schema}}}'
+    async with http_client(script) as http:
+        got = await http.post(
+            "/responses",
+            content=f'{{"input": "\\ud83d", "tools": [{tool}]}}',
+            headers={"content-type": "application/json"},
+        )
+    assert got.status_code == 200
+    assert got.json()["output"][0]["content"][0]["text"] == "\ud83d"
+
+
+async def test_the_engines_failure_to_answer_is_a_bad_gateway(script: Script) -> None:
+    class Empty(Spoken):
+        def completion(self) -> dict[str, Any]:
+            return {"object": "chat.completion", "choices": []}
+
+    script.answers = [Empty()]
+    async with http_client(script) as http:
+        got = await http.post("/responses", json={"input": "x"})
+    assert got.status_code == HTTPStatus.BAD_GATEWAY
+
+
+# -- a client that leaves ---------------------------------------------------------------------------------
+
+Messages = list[MutableMapping[str, Any]]
+
+
+async def call(
+    script: Script, body: dict[str, Any], receive: Callable[[], Awaitable[MutableMapping[str, Any]]]
+) -> Messages:
+    """One request as a server makes it; `receive` goes on after the body. Returns what was sent."""
+    sent: Messages = []
+    first: Messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receiving() -> MutableMapping[str, Any]:
+        return first.pop() if first else await receive()
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/responses",
+        "raw_path": b"/v1/responses",
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"content-type", b"application/json")],
+        "client": ("c", 1),
+        "server": ("s", 80),
+    }
+    await asyncio.wait_for(application(script)(scope, receiving, send), 10)
+    return sent
+
+
+async def test_a_client_that_leaves_ends_the_chat_stream_at_once(script: Script) -> None:
+    source = ChatEvents(Spoken().events())
+    source.go.clear()
+    script.answers = [source]
+
+    async def leave() -> MutableMapping[str, Any]:
+        await source.waiting.wait()
+        return {"type": "http.disconnect"}
+
+    sent = await call(script, {"input": "x", "stream": True}, leave)
+    assert source.closed.is_set()
+    assert source.told == 0
+    assert b"response.created" in sent[1]["body"]
+
+
+async def test_a_client_that_left_before_the_stream_began_ends_it_too(script: Script) -> None:
+    source = ChatEvents(Spoken().events())
+
+    class Slow(Script):
+        async def chat(self, incoming: Any) -> Any:
+            answer = await super().chat(incoming)
+            gone.set()
+            return answer
+
+    gone = asyncio.Event()
+    slow = Slow(answers=[source])
+
+    async def leave() -> MutableMapping[str, Any]:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    await call(slow, {"input": "x", "stream": True}, leave)
+    assert source.closed.is_set()
+
+
+async def test_a_client_that_leaves_a_whole_reply_cancels_the_chat() -> None:
+    asked, cancelled = asyncio.Event(), asyncio.Event()
+
+    class Waiting(Script):
+        async def chat(self, incoming: Any) -> Any:
+            asked.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
+
+    async def leave() -> MutableMapping[str, Any]:
+        await asked.wait()
+        return {"type": "http.disconnect"}
+
+    await call(Waiting(), {"input": "x"}, leave)
+    await asyncio.wait_for(cancelled.wait(), 10)
+
+
+# -- vLLM's own -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/responses/resp_1"),
+        ("DELETE", "/responses/resp_1"),
+        ("POST", "/responses/resp_1/cancel"),
+        ("GET", "/responses/resp_1/input_items"),
+    ],
+)
+async def test_responses_are_no_objects_and_say_so(script: Script, method: str, path: str) -> None:
+    async with http_client(script) as http:
+        got = await http.request(method, path)
+    assert got.status_code == HTTPStatus.NOT_IMPLEMENTED
+    assert "previous_response_id" in got.json()["error"]["message"]
+
+
+def test_every_route_that_vllm_has_for_responses_is_one_of_ours() -> None:
+    def operations(routes: Any) -> set[tuple[str, str]]:
+        return {(method, route.path) for route in routes for method in route.methods}
+
+    assert operations(vllm_responses.router.routes) <= operations(responses.router.routes)
