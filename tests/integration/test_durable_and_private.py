@@ -143,7 +143,9 @@ def test_after_a_kill_a_training_that_was_under_way_is_done_without_anybodys_ask
 ) -> None:
     found = again.until("training", "SWITCHED", "ORIGINAL_ONLY", key=keys[0])
     assert len(found["turns"]) == 4
-    assert [event["kind"] for event in found["events"]].count("adaptation_started") == 2
+    # Two where the kill came before the training's end; a fast one may have been over.
+    assert [event["kind"] for event in found["events"]].count("adaptation_started") in (1, 2)
+    assert sum(event["kind"] in ("switched", "refused", "training_failed") for event in found["events"]) == 1
 
 
 def test_a_removed_session_is_not_found_by_a_server_started_later(again: Running, keys: list[str]) -> None:
