@@ -13,6 +13,7 @@ that is on record.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
@@ -83,7 +84,7 @@ class ResponseEvents:
             return list(self._telling.failed("the engine sent an event that is no JSON object"))
 
 
-class Item:
+class Item(ABC):
     """An output item that is being told."""
 
     def __init__(self, kind: str, place: int) -> None:
@@ -93,9 +94,9 @@ class Item:
         self._place = place
         self._pieces: list[str] = []
 
+    @abstractmethod
     def json(self) -> dict[str, Any]:
         """The item as it stands."""
-        raise NotImplementedError
 
     def begin(self) -> Iterator[Event]:
         """Its first events."""

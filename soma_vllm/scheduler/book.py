@@ -59,6 +59,7 @@ ADAPTER_STATES = {
     "adapter_published": "VERIFIED",
     "adapter_loaded": "LOADED",
     "switched": "ACTIVE",
+    "inherited": "ACTIVE",
     "adapter_retired": RETIRED,
 }
 """Event -> the state in which it leaves its adapter on record."""
@@ -280,6 +281,10 @@ class SessionBook:
         """A live session as it is now."""
         return self._entries[key].session
 
+    def is_live(self, key: SessionKey) -> bool:
+        """Whether a session is in memory."""
+        return key in self._entries
+
     def is_new(self, key: SessionKey) -> bool:
         """Whether nothing of a live session is recorded yet."""
         return not self._entries[key].events
@@ -322,6 +327,21 @@ class SessionBook:
         except StoreUnavailable:
             return True
         return any(key not in self._entries for key in users)
+
+    async def family(self, session: Session) -> list[SessionKey]:
+        """Every branch of a dialogue that a client named, where this is its root; else the session alone.
+
+        Raises:
+            StoreUnavailable: the store does not answer.
+        """
+        key = session.key
+        if session.family != key.session:
+            return [key]
+        live = {e.session.key for e in self._entries.values() if e.session.family == session.family}
+        async with _store_answers():
+            on_record = await self._store.family(key.tenant, session.family)
+        branches = {k for k in live if k.tenant == key.tenant} | set(on_record)
+        return [key, *(branches - {key})]
 
     # -- recording --------------------------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -37,7 +38,11 @@ SWEPT_AT_ONCE = 200
 LAST_REQUEST_S = 600.0
 """Longest wait for the requests of a session that is being removed."""
 
+WRITTEN_S = 30.0
+"""Longest wait for a removal to be on record."""
+
 ADAPTER_RETRY_S = 60.0
+ASKED = "asked by an administrator"
 
 
 class Custody:
@@ -91,8 +96,8 @@ class Custody:
 
     async def pin(self, key: SessionKey, engine: Role | None) -> Session:
         """Bind a session to an engine, or let it go again. Raises NotFound."""
-        await self._open(key)
-        return self._book.note(key, "pinned", engine=engine)
+        async with self._held(key):
+            return self._book.note(key, "pinned", engine=engine)
 
     async def roll_back(self, key: SessionKey) -> Session:
         """Give a session back to the original.
@@ -101,12 +106,12 @@ class Custody:
             NotFound: there is no such session.
             BadRequest: the surrogate does not serve it.
         """
-        session = await self._open(key)
-        if session.phase is not Phase.SWITCHED:
-            raise BadRequest(f"found the session in phase {session.phase}; expected {Phase.SWITCHED}")
-        rolled_back = self._book.note(key, "rolled_back", reason="asked by an administrator")
-        self._retire(key, session)
-        return rolled_back
+        async with self._held(key) as session:
+            if session.phase is not Phase.SWITCHED:
+                raise BadRequest(f"found the session in phase {session.phase}; expected {Phase.SWITCHED}")
+            rolled_back = self._book.note(key, "rolled_back", reason=ASKED)
+            self._retire(key, session)
+            return rolled_back
 
     async def readapt(self, key: SessionKey) -> Session:
         """Have a session adapted anew, from all its turns that can teach: at once where their text is at hand,
@@ -117,27 +122,41 @@ class Custody:
             BadRequest: it is being adapted, or removed.
             TooManyRequests: its tenant has as many adapters as its key allows.
         """
-        session = await self._open(key)
-        if session.phase in (Phase.ADAPTING, Phase.CLOSED):
-            raise BadRequest(f"found the session in phase {session.phase}; expected another")
-        held = await self._book.adapters(key.tenant) - (session.adapter is not None)
-        if not self._meter.may_adapt(key.tenant, held):
-            raise TooManyRequests("limits.adapters: this key's are used up", ADAPTER_RETRY_S)
-        restarted = self._book.note(key, "restarted", reason="asked by an administrator")
-        self._retire(key, session)
-        if restarted.wants_adaptation(self._config):
-            self._background.spawn(key, self._adaptation.begin(key, None))
-        return self._book.session(key)
+        async with self._held(key):
+            held = await self._book.adapters(key.tenant)
+            session = self._book.session(key)
+            if session.phase in (Phase.ADAPTING, Phase.CLOSED):
+                raise BadRequest(f"found the session in phase {session.phase}; expected another")
+            if not self._meter.may_adapt(key.tenant, held - (session.adapter is not None)):
+                raise TooManyRequests("limits.adapters: this key's are used up", ADAPTER_RETRY_S)
+            restarted = self._book.note(key, "restarted", reason=ASKED)
+            self._retire(key, session)
+            if restarted.wants_adaptation(self._config):
+                self._background.spawn(key, self._adaptation.begin(key, None))
+            return self._book.session(key)
 
     async def remove(self, key: SessionKey) -> None:
-        """Remove a session and all it has; returns when nothing of it is left.
+        """Remove a session and all it has; one that a client named, with all its branches. Returns when nothing
+        of it is left.
 
         Raises:
             NotFound: there is no such session.
+            StoreUnavailable: the store does not answer; the removal is done when it does.
         """
-        session = await self._open(key)
-        self._book.hold(key)
+        async with self._held(key) as session:
+            family = await self._book.family(session)
+        for member in family:
+            await self._remove_one(member)
+        # What the engines have cached of it cannot be told from what else they have cached for the tenant.
+        self._salts.renew(key.tenant)
         try:
+            async with asyncio.timeout(WRITTEN_S):
+                await self._book.written()
+        except TimeoutError as error:
+            raise StoreUnavailable("the removal waits for the session store") from error
+
+    async def _remove_one(self, key: SessionKey) -> None:
+        async with self._held(key) as session:
             if session.phase is not Phase.CLOSED:
                 self._book.note(key, "closed")
             await self._background.cancel(key)
@@ -145,14 +164,16 @@ class Custody:
             if session.adapter is not None:
                 await self._adaptation.retire(key, session.adapter)
             self._book.remove(key)
+
+    @asynccontextmanager
+    async def _held(self, key: SessionKey) -> AsyncIterator[Session]:
+        """A session that stays in memory meanwhile. Raises NotFound, StoreUnavailable."""
+        session = (await self._book.entry(key)).session
+        self._book.hold(key)
+        try:
+            yield session
         finally:
             self._book.release(key)
-        self._salts.renew(key.tenant)
-        await self._book.written()
-
-    async def _open(self, key: SessionKey) -> Session:
-        """Raises NotFound, StoreUnavailable."""
-        return (await self._book.entry(key)).session
 
     def _retire(self, key: SessionKey, session: Session) -> None:
         if session.adapter is not None:
@@ -168,7 +189,7 @@ class Custody:
         """
         await self._drop_orphans()
         for key in await self._store.in_phase(Phase.CLOSED):
-            await self.remove(key)
+            await self._remove_one(key)
         for key in await self._store.in_phase(Phase.ADAPTING):
             session = await self._book.open(key)
             if session.phase is Phase.ADAPTING and session.kept() and self._background.idle(key):
@@ -193,7 +214,7 @@ class Custody:
         removed = 0
         for key in await self._store.idle_since(now - retention.session_ttl_s, SWEPT_AT_ONCE):
             if not self._book.holds(key):
-                await self.remove(key)
+                await self._remove_one(key)
                 removed += 1
         return removed
 

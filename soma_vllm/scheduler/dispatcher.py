@@ -117,19 +117,19 @@ class Dispatcher:
             EngineRefused: the engine found it wrong.
         """
         started = time.monotonic()
+        policy = self._policy(incoming)
         if (engine := self._bypass(incoming)) is not None:
             return await self._past_sessions(engine, incoming, started, "bypass")
-        policy = self._policy(incoming)
         reading = read(incoming.tenant, _messages(incoming))
         try:
             key = await self._enter(incoming, reading)
         except StoreUnavailable as error:
             logger.warning("the original answers a turn that is not recorded: %s", error)
             return await self._past_sessions(self._original, incoming, started, "session store unavailable")
+        if self._book.session(key).phase is Phase.CLOSED:
+            self._book.release(key)
+            return await self._past_sessions(self._original, incoming, started, "session being removed")
         try:
-            if self._book.session(key).phase is Phase.CLOSED:
-                self._book.release(key)
-                return await self._past_sessions(self._original, incoming, started, "session being removed")
             asked = await self._read(key, reading, incoming)
             session = self._book.session(key)  # as it is now: reading took a while
             return await self._serve(key, session, asked, policy, incoming, started)

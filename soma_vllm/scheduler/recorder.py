@@ -63,6 +63,8 @@ class Recorder:
         """
         if not heard.complete and heard.silent:
             return  # the client left before anything was said: there is no turn
+        if not self._book.is_live(key):
+            return  # it was removed, and nothing is to be left of it
         key = self._book.settle(key, asked.reading)
         try:
             turn, builds_on = self._turn(self._book.session(key), phase, asked, route, heard, response)

@@ -68,6 +68,10 @@ class SessionReader:
         """Sessions in this phase, over all tenants."""
         return await self._keys(SessionRow.phase == phase)
 
+    async def family(self, tenant: str, family: str) -> list[SessionKey]:
+        """A tenant's sessions of one family."""
+        return await self._keys(SessionRow.tenant == tenant, SessionRow.family == family)
+
     async def idle_since(self, at: float, limit: int) -> list[SessionKey]:
         """At most `limit` sessions without an append since a Unix time, longest idle first; no closed ones."""
         idle = _KEYS.where(SessionRow.updated_at < at, SessionRow.phase != CLOSED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -77,7 +78,7 @@ def killed(folder: Path, keys: list[str]) -> Iterator[Path]:
         os.kill(first.process.pid, signal.SIGKILL)
         first.process.wait(30)
         assert not [everybody[pid] for pid in gone(set(everybody), 90)]
-    (folder / "history").write_text(repr(switched.messages))
+    (folder / "history").write_text(json.dumps(switched.messages))
     yield folder
     del os.environ["SOMA_ADMIN_KEY"]
 
@@ -131,7 +132,7 @@ def test_after_a_kill_a_session_goes_on_where_it_was_with_its_adapter(
     before = again.session("switched", keys[0])
     assert (before["phase"], len(before["turns"])) == ("SWITCHED", 5)
     dialogue = Dialogue(again, "switched", keys[0])
-    dialogue.messages = eval((killed / "history").read_text())
+    dialogue.messages = json.loads((killed / "history").read_text())
     dialogue.say("and another question about rivers")
     assert dialogue.headers["X-SOMA-Engine"] == "surrogate"
     assert dialogue.headers["X-SOMA-Adapter"] == before["adapter"]

@@ -54,6 +54,47 @@ async def test_a_removed_session_leaves_nothing_behind(house: House, tmp_path: P
     assert answer.headers["X-SOMA-Phase"] == "WARM_START"
 
 
+async def test_removing_a_dialogue_removes_its_branches_and_removing_a_branch_leaves_the_rest(
+    house: House, tmp_path: Path
+) -> None:
+    house.surrogate.answers = ["different", "same"]
+    history = await warmed(house)
+    await house.say(history, "question 3")
+    branches = []
+    for word in ("left", "right"):
+        answer = await house.say(history[:4], f"{WORD} {word}")
+        branches.append(answer.headers["X-SOMA-Session"])
+    key = house.session().key
+    await house.custody.remove(house.session(branches[0]).key)
+    assert [k for k in house.book._entries if k.session == branches[0]] == []
+    assert house.session(branches[1]).adapter is not None
+    await house.custody.remove(key)
+    assert house.book._entries == {}
+    assert house.surrogate.log[-1] == "delete adapter-s-1"
+    assert WORD.encode() not in on_disk(tmp_path)
+
+
+async def test_a_session_that_is_removed_in_the_middle_of_a_request_is_not_recorded_again(house: House) -> None:
+    history = await warmed(house)
+    stream = await house.say(history, "question 3", stream=True)
+    house.book.remove(house.session().key)
+    assert stream.reply.events is not None
+    async for _ in stream.reply.events:
+        pass
+    assert house.book._entries == {}
+
+
+async def test_a_request_to_a_session_that_is_removed_gives_no_hold_back_twice(house: House) -> None:
+    history = await warmed(house)
+    key = house.session().key
+    house.book.hold(key)
+    house.book.note(key, "closed")
+    house.original.refusal = EngineUnavailable("down")
+    with pytest.raises(EngineUnavailable):
+        await house.say(history, "question 3")
+    assert house.book.holds(key) == 1
+
+
 async def test_removing_a_session_ends_its_training(house: House) -> None:
     house.surrogate.answers = ["different", "same"]
     house.trainer.go.clear()
