@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
 
@@ -13,6 +13,17 @@ def requirements(name: str) -> list[str]:
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
+# Optional: without a C++ compiler the LoRA products are torch's. Python's own headers are all it includes, and
+# the instructions it uses are looked up when it runs, so that one build serves every x86 machine.
+LORA_KERNEL = Extension(
+    "soma_vllm.adapters._lora_cpu",
+    sources=["soma_vllm/adapters/_lora_cpu.cpp"],
+    language="c++",
+    extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-w"],
+    extra_link_args=["-fopenmp"],
+    optional=True,
+)
+
 setup(
     name="soma-vllm",
     version="0.1.0",
@@ -22,7 +33,8 @@ setup(
     license="MIT",
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["soma_vllm", "soma_vllm.*"]),
-    package_data={"soma_vllm": ["py.typed"]},
+    ext_modules=[LORA_KERNEL],
+    package_data={"soma_vllm": ["py.typed"], "soma_vllm.adapters": ["_lora_cpu.cpp"]},
     install_requires=requirements("base"),
     extras_require={name: requirements(name) for name in ("cpu", "cuda", "dev")},
     entry_points={

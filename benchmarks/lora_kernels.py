@@ -1,11 +1,11 @@
-"""What LoRA costs per step on a CPU: vLLM's stock products against the grouped ones.
+"""What LoRA costs per step on a CPU: vLLM's stock products, the grouped ones in torch, and the compiled kernel.
 
 One step is what a 0.5B Qwen2 surrogate asks of its LoRA wrapper: per layer a fused qkv, an output, a fused
 gate_up and a down projection, here for `--layers` layers with weights of their own, so that caches are as
 cold as in the model. Attention and the base products are left out; what remains is what the kernels decide.
 
-Fair because both sides get the same weights, inputs and metadata in one process on the same core, take turns
-round by round (a slow moment hits both), include the metadata of the step, and report the median round. Each
+Fair because all sides get the same weights, inputs and metadata in one process on the same core, take turns
+round by round (a slow moment hits all), include the metadata of the step, and report the median round. Each
 batch has LoRA tokens only: beside base-model tokens the stock kernels compute something else (wrongly).
 
     OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/lora_kernels.py [--json FILE]
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -26,6 +27,7 @@ import torch
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
+from soma_vllm.adapters.fused import KERNEL_ENV, compiled_kernel
 from soma_vllm.adapters.lora_kernels import GroupedPunicaWrapperCPU
 from soma_vllm.versions import installed_vllm
 
@@ -63,11 +65,13 @@ class Result:
     workload: str
     stock_ms: float
     grouped_ms: float
-    """Median milliseconds per layer, the step's metadata shared among the layers."""
+    compiled_ms: float | None
+    """Median milliseconds per layer, the step's metadata shared among them; None where it was not built."""
 
     @property
     def ratio(self) -> float:
-        return self.stock_ms / self.grouped_ms
+        """How much less the best of ours takes than stock."""
+        return self.stock_ms / (self.compiled_ms or self.grouped_ms)
 
 
 def model(slots: int, layers: int, rank: int, seed: int) -> list[Module]:
@@ -102,13 +106,24 @@ def run_step(wrapper: PunicaWrapperCPU, work: Workload, modules: Sequence[Module
 
 def compare(work: Workload, layers: int, rank: int, rounds: int) -> Result:
     modules = model(work.adapters, layers, rank, seed=0)
-    stock, grouped = (kind(2048, 256, device="cpu") for kind in (PunicaWrapperCPU, GroupedPunicaWrapperCPU))
-    times: tuple[list[float], list[float]] = ([], [])
+    wrappers = [PunicaWrapperCPU(2048, 256, device="cpu"), in_torch()]
+    if compiled_kernel() is not None:
+        wrappers.append(GroupedPunicaWrapperCPU(2048, 256, device="cpu"))
+    times: list[list[float]] = [[] for _ in wrappers]
     for _ in range(rounds + 1):
-        for wrapper, record in zip((stock, grouped), times, strict=True):
+        for wrapper, record in zip(wrappers, times, strict=True):
             record.append(run_step(wrapper, work, modules))
-    first, second = (statistics.median(record[1:]) / layers * 1e3 for record in times)  # round 0 warms up
-    return Result(work.name, first, second)
+    stock, grouped, *compiled = (statistics.median(t[1:]) / layers * 1e3 for t in times)  # round 0 warms up
+    return Result(work.name, stock, grouped, compiled[0] if compiled else None)
+
+
+def in_torch() -> GroupedPunicaWrapperCPU:
+    """The grouped wrapper as it is where the kernel was not compiled."""
+    os.environ[KERNEL_ENV] = "torch"
+    try:
+        return GroupedPunicaWrapperCPU(2048, 256, device="cpu")
+    finally:
+        del os.environ[KERNEL_ENV]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -119,12 +134,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", type=Path, help="write the results here as well")
     options = parser.parse_args(arguments)
     results = []
-    print(f"{'workload':38} {'stock ms/layer':>15} {'grouped ms/layer':>17} {'ratio':>7}")
+    print(f"{'ms per layer':38} {'stock':>9} {'grouped':>9} {'compiled':>9} {'ratio':>7}")
     for work in WORKLOADS:
         result = compare(work, options.layers, options.rank, options.rounds)
         results.append(result)
+        compiled = "-" if result.compiled_ms is None else f"{result.compiled_ms:.3f}"
         print(
-            f"{result.workload:38} {result.stock_ms:15.3f} {result.grouped_ms:17.3f} {result.ratio:6.1f}x",
+            f"{result.workload:38} {result.stock_ms:9.3f} {result.grouped_ms:9.3f} {compiled:>9} "
+            f"{result.ratio:6.1f}x",
             flush=True,
         )
     if options.json:

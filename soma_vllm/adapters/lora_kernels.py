@@ -6,8 +6,9 @@ copies A and B once per token. `GroupedPunicaWrapperCPU` takes its place and gua
 
 * A row gets the delta of its own adapter. A row without an adapter, and a padded row, is not written at all.
 * Who belongs to whom is worked out once per step (`update_metadata`), not once per layer.
-* An adapter with many rows takes one pair of products; those with a few rows share one batched pair. No
-  weights are copied while the active slots are neighbours.
+* Linear layers in bf16 take one fused call each (`fused.py`) where the kernel was compiled and the CPU runs it.
+  Everything else takes torch's products: an adapter with many rows one pair, those with a few rows share one
+  batched pair. No weights are copied while the active slots are neighbours.
 
 `adapters/engine_hook.py` puts it in place. It leans on vLLM internals that `versions.py` pins.
 
@@ -24,6 +25,8 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from soma_vllm.adapters.fused import Fused, compiled_kernel
 
 logger = init_logger(__name__)
 
@@ -182,7 +185,11 @@ class GroupedPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
         self._token_slots: list[int] = []
         self._sampler_slots: list[int] = []
         self._token_plans: dict[int, tuple[Product, ...]] = {}
-        self._sampler_plan: tuple[Product, ...] = ()
+        self._sampler_plans: dict[int, tuple[Product, ...]] = {}
+        self._kernel = compiled_kernel()
+        self._fused_plan: Any = None
+        self._fused: dict[int, tuple[Any, Fused | None]] = {}
+        """By the id of a layer's tuple of stacked A, kept beside it; None where the kernel does not fit."""
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
@@ -190,14 +197,13 @@ class GroupedPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
         """Plan the coming step. `mapping` is vLLM's LoRAMapping."""
         self._update_base_metadata(mapping, lora_index_to_id, max_loras, vocab_size)
         self.is_prefill = mapping.is_prefill
-        self._token_slots = self.token_lora_indices.tolist()
+        slots = self.token_lora_indices
+        self._token_slots = slots.tolist()
         self._sampler_slots = self.sampler_indices.tolist()
-        token_plan = plan(self._token_slots)
-        self._token_plans = {len(self._token_slots): token_plan}
-        self._sampler_plan = (
-            token_plan if self._sampler_slots == self._token_slots else plan(self._sampler_slots)
-        )
-        self.no_lora = not token_plan
+        self._token_plans, self._sampler_plans = {}, {}
+        self.no_lora = max(self._token_slots, default=-1) < 0
+        if self._kernel is not None:
+            self._fused_plan = self._kernel.plan(slots.data_ptr(), len(slots))
 
     def add_shrink(
         self,
@@ -255,11 +261,14 @@ class GroupedPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
             self.add_shrink(buffer, x, lora_a_stacked, scale)
             self.add_expand(y, buffer, lora_b_stacked, output_slices, add_inputs=add_inputs)
             return
-        products = self._plan_for(x.numel() // x.shape[-1])
-        if not products:
+        if self.no_lora:
             return
         x, y = _flat(x), _flat(y)
-        for product in products:
+        fused = self._fused_layer(x, y, lora_a_stacked, lora_b_stacked, output_slices)
+        if fused is not None and add_inputs:
+            fused.add(self._fused_plan, y, x, scale)
+            return
+        for product in self._plan_for(x.shape[0]):
             gathered = product.gather(x)
             start = 0
             for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
@@ -301,6 +310,24 @@ class GroupedPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
                 product.put(_flat(buffer), low)
             _expand(product, y[:, :width], low, b[:, :width], add=True)
 
+    def _fused_layer(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        a: tuple[torch.Tensor, ...],
+        b: tuple[torch.Tensor, ...],
+        outs: tuple[int, ...],
+    ) -> Fused | None:
+        """The compiled kernel's view of a layer, where it can compute this call."""
+        if self._kernel is None:
+            return None
+        known = self._fused.get(id(a))
+        if known is None:
+            known = self._fused[id(a)] = (a, Fused(self._kernel, a, b) if Fused.fits(a, b, outs) else None)
+        bf16 = x.dtype is y.dtype is torch.bfloat16
+        whole = x.shape[0] >= len(self._token_slots) and x.stride(1) == y.stride(1) == 1
+        return known[1] if bf16 and whole else None
+
     def _plan_for(self, rows: int) -> tuple[Product, ...]:
         """The step's plan for a tensor of so many rows: rows past the metadata are padding and get nothing."""
         rows = min(rows, len(self._token_slots))
@@ -312,11 +339,17 @@ class GroupedPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
     def _sampler_plan_for(self, rows: int) -> tuple[Product, ...]:
         """The plan for logits. Rows that are not the sampled ones (prompt log-probabilities) have no mapping
         of their own: they get the adapter that the whole step shares, or none, never a neighbour's."""
+        found = self._sampler_plans.get(rows)
+        if found is None:
+            found = self._sampler_plans[rows] = self._plan_logits(rows)
+        return found
+
+    def _plan_logits(self, rows: int) -> tuple[Product, ...]:
         if rows == len(self._sampler_slots):
-            return self._sampler_plan
+            return plan(self._sampler_slots)
         if len(set(self._sampler_slots)) == 1:
             return plan(self._sampler_slots[:1] * rows)
-        if self._sampler_plan:
+        if max(self._sampler_slots, default=-1) >= 0:
             logger.warning_once(
                 "logits of %d rows in a step with adapters that sampled %d: served without the adapters' heads",
                 rows,

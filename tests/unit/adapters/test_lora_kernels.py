@@ -9,6 +9,7 @@ import torch
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
+from soma_vllm.adapters.fused import KERNEL_ENV, Fused, compiled_kernel
 from soma_vllm.adapters.lora_kernels import FewRowsEach, GroupedPunicaWrapperCPU, OneAdapter, plan
 
 SLOTS, RANK, WIDTH, VOCABULARY = 4, 8, 64, 96
@@ -28,6 +29,14 @@ BATCHES = {
     "scattered rows of one adapter": [1, BASE] * 12,
     "base tokens only": [BASE] * 6,
 }
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def _kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds for the compiled kernel and without it."""
+    monkeypatch.setenv(KERNEL_ENV, request.param)
+    if request.param == "compiled" and compiled_kernel() is None:
+        pytest.skip("this CPU has no AVX-512 bf16")
 
 
 def step(wrapper: PunicaWrapperCPU, ids: Sequence[int], sampled: Sequence[int] | None = None) -> None:
@@ -229,3 +238,95 @@ def test_the_plan_spends_no_product_on_base_tokens_and_one_on_a_crowd_of_small_a
     (decode,) = plan([0, 1, 2, 3])
     assert decode == FewRowsEach(slice(0, 4), 1, slice(0, 4), slice(0, 4), slice(0, 4))
     assert [type(product) for product in plan([0, 1] + [2] * 20)] == [OneAdapter, FewRowsEach]
+
+
+def test_the_kernel_was_compiled_and_computes_what_it_fits() -> None:
+    from soma_vllm.adapters import _lora_cpu
+
+    wrapper, (a, b) = wrapper_of(GroupedPunicaWrapperCPU), weights(QKV)
+    step(wrapper, [1, 2])
+    wrapper.add_lora_linear(torch.zeros(2, sum(QKV)).bfloat16(), inputs(2), a, b, 1.0, QKV)
+    fused = [layer for _, layer in wrapper._fused.values()]
+    assert [type(layer) for layer in fused] == ([Fused] if compiled_kernel() is _lora_cpu else [])
+
+
+@pytest.mark.parametrize("rank", [8, 16, 64])
+@pytest.mark.parametrize(("width", "outs"), [(64, (48,)), (50, (33, 7)), (31, (1,)), (896, (300, 128, 128))])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 13])
+def test_every_rank_width_and_number_of_rows_agrees_with_the_reference(
+    rank: int, width: int, outs: tuple[int, ...], rows: int
+) -> None:
+    random = torch.Generator().manual_seed(rank + width + rows)
+    a = tuple((torch.randn(SLOTS, 1, rank, width, generator=random) / 8).bfloat16() for _ in outs)
+    b = tuple((torch.randn(SLOTS, 1, out, rank, generator=random) / 8).bfloat16() for out in outs)
+    ids = [2] * rows + [BASE] + [4] * (rows // 2)
+    wrapper, x = wrapper_of(GroupedPunicaWrapperCPU), inputs(len(ids), width)
+    step(wrapper, ids)
+    y = torch.full((len(ids), sum(outs) + 3), 5.0).bfloat16()
+    wrapper.add_lora_linear(y[:, : sum(outs)], x, a, b, 0.5, outs)
+    torch.testing.assert_close(
+        y[:, : sum(outs)].float(), 5.0 + 0.5 * reference(x, ids, a, b), rtol=0.02, atol=0.04
+    )
+    assert torch.equal(y[:, sum(outs) :], torch.full((len(ids), 3), 5.0).bfloat16())
+
+
+def test_what_is_written_into_a_slot_is_served_at_once_and_what_is_taken_out_is_not() -> None:
+    wrapper, (a, b), x = wrapper_of(GroupedPunicaWrapperCPU), weights(QKV), inputs(2)
+    for part in a:
+        part[2] = 0  # as vLLM leaves a slot whose adapter has no such module
+    kept = [part[2].clone() for part in weights(QKV)[0]]
+    step(wrapper, [3, 1])
+
+    def served() -> torch.Tensor:
+        y = torch.zeros(2, sum(QKV), dtype=torch.bfloat16)
+        wrapper.add_lora_linear(y, x, a, b, 1.0, QKV)
+        return y
+
+    assert not served()[0].any()
+    with torch.inference_mode():
+        for part, values in zip(a, kept, strict=True):
+            part[2, :, :, :] = values
+    assert_close(served(), reference(x, [3, 1], a, b))
+    assert served()[0].any()
+    a[0][2] = 0
+    found = served()
+    assert not found[0, : QKV[0]].any()
+    assert_close(found, reference(x, [3, 1], a, b))
+
+
+def test_a_value_that_is_no_number_stays_with_its_own_adapter() -> None:
+    wrapper, (a, b), x = wrapper_of(GroupedPunicaWrapperCPU), weights(QKV), inputs(3)
+    a[0][0] = float("nan")
+    step(wrapper, [1, 2, BASE])
+    y = torch.zeros(3, sum(QKV), dtype=torch.bfloat16)
+    wrapper.add_lora_linear(y, x, a, b, 1.0, QKV)
+    assert y[0].isnan().any()
+    assert not y[1:].isnan().any()
+
+
+@pytest.mark.skipif(compiled_kernel() is None, reason="this CPU has no AVX-512 bf16")
+def test_the_compiled_kernel_and_torch_agree_on_mixed_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    (a, b), results = weights(QKV), []
+    for ids in BATCHES.values():
+        for kernel in ("compiled", "torch"):
+            monkeypatch.setenv(KERNEL_ENV, kernel)
+            wrapper = wrapper_of(GroupedPunicaWrapperCPU)
+            step(wrapper, ids)
+            y = torch.zeros(len(ids), sum(QKV), dtype=torch.bfloat16)
+            wrapper.add_lora_linear(y, inputs(len(ids)), a, b, 1.0, QKV)
+            results.append(y)
+        torch.testing.assert_close(results[-1], results[-2], rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("spoilt", ["three slices of four", "rank 4", "a float32 slot", "strided"])
+def test_a_layer_that_the_kernel_does_not_fit_is_left_to_torch(spoilt: str) -> None:
+    a, b = weights(QKV)
+    assert Fused.fits(a, b, QKV)
+    if spoilt == "three slices of four":
+        assert not Fused.fits(a, b, (*QKV, 4))
+    elif spoilt == "rank 4":
+        assert not Fused.fits([p[:, :, :4].contiguous() for p in a], [p[..., :4].contiguous() for p in b], QKV)
+    elif spoilt == "a float32 slot":
+        assert not Fused.fits((a[0].float(), *a[1:]), b, QKV)
+    else:
+        assert not Fused.fits((a[0][:, :, :, ::2], *a[1:]), b, QKV)

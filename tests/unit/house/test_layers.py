@@ -41,7 +41,12 @@ HEAVY = {
     "sqlalchemy": {"storage", "scheduler/book.py", "scheduler/journal.py", "scheduler/custody.py"},
     "matplotlib": {"cli", "evaluation"},
 }
-VLLM_INTERNALS = {"engines/vllm_internals.py", "adapters/lora_kernels.py", "adapters/engine_hook.py"}
+VLLM_INTERNALS = {
+    "engines/vllm_internals.py",
+    "adapters/lora_kernels.py",
+    "adapters/worker.py",
+    "adapters/engine_hook.py",
+}
 
 
 def modules() -> list[Path]:
