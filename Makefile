@@ -76,9 +76,11 @@ lint: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-## make bench   stock LoRA kernels against ours
-bench: setup
+## make bench   what many adapters cost: vLLM's LoRA path against ours, on the embedded surrogate (about 12 minutes)
+bench: models
 	@$(BIN)/python benchmarks/lora_kernels.py
+	@mkdir -p out
+	@$(BIN)/python benchmarks/multi_lora.py --quick --json out/multi_lora.json --figure out/multi_lora.png
 
 ## make lock    resolve requirements/*.in anew (needs the package index)
 lock: setup
