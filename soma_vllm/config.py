@@ -227,7 +227,14 @@ class Surrogate(Engine):
     max_loras: Positive = 4
     """Adapters that one engine step can mix."""
     max_cpu_loras: Positive = 64
-    """Adapters the engine keeps in memory; keep it above the live sessions."""
+    """Adapters the engine keeps in memory; those of further sessions are read again when they return."""
+    overflow: Literal["original", "wait"] = "original"
+    """Who answers when `max_loras` other adapters are answering: the original at once, or the surrogate after a
+    wait in a fair queue. After the wait, or where the queue is full, the original."""
+    queue_limit: Annotated[int, Field(ge=0)] = 32
+    """Most requests in that queue."""
+    queue_wait_s: Seconds = 10.0
+    """Longest wait in it."""
     tools: bool = False
     """Whether it may answer requests that define tools. Give it `--enable-auto-tool-choice` and a
     `--tool-call-parser` by `extra_args` then."""

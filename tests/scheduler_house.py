@@ -86,6 +86,10 @@ class FakeSurrogate(Versatile):
         super().__init__("small", ["same"])
         self.loaded: dict[str, AdapterRef] = {}
         self.log: list[str] = []
+        self.prefetched: list[str] = []
+
+    def prefetch(self, ref: AdapterRef) -> None:
+        self.prefetched.append(ref.name)
 
     async def load(self, ref: AdapterRef) -> None:
         if ref.name not in self.loaded:
@@ -196,7 +200,9 @@ class House:
         self.book = SessionBook(
             config, store, [lambda key, event: self.events.append((key, event)), self.teachers]
         )
-        self.holds = AdapterHolds(config.surrogate.max_loras)
+        slots = config.surrogate
+        limit = slots.queue_limit if slots.overflow == "wait" else 0
+        self.holds = AdapterHolds(slots.max_loras, limit, slots.queue_wait_s)
         encoder = HashEncoder()
         self.adaptation = Adaptation(
             config,

@@ -121,10 +121,10 @@ async def test_the_hold_on_an_adapter_lasts_until_the_last_token(house: House) -
     events = answer.reply.events
     assert events is not None
     await anext(events)
-    assert house.holds.held() == {"adapter-s-1": 1}
+    assert house.holds.in_use("adapter-s-1")
     async for _ in events:
         pass
-    assert house.holds.held() == {}
+    assert house.holds.count() == 0
     assert house.session().turns[-1].answer == "one two three"
 
 
@@ -134,7 +134,7 @@ async def test_a_stream_that_nobody_reads_gives_its_hold_back_when_closed(house:
     answer = await house.say(history, "question 3", stream=True)
     assert answer.reply.events is not None
     await answer.reply.events.aclose()
-    assert house.holds.held() == {}
+    assert house.holds.count() == 0
     assert len(house.session().turns) == 2
 
 
