@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class EngineAlone:
-    """An engine and vLLM's serving objects over it, on an event loop of its own; `run` runs coroutines there."""
+    """An engine and vLLM's serving objects over it, on a loop of its own; `run` runs coroutines there."""
 
     def __init__(self, config: Config, model: Path) -> None:
         self._config = config

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from soma_vllm.config import Config
 from soma_vllm.engines.base import ChatCall, Salts
 from soma_vllm.engines.fake import FakeEngine
-from soma_vllm.errors import TooManyRequests, TrainingError
+from soma_vllm.errors import AdapterRejected, TooManyRequests, TrainingError
 from soma_vllm.scheduler.adaptation import Adaptation
 from soma_vllm.scheduler.background import Background
 from soma_vllm.scheduler.book import SessionBook
@@ -87,11 +87,14 @@ class FakeSurrogate(Versatile):
         self.loaded: dict[str, AdapterRef] = {}
         self.log: list[str] = []
         self.prefetched: list[str] = []
+        self.rejection: AdapterRejected | None = None
 
     def prefetch(self, ref: AdapterRef) -> None:
         self.prefetched.append(ref.name)
 
     async def load(self, ref: AdapterRef) -> None:
+        if self.rejection is not None:
+            raise self.rejection
         if ref.name not in self.loaded:
             self.loaded[ref.name] = ref
             self.log.append(f"load {ref.name}")

@@ -102,9 +102,11 @@ async def test_a_cold_session_is_served_beside_hot_ones_that_never_pause() -> No
 
     async def ask(name: str) -> None:
         held = await holds.hold(name)
-        served.append(name)
-        await asyncio.sleep(0.001)
-        await holds.release(held)
+        try:
+            served.append(name)
+            await asyncio.sleep(0.001)
+        finally:
+            await holds.release(held)
 
     async def keep_asking(name: str) -> None:
         while True:

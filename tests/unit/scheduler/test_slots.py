@@ -1,4 +1,4 @@
-"""The rules for adapter slots: capacity, order, no starvation, nobody forgotten; under any sequence of calls."""
+"""The rules for adapter slots: capacity, order, no starvation, nobody forgotten; in any sequence of calls."""
 
 from __future__ import annotations
 
