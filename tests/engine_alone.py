@@ -51,6 +51,7 @@ class EngineAlone:
     def __exit__(self, *exc: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._life.result(60)
+        self.client = self.state = None
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(30)
         self._loop.close()

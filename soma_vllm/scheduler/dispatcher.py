@@ -202,7 +202,7 @@ class Dispatcher:
     def _prefetch(self, session: Session) -> None:
         """Have the adapter of a session that returns loaded while its request is read."""
         ref = session.adapter
-        if ref is not None and session.phase is Phase.SWITCHED and not self._holds.is_leaving(ref.name):
+        if ref is not None and session.phase is Phase.SWITCHED and self._holds.would_grant(ref.name):
             self._surrogate.prefetch(ref)
 
     async def _read(self, key: SessionKey, reading: Reading, incoming: Incoming) -> Asked:

@@ -76,7 +76,7 @@ class AdapterHolds:
     async def release(self, ticket: Ticket) -> None:
         """Give a hold back."""
         self._tell(self._slots.give_back(ticket))
-        if not self._slots.in_use(ticket.name) and (unused := self._unused.get(ticket.name)) is not None:
+        if not self._slots.in_use(ticket.name) and (unused := self._unused.pop(ticket.name, None)) is not None:
             unused.set()
 
     @asynccontextmanager
@@ -103,17 +103,15 @@ class AdapterHolds:
         """Let nobody new use the adapter, for ever, and wait until nobody does."""
         self._tell(self._slots.leave(name))
         if self._slots.in_use(name):
-            unused = self._unused.setdefault(name, asyncio.Event())
-            await unused.wait()
-        self._unused.pop(name, None)
+            await self._unused.setdefault(name, asyncio.Event()).wait()
 
     def left(self, name: str) -> None:
         """The adapter's files are gone; nothing need be remembered of it."""
         self._slots.left(name)
 
-    def is_leaving(self, name: str) -> bool:
-        """Whether an adapter is being removed."""
-        return self._slots.is_leaving(name)
+    def would_grant(self, name: str) -> bool:
+        """Whether a user would get a hold at once."""
+        return self._slots.would_grant(name)
 
     def in_use(self, name: str) -> bool:
         """Whether somebody uses an adapter, a user or the background."""

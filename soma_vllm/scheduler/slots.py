@@ -132,9 +132,9 @@ class Slots:
         """Whether anybody uses an adapter."""
         return name in self._used
 
-    def is_leaving(self, name: str) -> bool:
-        """Whether an adapter is being removed."""
-        return name in self._leaving
+    def would_grant(self, name: str) -> bool:
+        """Whether a user would get in at once."""
+        return name not in self._leaving and self._may_enter(Ticket(name, False, State.WAITING))
 
     def holds(self) -> int:
         """Uses under way."""

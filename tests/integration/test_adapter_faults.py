@@ -113,8 +113,7 @@ class House:
 
     async def inside(self) -> set[int]:
         """Numbers of the adapters in the engine, as the engine has them."""
-        found: set[int] = await self.alone.client.list_loras()
-        return found
+        return set(await self.alone.client.list_loras())
 
     def is_well(self) -> None:
         """The engine lives, answers as it did, and holds what we think it holds."""

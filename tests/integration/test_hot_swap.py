@@ -1,4 +1,4 @@
-"""Sessions that come back, through a whole server whose engine has room for two adapters: whose words each hears."""
+"""Sessions that return, through a whole server whose engine has room for two adapters: whose words each hears."""
 
 from __future__ import annotations
 

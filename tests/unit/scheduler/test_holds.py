@@ -176,8 +176,9 @@ async def test_leaving_returns_when_the_last_hold_is_given_back() -> None:
     assert not waiting.done()
     await holds.release(second)
     await asyncio.wait_for(waiting, 5)
+    assert not holds.would_grant("a")
     holds.left("a")
-    assert not holds.is_leaving("a")
+    assert holds.would_grant("a")
 
 
 async def test_who_waits_for_an_adapter_that_leaves_is_told() -> None:
