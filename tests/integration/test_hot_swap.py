@@ -1,7 +1,8 @@
-"""Sessions that return, through a whole server whose engine has room for two adapters: whose words each hears."""
+"""Sessions that return, through a whole server whose engine has room for two adapters: whose words come."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,11 @@ def test_sessions_that_come_back_hear_their_own_adapter_again(
     metrics = series(marker_server)
     assert value(metrics, "soma_adapter_evictions_total") >= 4
     assert 1 <= value(metrics, "soma_adapters_resident") <= 2
+    # Each was proven to be served as it was trained.
+    assert json.loads((adapter_folder(marker_server, MARKERS[0]) / "soma.json").read_text())["training"][
+        "signature"
+    ]
+    assert value(metrics, "soma_adapter_rejections_total") == 0
 
 
 def test_all_at_once_each_hears_its_own_or_the_original(
