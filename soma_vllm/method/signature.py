@@ -29,6 +29,8 @@ TEXTS = (
 )
 """(query, answer): plain words, and the marks of structured answers."""
 
+HEAD_ROWS = 16384
+"""Rows of the output head that are in float32 at a time."""
 DIGITS = 4
 """Decimals kept of a log-probability."""
 
@@ -70,8 +72,14 @@ def _read(decoder: Decoder, ids: tuple[int, ...], peft: Any) -> Signature:
 
 
 def _logprobs(decoder: Decoder, ids: tuple[int, ...]) -> tuple[float, ...]:
-    """Log-probability of each token but the first, nats."""
+    """Log-probability of each token but the first, nats.
+
+    The output head runs in float32, whatever the model's own: 16-bit logits alone are off by some 0.04 nats.
+    """
     read = torch.tensor([ids], device=decoder.device)
-    logits = decoder.logits(decoder.run(decoder.embed(read))[0, :-1]).float()
-    found = torch.log_softmax(logits, dim=1).gather(1, read[0, 1:].unsqueeze(1)).squeeze(1)
+    states = decoder.run(decoder.embed(read))[0, :-1].float()
+    head: torch.Tensor = decoder.model.get_output_embeddings().weight
+    parts = [(states @ rows.float().T).logsumexp(dim=1) for rows in torch.split(head, HEAD_ROWS)]
+    own = (states * head[read[0, 1:]].float()).sum(dim=1)
+    found = own - torch.stack(parts).logsumexp(dim=0)
     return tuple(round(value, DIGITS) for value in found.tolist())
