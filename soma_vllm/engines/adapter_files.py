@@ -2,7 +2,8 @@
 
 An engine that finds out by itself may do so inside a model step, and take everybody's requests down with it.
 So each load looks first: the configuration is JSON for the served model and of a rank that fits; the weights'
-file is whole, by its own header; and it is the one that was published, where a manifest says which that was.
+file is whole, by its own header, and holds numbers; and it is the one that was published, where a manifest says
+which that was.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from soma_vllm.errors import EngineUnavailable
 from soma_vllm.types import AdapterRef, Signature
 
@@ -22,6 +26,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 MANIFEST = "soma.json"
 
+_EXPONENTS = {"F32": ("<u4", 0x7F800000), "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00)}
+"""By safetensors' name of a type: its words, and the exponent bits that are all set in a NaN or an infinity."""
 _HEADER_LIMIT = 64 * 1024**2
 
 
@@ -41,9 +47,11 @@ def check_adapter_files(
         _check_config(config, max_rank, base_model)
         _check_whole(path / WEIGHTS, config)
         manifest = _object(path / MANIFEST) if (path / MANIFEST).is_file() else {}
-        _check_digest(path / WEIGHTS, manifest)
+        content = (path / WEIGHTS).read_bytes()
+        _check_digest(content, manifest)
+        _check_finite(content)
         return signature_in(manifest)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         raise EngineUnavailable(f"adapter {ref.name} is not fit to be loaded: {_told(error)}") from error
 
 
@@ -101,14 +109,31 @@ def _check_rank(name: str, shape: Sequence[int], rank: int) -> None:
         raise ValueError(f"{WEIGHTS}: {name}: found shape {list(shape)}; expected rank {rank}")
 
 
-def _check_digest(weights: Path, manifest: Mapping[str, Any]) -> None:
+def _check_digest(content: bytes, manifest: Mapping[str, Any]) -> None:
     expected = (manifest.get("weights") or {}).get("sha256")
     if expected is None:
         return
-    with weights.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = hashlib.sha256(content).hexdigest()
     if found != expected:
         raise ValueError(f"{WEIGHTS}: found SHA-256 {found}; expected {expected}")
+
+
+def _check_finite(content: bytes) -> None:
+    """No weight is a NaN or an infinity, by its exponent bits: an engine's cache would keep them for others."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _EXPONENTS:
+            raise ValueError(
+                f"{WEIGHTS}: {name}: found {entry['dtype']}; expected one of {', '.join(_EXPONENTS)}"
+            )
+        word, exponent = _EXPONENTS[entry["dtype"]]
+        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        values: NDArray[Any] = np.frombuffer(content[start:end], dtype=np.dtype(word))
+        if bool(((values & exponent) == exponent).any()):
+            raise ValueError(f"{WEIGHTS}: {name}: found values that are not finite")
 
 
 def _told(error: Exception) -> str:

@@ -7,10 +7,12 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lora_files import files_of, sign  # type: ignore[import-not-found]
+from safetensors.numpy import load_file, save_file
 
 from soma_vllm.engines.adapter_files import check_adapter_files
 from soma_vllm.errors import EngineUnavailable
@@ -69,6 +71,20 @@ def test_a_rank_that_does_not_fit_and_another_models_adapter_are_told(tmp_path: 
         check_adapter_files(ref, base_model="models/large")
     with pytest.raises(EngineUnavailable, match=r"found shape \[4, 16\]; expected rank 3"):
         check_adapter_files(files_of(tmp_path, "b", r=3))
+
+
+@pytest.mark.parametrize("spoilt", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_weights_that_are_no_numbers_are_told(tmp_path: Path, kind: type, spoilt: float) -> None:
+    ref = files_of(tmp_path)
+    weights = {name: value.astype(kind) for name, value in load_file(Path(ref.path, WEIGHTS)).items()}
+    save_file(weights, Path(ref.path, WEIGHTS))
+    Path(ref.path, MANIFEST).unlink()
+    check_adapter_files(ref)
+    next(iter(weights.values()))[1, 2] = spoilt
+    save_file(weights, Path(ref.path, WEIGHTS))
+    with pytest.raises(EngineUnavailable, match="found values that are not finite"):
+        check_adapter_files(ref)
 
 
 def test_weights_that_are_not_those_published_are_told(tmp_path: Path) -> None:
