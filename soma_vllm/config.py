@@ -225,9 +225,16 @@ class Surrogate(Engine):
 
     name: str | None = None
     max_loras: Positive = 4
-    """Adapters that one engine step can mix."""
+    """Adapters that one engine step can mix: slots. The background uses one of them at times."""
     max_cpu_loras: Positive = 64
-    """Adapters the engine keeps in memory; keep it above the live sessions."""
+    """Adapters the engine keeps in memory; those of further sessions are read again when they return."""
+    overflow: Literal["original", "wait"] = "original"
+    """Who answers when `max_loras` other adapters are answering: the original at once, or the surrogate after a
+    wait in a fair queue. After the wait, or where the queue is full, the original."""
+    queue_limit: Annotated[int, Field(ge=0)] = 32
+    """Most requests in that queue."""
+    queue_wait_s: Seconds = 10.0
+    """Longest wait in it."""
     tools: bool = False
     """Whether it may answer requests that define tools. Give it `--enable-auto-tool-choice` and a
     `--tool-call-parser` by `extra_args` then."""
@@ -365,6 +372,8 @@ class Config(Section):
                 f"surrogate.max_cpu_loras: {self.surrogate.max_cpu_loras} is below surrogate.max_loras: "
                 f"{self.surrogate.max_loras}; expected at least as many"
             )
+        if self.surrogate.overflow == "wait" and self.surrogate.queue_limit == 0:
+            problems.append("surrogate.queue_limit: found 0 with overflow: wait; expected at least 1")
         if not self.adaptation.candidates:
             problems.append("adaptation.candidates: found an empty list; expected plain, adapter, or both")
         if Candidate.ORIGINAL in self.adaptation.candidates:

@@ -97,6 +97,19 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class Signature:
+    """What an adapter does to one fixed text, which belongs to no conversation: how likely the surrogate finds
+    its tokens without and with the adapter. Tells whether an engine serves the adapter as it was trained."""
+
+    tokens: tuple[int, ...]
+    """(n,) ids of the text."""
+    plain: tuple[float, ...]
+    """(n - 1,) log-probability of each token but the first under the plain surrogate, nats."""
+    adapted: tuple[float, ...]
+    """(n - 1,) the same under the adapter."""
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What the gate knows of one candidate on turns the candidate was not trained on."""
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from soma_vllm.config import Config
 from soma_vllm.engines.base import ChatCall, Salts
 from soma_vllm.engines.fake import FakeEngine
-from soma_vllm.errors import TooManyRequests, TrainingError
+from soma_vllm.errors import AdapterRejected, TooManyRequests, TrainingError
 from soma_vllm.scheduler.adaptation import Adaptation
 from soma_vllm.scheduler.background import Background
 from soma_vllm.scheduler.book import SessionBook
@@ -86,8 +86,15 @@ class FakeSurrogate(Versatile):
         super().__init__("small", ["same"])
         self.loaded: dict[str, AdapterRef] = {}
         self.log: list[str] = []
+        self.prefetched: list[str] = []
+        self.rejection: AdapterRejected | None = None
+
+    def prefetch(self, ref: AdapterRef) -> None:
+        self.prefetched.append(ref.name)
 
     async def load(self, ref: AdapterRef) -> None:
+        if self.rejection is not None:
+            raise self.rejection
         if ref.name not in self.loaded:
             self.loaded[ref.name] = ref
             self.log.append(f"load {ref.name}")
@@ -196,7 +203,9 @@ class House:
         self.book = SessionBook(
             config, store, [lambda key, event: self.events.append((key, event)), self.teachers]
         )
-        self.holds = AdapterHolds(config.surrogate.max_loras)
+        slots = config.surrogate
+        limit = slots.queue_limit if slots.overflow == "wait" else 0
+        self.holds = AdapterHolds(slots.max_loras, limit, slots.queue_wait_s)
         encoder = HashEncoder()
         self.adaptation = Adaptation(
             config,

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,20 @@ from soma_vllm.adapters.durable import is_locked
 from soma_vllm.adapters.store import AdapterStore
 from soma_vllm.api.allowances import Allowances
 from soma_vllm.config import Config
+from soma_vllm.engines.adapter_files import check_adapter_files
 from soma_vllm.engines.base import Salts
 from soma_vllm.engines.command import (
     child_command,
     child_environment,
+    slot_rank,
     surrogate_arguments,
     vllm_arguments,
     vllm_environment,
 )
 from soma_vllm.engines.original import OriginalEngine
+from soma_vllm.engines.residency import Residency, room_for
 from soma_vllm.engines.supervisor import ChildServer, Patience, Supervisor
-from soma_vllm.engines.surrogate import SurrogateEngine
+from soma_vllm.engines.surrogate import ChatServing, SurrogateEngine
 from soma_vllm.errors import PreflightError, TrainingError
 from soma_vllm.models.home import soma_home
 from soma_vllm.models.vocabulary import Vocabulary, read_vocabulary
@@ -53,6 +57,7 @@ from soma_vllm.scheduler.recorder import Recorder
 from soma_vllm.scheduler.teaching import Teachers, why_text
 from soma_vllm.storage.keys import KeyStore
 from soma_vllm.storage.sessions import SessionStore
+from soma_vllm.telemetry.adapters import AdapterMetrics
 from soma_vllm.telemetry.metrics import SessionMetrics
 from soma_vllm.training.pair import ANYONE, owner_of
 from soma_vllm.types import AdapterRef, SessionKey
@@ -159,20 +164,20 @@ class SomaServer:
 
     async def begin(self, engine_client: Any, state: Any) -> tuple[Dispatcher, Custody]:
         """Called by the plugin once vLLM's engine is ready: start the rest, hand out what its routes need."""
-        from soma_vllm.engines.vllm_internals import PrivateChat
+        from soma_vllm.engines.vllm_internals import PrivateChat, keep_adapters_out_of_metrics
 
+        keep_adapters_out_of_metrics(engine_client)
         self._say("surrogate  ready")
         store = await self._open_sessions()
         encoder = await self._load_encoder()
         trainer = await self._start_trainers()
         original = await self._reach_original()
-        surrogate = SurrogateEngine(self._surrogate_name, PrivateChat(engine_client, state), self._salts)
+        holds, surrogate = self._engage_surrogate(PrivateChat(engine_client, state))
         teachers = await self._engage_teachers(original.speaks_vllm)
         meter = self.allowances
         book = SessionBook(self._config, store, [SessionMetrics(), teachers])
         await book.start()
         self._cleanup.push_async_callback(book.stop)
-        holds = AdapterHolds(self._config.surrogate.max_loras)
         shelf = StoreShelf(self._open_shelf())
         adaptation = Adaptation(self._config, book, surrogate, trainer, shelf, encoder, holds, teachers, meter)
         background = Background(book)
@@ -228,6 +233,27 @@ class SomaServer:
         self._supervisor.start()
         self._cleanup.push_async_callback(self._supervisor.stop)
         self._say(f"original   loads {self._original_name}; its log is {child.log_path}")
+
+    def _engage_surrogate(self, serving: ChatServing) -> tuple[AdapterHolds, SurrogateEngine]:
+        """The engine, and the holds that keep adapters in it."""
+        settings = self._config.surrogate
+        metrics = AdapterMetrics()
+        limit = settings.queue_limit if settings.overflow == "wait" else 0
+        holds = AdapterHolds(settings.max_loras, limit, settings.queue_wait_s, metrics)
+        check = partial(
+            check_adapter_files,
+            max_rank=slot_rank(self._config.lora.rank),
+            base_model=str(self._paths.surrogate),
+        )
+        room = room_for(settings.max_loras, settings.max_cpu_loras)
+        residency = Residency(serving, room, in_use=holds.in_use, check=check, meter=metrics)
+        metrics.watch(
+            resident=lambda: len(residency.resident()),
+            holds=holds.count,
+            distinct=holds.distinct,
+            waiting=holds.waiting,
+        )
+        return holds, SurrogateEngine(self._surrogate_name, serving, self._salts, residency)
 
     async def _reach_original(self) -> OriginalEngine:
         original = self._config.original

@@ -49,6 +49,7 @@ def vllm_arguments(engine: Engine, model_path: str, served_name: str) -> list[st
         "--enforce-eager" if engine.enforce_eager else "--no-enforce-eager",
         *memory,
         "--enable-prefix-caching",
+        "--enable-prompt-tokens-details",
         *("--scheduling-policy", "priority"),
         "--no-enable-log-requests",
         "--disable-uvicorn-access-log",

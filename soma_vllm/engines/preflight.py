@@ -7,6 +7,7 @@ estimate of memory errs by little, and counts only what soma-serve itself would 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from soma_vllm.config import Config, Engine
+from soma_vllm.config import Config, Engine, Surrogate
 from soma_vllm.engines.command import LORA_RANKS, slot_rank
 from soma_vllm.errors import PreflightError
 from soma_vllm.versions import SUPPORTED_VLLM, installed_vllm, vllm_is_supported
@@ -27,6 +28,9 @@ _API_SERVER_GB = 1.4
 _ENGINE_CORE_GB = 0.8
 _TRAINER_GB = 1.5
 """Torch, Ray and the activations of one training step."""
+
+_LEAST_KV_GIB = 0.1
+"""Less of a KV cache than this is not worth suggesting."""
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GB = 1e9
@@ -57,6 +61,7 @@ def preflight(
     _check_shared_cores(report, engines)
     _check_model(report, "encoder", encoder_path)
     _check_rank(report, config.lora.rank)
+    _check_slots(report, config.surrogate)
     _check_gpus(report, config, engines)
     _check_memory(report, config, engines)
     if report.problems:
@@ -196,6 +201,19 @@ def _check_rank(report: _Report, rank: int) -> None:
         report.good(f"note: adapters of rank {rank} take slots of rank {slot}; vLLM has {LORA_RANKS}")
 
 
+def _check_slots(report: _Report, surrogate: Surrogate) -> None:
+    if surrogate.max_loras > surrogate.max_num_seqs:
+        report.good(
+            f"note: surrogate.max_loras: {surrogate.max_loras} slots, but only {surrogate.max_num_seqs} "
+            "requests at once (surrogate.max_num_seqs); the slots beyond are memory that nothing uses"
+        )
+    if surrogate.max_cpu_loras == surrogate.max_loras:
+        report.good(
+            f"note: surrogate.max_cpu_loras: as many as slots, {surrogate.max_loras}; every session beyond has "
+            "its adapter read again whenever it returns"
+        )
+
+
 def _check_gpus(report: _Report, config: Config, engines: dict[str, tuple[Engine, Path]]) -> None:
     wanted = {f"{role}.device": engine.gpu for role, (engine, _) in engines.items() if engine.device == "cuda"}
     if config.training.device == "cuda" and config.training.ray_address is None:
@@ -236,9 +254,40 @@ def _check_memory(report: _Report, config: Config, engines: dict[str, tuple[Engi
     needed, available = sum(needs.values()), _available_memory() / _GB
     listed = ", ".join(f"{what} {amount:.1f}" for what, amount in needs.items())
     if needed > available:
-        report.bad(f"memory: found {available:.1f} GB available; expected about {needed:.1f} GB ({listed})")
+        advice = "; or ".join(_ways_to_fit(config, engines, needed - available)) or "no single key is enough"
+        report.bad(
+            f"memory: found {available:.1f} GB available; expected about {needed:.1f} GB ({listed}). To fit: "
+            f"{advice}"
+        )
     else:
         report.good(f"memory: about {needed:.1f} GB of {available:.1f} GB available ({listed})")
+
+
+def _ways_to_fit(config: Config, engines: dict[str, tuple[Engine, Path]], over: float) -> Iterator[str]:
+    """What lowering one key alone would save `over` GB."""
+    surrogate, rank = config.surrogate, config.lora.rank
+    per_rank = _bytes_per_rank(engines["surrogate"][1], config.lora.target_modules) / _GB
+    if per_rank > 0:
+        cached = surrogate.max_cpu_loras - math.ceil(over / (per_rank * rank))
+        if cached >= surrogate.max_loras:
+            yield f"lower surrogate.max_cpu_loras from {surrogate.max_cpu_loras} to at most {cached}"
+        # Ranks share memory with slots and places alike.
+        both = surrogate.max_loras * (surrogate.device == "cpu") + surrogate.max_cpu_loras
+        smaller = [r for r in LORA_RANKS if r < rank and (rank - r) * both * per_rank >= over]
+        if smaller:
+            yield f"lower lora.rank from {rank} to {smaller[-1]}"
+    for role, (engine, _) in engines.items():
+        left = engine.kv_cache_gib - over * _GB / 1024**3
+        if engine.device == "cpu" and left >= _LEAST_KV_GIB:
+            yield f"lower {role}.kv_cache_gib from {engine.kv_cache_gib:g} to at most {_floor(left):g}"
+    fewer = config.training.workers - math.ceil(over / _worker_gb(config, engines["surrogate"][1]))
+    if config.training.ray_address is None and fewer >= 1:
+        yield f"lower training.workers from {config.training.workers} to {fewer}"
+
+
+def _floor(gib: float) -> float:
+    """Rounded down to a hundredth."""
+    return math.floor(gib * 100) / 100
 
 
 def _memory_needs(config: Config, engines: dict[str, tuple[Engine, Path]]) -> Iterator[tuple[str, float]]:
@@ -249,15 +298,19 @@ def _memory_needs(config: Config, engines: dict[str, tuple[Engine, Path]]) -> It
             total += _weights(path, engine.dtype) / _GB + engine.kv_cache_gib * 1024**3 / _GB
         yield role, total
     surrogate_path = engines["surrogate"][1]
-    if config.surrogate.device == "cpu":
+    rows = config.surrogate.max_cpu_loras * config.lora.rank
+    if config.surrogate.device == "cpu":  # on a GPU the slots lie in its own memory
         slot = LORA_RANKS[-1] if config.lora.rank > LORA_RANKS[-1] else slot_rank(config.lora.rank)
-        rows = config.surrogate.max_loras * slot + config.surrogate.max_cpu_loras * config.lora.rank
-        yield "adapters", rows * _bytes_per_rank(surrogate_path, config.lora.target_modules) / _GB
+        rows += config.surrogate.max_loras * slot
+    yield "adapters", rows * _bytes_per_rank(surrogate_path, config.lora.target_modules) / _GB
     if config.training.ray_address is None:
-        worker = _TRAINER_GB
-        if config.training.device == "cpu":
-            worker += _weights(surrogate_path, config.training.dtype) / _GB
-        yield "training", config.training.workers * worker
+        yield "training", config.training.workers * _worker_gb(config, surrogate_path)
+
+
+def _worker_gb(config: Config, surrogate_path: Path) -> float:
+    """Main memory of one trainer."""
+    on_cpu = config.training.device == "cpu"
+    return _TRAINER_GB + (_weights(surrogate_path, config.training.dtype) / _GB if on_cpu else 0.0)
 
 
 def _weights(path: Path, dtype: str = "auto") -> float:

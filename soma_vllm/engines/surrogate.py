@@ -1,25 +1,28 @@
 """The surrogate: a vLLM engine in this process, with one adapter per session.
 
-Guarantees: an adapter is servable from the moment `load` returns until `unload`; both are idempotent, and
-two loads of one adapter are one load; a reply is handed over only after its first event has arrived, so a
-failure before the first token is still an exception that another engine can make good.
+Guarantees: an adapter is servable from the moment `load` returns for as long as it is held, and is served as it
+was trained; a reply is handed over only after its first event has arrived, so a failure before the first token
+is still an exception that another engine can make good. What lies in the engine's memory is `residency`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections import defaultdict
+import logging
 from collections.abc import AsyncGenerator, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from soma_vllm.engines.base import ChatCall, Reply, Salts
-from soma_vllm.errors import EngineUnavailable
-from soma_vllm.types import AdapterRef
+from soma_vllm.engines.residency import Loading, Residency
+from soma_vllm.engines.signature import compare, logprobs_read, reading_body
+from soma_vllm.errors import AdapterRejected, EngineUnavailable
+from soma_vllm.types import AdapterRef, Signature
+
+logger = logging.getLogger(__name__)
 
 
-class ChatServing(Protocol):
+class ChatServing(Loading, Protocol):
     """What this engine needs of vLLM: `vllm_internals.PrivateChat`."""
 
     async def complete(
@@ -28,19 +31,22 @@ class ChatServing(Protocol):
     async def complete_text(
         self, body: Mapping[str, Any], http: Any
     ) -> Mapping[str, Any] | AsyncGenerator[str, None]: ...
-    async def add(self, ref: AdapterRef) -> None: ...
-    async def remove(self, ref: AdapterRef) -> None: ...
 
 
 class SurrogateEngine:
     """Chat completions of the small model, plain or under an adapter."""
 
-    def __init__(self, name: str, serving: ChatServing, salts: Salts | None = None) -> None:
+    def __init__(
+        self, name: str, serving: ChatServing, salts: Salts | None = None, residency: Residency | None = None
+    ) -> None:
         self.name = name
         self._salts = salts or Salts()
         self._serving = serving
-        self._loaded: dict[str, AdapterRef] = {}
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._residency = residency or Residency(serving, room=64)
+        self._proven: dict[str, str] = {}
+        """By adapter, since this process began: empty where it is served as trained, else what is wrong."""
+        self._proving = asyncio.Lock()
+        self._plain: dict[tuple[int, ...], tuple[float, ...]] = {}
 
     async def chat(self, call: ChatCall) -> Reply:
         """Answer one chat completion; the call's adapter must be loaded.
@@ -49,7 +55,7 @@ class SurrogateEngine:
             EngineUnavailable: the adapter is not loaded, or the engine broke before its first token.
             EngineRefused: vLLM found the request wrong.
         """
-        if call.adapter is not None and call.adapter.name not in self._loaded:
+        if call.adapter is not None and not self._residency.has(call.adapter.name):
             raise EngineUnavailable(f"adapter {call.adapter.name} is not loaded")
         body = dict(call.body)
         body["model"] = self.name if call.adapter is None else call.adapter.name
@@ -62,29 +68,58 @@ class SurrogateEngine:
         return Reply(events=await _begun(answer))
 
     async def load(self, ref: AdapterRef) -> None:
-        """Make an adapter servable.
+        """Make an adapter servable; the caller holds it. Its first load since the process began is proven.
 
         Raises:
-            EngineUnavailable: the engine could not load it.
+            EngineUnavailable: it is not fit to be loaded, or the engine could not load it.
+            AdapterRejected: the engine does not serve it as it was trained.
         """
-        async with self._locks[ref.name]:
-            if ref.name not in self._loaded:
-                if not await asyncio.to_thread(Path(ref.path, "adapter_config.json").is_file):
-                    # vLLM would find out in its engine process, and take everybody's requests down with it.
-                    raise EngineUnavailable(f"adapter {ref.name} has no files")
-                await self._serving.add(ref)
-                self._loaded[ref.name] = ref
+        await self._residency.load(ref)
+        signature = self._residency.signature(ref.name)
+        if signature is None:
+            return
+        if ref.name not in self._proven:
+            async with self._proving:
+                if ref.name not in self._proven:
+                    self._proven[ref.name] = await self._prove(ref, signature)
+        if self._proven[ref.name]:
+            raise AdapterRejected(ref.name, [self._proven[ref.name]])
+
+    def prefetch(self, ref: AdapterRef) -> None:
+        """Begin to load an adapter, without waiting for it."""
+        self._residency.prefetch(ref)
 
     async def unload(self, ref: AdapterRef) -> None:
-        """Free an adapter's memory. The caller sees to it that no request uses it."""
-        async with self._locks[ref.name]:
-            if self._loaded.pop(ref.name, None) is not None:
-                await self._serving.remove(ref)
-        self._locks.pop(ref.name, None)
+        """Free an adapter's memory. The caller sees to it that no request uses it, now or later.
+
+        Raises:
+            EngineUnavailable: the engine did not answer.
+        """
+        await self._residency.unload(ref)
+        self._proven.pop(ref.name, None)
 
     def loaded(self) -> tuple[AdapterRef, ...]:
         """Adapters in service."""
-        return tuple(self._loaded.values())
+        return self._residency.resident()
+
+    async def _prove(self, ref: AdapterRef, signature: Signature) -> str:
+        """What is wrong with how the engine serves an adapter; empty where nothing is."""
+        if signature.tokens not in self._plain:
+            self._plain[signature.tokens] = await self._read(self.name, signature)
+        adapted = await self._read(ref.name, signature)
+        found = compare(signature, self._plain[signature.tokens], adapted)
+        logger.info("adapter %s: %s", ref.name, found)
+        if found.agrees:
+            return ""
+        self._residency.meter.rejected()
+        numbers = ", ".join(f"{name} {value:g}" for name, value in found.numbers().items())
+        return f"the engine does not serve what was trained: found {numbers} (nats per token)"
+
+    async def _read(self, model: str, signature: Signature) -> tuple[float, ...]:
+        body = await self._serving.complete_text(reading_body(model, signature), None)
+        if not isinstance(body, Mapping):
+            raise EngineUnavailable("the engine streamed what was to come whole")
+        return logprobs_read(body, signature)
 
 
 async def _begun(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:

@@ -4,6 +4,7 @@ vLLM's serving classes have no stability promise. What this module relies on (vL
 
 * `OpenAIServingChat.create_chat_completion(request, raw_request)` returns an ErrorResponse, a whole
   response, or an async generator of server-sent events, and finds its LoRA in `self.models.lora_requests`.
+* `AsyncLLM.logger_manager.stat_loggers` has the Prometheus logger; it leaves a `gauge_lora_info` of None alone.
 * `init_app_state` has put both serving objects into the application's state when plugins initialise.
 
 The copy made here has a registry of its own, so that adapters are reachable through soma_vllm's dispatch only
@@ -18,6 +19,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
+from prometheus_client import REGISTRY
 from vllm.entrypoints.launchers.api_server.entry import run_server
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
@@ -106,9 +108,27 @@ class PrivateChat:
         self._models.lora_requests[ref.name] = request
 
     async def remove(self, ref: AdapterRef) -> None:
-        """Take an adapter out of service and out of the engine's memory."""
+        """Take an adapter out of service and out of the engine's memory; nothing happens where it is not there.
+
+        Raises:
+            EngineUnavailable: the engine did not answer.
+        """
         self._models.lora_requests.pop(ref.name, None)
-        await self._engine_client.remove_lora(ref.number)
+        try:
+            await self._engine_client.remove_lora(ref.number)
+        except Exception as error:  # as in `add`
+            raise EngineUnavailable(f"the engine could not remove adapter {ref.name}") from error
+
+
+def keep_adapters_out_of_metrics(engine_client: Any) -> None:
+    """Take away the series that names adapters: it shows them to whoever reads /metrics, and grows with every
+    combination of adapters for as long as the process lives."""
+    manager = engine_client.logger_manager
+    for stats in () if manager is None else manager.stat_loggers:
+        gauge = getattr(stats, "gauge_lora_info", None)
+        if gauge is not None:
+            stats.gauge_lora_info = None
+            REGISTRY.unregister(gauge)
 
 
 async def _answered(

@@ -26,8 +26,9 @@ from soma_vllm.method.mining import mine
 from soma_vllm.method.packing import pack
 from soma_vllm.method.rendering import Rendered, render
 from soma_vllm.method.scoring import Probe, pooled, score_turns
+from soma_vllm.method.signature import signature_of
 from soma_vllm.method.stopping import Checkpoint
-from soma_vllm.types import Agreement, Example
+from soma_vllm.types import Agreement, Example, Signature
 
 _T = TypeVar("_T")
 
@@ -73,13 +74,15 @@ class Learnt:
     mined_text_ids: tuple[int, ...]
     """V(P), token ids of the surrogate; empty where nothing was mined."""
     probe: Probe
-    """What the adapted surrogate said of the first held-out turn, to check the engine that serves it."""
+    """What the adapted surrogate said of the first held-out turn."""
     flops: float
     """Floating-point operations of mining and training, estimated from shapes (2 per weight and token)."""
     mining_s: float
     finetune_s: float
     """Training, with the judging of checkpoints."""
     scoring_s: float
+    signature: Signature | None = None
+    """What the adapter does to a fixed text, to check the engine that serves it. Filled in by `adapt`."""
 
 
 def load_surrogate(path: str | Path, dtype: str, device: str, threads: int) -> Surrogate:
@@ -170,14 +173,15 @@ def adapt(
     seed: int,
     out_dir: str | Path,
 ) -> Learnt:
-    """`adapting`, with the adapter saved to `out_dir` and taken off again.
+    """`adapting`, with the adapter saved to `out_dir`, its signature taken, and taken off again.
 
     Raises:
         TrainingError: as `adapting`; `out_dir` may hold part of an adapter.
     """
     with adapting(surrogate, examples, held_out, mining, lora, seed) as learnt:
         save(learnt.peft, Path(out_dir))
-    return replace(learnt, peft=None)
+        signature = signature_of(surrogate.decoder, surrogate.tokenizer, learnt.peft)
+    return replace(learnt, peft=None, signature=signature)
 
 
 def mines(mining: Mining) -> bool:

@@ -27,6 +27,7 @@ from typing import Any
 from soma_vllm.config import Config, Lora
 from soma_vllm.errors import (
     AdapterError,
+    AdapterRejected,
     EngineError,
     EngineRefused,
     SomaError,
@@ -246,21 +247,26 @@ class Adaptation:
         return lora.model_copy(update={"init_from": None})
 
     async def _publish(self, key: SessionKey, result: TrainResult, made: list[AdapterRef]) -> AdapterRef:
-        """Publish the trained files, then load them into the running engine."""
+        """Publish the trained files, then load them into the engine, which must serve what was trained."""
         try:
             ref = await asyncio.to_thread(
                 self._shelf.publish,
                 key,
                 Path(result.directory),
                 base_model=self._surrogate.name,
-                manifest=_costs(result),
+                manifest=_costs(result) | _signature(result),
             )
         finally:
             shutil.rmtree(result.directory, ignore_errors=True)
         made.append(ref)
         self._book.note(key, "adapter_published", adapter=asdict(ref))
         self._still_adapting(key)
-        await self._surrogate.load(ref)
+        try:
+            async with self._holds.shadowing(ref.name):
+                await self._surrogate.load(ref)
+        except AdapterRejected as error:
+            self._book.note(key, "adapter_rejected", adapter=asdict(ref), problems=list(error.problems))
+            raise
         self._book.note(key, "adapter_loaded", adapter=asdict(ref))
         return ref
 
@@ -309,6 +315,11 @@ def _finite(agreement: Agreement) -> Agreement:
     if not math.isfinite(agreement.nll):
         raise TrainingError(f"found a held-out score of {agreement.nll}; expected a number")
     return agreement
+
+
+def _signature(result: TrainResult) -> dict[str, Any]:
+    """What the manifest says of how the adapter must be served, JSON-compatible."""
+    return {} if result.signature is None else {"signature": asdict(result.signature)}
 
 
 def _costs(result: TrainResult) -> dict[str, Any]:

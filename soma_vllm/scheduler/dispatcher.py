@@ -21,6 +21,7 @@ from typing import Any
 from soma_vllm.config import Config
 from soma_vllm.engines.base import ChatCall, Engine, Reply
 from soma_vllm.errors import (
+    AdapterError,
     BadRequest,
     EngineError,
     EngineRefused,
@@ -34,6 +35,7 @@ from soma_vllm.scheduler.policies.base import Asked, Policies, Policy
 from soma_vllm.scheduler.ports import AdapterEngine, Encoder, Meter
 from soma_vllm.scheduler.recorder import Recorder
 from soma_vllm.scheduler.replies import Ended, Heard, Listened, heard_whole
+from soma_vllm.scheduler.slots import Ticket
 from soma_vllm.scheduler.teaching import Lesson, Teachers, without_logprobs
 from soma_vllm.session.gate import gap
 from soma_vllm.session.identity import explicit_id, tenant_of
@@ -129,6 +131,7 @@ class Dispatcher:
         if self._book.session(key).phase is Phase.CLOSED:
             self._book.release(key)
             return await self._past_sessions(self._original, incoming, started, "session being removed")
+        self._prefetch(self._book.session(key))
         try:
             asked = await self._read(key, reading, incoming)
             session = self._book.session(key)  # as it is now: reading took a while
@@ -196,6 +199,12 @@ class Dispatcher:
             raise
         return key
 
+    def _prefetch(self, session: Session) -> None:
+        """Have the adapter of a session that returns loaded while its request is read."""
+        ref = session.adapter
+        if ref is not None and session.phase is Phase.SWITCHED and self._holds.would_grant(ref.name):
+            self._surrogate.prefetch(ref)
+
     async def _read(self, key: SessionKey, reading: Reading, incoming: Incoming) -> Asked:
         """What of the request is new to the session, and how far its query is from the warm start."""
         self._book.recall(key, reading)
@@ -249,7 +258,7 @@ class Dispatcher:
         if route.engine is Role.SURROGATE:
             try:
                 held, reply = await self._ask_surrogate(key, route, incoming)
-            except EngineError as error:
+            except (EngineError, AdapterError) as error:
                 logger.warning("the original answers instead of the surrogate: %s", error)
                 route = _instead(route, asked, f"surrogate failed: {error}")
         if reply is None:
@@ -278,25 +287,25 @@ class Dispatcher:
 
     async def _ask_surrogate(
         self, key: SessionKey, route: Route, incoming: Incoming
-    ) -> tuple[str | None, Reply]:
-        """(the adapter held, the reply).
+    ) -> tuple[Ticket | None, Reply]:
+        """(the hold on the adapter, the reply).
 
         Raises:
             EngineError: the slots are full, the adapter does not load, or the engine does not answer.
+            AdapterError: the engine does not serve the adapter as it was trained.
         """
         ref = route.adapter
-        if ref is not None and not self._holds.try_hold(ref.name):
-            raise EngineUnavailable("all adapter slots are in use")
+        held = None if ref is None else await self._holds.hold(ref.name)
         try:
             if ref is not None:
                 await self._surrogate.load(ref)
             body = {**incoming.body, "messages": list(route.messages)}
             reply = await self._surrogate.chat(ChatCall(body, ref, key.tenant, incoming.http))
         except BaseException:
-            if ref is not None:
-                await self._holds.release(ref.name)
+            if held is not None:
+                await self._holds.release(held)
             raise
-        return (None if ref is None else ref.name), reply
+        return held, reply
 
     async def _ask_original(
         self, key: SessionKey, more: Mapping[str, Any], asked: Asked, route: Route, incoming: Incoming

@@ -21,7 +21,7 @@ from typing import Any
 
 from soma_vllm.config import Config
 from soma_vllm.engines.base import ChatCall, ScoringEngine
-from soma_vllm.errors import EngineError
+from soma_vllm.errors import AdapterError, EngineError
 from soma_vllm.scheduler.book import SessionBook
 from soma_vllm.scheduler.budget import Budget
 from soma_vllm.scheduler.holds import AdapterHolds
@@ -92,7 +92,7 @@ class DriftWatch:
             else:
                 finding = await self._ask_surrogate(key, turn, shown, session.adapter)
             self._require_same(key, session)
-        except (EngineError, Dropped) as error:
+        except (EngineError, AdapterError, Dropped) as error:
             logger.info("an audit was dropped: %s", error)
             self._note(key, "audit_dropped", turn=turn.number, reason=str(error))
             return

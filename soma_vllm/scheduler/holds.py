@@ -1,82 +1,173 @@
-"""Holds on adapters: from reservation to the last token.
+"""Holds on adapters: from reservation to the last token, for users and for the background.
 
-Guarantees: users never hold more distinct adapters than the engine has slots, so no request queues behind
-another session's adapter inside the engine; `leaving` returns only when nobody uses the adapter any more, and
-from its call on nobody new can. An engine asked for a deleted adapter would die, with everyone's requests.
+Guarantees: no more distinct adapters are held than the engine has slots, so no request queues behind another
+session's adapter inside the engine; who waits for a slot is served in a fair order (`slots.py`) and waits at
+most the configured time; `leaving` returns only when nobody uses the adapter any more, and from its call on
+nobody new can; a wait that is cancelled leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Literal, Protocol
 
 from soma_vllm.errors import EngineUnavailable
+from soma_vllm.scheduler.slots import Slots, State, Ticket
+
+BACKGROUND_WAIT_S = 600.0
+"""Longest wait of work that no user waits for."""
+
+Outcome = Literal["granted", "timed_out", "leaving"]
+Overflow = Literal["full", "timed_out", "leaving"]
+
+
+class SlotMeter(Protocol):
+    """Something that is told how users fare: `telemetry.adapters.AdapterMetrics`."""
+
+    def waited(self, seconds: float, outcome: Outcome) -> None:
+        """A user's wait in the queue ended."""
+        ...
+
+    def overflowed(self, why: Overflow) -> None:
+        """A user got no slot; the original answers."""
+        ...
+
+
+class Unmetered:
+    """Tells nobody."""
+
+    def waited(self, seconds: float, outcome: Outcome) -> None: ...
+    def overflowed(self, why: Overflow) -> None: ...
 
 
 class AdapterHolds:
-    """Counts who is using which adapter. Single event loop, no locks needed."""
+    """Who is using which adapter. Single event loop, no locks needed."""
 
-    def __init__(self, slots: int) -> None:
-        self._slots = slots
-        self._held: Counter[str] = Counter()
-        self._shadowed: Counter[str] = Counter()
-        self._leaving: set[str] = set()
-        self._released = asyncio.Condition()
+    def __init__(
+        self, slots: int, queue_limit: int = 0, wait_s: float = 0.0, meter: SlotMeter | None = None
+    ) -> None:
+        """`queue_limit` users wait, each at most `wait_s` seconds; 0 of either: nobody does."""
+        self._slots = Slots(slots, queue_limit if wait_s > 0 else 0)
+        self._wait_s = wait_s
+        self._meter: SlotMeter = meter or Unmetered()
+        self._waiting: dict[Ticket, asyncio.Future[None]] = {}
+        self._unused: dict[str, asyncio.Event] = {}
 
-    def try_hold(self, name: str) -> bool:
-        """Take a hold; False when every slot is taken by another adapter, or this one is leaving."""
-        if name in self._leaving:
-            return False
-        if name not in self._held and len(self._held) >= self._slots:
-            return False
-        self._held[name] += 1
-        return True
+    async def hold(self, name: str) -> Ticket:
+        """A hold on an adapter, to be given to `release`.
 
-    async def release(self, name: str) -> None:
-        """Give one hold back."""
-        assert self._held[name] > 0, f"{name} is not held"
-        self._held[name] -= 1
-        if self._held[name] == 0:
-            del self._held[name]
-        await self._tell()
+        Raises:
+            EngineUnavailable: there is no slot, there was none in time, or the adapter is leaving.
+        """
+        ticket = self._ask(name)
+        if ticket.state is State.WAITING:
+            began = time.monotonic()
+            await self._turn(ticket, self._wait_s)
+            outcome: Outcome = _OUTCOMES[ticket.state]
+            self._meter.waited(time.monotonic() - began, outcome)
+        if ticket.state is State.GRANTED:
+            return ticket
+        self._meter.overflowed(_OVERFLOWS[ticket.state])
+        raise EngineUnavailable(_why(ticket))
+
+    async def release(self, ticket: Ticket) -> None:
+        """Give a hold back."""
+        self._tell(self._slots.give_back(ticket))
+        if not self._slots.in_use(ticket.name) and (unused := self._unused.pop(ticket.name, None)) is not None:
+            unused.set()
 
     @asynccontextmanager
     async def shadowing(self, name: str | None) -> AsyncIterator[None]:
-        """Use an adapter in the background: it takes no user's slot, but keeps the adapter from leaving.
+        """Use an adapter in the background: users come first, and the adapter does not leave meanwhile.
 
         Raises:
-            EngineUnavailable: the adapter is leaving.
+            EngineUnavailable: the adapter is leaving, or users left no slot for very long.
         """
         if name is None:
             yield
             return
-        if name in self._leaving:
-            raise EngineUnavailable(f"adapter {name} is leaving")
-        self._shadowed[name] += 1
+        ticket = self._ask(name, background=True)
+        if ticket.state is State.WAITING:
+            await self._turn(ticket, BACKGROUND_WAIT_S)
+        if ticket.state is not State.GRANTED:
+            raise EngineUnavailable(_why(ticket))
         try:
             yield
         finally:
-            self._shadowed[name] -= 1
-            if self._shadowed[name] == 0:
-                del self._shadowed[name]
-            await self._tell()
+            await self.release(ticket)
 
     async def leaving(self, name: str) -> None:
         """Let nobody new use the adapter, for ever, and wait until nobody does."""
-        self._leaving.add(name)
-        async with self._released:
-            await self._released.wait_for(lambda: name not in self._held and name not in self._shadowed)
+        self._tell(self._slots.leave(name))
+        if self._slots.in_use(name):
+            await self._unused.setdefault(name, asyncio.Event()).wait()
 
     def left(self, name: str) -> None:
         """The adapter's files are gone; nothing need be remembered of it."""
-        self._leaving.discard(name)
+        self._slots.left(name)
 
-    async def _tell(self) -> None:
-        async with self._released:
-            self._released.notify_all()
+    def would_grant(self, name: str) -> bool:
+        """Whether a user would get a hold at once."""
+        return self._slots.would_grant(name)
 
-    def held(self) -> dict[str, int]:
-        """Holds by adapter."""
-        return dict(self._held)
+    def in_use(self, name: str) -> bool:
+        """Whether somebody uses an adapter, a user or the background."""
+        return self._slots.in_use(name)
+
+    def count(self) -> int:
+        """Holds under way."""
+        return self._slots.holds()
+
+    def distinct(self) -> int:
+        """Adapters held."""
+        return self._slots.distinct()
+
+    def waiting(self) -> int:
+        """Users in the queue."""
+        return self._slots.waiting()
+
+    def _ask(self, name: str, background: bool = False) -> Ticket:
+        ticket, others = self._slots.ask(name, background)
+        self._tell(others)
+        return ticket
+
+    async def _turn(self, ticket: Ticket, limit_s: float) -> None:
+        """Wait until a ticket is decided, or its time is up."""
+        decided = self._waiting[ticket] = asyncio.get_running_loop().create_future()
+        try:
+            await asyncio.wait([decided], timeout=limit_s)
+        except asyncio.CancelledError:
+            if ticket.state is State.GRANTED:
+                await self.release(ticket)
+            raise
+        finally:
+            del self._waiting[ticket]
+            if ticket.state is State.WAITING:
+                self._tell(self._slots.give_up(ticket))
+
+    def _tell(self, decided: list[Ticket]) -> None:
+        for ticket in decided:
+            if (future := self._waiting.get(ticket)) is not None and not future.done():
+                future.set_result(None)
+
+
+_OUTCOMES: dict[State, Outcome] = {
+    State.GRANTED: "granted",
+    State.OVER: "timed_out",
+    State.LEAVING: "leaving",
+}
+_OVERFLOWS: dict[State, Overflow] = {
+    State.FULL: "full",
+    State.OVER: "timed_out",
+    State.LEAVING: "leaving",
+}
+
+
+def _why(ticket: Ticket) -> str:
+    if ticket.state is State.LEAVING:
+        return f"adapter {ticket.name} is leaving"
+    waited = " and stayed so" if ticket.state is State.OVER else ""
+    return f"all adapter slots are in use{waited}"

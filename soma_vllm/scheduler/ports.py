@@ -31,8 +31,9 @@ class Trainer(Protocol):
 
 
 class AdapterEngine(Engine, Protocol):
-    """An engine that serves adapters."""
+    """An engine that serves adapters. Whoever loads one holds it first, so that it is not evicted."""
 
+    def prefetch(self, ref: AdapterRef) -> None: ...
     async def load(self, ref: AdapterRef) -> None: ...
     async def unload(self, ref: AdapterRef) -> None: ...
 

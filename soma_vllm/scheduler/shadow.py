@@ -7,7 +7,7 @@ from typing import Any
 
 from soma_vllm.engines.base import ChatCall, Engine
 from soma_vllm.scheduler.holds import AdapterHolds
-from soma_vllm.scheduler.ports import Encoder
+from soma_vllm.scheduler.ports import AdapterEngine, Encoder
 from soma_vllm.session.gate import gap
 from soma_vllm.types import AdapterRef, Message
 
@@ -27,19 +27,22 @@ async def shadow_answer(
 
 
 async def adapted_answer(
-    engine: Engine,
+    engine: AdapterEngine,
     holds: AdapterHolds,
     tenant: str,
     messages: Sequence[Message],
     max_tokens: int,
     adapter: AdapterRef | None,
 ) -> str:
-    """The same under an adapter, which stays in the engine meanwhile.
+    """The same under an adapter, which is loaded where need be and stays in the engine meanwhile.
 
     Raises:
-        EngineError: it did not answer, or the adapter is leaving.
+        EngineError: it did not answer, or the adapter is leaving or does not load.
+        AdapterRejected: the adapter is not served as it was trained.
     """
     async with holds.shadowing(None if adapter is None else adapter.name):
+        if adapter is not None:
+            await engine.load(adapter)
         return await shadow_answer(engine, tenant, messages, max_tokens, adapter)
 
 

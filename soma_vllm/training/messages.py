@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from soma_vllm.config import Lora, Mining
-from soma_vllm.types import Agreement, Example
+from soma_vllm.types import Agreement, Example, Signature
 
 
 @dataclass(frozen=True)
@@ -72,3 +72,5 @@ class TrainResult:
     mining_s: float
     finetune_s: float
     scoring_s: float
+    signature: Signature | None = None
+    """By which the engine that serves the adapter is checked; None: it is not."""

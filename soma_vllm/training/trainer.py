@@ -84,6 +84,7 @@ class AdapterTrainer:
             mining_s=made.mining_s,
             finetune_s=made.finetune_s,
             scoring_s=made.scoring_s,
+            signature=made.signature,
         )
 
     def _loaded(self) -> Surrogate:

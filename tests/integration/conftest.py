@@ -41,7 +41,8 @@ def marker_server(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -
             "lora": {"rank": 8, "alpha": 32, "steps": 60, "lr": 2.0e-2, "early_stop_patience": 60},
             "warm_window": 3,
             # Every slot is taken, the last one too: it is the one that vLLM's own kernels leak to base rows.
-            "surrogate": {"max_loras": 2},
+            # Two adapters stay in the engine's memory; others are read again when their sessions return.
+            "surrogate": {"max_loras": 2, "max_cpu_loras": 3},
         }
         with serving(tmp_path_factory.mktemp("marker"), TINY, settings) as running:
             yield running

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ def test_more_memory_than_the_machine_has_is_told_item_by_item(
     told = problems(document, models)
     assert "1 problem\n" in told
     assert "memory: found " in told
+    assert "To fit: lower original.kv_cache_gib from 1e+06 to at most " in told
     assert "original 10737" in told
 
 
@@ -111,6 +113,35 @@ def test_adapters_and_a_wider_dtype_count(document: dict[str, Any], models: dict
     assert "surrogate 1002.2" in told
     # 10 million adapters of rank 8, two layers, (128 + 96 + 96 + 128 + 3 * 192) numbers per rank, 2 bytes each
     assert f"adapters {8e7 * 2 * 1024 * 2 / 1e9:.1f}" in told
+
+
+def test_what_to_lower_and_by_how_much_is_told_where_one_key_is_enough(
+    document: dict[str, Any], models: dict[str, Path]
+) -> None:
+    document["surrogate"]["max_cpu_loras"] = 10_000_000
+    found = re.search(
+        r"lower surrogate\.max_cpu_loras from 10000000 to at most (\d+)", problems(document, models)
+    )
+    assert found is not None
+    # Half of it, since other programs come and go.
+    document["surrogate"]["max_cpu_loras"] = int(int(found[1]) * 0.5)
+    check(document, models)
+    document["surrogate"].update(max_cpu_loras=64, kv_cache_gib=1000.0)
+    found = re.search(
+        r"lower surrogate\.kv_cache_gib from 1000 to at most ([\d.]+)", problems(document, models)
+    )
+    assert found is not None
+    document["surrogate"]["kv_cache_gib"] = float(found[1]) * 0.5
+    check(document, models)
+
+
+def test_slots_that_nothing_can_use_and_memory_for_no_more_than_slots_are_noted(
+    document: dict[str, Any], models: dict[str, Path]
+) -> None:
+    document["surrogate"].update(max_loras=8, max_cpu_loras=8, max_num_seqs=4)
+    lines = "\n".join(check(document, models))
+    assert "surrogate.max_loras: 8 slots, but only 4 requests at once" in lines
+    assert "surrogate.max_cpu_loras: as many as slots, 8" in lines
 
 
 def test_a_context_longer_than_the_models_is_told(document: dict[str, Any], models: dict[str, Path]) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lora_files import files_of, sign  # type: ignore[import-not-found]
 
 from soma_vllm.engines.base import ChatCall, Salts
 from soma_vllm.engines.surrogate import SurrogateEngine
-from soma_vllm.errors import EngineUnavailable
-from soma_vllm.types import AdapterRef
+from soma_vllm.errors import AdapterRejected, EngineUnavailable
+from soma_vllm.types import AdapterRef, Signature
 
 REF = AdapterRef("a", 1, "nowhere")
 
@@ -20,8 +21,8 @@ REF = AdapterRef("a", 1, "nowhere")
 @pytest.fixture
 def here(tmp_path: Path) -> AdapterRef:
     """An adapter whose files are there."""
-    (tmp_path / "adapter_config.json").write_text("{}")
-    return AdapterRef("a", 1, str(tmp_path))
+    ref: AdapterRef = files_of(tmp_path)
+    return ref
 
 
 class Serving:
@@ -33,6 +34,14 @@ class Serving:
         self.added: list[str] = []
         self.removed: list[str] = []
         self.closed = False
+        self.reads: dict[str, list[float]] = {}
+        """By model: log-probabilities of a prompt's tokens but the first."""
+
+    async def complete_text(self, body: Mapping[str, Any], http: Any) -> Any:
+        self.bodies.append(body)
+        tokens = body["prompt"][1:]
+        entries = [{token: {"logprob": x}} for token, x in zip(tokens, self.reads[body["model"]], strict=True)]
+        return {"choices": [{"prompt_logprobs": [None, *entries]}]}
 
     async def complete(self, body: Mapping[str, Any], http: Any) -> Any:
         self.bodies.append(body)
@@ -61,7 +70,7 @@ async def test_an_adapter_must_be_loaded_before_it_serves() -> None:
 
 async def test_an_adapter_without_files_never_reaches_the_engine() -> None:
     serving = Serving()
-    with pytest.raises(EngineUnavailable, match="adapter a has no files"):
+    with pytest.raises(EngineUnavailable, match="adapter a is not fit to be loaded: No such file"):
         await SurrogateEngine("small", serving).load(REF)
     assert serving.added == []
 
@@ -127,3 +136,42 @@ async def test_users_come_before_the_background_whatever_a_client_asks_for() -> 
     await engine.chat(ChatCall({"messages": [], "priority": -5}))
     await engine.chat(ChatCall({"messages": []}, background=True))
     assert [body["priority"] for body in serving.bodies] == [0, 1]
+
+
+SIGNATURE = Signature((5, 6, 7, 8), (-1.0, -2.0, -3.0), (-0.5, -3.0, -1.0))
+
+
+async def test_an_adapter_that_is_served_as_trained_is_read_once(here: AdapterRef) -> None:
+    sign(here, SIGNATURE)
+    serving = Serving()
+    # The engine rounds otherwise, in the plain model and under the adapter alike.
+    serving.reads = {"small": [-1.1, -2.1, -3.0], "a": [-0.6, -3.1, -1.02]}
+    engine = SurrogateEngine("small", serving)
+    await asyncio.gather(engine.load(here), engine.load(here))
+    await engine.load(here)
+    assert [body["model"] for body in serving.bodies] == ["small", "a"]
+
+
+@pytest.mark.parametrize(
+    "served",
+    [[-1.0, -2.0, -3.0], [0.0, -4.0, 1.0], [-0.5, -2.0, -3.0], [float("nan"), -3.0, -1.0]],
+    ids=["not at all", "at twice its scale", "without a part", "as no number"],
+)
+async def test_an_adapter_that_is_not_served_as_trained_is_rejected_every_time(
+    here: AdapterRef, served: list[float]
+) -> None:
+    sign(here, SIGNATURE)
+    serving = Serving()
+    serving.reads = {"small": list(SIGNATURE.plain), "a": served}
+    engine = SurrogateEngine("small", serving)
+    for _ in range(2):
+        with pytest.raises(AdapterRejected, match=r"does not serve what was trained: found trained_shift 1\.3"):
+            await engine.load(here)
+    assert len(serving.bodies) == 2
+
+
+async def test_an_adapter_without_a_noticeable_effect_passes_where_nothing_is_served(here: AdapterRef) -> None:
+    sign(here, Signature((5, 6, 7, 8), (-1.0, -2.0, -3.0), (-1.01, -2.01, -2.99)))
+    serving = Serving()
+    serving.reads = {"small": [-1.0, -2.0, -3.0], "a": [-1.0, -2.0, -3.0]}
+    await SurrogateEngine("small", serving).load(here)

@@ -103,6 +103,15 @@ def test_holding_out_the_whole_warm_start_is_refused() -> None:
         parse_config({"warm_window": 2, "acceptance_min_turns": 2}, "it")
 
 
+def test_slots_need_a_place_in_memory_each_and_a_queue_that_is_asked_for_needs_room() -> None:
+    wrong = {"max_loras": 4, "max_cpu_loras": 3, "overflow": "wait", "queue_limit": 0}
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"surrogate": wrong}, "it")
+    text = str(caught.value)
+    assert "surrogate.max_cpu_loras: 3 is below surrogate.max_loras: 4; expected at least as many" in text
+    assert "surrogate.queue_limit: found 0 with overflow: wait; expected at least 1" in text
+
+
 def test_a_server_needs_its_models_named() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config({}, "it").for_serving()

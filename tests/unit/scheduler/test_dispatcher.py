@@ -9,6 +9,7 @@ import pytest
 from scheduler_house import Build, House  # type: ignore[import-not-found]
 
 from soma_vllm.errors import (
+    AdapterRejected,
     BadRequest,
     EngineRefused,
     EngineUnavailable,
@@ -121,10 +122,10 @@ async def test_the_hold_on_an_adapter_lasts_until_the_last_token(house: House) -
     events = answer.reply.events
     assert events is not None
     await anext(events)
-    assert house.holds.held() == {"adapter-s-1": 1}
+    assert house.holds.in_use("adapter-s-1")
     async for _ in events:
         pass
-    assert house.holds.held() == {}
+    assert house.holds.count() == 0
     assert house.session().turns[-1].answer == "one two three"
 
 
@@ -134,7 +135,7 @@ async def test_a_stream_that_nobody_reads_gives_its_hold_back_when_closed(house:
     answer = await house.say(history, "question 3", stream=True)
     assert answer.reply.events is not None
     await answer.reply.events.aclose()
-    assert house.holds.held() == {}
+    assert house.holds.count() == 0
     assert len(house.session().turns) == 2
 
 
@@ -596,3 +597,78 @@ async def test_nothing_holds_a_session_once_all_is_done(house: House) -> None:
         await house.say(history, "question 4")
     await house.settled()
     assert [entry.holds for entry in house.book._entries.values()] == [0]
+
+
+async def test_the_adapter_of_a_session_that_returns_is_fetched_while_its_request_is_read(house: House) -> None:
+    house.surrogate.answers = ["different", "same"]
+    history = await warmed(house)
+    assert house.surrogate.prefetched == []
+    encoded = asyncio.Event()
+    encode = house.dispatcher._encoder.encode
+
+    async def slow(texts: list[str]) -> Any:
+        await encoded.wait()
+        return await encode(texts)
+
+    house.dispatcher._encoder.encode = slow  # type: ignore[method-assign]
+    asking = asyncio.create_task(house.say(history, "question 3"))
+    async with asyncio.timeout(10):
+        while not house.surrogate.prefetched:
+            await asyncio.sleep(0.005)
+    assert not asking.done()
+    encoded.set()
+    assert (await asking).headers["X-SOMA-Engine"] == "surrogate"
+    assert house.surrogate.prefetched == ["adapter-s-1"]
+
+
+async def test_a_turn_waits_for_a_slot_where_the_configuration_says_so(build: Build) -> None:
+    house = build(surrogate={"max_loras": 1, "overflow": "wait", "queue_wait_s": 10.0})
+    await house.book.start()
+    house.surrogate.answers = ["different", "same"]
+    history = await warmed(house)
+    other = await house.holds.hold("another")
+    asking = asyncio.create_task(house.say(history, "question 3"))
+    async with asyncio.timeout(10):
+        while not house.holds.waiting():
+            await asyncio.sleep(0.005)
+    await house.holds.release(other)
+    assert (await asking).headers["X-SOMA-Engine"] == "surrogate"
+
+
+async def test_after_waiting_in_vain_the_original_answers(build: Build) -> None:
+    house = build(surrogate={"max_loras": 1, "overflow": "wait", "queue_wait_s": 0.05})
+    await house.book.start()
+    house.surrogate.answers = ["different", "same"]
+    history = await warmed(house)
+    await house.holds.hold("another")
+    answer = await house.say(history, "question 3")
+    assert answer.headers["X-SOMA-Engine"] == "original"
+    assert answer.headers["X-SOMA-Reason"] == "surrogate failed: all adapter slots are in use and stayed so"
+
+
+async def test_an_adapter_that_is_not_served_as_trained_never_serves(house: House) -> None:
+    house.surrogate.answers = ["different", "same"]
+    house.surrogate.rejection = AdapterRejected("adapter-s-1", ["found trained_shift 1, served_shift 0"])
+    history = await warmed(house)
+    assert house.session().phase is Phase.ORIGINAL_ONLY
+    assert [k for k in house.kinds() if k.startswith(("adapter", "training_f"))] == [
+        "adapter_published",
+        "adapter_rejected",
+        "training_failed",
+        "adapter_retired",
+    ]
+    (rejected,) = (event for _, event in house.events if event.kind == "adapter_rejected")
+    assert rejected.data["problems"] == ["found trained_shift 1, served_shift 0"]
+    assert (await house.say(history, "question 3")).headers["X-SOMA-Engine"] == "original"
+
+
+async def test_an_adapter_that_turns_out_wrong_after_a_restart_leaves_the_turn_to_the_original(
+    house: House,
+) -> None:
+    house.surrogate.answers = ["different", "same"]
+    history = await warmed(house)
+    house.surrogate.rejection = AdapterRejected("adapter-s-1", ["another model"])
+    answer = await house.say(history, "question 3")
+    assert answer.headers["X-SOMA-Engine"] == "original"
+    assert "another model" in answer.headers["X-SOMA-Reason"]
+    assert house.holds.count() == 0

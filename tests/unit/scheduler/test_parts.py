@@ -1,8 +1,7 @@
-"""Holds, replies, the encoder's memory and what of a session may be seen."""
+"""Replies, the encoder's memory and what of a session may be seen."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Sequence
 
@@ -13,28 +12,10 @@ from scheduler_house import House  # type: ignore[import-not-found]
 
 from soma_vllm.errors import ConfigError, NotFound
 from soma_vllm.scheduler.encoding import ThreadedEncoder
-from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.scheduler.policies.base import Policies
 from soma_vllm.scheduler.replies import Choice, heard_whole, read_events
 from soma_vllm.scheduler.view import view
 from soma_vllm.types import SessionKey, Usage
-
-
-def test_never_more_distinct_adapters_are_held_than_there_are_slots() -> None:
-    holds = AdapterHolds(2)
-    assert [holds.try_hold(name) for name in ("a", "b", "c", "a")] == [True, True, False, True]
-
-
-async def test_leaving_returns_when_the_last_hold_is_given_back() -> None:
-    holds = AdapterHolds(1)
-    holds.try_hold("a")
-    holds.try_hold("a")
-    waiting = asyncio.create_task(holds.leaving("a"))
-    await holds.release("a")
-    await asyncio.sleep(0)
-    assert not waiting.done()
-    await holds.release("a")
-    await asyncio.wait_for(waiting, 5)
 
 
 def test_a_stream_is_read_for_its_choices_and_its_usage() -> None:

@@ -1,0 +1,192 @@
+"""Holds on adapters in time: waiting, giving up, leaving."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from soma_vllm.errors import EngineUnavailable
+from soma_vllm.scheduler.holds import AdapterHolds, Outcome, Overflow
+from soma_vllm.scheduler.slots import OVERTAKES
+
+
+class Meter:
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def waited(self, seconds: float, outcome: Outcome) -> None:
+        assert seconds >= 0
+        self.told.append(f"waited {outcome}")
+
+    def overflowed(self, why: Overflow) -> None:
+        self.told.append(f"overflowed {why}")
+
+
+def queueing(slots: int = 1, wait_s: float = 10.0, meter: Meter | None = None) -> AdapterHolds:
+    return AdapterHolds(slots, 100, wait_s, meter)
+
+
+async def a_moment() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_without_a_queue_a_full_engine_refuses_at_once() -> None:
+    meter = Meter()
+    holds = AdapterHolds(1, meter=meter)
+    held = await holds.hold("a")
+    with pytest.raises(EngineUnavailable, match="all adapter slots are in use"):
+        await holds.hold("b")
+    assert await holds.hold("a")
+    await holds.release(held)
+    assert (holds.in_use("a"), holds.count(), holds.distinct()) == (True, 1, 1)
+    assert meter.told == ["overflowed full"]
+
+
+async def test_a_request_waits_for_a_slot_and_gets_it() -> None:
+    meter = Meter()
+    holds = queueing(meter=meter)
+    held = await holds.hold("a")
+    waiting = asyncio.create_task(holds.hold("b"))
+    await a_moment()
+    assert (waiting.done(), holds.waiting()) == (False, 1)
+    await holds.release(held)
+    await holds.release(await waiting)
+    assert (holds.count(), holds.waiting()) == (0, 0)
+    assert meter.told == ["waited granted"]
+
+
+async def test_after_the_longest_wait_the_original_answers() -> None:
+    meter = Meter()
+    holds = queueing(wait_s=0.01, meter=meter)
+    held = await holds.hold("a")
+    with pytest.raises(EngineUnavailable, match="in use and stayed so"):
+        await holds.hold("b")
+    assert holds.waiting() == 0
+    assert meter.told == ["waited timed_out", "overflowed timed_out"]
+    await holds.release(held)
+    assert await holds.hold("b")
+
+
+async def test_a_cancelled_wait_leaves_nothing_behind() -> None:
+    holds = queueing()
+    held = await holds.hold("a")
+    waiting = [asyncio.create_task(holds.hold(name)) for name in ("b", "c")]
+    await a_moment()
+    waiting[0].cancel()
+    await a_moment()
+    assert holds.waiting() == 1
+    await holds.release(held)
+    assert (await waiting[1]).name == "c"
+    assert not holds.in_use("b")
+
+
+async def test_who_is_cancelled_in_the_moment_of_getting_a_slot_gives_it_back() -> None:
+    holds = queueing()
+    held = await holds.hold("a")
+    lucky, next_one = (asyncio.create_task(holds.hold(name)) for name in ("b", "c"))
+    await a_moment()
+    await holds.release(held)  # decides for b, which has not run yet
+    assert holds.in_use("b")
+    lucky.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await lucky
+    assert (await next_one).name == "c"
+    assert not holds.in_use("b")
+
+
+async def test_a_cold_session_is_served_beside_hot_ones_that_never_pause() -> None:
+    holds = queueing(slots=2)
+    served: list[str] = []
+
+    async def ask(name: str) -> None:
+        held = await holds.hold(name)
+        try:
+            served.append(name)
+            await asyncio.sleep(0.001)
+        finally:
+            await holds.release(held)
+
+    async def keep_asking(name: str) -> None:
+        while True:
+            await ask(name)
+
+    # Several requests of each hot adapter overlap, so that it is always in use.
+    hot = [asyncio.create_task(keep_asking(name)) for name in ("hot-1", "hot-2") for _ in range(6)]
+    await asyncio.sleep(0.02)
+    served.clear()
+    await asyncio.wait_for(ask("cold"), 5)
+    # Those let in already that have not run yet, and those that may overtake.
+    assert served.index("cold") <= 12 + OVERTAKES
+    for task in hot:
+        task.cancel()
+    await asyncio.gather(*hot, return_exceptions=True)
+    assert (holds.count(), holds.waiting()) == (0, 0)
+
+
+async def test_many_waiters_of_many_adapters_are_all_served() -> None:
+    holds = queueing(slots=3)
+    most = 0
+
+    async def one(number: int) -> None:
+        nonlocal most
+        held = await holds.hold(f"adapter-{number % 17}")
+        most = max(most, holds.distinct())
+        await asyncio.sleep(0)
+        await holds.release(held)
+
+    async with asyncio.timeout(10):
+        await asyncio.gather(*(one(number) for number in range(100)))
+    assert most == 3
+    assert (holds.count(), holds.waiting()) == (0, 0)
+
+
+async def test_the_background_waits_for_users_and_keeps_an_adapter_from_leaving() -> None:
+    holds = queueing()
+    held = await holds.hold("a")
+    entered, go = asyncio.Event(), asyncio.Event()
+
+    async def shadow() -> None:
+        async with holds.shadowing("b"):
+            entered.set()
+            await go.wait()
+
+    shadowing = asyncio.create_task(shadow())
+    await a_moment()
+    assert not entered.is_set()
+    await holds.release(held)
+    await asyncio.wait_for(entered.wait(), 5)
+    leaving = asyncio.create_task(holds.leaving("b"))
+    await a_moment()
+    assert not leaving.done()
+    go.set()
+    await asyncio.wait_for(leaving, 5)
+    await shadowing
+    with pytest.raises(EngineUnavailable, match="adapter b is leaving"):
+        await holds.hold("b")
+
+
+async def test_leaving_returns_when_the_last_hold_is_given_back() -> None:
+    holds = AdapterHolds(1)
+    first, second = await holds.hold("a"), await holds.hold("a")
+    waiting = asyncio.create_task(holds.leaving("a"))
+    await holds.release(first)
+    await a_moment()
+    assert not waiting.done()
+    await holds.release(second)
+    await asyncio.wait_for(waiting, 5)
+    assert not holds.would_grant("a")
+    holds.left("a")
+    assert holds.would_grant("a")
+
+
+async def test_who_waits_for_an_adapter_that_leaves_is_told() -> None:
+    holds = queueing()
+    held = await holds.hold("a")
+    waiting = asyncio.create_task(holds.hold("b"))
+    await a_moment()
+    await holds.leaving("b")
+    with pytest.raises(EngineUnavailable, match="adapter b is leaving"):
+        await waiting
+    await holds.release(held)
