@@ -413,6 +413,10 @@ class SessionBook:
                 entry.events = [_silent(e) if e.at < at else e for e in entry.events]
                 entry.session = restore(entry.session.key, (*entry.events, *entry.pending), self._config)
 
+    def discard(self, key: SessionKey) -> None:
+        """Drop a session of which nothing is recorded, and nothing will be."""
+        self._entries.pop(key, None)
+
     def remove(self, key: SessionKey) -> None:
         """Drop a session from memory, and queue its removal from the store."""
         self._entries.pop(key, None)

@@ -64,6 +64,12 @@ class SessionReader:
         """Sessions that this adapter serves, closed ones left out."""
         return await self._keys(SessionRow.adapter == adapter, SessionRow.phase != CLOSED)
 
+    async def served(self) -> list[tuple[SessionKey, str]]:
+        """(session, its adapter) for all that an adapter serves, closed ones left out."""
+        wanted = select(SessionRow.tenant, SessionRow.session, SessionRow.adapter)
+        rows = await self._rows(wanted.where(SessionRow.adapter.is_not(None), SessionRow.phase != CLOSED))
+        return [(SessionKey(tenant, session), str(adapter)) for tenant, session, adapter in rows]
+
     async def in_phase(self, phase: str) -> list[SessionKey]:
         """Sessions in this phase, over all tenants."""
         return await self._keys(SessionRow.phase == phase)
