@@ -284,7 +284,7 @@ class Adaptation:
         """Warm the engine's cache with the session's history, then let the surrogate take over."""
         queries = [text_of(turn.messages[-1]) for turn in session.warm_turns()]
         vectors = await self._encoder.encode(queries)
-        history = self._book.session(key).transcript()
+        history = self._book.session(key).seen_last()
         shown = compress([*history, _NEXT], self._config.prefix, self._config.compressed_prefix_turns)
         try:
             await adapted_answer(self._surrogate, self._holds, key.tenant, shown, 1, ref)

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, Select, func, select
 
 from soma_vllm.storage.connections import connect
-from soma_vllm.storage.finding import Turn, by_chains, by_response
+from soma_vllm.storage.finding import Turn, by_chains, by_link, by_response
 from soma_vllm.storage.records import AdapterRecord, Found, Summary
 from soma_vllm.storage.schema import missing_tables, refuse_other_versions
 from soma_vllm.storage.tables import CLOSED, AdapterRow, EventRow, SessionRow, TextRow
@@ -55,6 +55,10 @@ class SessionReader:
         Of several, one of a session whose transcript ends there, then one of the session appended to last.
         """
         return await self._turn(by_chains(self._engine.dialect.name, tenant, family, chains))
+
+    async def standing(self, tenant: str, family: str, link: str, limit: int) -> list[str]:
+        """At most `limit` sessions whose last turn ends with this exchange, the latest first."""
+        return [name for (name,) in await self._rows(by_link(tenant, family, link, limit))]
 
     async def of_response(self, tenant: str, response: str) -> Found | None:
         """The latest turn that a client may name so."""
