@@ -106,6 +106,8 @@ class FakeTrainer:
         self.go.set()
         self.requests: list[TrainRequest] = []
         self.failure: TrainingError | None = None
+        self.writes: Callable[[Path], object] = lambda directory: None
+        """Makes the trained files in the directory of a request."""
         self.plain = Agreement(1.0, 0.5, 10)
         self.adapted = Agreement(0.5, 0.8, 10)
 
@@ -117,6 +119,7 @@ class FakeTrainer:
         await self.go.wait()
         if self.failure is not None:
             raise self.failure
+        self.writes(Path(request.out_dir))
         return TrainResult(
             directory=request.out_dir,
             plain=self.plain,

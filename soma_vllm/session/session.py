@@ -170,9 +170,15 @@ class Session:
         return overlap.turns, reading.messages[overlap.end :]
 
     def continued_by(self, reading: Reading) -> bool:
-        """Whether a request is this session's next turn, or its last one asked again."""
-        count, _ = self.repeated(reading)
-        return count == len(self.turns) or self.asked_again_by(reading)
+        """Whether a request is this session's next turn, or its last one asked again; one that was cut off may
+        be asked otherwise too, or gone on from with less of its answer than was recorded."""
+        count = self.overlap(reading).turns
+        cut_off = bool(self.turns) and not self.turns[-1].complete
+        return (
+            count == len(self.turns)
+            or self.asked_again_by(reading)
+            or (cut_off and count == len(self.turns) - 1)
+        )
 
     def ended_by(self, reading: Reading) -> bool:
         """Whether a request's history ends where this session does."""

@@ -3,9 +3,8 @@
 A chain cannot see it, because it is a digest of everything from the beginning. So the exchanges that are left
 are compared with the recorded ones, one by one (`transcript.Mark.link`). Guarantees: what is recognised is the
 record with one run of turns left out, at the beginning or after it, and nothing edited, added or swapped in
-what is left; the system messages that begin it are the recorded ones; new exchanges may follow, which a killed
-server had no time to record, but only where the client has gone on from the record's end, and none that the
-record has already.
+what is left; the system messages that begin it are the recorded ones; exchanges may follow that are not on
+record, because they were edited or a killed server had no time to record them, but none that are.
 """
 
 from __future__ import annotations
@@ -36,11 +35,10 @@ def trimmed(record: Sequence[Sequence[str]], reading: Reading) -> Overlap | None
     ends = list(accumulate(len(turn) for turn in record))
     known = set(links)
     for count in range(len(marks), 0, -1):
+        if any(mark.link in known for mark in marks[count:]):
+            return None
         said = [mark.link for mark in marks[:count]]
-        again = any(mark.link in known for mark in marks[count:])
         for turns in range(len(record), 0, -1):
-            if again and turns == len(record):
-                continue
             kept = _kept(links[: ends[turns - 1]], said, reading.cut)
             if kept is not None:
                 return Overlap(turns, marks[count - 1].end, _left_out(ends[:turns], *kept))

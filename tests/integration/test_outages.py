@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outage(folder: Path, settings: dict[str, Any], url: str, postgres: Postgres) -> Iterator[dict[str, Any]]:
+def outage(folder: Path, settings: dict[str, Any], url: str, postgres: Postgres) -> dict[str, Any]:
     """What a server did while its database was away, and afterwards; then it was killed at work."""
     seen: dict[str, Any] = {}
     with serving(folder, TINY, settings) as first:
@@ -78,7 +78,7 @@ def outage(folder: Path, settings: dict[str, Any], url: str, postgres: Postgres)
         seen["live"] = live.messages
         _killed_at_work(first, url)
     seen["record"] = on_record(url)
-    yield seen
+    return seen
 
 
 def _while_it_is_away(server: Running, live: Dialogue) -> list[tuple[str, int, float, dict[str, str]]]:
