@@ -19,7 +19,8 @@ from typing import Any
 
 PACKAGE = "postgresql"
 START_LIMIT_S = 30.0
-QUICK = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "shared_buffers=16MB")
+QUICK = ("fsync=off", "full_page_writes=off", "shared_buffers=16MB")
+"""A commit survives the end of the server, not of the machine."""
 
 
 def binaries() -> Path | None:
@@ -68,10 +69,10 @@ class Postgres:
                 raise RuntimeError(f"PostgreSQL did not start:\n{(self._folder / 'log').read_text()}")
             time.sleep(0.05)
 
-    def stop(self) -> None:
-        """End it and every connection to it at once."""
+    def stop(self, clean: bool = True) -> None:
+        """End it and every connection to it at once; not `clean`: as `pg_ctl stop -m immediate` does."""
         if self._server is not None:
-            self._server.send_signal(signal.SIGINT)
+            self._server.send_signal(signal.SIGINT if clean else signal.SIGQUIT)
             self._server.wait()
             self._server = None
 

@@ -134,6 +134,14 @@ def gone(pids: set[int], limit_s: float = 30) -> set[int]:
     return left
 
 
+def kill(running: Running) -> None:
+    """`kill -9`; returns when everything that the server had started has ended too."""
+    everybody = {pid: Path(f"/proc/{pid}/cmdline").read_text()[:80] for pid in descendants(running.process.pid)}
+    os.kill(running.process.pid, signal.SIGKILL)
+    running.process.wait(30)
+    assert not [everybody[pid] for pid in gone(set(everybody), 90)]
+
+
 @contextlib.contextmanager
 def serving(
     folder: Path, config: Path, settings: dict[str, Any] | None = None, until: str = "listening"
@@ -146,7 +154,8 @@ def serving(
         document[name] = {**document[name], **value} if both else value
     run_dir = folder / "run"
     document["server"] = {"port": port, "run_dir": str(run_dir)}
-    document["storage"] = {"url": "sqlite+aiosqlite:///{run_dir}/sessions.db"}
+    if "storage" not in (settings or {}):
+        document["storage"] = {"url": "sqlite+aiosqlite:///{run_dir}/sessions.db"}
     document["adapters"] = {"root": "{run_dir}/adapters"}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(document))

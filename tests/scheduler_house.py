@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,8 @@ class FakeTrainer:
         self.go.set()
         self.requests: list[TrainRequest] = []
         self.failure: TrainingError | None = None
+        self.writes: Callable[[Path], object] = lambda directory: None
+        """Makes the trained files in the directory of a request."""
         self.plain = Agreement(1.0, 0.5, 10)
         self.adapted = Agreement(0.5, 0.8, 10)
 
@@ -123,6 +126,7 @@ class FakeTrainer:
         await self.go.wait()
         if self.failure is not None:
             raise self.failure
+        self.writes(Path(request.out_dir))
         return TrainResult(
             directory=request.out_dir,
             plain=self.plain,
@@ -157,6 +161,18 @@ class FakeShelf:
     def retire(self, name: str) -> None:
         self._log.append(f"delete {name}")
 
+    def workplace(self) -> str:
+        return tempfile.mkdtemp(prefix="soma-train-")
+
+    def clear(self) -> None:
+        pass
+
+    def listed(self) -> Sequence[AdapterRef]:
+        return ()
+
+    def has(self, ref: AdapterRef) -> bool:
+        return f"delete {ref.name}" not in self._log
+
 
 class OpenMeter:
     """Counts, and limits as it is told to."""
@@ -190,14 +206,16 @@ class HashEncoder:
 class House:
     """Everything a test needs to talk to a dispatcher and look behind it."""
 
-    def __init__(self, config: Config, store: SessionStore) -> None:
+    def __init__(
+        self, config: Config, store: SessionStore, shelf: Any = None, trainer: FakeTrainer | None = None
+    ) -> None:
         self.config = config
         speaks_vllm = config.original.api == "vllm"
         self.teachers = Teachers(config, why_text(config, speaks_vllm, same_vocabulary=True))
         self.original = FakeOriginal()
         self.surrogate = FakeSurrogate()
-        self.trainer = FakeTrainer()
-        self.shelf = FakeShelf(self.surrogate.log)
+        self.trainer = trainer or FakeTrainer()
+        self.shelf = shelf or FakeShelf(self.surrogate.log)
         self.meter = OpenMeter()
         self.events: list[tuple[SessionKey, Event]] = []
         self.book = SessionBook(

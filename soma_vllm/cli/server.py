@@ -13,7 +13,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from typing import Any
 import aiohttp
 
 from soma_vllm.adapters.durable import is_locked
+from soma_vllm.adapters.shelf import RecordShelf
 from soma_vllm.adapters.store import AdapterStore
 from soma_vllm.api.allowances import Allowances
 from soma_vllm.config import Config
@@ -55,12 +56,12 @@ from soma_vllm.scheduler.policies.base import Policies
 from soma_vllm.scheduler.quiet_times import QuietTimes
 from soma_vllm.scheduler.recorder import Recorder
 from soma_vllm.scheduler.teaching import Teachers, why_text
+from soma_vllm.storage.connections import identity
 from soma_vllm.storage.keys import KeyStore
 from soma_vllm.storage.sessions import SessionStore
 from soma_vllm.telemetry.adapters import AdapterMetrics
 from soma_vllm.telemetry.metrics import SessionMetrics
 from soma_vllm.training.pair import ANYONE, owner_of
-from soma_vllm.types import AdapterRef, SessionKey
 
 PLUGINS = ("soma", "soma_engine")
 """vLLM's allow-list: our endpoint plugin and our engine plugin."""
@@ -78,23 +79,6 @@ class ModelPaths:
     encoder: Path
     original_vocabulary: Path | None
     """Where the original's tokenizer lies; None where that is unknown."""
-
-
-class StoreShelf:
-    """The adapter store, as the scheduler's `Shelf`."""
-
-    def __init__(self, store: AdapterStore) -> None:
-        self._store = store
-
-    def publish(
-        self, key: SessionKey, trained: Path, *, base_model: str, manifest: Mapping[str, Any]
-    ) -> AdapterRef:
-        """Verify and publish."""
-        return self._store.publish(key, trained, base_model=base_model, manifest=manifest).ref
-
-    def retire(self, name: str) -> None:
-        """Delete."""
-        self._store.retire(name)
 
 
 class SomaServer:
@@ -178,7 +162,7 @@ class SomaServer:
         book = SessionBook(self._config, store, [SessionMetrics(), teachers])
         await book.start()
         self._cleanup.push_async_callback(book.stop)
-        shelf = StoreShelf(self._open_shelf())
+        shelf = self._open_shelf()
         adaptation = Adaptation(self._config, book, surrogate, trainer, shelf, encoder, holds, teachers, meter)
         background = Background(book)
         self._cleanup.push_async_callback(background.stop)
@@ -302,12 +286,13 @@ class SomaServer:
         self._say(f"sessions   {await store.count()} on record")
         return store
 
-    def _open_shelf(self) -> AdapterStore:
-        return AdapterStore(
+    def _open_shelf(self) -> RecordShelf:
+        store = AdapterStore(
             Path(self._filled(self._config.adapters.root)),
             max_rank=self._config.lora.rank,
             base_model=str(self._paths.surrogate),
         )
+        return RecordShelf(store, identity(self._filled(self._config.storage.url)))
 
     async def _load_encoder(self) -> ThreadedEncoder:
         from soma_vllm.method.encoder import SentenceEncoder

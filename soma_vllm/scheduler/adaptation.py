@@ -18,7 +18,6 @@ import asyncio
 import logging
 import math
 import shutil
-import tempfile
 from collections.abc import Coroutine, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -49,6 +48,9 @@ from soma_vllm.training.pair import may_start_from, owner_of
 from soma_vllm.types import AdapterRef, Agreement, Candidate, Evidence, Example, SessionKey
 
 logger = logging.getLogger(__name__)
+
+RECORD_S = 10.0
+"""Longest wait for the record before an adapter's files are deleted; after it the next start deletes them."""
 
 
 class TooMuch(EngineError):
@@ -126,7 +128,7 @@ class Adaptation:
 
     async def retire(self, key: SessionKey, ref: AdapterRef) -> None:
         """Take an adapter that serves nobody out of the engine once its last token is out, and delete it."""
-        if await self._book.in_use(ref):
+        if not await self._on_record(ref) or await self._book.in_use(ref):
             return
         await self._holds.leaving(ref.name)
         try:
@@ -136,6 +138,18 @@ class Adaptation:
             self._book.note(key, "adapter_retired", adapter=asdict(ref))
         except (EngineError, AdapterError) as error:
             logger.warning("adapter %s could not be retired: %s", ref.name, error)
+
+    async def _on_record(self, ref: AdapterRef) -> bool:
+        """Whether the record has all that was decided so far. Only then may files go: a server that is killed
+        in between would come back to a session whose adapter is gone, and one that asks who else is served
+        by it would hear of sessions that were removed."""
+        try:
+            async with asyncio.timeout(RECORD_S):
+                await self._book.written()
+        except TimeoutError:
+            logger.warning("adapter %s stays until the next start: the session store is away", ref.name)
+            return False
+        return True
 
     async def _choose(
         self,
@@ -219,7 +233,7 @@ class Adaptation:
         turns = [example.turn for example in examples]
         lessons = self._teachers.account(examples)
         session = self._book.note(key, "training_submitted", turns=turns, **lessons)
-        out_dir = tempfile.mkdtemp(prefix="soma-train-")
+        out_dir = self._shelf.workplace()
         request = TrainRequest(
             examples,
             held_out,
@@ -276,7 +290,7 @@ class Adaptation:
         """Warm the engine's cache with the session's history, then let the surrogate take over."""
         queries = [text_of(turn.messages[-1]) for turn in session.warm_turns()]
         vectors = await self._encoder.encode(queries)
-        history = self._book.session(key).transcript()
+        history = self._book.session(key).seen_last()
         shown = compress([*history, _NEXT], self._config.prefix, self._config.compressed_prefix_turns)
         try:
             await adapted_answer(self._surrogate, self._holds, key.tenant, shown, 1, ref)

@@ -52,6 +52,12 @@ LOOKUP_S = 3.0
 
 UNHELD_EVERY_S = 0.02
 
+SURE_EXCHANGES = 2
+"""Whole exchanges that must be left of a history without an id for its session to be recognised by them."""
+
+MOST_ALIKE = 5
+"""Sessions that end alike, of which none is looked at any more without an id."""
+
 LEARNING = frozenset({Phase.WARM_START, Phase.ADAPTING, Phase.ROLLED_BACK})
 """Phases in which what was said may still be learned from."""
 
@@ -130,7 +136,7 @@ class SessionBook:
             raise StoreUnavailable(f"{self._journal.behind} events wait for the session store")
         found = None
         if named is None:
-            found = await self._find(tenant, "", reading)
+            found = await self._find(tenant, "", reading) or await self._find_trimmed(tenant, "", reading)
             named = f"{RECOGNISED}{uuid.uuid4().hex}" if found is None else found.session
         session = await self.open(SessionKey(tenant, named))
         if not self._leads_on(session, reading):
@@ -146,8 +152,10 @@ class SessionBook:
             return self._entries[again].session
         if found is None:
             found = await self._find(tenant, family, reading)
+        if found is None or found.number < len(reading.marks):
+            found = await self._find_trimmed(tenant, family, reading) or found
         if found is None:
-            return self._branch(session, ())
+            return self._branch(session, session.turns[: session.overlap(reading).turns])
         other = await self.open(SessionKey(tenant, found.session))
         return (
             other if self._leads_on(other, reading) else self._branch(other, self._turns_at(other, found.seq))
@@ -203,6 +211,28 @@ class SessionBook:
         if hit.found.number > on_record.number or (hit.exact and hit.found.number == on_record.number):
             return hit.found
         return on_record
+
+    async def _find_trimmed(self, tenant: str, family: str, reading: Reading) -> Found | None:
+        """The last turn of the session that a history goes on from whose oldest turns were dropped.
+
+        Without a family only where two whole exchanges or more are left, which one session alone ends with:
+        short ones are said in many dialogues.
+        """
+        whole = len(reading.marks) - reading.cut
+        if whole < (1 if family else SURE_EXCHANGES):
+            return None
+        link = reading.marks[-1].link
+        async with _store_answers():
+            on_record = await self._store.standing(tenant, family, link, MOST_ALIKE)
+        names = list(dict.fromkeys([*on_record, *self._index.with_link(tenant, family, link)]))
+        if len(names) >= MOST_ALIKE and not family:
+            return None
+        sessions = [await self.open(SessionKey(tenant, name)) for name in names[:MOST_ALIKE]]
+        fitting = [session for session in sessions if session.ended_by(reading)]
+        if not fitting or (len(fitting) > 1 and not family):
+            return None
+        last = len(self._entries[fitting[0].key].events) - 1
+        return Found(fitting[0].key.session, last, len(fitting[0].turns))
 
     async def said(self, tenant: str, response: str) -> Said:
         """The transcript up to the answer of this id.
@@ -413,6 +443,10 @@ class SessionBook:
                 entry.events = [_silent(e) if e.at < at else e for e in entry.events]
                 entry.session = restore(entry.session.key, (*entry.events, *entry.pending), self._config)
 
+    def discard(self, key: SessionKey) -> None:
+        """Drop a session of which nothing is recorded, and nothing will be."""
+        self._entries.pop(key, None)
+
     def remove(self, key: SessionKey) -> None:
         """Drop a session from memory, and queue its removal from the store."""
         self._entries.pop(key, None)
@@ -458,7 +492,8 @@ def _marks(seq: int, event: Event) -> tuple[TurnMark, ...]:
     if event.kind not in ("turn", "variant"):
         return ()
     data = event.data
-    return (TurnMark(seq, data["number"], data["chain"], data["response"]),)
+    links = data.get("links") or (None,)
+    return (TurnMark(seq, data["number"], data["chain"], data["response"], links[-1]),)
 
 
 def _standing(session: Session) -> Standing:

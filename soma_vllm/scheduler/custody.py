@@ -1,9 +1,9 @@
-"""Care for sessions outside any request: an administrator's orders, removal, retention, and taking up again
-what a restart interrupted.
+"""Care for sessions outside any request: an administrator's orders, removal and retention.
 
 Guarantees: a session is removed in one order, so that nobody is answered by what is going: it is closed, its
 work ends, its requests end, its adapter leaves the engine, its record and text are deleted, and its tenant's
-cached prefixes become unreachable. A failure on the way leaves it closed, and the next start removes the rest.
+cached prefixes become unreachable. A failure on the way leaves it closed; the next sweep, or the next start,
+removes the rest.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from soma_vllm.config import Config
 from soma_vllm.engines.base import Salts
-from soma_vllm.errors import AdapterError, BadRequest, NotFound, StoreUnavailable, TooManyRequests
+from soma_vllm.errors import BadRequest, NotFound, SomaError, StoreUnavailable, TooManyRequests
 from soma_vllm.scheduler.adaptation import Adaptation
 from soma_vllm.scheduler.background import Background
 from soma_vllm.scheduler.book import Entry, SessionBook
 from soma_vllm.scheduler.ports import Meter, Shelf, Store
+from soma_vllm.scheduler.recovery import Recovery
 from soma_vllm.session.phases import Phase
 from soma_vllm.session.session import Session
 from soma_vllm.storage.records import Summary
-from soma_vllm.storage.tables import RETIRED
-from soma_vllm.types import Role, SessionKey
+from soma_vllm.types import AdapterRef, Event, Role, SessionKey
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,8 @@ class Custody:
         self._meter = meter
         self._sweep_every_s = sweep_every_s
         self._sweeper: asyncio.Task[None] | None = None
+        self._removals: dict[SessionKey, asyncio.Task[None]] = {}
+        self._recovery = Recovery(book, store, shelf, adaptation, background, self._remove_whole)
 
     # -- looking ----------------------------------------------------------------------------------------
 
@@ -146,7 +148,7 @@ class Custody:
         async with self._held(key) as session:
             family = await self._book.family(session)
         for member in family:
-            await self._remove_one(member)
+            await self._remove_whole(member)
         # What the engines have cached of it cannot be told from what else they have cached for the tenant.
         self._salts.renew(key.tenant)
         try:
@@ -155,15 +157,35 @@ class Custody:
         except TimeoutError as error:
             raise StoreUnavailable("the removal waits for the session store") from error
 
+    async def _remove_whole(self, key: SessionKey) -> None:
+        """Remove one session, once, however many ask for it: each would wait for the others to let it go."""
+        task = self._removals.get(key)
+        if task is None:
+            task = asyncio.create_task(self._remove_one(key), name="soma-removal")
+            self._removals[key] = task
+            task.add_done_callback(lambda _: self._removals.pop(key, None))
+        # A client that leaves ends nothing: others may wait too.
+        await asyncio.shield(task)
+
     async def _remove_one(self, key: SessionKey) -> None:
-        async with self._held(key) as session:
-            if session.phase is not Phase.CLOSED:
+        if self._book.is_live(key) and self._book.is_new(key):
+            self._book.discard(key)  # a branch whose first answer is not over: it is not recorded any more
+            return
+        try:
+            entry = await self._book.entry(key)
+        except NotFound:
+            return  # somebody was faster
+        self._book.hold(key)
+        try:
+            if entry.session.phase is not Phase.CLOSED:
                 self._book.note(key, "closed")
             await self._background.cancel(key)
             await self._book.unheld(key, LAST_REQUEST_S)
-            if session.adapter is not None:
-                await self._adaptation.retire(key, session.adapter)
+            for ref in _left(entry.events):
+                await self._adaptation.retire(key, ref)
             self._book.remove(key)
+        finally:
+            self._book.release(key)
 
     @asynccontextmanager
     async def _held(self, key: SessionKey) -> AsyncIterator[Session]:
@@ -187,23 +209,19 @@ class Custody:
         Raises:
             SQLAlchemyError, OSError: the store does not answer.
         """
-        await self._drop_orphans()
-        for key in await self._store.in_phase(Phase.CLOSED):
-            await self._remove_one(key)
-        for key in await self._store.in_phase(Phase.ADAPTING):
-            session = await self._book.open(key)
-            if session.phase is Phase.ADAPTING and session.kept() and self._background.idle(key):
-                self._background.spawn(key, self._adaptation.begin(key, session.forced))
+        await self._recovery.run()
         self._sweeper = asyncio.create_task(self._sweep_for_ever(), name="soma-retention")
 
     async def stop(self) -> None:
-        """End the sweeps."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            await asyncio.gather(self._sweeper, return_exceptions=True)
+        """End the sweeps and removals; the next start goes on with the latter."""
+        tasks = [*self._removals.values(), *([] if self._sweeper is None else [self._sweeper])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def sweep(self) -> int:
         """Erase text and remove sessions whose time is over; how many sessions were removed."""
+        await self._recovery.finish_removals()
         retention = self._config.retention
         now = time.time()
         if retention.text_ttl_s is not None:
@@ -214,7 +232,7 @@ class Custody:
         removed = 0
         for key in await self._store.idle_since(now - retention.session_ttl_s, SWEPT_AT_ONCE):
             if not self._book.holds(key):
-                await self._remove_one(key)
+                await self._remove_whole(key)
                 removed += 1
         return removed
 
@@ -223,13 +241,19 @@ class Custody:
             await asyncio.sleep(self._sweep_every_s)
             try:
                 await self.sweep()
-            except (SQLAlchemyError, OSError, StoreUnavailable) as error:
+            except (SQLAlchemyError, OSError, SomaError) as error:
                 logger.warning("retention waits for the session store: %s", type(error).__name__)
 
-    async def _drop_orphans(self) -> None:
-        """Delete adapters that serve no session: a crash came between publishing them and switching."""
-        for record in await self._store.adapters():
-            if record.state != RETIRED and not await self._store.users_of(record.name):
-                with suppress(NotFound, AdapterError):
-                    await asyncio.to_thread(self._shelf.retire, record.name)
-                await self._store.retired(record.name)
+
+def _left(events: Sequence[Event]) -> list[AdapterRef]:
+    """Adapters that a session ever had and that were not deleted, as far as its events say."""
+    refs: dict[str, AdapterRef] = {}
+    for event in events:
+        found = event.data.get("adapter")
+        if not isinstance(found, dict):
+            continue
+        if event.kind == "adapter_retired":
+            refs.pop(found["name"], None)
+        else:
+            refs[found["name"]] = AdapterRef(**found)
+    return list(refs.values())

@@ -230,7 +230,9 @@ class Dispatcher:
         return policy.route(session, asked)
 
     def _to_caller(self, session: Session, asked: Asked) -> Route:
-        """A tool's result goes back to the engine that called the tool."""
+        """A tool's result goes to the engine that called the tool, or to the original where that is unknown."""
+        if any(message.get("role") == "assistant" for message in asked.added):
+            return Route(Role.ORIGINAL, None, asked.messages, "tool result")  # the call is not on record
         caller = session.turns[asked.builds_on - 1]
         serving = None if session.adapter is None else session.adapter.name
         if caller.engine is Role.SURROGATE and session.phase is Phase.SWITCHED and caller.adapter == serving:

@@ -14,7 +14,7 @@ from soma_vllm.storage.records import Found, TurnMark
 from soma_vllm.types import SessionKey
 
 Place = tuple[str, str, str]
-"""(tenant, family, digest)."""
+"""(tenant, family, digest); the digest of a transcript, of an exchange, or of a request."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class TurnIndex:
             place = (key.tenant, family, mark.chain)
             self._turns[place].append(where)
             self._places[key].add(place)
+            if mark.link is not None:
+                self._turns[key.tenant, family, mark.link].append(where)
+                self._places[key].add((key.tenant, family, mark.link))
             if mark.response is not None:
                 name = (key.tenant, mark.response)
                 self._responses[name] = where
@@ -80,6 +83,10 @@ class TurnIndex:
                 key, seq, number = (exact or wheres)[-1]
                 return Hit(Found(key.session, seq, number), bool(exact))
         return None
+
+    def with_link(self, tenant: str, family: str, link: str) -> set[str]:
+        """Sessions that have a turn which ends with this exchange."""
+        return {key.session for key, _, _ in self._turns.get((tenant, family, link), ())}
 
     def asked_by(self, tenant: str, family: str, asked: str) -> SessionKey | None:
         """The session whose last turn may have answered this very request."""

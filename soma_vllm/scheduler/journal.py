@@ -2,7 +2,8 @@
 
 Guarantees: while the database is away, or its disk is full, writes wait and are tried again, so that nothing is
 lost that its return can save; a session whose write is contradicted is given up alone, and what is on record of
-it stays a true beginning, because nothing is written after a gap; `stop` ends within its limit whatever the
+it stays a true beginning, because nothing is written after a gap: a kill costs each session at most the writes
+that were still queued, the latest ones; `stop` ends within its limit whatever the
 database does.
 """
 
@@ -43,7 +44,7 @@ class Journal:
 
     def __init__(self, stop_limit_s: float = STOP_LIMIT_S) -> None:
         self._stop_limit_s = stop_limit_s
-        self._writes: asyncio.Queue[Write] = asyncio.Queue()
+        self._writes: asyncio.Queue[Write | asyncio.Future[None]] = asyncio.Queue()
         self._waiting: Counter[SessionKey] = Counter()
         self._given_up: set[SessionKey] = set()
         self._writer: asyncio.Task[None] | None = None
@@ -70,8 +71,10 @@ class Journal:
         self._writes.put_nowait(write)
 
     async def written(self) -> None:
-        """Return when everything queued so far is done."""
-        await self._writes.join()
+        """Return when everything queued so far is done; what is queued meanwhile is not waited for."""
+        here = asyncio.get_running_loop().create_future()
+        self._writes.put_nowait(here)
+        await here
 
     @property
     def behind(self) -> int:
@@ -84,13 +87,17 @@ class Journal:
 
     async def _write_all(self) -> None:
         while True:
-            write = await self._writes.get()
+            item = await self._writes.get()
             try:
-                await self._write(write)
+                if isinstance(item, Write):
+                    await self._write(item)
+                elif not item.done():
+                    item.set_result(None)
             finally:
-                self._waiting[write.key] -= 1
-                if not self._waiting[write.key]:
-                    del self._waiting[write.key]
+                if isinstance(item, Write):
+                    self._waiting.subtract([item.key])
+                    if not self._waiting[item.key]:
+                        del self._waiting[item.key]
                 self._writes.task_done()
 
     async def _write(self, write: Write) -> None:

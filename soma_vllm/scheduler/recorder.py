@@ -21,7 +21,7 @@ from soma_vllm.scheduler.teaching import Lesson, Teachers
 from soma_vllm.session.phases import Phase
 from soma_vllm.session.prefix import compress
 from soma_vllm.session.session import Session, Turn, turn_event
-from soma_vllm.session.transcript import read, spoken
+from soma_vllm.session.transcript import Reading, read, spoken
 from soma_vllm.types import Candidate, Event, Role, Route, SessionKey
 
 
@@ -81,10 +81,11 @@ class Recorder:
         self, session: Session, phase: Phase, asked: Asked, route: Route, heard: Heard, response: str | None
     ) -> tuple[Turn, int]:
         """(the turn, how many turns on record its history repeats)."""
-        builds_on, added = session.repeated(asked.reading)
+        overlap = session.overlap(asked.reading)
+        said = _said(session.key.tenant, asked, heard.choices[0])
         turn = Turn(
-            number=builds_on + 1,
-            messages=added,
+            number=overlap.turns + 1,
+            messages=asked.messages[overlap.end :],
             answer=heard.text,
             engine=route.engine,
             adapter=None if route.adapter is None else route.adapter.name,
@@ -95,11 +96,13 @@ class Recorder:
             latency_s=heard.latency_s,
             complete=heard.complete,
             calls=heard.choices[0].calls,
-            chain=_chain(session.key.tenant, asked, heard.choices[0]),
+            chain=said.asked,
             asked=asked.reading.asked,
+            links=tuple(mark.link for mark in said.marks if mark.end > overlap.end),
+            left_out=overlap.left_out,
             response=response,
         )
-        return turn, builds_on
+        return turn, overlap.turns
 
     def _follow_up(
         self, key: SessionKey, session: Session, turn: Turn, asked: Asked, forced: Candidate | None
@@ -120,16 +123,17 @@ class Recorder:
 def _events(turn: Turn, builds_on: int, others: Sequence[Choice], tenant: str, asked: Asked) -> list[Event]:
     """The turn, and what else was answered to the same request (`n`): a client may go on from any of them."""
     now = time.time()
-    variants = [
-        replace(turn, answer=other.text, calls=other.calls, chain=_chain(tenant, asked, other))
-        for other in others
-    ]
+    variants = []
+    for other in others:
+        said = _said(tenant, asked, other)
+        links = (*turn.links[:-1], said.marks[-1].link)
+        variants.append(replace(turn, answer=other.text, calls=other.calls, chain=said.asked, links=links))
     return [
         turn_event(turn, builds_on, now),
         *(turn_event(variant, builds_on, now, "variant") for variant in variants),
     ]
 
 
-def _chain(tenant: str, asked: Asked, choice: Choice) -> str:
-    """Digest of the transcript that ends with this answer."""
-    return read(tenant, [*asked.messages, spoken(choice.text, choice.calls)]).asked
+def _said(tenant: str, asked: Asked, choice: Choice) -> Reading:
+    """The transcript that ends with this answer."""
+    return read(tenant, [*asked.messages, spoken(choice.text, choice.calls)])

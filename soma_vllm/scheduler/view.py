@@ -10,7 +10,7 @@ from soma_vllm.session.session import Turn
 from soma_vllm.storage.records import Summary
 from soma_vllm.types import Event
 
-PRIVATE = frozenset({"centroid", "turns", "chain", "asked"})
+PRIVATE = frozenset({"centroid", "turns", "chain", "asked", "links"})
 """Event data from which text could be guessed, or that repeats other events."""
 
 

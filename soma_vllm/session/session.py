@@ -18,7 +18,8 @@ from soma_vllm.config import Config
 from soma_vllm.session.gate import AuditKind, Drift, Vector
 from soma_vllm.session.phases import Phase, after, may_happen
 from soma_vllm.session.prefix import compress
-from soma_vllm.session.transcript import Reading, spoken, text_of
+from soma_vllm.session.transcript import Reading, preamble, spoken, text_of
+from soma_vllm.session.trimming import Overlap, trimmed
 from soma_vllm.types import AdapterRef, Candidate, Event, Example, Message, Role, SessionKey, Usage
 
 
@@ -51,6 +52,11 @@ class Turn:
     """Digest of the transcript up to and including this answer (`session/transcript.py`)."""
     asked: str = ""
     """Digest of the request that it answered: a request of the same digest is the same one, repeated."""
+    links: tuple[str, ...] = ()
+    """Digests of the exchanges that it added, its own last: more than one where the client's history had some
+    that are not on record."""
+    left_out: tuple[int, int] | None = None
+    """Earlier turns that the client's history lacked, as the bounds of a slice: it had dropped them."""
     response: str | None = None
     """Id under which a client may name it (OpenAI's Responses API)."""
     kept: bool = True
@@ -128,18 +134,56 @@ class Session:
         """Whether the whole transcript is at hand."""
         return all(turn.kept for turn in self.turns)
 
-    def repeated(self, reading: Reading) -> tuple[int, tuple[Message, ...]]:
-        """How many recorded turns a request's history repeats, and the messages that follow them."""
+    def seen_before(self, turn: Turn) -> tuple[Message, ...]:
+        """What of the transcript before a turn its client still had."""
+        transcript, numbers = self.transcript, turn.number - 1
+        if turn.left_out is None:
+            return transcript(numbers)
+        first, last = turn.left_out
+        dropped = len(transcript(last))
+        head = transcript(first) if first else tuple(preamble(self.turns[0].messages))
+        return (*head, *transcript(numbers)[dropped:])
+
+    def seen_last(self) -> tuple[Message, ...]:
+        """The transcript so far as its client still has it."""
+        if not self.turns:
+            return ()
+        last = self.turns[-1]
+        return (*self.seen_before(last), *last.messages, spoken(last.answer, last.calls))
+
+    def overlap(self, reading: Reading) -> Overlap:
+        """Where a request's history agrees with the record: whole, or with turns left out."""
         ends = {mark.chain: mark.end for mark in reading.marks}
+        whole = Overlap(0, 0)
         for turn in reversed(self.turns):
             if (end := ends.get(turn.chain)) is not None:
-                return turn.number, reading.messages[end:]
-        return 0, reading.messages
+                whole = Overlap(turn.number, end)
+                break
+        if not reading.marks or whole.turns == len(self.turns) or whole.end == reading.marks[-1].end:
+            return whole
+        partly = trimmed([turn.links for turn in self.turns], reading)
+        return whole if partly is None or partly.turns <= whole.turns else partly
+
+    def repeated(self, reading: Reading) -> tuple[int, tuple[Message, ...]]:
+        """How many recorded turns a request's history goes on from, and the messages that follow them."""
+        overlap = self.overlap(reading)
+        return overlap.turns, reading.messages[overlap.end :]
 
     def continued_by(self, reading: Reading) -> bool:
-        """Whether a request is this session's next turn, or its last one asked again."""
-        count, _ = self.repeated(reading)
-        return count == len(self.turns) or self.asked_again_by(reading)
+        """Whether a request is this session's next turn, or its last one asked again; one that was cut off may
+        be asked otherwise too, or gone on from with less of its answer than was recorded."""
+        count = self.overlap(reading).turns
+        cut_off = bool(self.turns) and not self.turns[-1].complete
+        return (
+            count == len(self.turns)
+            or self.asked_again_by(reading)
+            or (cut_off and count == len(self.turns) - 1)
+        )
+
+    def ended_by(self, reading: Reading) -> bool:
+        """Whether a request's history ends where this session does."""
+        overlap = self.overlap(reading)
+        return overlap.turns == len(self.turns) > 0 and overlap.end == reading.marks[-1].end
 
     def asked_again_by(self, reading: Reading) -> bool:
         """Whether a request is the one that the last turn answered."""
@@ -191,7 +235,7 @@ class Session:
             Example(
                 turn.number,
                 compress(
-                    (*self.transcript(turn.number - 1), *turn.messages),
+                    (*self.seen_before(turn), *turn.messages),
                     config.prefix,
                     config.compressed_prefix_turns,
                 ),
@@ -269,6 +313,8 @@ def _read_turn(data: Mapping[str, Any], text: Mapping[str, Any] | None) -> Turn:
         calls=tuple(said["calls"]),
         chain=data["chain"],
         asked=data["asked"],
+        links=tuple(data.get("links") or ()),
+        left_out=None if data.get("left_out") is None else tuple(data["left_out"]),
         response=data["response"],
         kept=text is not None,
         skip=data["skip"],

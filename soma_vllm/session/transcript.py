@@ -5,6 +5,9 @@ they say: role, text, calls of tools, attachments. Everything else about them is
 
 A *chain* is the digest of a whole transcript up to and including an answer, salted with its tenant: equal
 chains are equal transcripts, so a history is found on record, and told from another, after its text was erased.
+A *link* is the digest of one exchange alone: an answer and what was said since the answer before it, salted
+with the tenant and the system messages that begin the dialogue. By its links a history is recognised from which
+the client dropped the oldest turns, to fit a context window (`session/trimming.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from soma_vllm.types import Message
+
+LINK_HALF = 16
+"""Hexadecimal digits: 64 bits tell the exchanges of one dialogue apart."""
 
 
 def text_of(message: Message) -> str:
@@ -58,6 +64,8 @@ class Mark:
     end: int
     """Index of the message after it."""
     chain: str
+    link: str
+    """Half of it for what was said before the answer, half for the answer."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,8 @@ class Reading:
     """Digest of all messages."""
     marks: tuple[Mark, ...]
     """One for each assistant message, first to last."""
+    cut: bool = False
+    """The history begins in the middle of an exchange, as one does that was cut to a number of messages."""
 
     def chains(self) -> list[str]:
         """Chains of the history, longest first: what a lookup tries."""
@@ -78,13 +88,32 @@ class Reading:
 def read(tenant: str, messages: Sequence[Message]) -> Reading:
     """Digest a request's messages."""
     digest = hashlib.sha256(f"{tenant}\n".encode())
+    begin = len(preamble(messages))
+    before, exchange = digest.copy(), digest.copy()
     marks = []
     for position, message in enumerate(messages):
-        digest.update(json.dumps(says(message)).encode("utf-8", "surrogatepass"))
-        digest.update(b"\n")
-        if message.get("role") == "assistant":
-            marks.append(Mark(position + 1, digest.hexdigest()))
-    return Reading(tuple(messages), digest.hexdigest(), tuple(marks))
+        said = json.dumps(says(message)).encode("utf-8", "surrogatepass") + b"\n"
+        digest.update(said)
+        if position < begin:
+            before, exchange = digest.copy(), digest.copy()
+        elif message.get("role") == "assistant":
+            answer = before.copy()
+            answer.update(said)
+            link = exchange.hexdigest()[:LINK_HALF] + answer.hexdigest()[:LINK_HALF]
+            marks.append(Mark(position + 1, digest.hexdigest(), link))
+            exchange = before.copy()
+        else:
+            exchange.update(said)
+    cut = len(messages) > begin and messages[begin].get("role") == "assistant"
+    return Reading(tuple(messages), digest.hexdigest(), tuple(marks), cut)
+
+
+def preamble(messages: Sequence[Message]) -> Sequence[Message]:
+    """The system messages that a dialogue begins with."""
+    count = 0
+    while count < len(messages) and messages[count].get("role") in ("system", "developer"):
+        count += 1
+    return messages[:count]
 
 
 def spoken(answer: str, calls: Sequence[Mapping[str, Any]] = ()) -> Message:

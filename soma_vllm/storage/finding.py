@@ -44,6 +44,19 @@ def by_chains(dialect: str, tenant: str, family: str, chains: Sequence[str]) -> 
     )
 
 
+def by_link(tenant: str, family: str, link: str, limit: int) -> Select[str]:
+    """Sessions whose last turn ends with this exchange, the one that was appended to last first."""
+    return (
+        select(SessionRow.session)
+        .join(TurnRow, _OF_THE_SAME)
+        .where(TurnRow.tenant == tenant, TurnRow.family == family, TurnRow.link == link)
+        .where(SessionRow.phase != CLOSED, SessionRow.chain == TurnRow.chain)
+        .group_by(SessionRow.session, SessionRow.updated_at)
+        .order_by(SessionRow.updated_at.desc())
+        .limit(limit)
+    )
+
+
 def by_response(tenant: str, response: str) -> Turn:
     """The latest turn of this id."""
     return (

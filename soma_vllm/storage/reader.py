@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, Select, func, select
 
 from soma_vllm.storage.connections import connect
-from soma_vllm.storage.finding import Turn, by_chains, by_response
+from soma_vllm.storage.finding import Turn, by_chains, by_link, by_response
 from soma_vllm.storage.records import AdapterRecord, Found, Summary
 from soma_vllm.storage.schema import missing_tables, refuse_other_versions
 from soma_vllm.storage.tables import CLOSED, AdapterRow, EventRow, SessionRow, TextRow
@@ -56,6 +56,10 @@ class SessionReader:
         """
         return await self._turn(by_chains(self._engine.dialect.name, tenant, family, chains))
 
+    async def standing(self, tenant: str, family: str, link: str, limit: int) -> list[str]:
+        """At most `limit` sessions whose last turn ends with this exchange, the latest first."""
+        return [name for (name,) in await self._rows(by_link(tenant, family, link, limit))]
+
     async def of_response(self, tenant: str, response: str) -> Found | None:
         """The latest turn that a client may name so."""
         return await self._turn(by_response(tenant, response))
@@ -63,6 +67,12 @@ class SessionReader:
     async def users_of(self, adapter: str) -> list[SessionKey]:
         """Sessions that this adapter serves, closed ones left out."""
         return await self._keys(SessionRow.adapter == adapter, SessionRow.phase != CLOSED)
+
+    async def served(self) -> list[tuple[SessionKey, str]]:
+        """(session, its adapter) for all that an adapter serves, closed ones left out."""
+        wanted = select(SessionRow.tenant, SessionRow.session, SessionRow.adapter)
+        rows = await self._rows(wanted.where(SessionRow.adapter.is_not(None), SessionRow.phase != CLOSED))
+        return [(SessionKey(tenant, session), str(adapter)) for tenant, session, adapter in rows]
 
     async def in_phase(self, phase: str) -> list[SessionKey]:
         """Sessions in this phase, over all tenants."""

@@ -32,6 +32,8 @@ class TurnMark:
     chain: str
     response: str | None
     """Id under which a client may name it."""
+    link: str | None = None
+    """Digest of its last exchange alone."""
 
 
 @dataclass(frozen=True)

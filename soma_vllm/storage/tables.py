@@ -121,9 +121,12 @@ class TurnRow(Base):
     response: Mapped[str | None] = mapped_column(Name)
     """Id under which a client may name it."""
     at: Mapped[float] = mapped_column(Float)
+    link: Mapped[str | None] = mapped_column(String(32))
+    """Digest of its last exchange alone."""
 
     __table_args__ = (
         Index("ix_turns_chain", "tenant", "family", "chain"),
+        Index("ix_turns_link", "tenant", "family", "link"),
         Index("ix_turns_response", "tenant", "response"),
     )
 

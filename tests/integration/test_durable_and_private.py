@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
+import resource
+import sqlite3
 import subprocess
 import sys
 import time
@@ -15,12 +17,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from running import TINY, Dialogue, Running, descendants, gone, serving  # type: ignore[import-not-found]
+from running import TINY, Dialogue, Running, kill, serving  # type: ignore[import-not-found]
 
 ADMIN = "the-admin-key-of-the-tests"
 # Enough steps for a training to be under way when the server is killed.
 SETTINGS: dict[str, Any] = {"access": {"mode": "keys"}, "lora": {"steps": 150}}
 FORCED = {"X-SOMA-Force": "adapter"}
+STREAMED = {"role": "user", "content": "a question whose answer is cut off by the kill"}
 
 
 def soma(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -72,15 +75,35 @@ def killed(folder: Path, keys: list[str]) -> Iterator[Path]:
                 break
             time.sleep(0.05)
         time.sleep(0.1)  # records are written behind the answers
-        everybody = {
-            pid: Path(f"/proc/{pid}/cmdline").read_text()[:80] for pid in descendants(first.process.pid)
-        }
-        os.kill(first.process.pid, signal.SIGKILL)
-        first.process.wait(30)
-        assert not [everybody[pid] for pid in gone(set(everybody), 90)]
+        late = Dialogue(first, "late", keys[0])
+        late.say("a first question")
+        late.say("a question whose answer comes just before the kill", stream=True)
+        with _streaming(first, keys[0], "streaming"):
+            kill(first)
     (folder / "history").write_text(json.dumps(switched.messages))
+    (folder / "late").write_text(json.dumps(late.messages))
     yield folder
     del os.environ["SOMA_ADMIN_KEY"]
+
+
+@contextlib.contextmanager
+def _streaming(server: Running, key: str, session: str) -> Iterator[None]:
+    """In the middle of a warm start's first answer, of which some has reached the client."""
+    stream = server.client(key).chat.completions.create(
+        model="soma",
+        messages=[STREAMED],
+        stream=True,
+        max_tokens=600,
+        extra_headers={"X-Session-ID": session},
+        extra_body={"ignore_eos": True},
+    )
+    events = iter(stream)
+    for _ in range(3):
+        next(events)
+    yield
+    with pytest.raises((httpx.HTTPError, openai.APIError)):
+        list(events)
+    stream.close()
 
 
 def _refuses_strangers(server: Running, keys: list[str]) -> None:
@@ -147,6 +170,71 @@ def test_after_a_kill_a_training_that_was_under_way_is_done_without_anybodys_ask
     # Two where the kill came before the training's end; a fast one may have been over.
     assert [event["kind"] for event in found["events"]].count("adaptation_started") in (1, 2)
     assert sum(event["kind"] in ("switched", "refused", "training_failed") for event in found["events"]) == 1
+
+
+def test_a_turn_that_was_streamed_just_before_the_kill_is_taken_from_the_clients_transcript(
+    again: Running, killed: Path, keys: list[str]
+) -> None:
+    recorded = again.session("late", keys[0])["turns"]
+    assert len(recorded) in (1, 2)  # writes come behind the answers
+    dialogue = Dialogue(again, "late", keys[0])
+    dialogue.messages = json.loads((killed / "late").read_text())
+    dialogue.say("a question after the kill")
+    assert dialogue.headers["X-SOMA-Session"] == "late"
+    assert len(again.session("late", keys[0])["turns"]) == len(recorded) + 1
+
+
+def test_a_request_that_the_kill_cut_off_is_asked_again_in_its_session(again: Running, keys: list[str]) -> None:
+    dialogue = Dialogue(again, "streaming", keys[0])
+    dialogue.say(STREAMED["content"])
+    assert dialogue.headers["X-SOMA-Session"] == "streaming"
+    assert len(again.session("streaming", keys[0])["turns"]) == 1
+
+
+def test_no_session_was_forked_by_the_kill(again: Running, keys: list[str]) -> None:
+    listed = httpx.get(f"{again.root}/soma/sessions", headers=_bearer(keys[0]), timeout=30).json()["data"]
+    assert [row["session"] for row in listed if "~" in row["session"]] == []
+
+
+def test_while_the_records_disk_is_full_users_are_answered_and_afterwards_all_of_it_is_on_record(
+    again: Running, keys: list[str]
+) -> None:
+    database = again.run_dir / "sessions.db"
+    dialogue = Dialogue(again, "disk", keys[0])
+    limit = again.output.stat().st_size + 50_000  # room for the server's log, and none for the record
+    while database.with_name("sessions.db-wal").stat().st_size <= limit:
+        dialogue.say(f"question {len(dialogue.messages)} about disks")
+        time.sleep(0.05)
+        dialogue.messages = dialogue.messages[-6:]
+    before = on_record(database, "disk")
+    unlimited = resource.prlimit(again.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(again.process.pid, resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+    try:
+        other = Dialogue(again, "begun on a full disk", keys[0])
+        for number in range(3):
+            dialogue.say(f"another question {number}")
+            other.say(f"a question {number}", stream=True)
+            assert (dialogue.headers["X-SOMA-Session"], other.headers["X-SOMA-Session"]) == (
+                "disk",
+                "begun on a full disk",
+            )
+        assert on_record(database, "disk") == before
+        assert "does not take a write" in again.said()
+    finally:
+        resource.prlimit(again.process.pid, resource.RLIMIT_FSIZE, unlimited)
+    deadline = time.monotonic() + 30
+    while on_record(database, "begun on a full disk") < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert (on_record(database, "disk"), on_record(database, "begun on a full disk")) == (before + 3, 3)
+    other.say("a question with room")
+    assert len(again.session("begun on a full disk", keys[0])["turns"]) == 4
+
+
+def on_record(database: Path, session: str) -> int:
+    """Turns that the database has of a session."""
+    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        rows = connection.execute("SELECT turns FROM sessions WHERE session = ?", [session]).fetchall()
+    return int(rows[0][0]) if rows else 0
 
 
 def test_a_removed_session_is_not_found_by_a_server_started_later(again: Running, keys: list[str]) -> None:

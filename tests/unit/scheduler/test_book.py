@@ -64,6 +64,22 @@ async def test_what_is_recorded_while_the_store_is_away_is_written_when_it_is_ba
     assert store.kept == [(0, "one"), (1, "two")]
 
 
+async def test_what_was_queued_is_waited_for_and_what_is_queued_meanwhile_is_not() -> None:
+    journal = Journal()
+    await journal.start()
+    ended = asyncio.Event()
+
+    async def one_more() -> None:
+        await asyncio.sleep(0)
+        if not ended.is_set():
+            journal.put(Write(KEY, one_more))
+
+    journal.put(Write(KEY, one_more))
+    await asyncio.wait_for(journal.written(), 5)
+    ended.set()
+    await asyncio.wait_for(journal.stop(), 5)
+
+
 async def test_after_a_contradicted_write_nothing_of_that_session_is_written() -> None:
     store = FailingStore()
     book = book_on(store)

@@ -74,6 +74,42 @@ async def test_removing_a_dialogue_removes_its_branches_and_removing_a_branch_le
     assert WORD.encode() not in on_disk(tmp_path)
 
 
+async def test_a_session_that_two_remove_at_once_is_removed_once(house: House) -> None:
+    house.surrogate.answers = ["different", "same"]
+    await warmed(house)
+    key = house.session().key
+    async with asyncio.timeout(5):
+        await asyncio.gather(house.custody.remove(key), house.custody.remove(key))
+    assert house.surrogate.log.count("delete adapter-s-1") == 1
+    assert house.book._entries == {}
+
+
+async def test_a_branch_whose_first_answer_is_not_over_goes_with_its_dialogue(house: House) -> None:
+    history = await warmed(house)
+    await house.say(history, "question 3")
+    stream = await house.say(history[:4], "another question 3", stream=True)
+    assert stream.headers["X-SOMA-Session"] != "s"
+    async with asyncio.timeout(5):
+        await house.custody.remove(house.session().key)
+    assert stream.reply.events is not None
+    async for _ in stream.reply.events:
+        pass
+    await house.book.written()
+    assert house.book._entries == {}
+    assert await house.custody.summaries(None, 10, None) == []
+
+
+async def test_a_removal_that_was_cut_short_is_finished_by_the_next_sweep(house: House) -> None:
+    house.surrogate.answers = ["different", "same"]
+    await warmed(house)
+    house.book.note(house.session().key, "closed")
+    await house.book.written()
+    await house.custody.sweep()
+    await house.book.written()
+    assert house.surrogate.log[-1] == "delete adapter-s-1"
+    assert await house.custody.summaries(None, 10, None) == []
+
+
 async def test_a_session_that_is_removed_in_the_middle_of_a_request_is_not_recorded_again(house: House) -> None:
     history = await warmed(house)
     stream = await house.say(history, "question 3", stream=True)
@@ -173,45 +209,9 @@ async def test_sessions_unused_for_too_long_are_removed_and_others_stay(build: B
     await warmed(house, "new")
     await house.book.written()
     assert await house.custody.sweep() == 1
+    await house.book.written()
     found = await house.custody.summaries(None, 10, None)
     assert [summary.key.session for summary in found] == ["new"]
-
-
-async def test_an_interrupted_adaptation_is_taken_up_at_the_start(build: Build) -> None:
-    first = await started(build)
-    first.surrogate.answers = ["different", "same"]
-    first.trainer.go.clear()
-    history: History = []
-    for number in (1, 2):
-        await first.say(history, f"question {number}")
-    await first.book.written()
-    second = await started(build)
-    await second.custody.start()
-    await second.settled()
-    assert second.session().phase is Phase.SWITCHED
-    await second.custody.stop()
-    first.trainer.go.set()
-
-
-async def test_an_adapter_that_a_crash_left_without_a_session_is_deleted_at_the_start(build: Build) -> None:
-    first = await started(build)
-    first.surrogate.answers = ["different"] * 2
-    first.surrogate.load = _never  # type: ignore[method-assign]
-    history: History = []
-    for number in (1, 2):
-        await first.say(history, f"question {number}")
-    while not first.shelf.published:
-        await asyncio.sleep(0.01)
-    await first.book.written()
-    second = await started(build)
-    await second.custody._drop_orphans()
-    assert second.surrogate.log == ["delete adapter-s-1"]
-    await second.custody._drop_orphans()
-    assert second.surrogate.log == ["delete adapter-s-1"]
-
-
-async def _never(ref: Any) -> None:
-    await asyncio.Event().wait()
 
 
 async def test_a_pinned_session_stays_with_its_engine(house: House) -> None:

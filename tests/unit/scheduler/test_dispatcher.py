@@ -351,6 +351,20 @@ async def test_a_tools_result_goes_back_to_whoever_called_the_tool(build: Build)
     assert len(house.session().turns) == 4
 
 
+async def test_a_tools_result_whose_call_is_not_on_record_goes_to_the_original(build: Build) -> None:
+    house = build(surrogate={"max_loras": 1, "tools": True})
+    await house.book.start()
+    history = await warmed(house)
+    await house.say(history, "question 3")
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    lost = [{"role": "user", "content": "question 4"}, {"role": "assistant", "tool_calls": [call]}]
+    result = {"role": "tool", "tool_call_id": "1", "content": "found"}
+    headers = {"authorization": "Bearer k", "x-session-id": "s"}
+    body = {"model": "soma", "messages": [*history, *lost, result]}
+    answer = await house.dispatcher.chat(Incoming(body, headers))
+    assert (answer.headers["X-SOMA-Session"], answer.headers["X-SOMA-Engine"]) == ("s", "original")
+
+
 async def test_a_session_does_not_switch_in_the_middle_of_a_tool_loop(house: House) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     house.trainer.go.clear()

@@ -282,10 +282,10 @@ async def test_a_warm_start_is_heard_without_the_clients_noticing(build: Build, 
     house, untaught = await taught(build), build()
     await untaught.book.start()
     said: list[list[Any]] = [[], []]
-    for mine, each in zip(said, (house, untaught), strict=True):
+    for key, mine, each in zip(("one", "other"), said, (house, untaught), strict=True):
         history: list[dict[str, Any]] = []
         for number in (1, 2):
-            answer = await each.say(history, f"question {number}", f"stream-{stream}", stream=stream)
+            answer = await each.say(history, f"question {number}", f"stream-{stream}", stream=stream, key=key)
             mine.append(await events_of(answer) if stream else answer.reply.body)
             if stream:
                 history.append({"role": "assistant", "content": "same"})

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from postgres import PACKAGE, Postgres, binaries
 
 from soma_vllm.storage.sessions import SessionStore
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
-    programs = binaries()
-    if programs is None:
-        pytest.skip(f"found no PostgreSQL server here; the package {PACKAGE} has one")
-    with Postgres(programs) as server:
-        yield server
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import setuptools
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, text
@@ -18,7 +19,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 import soma_vllm
 from soma_vllm.errors import ConfigError
-from soma_vllm.storage.records import Standing
+from soma_vllm.storage.records import Found, Standing
+from soma_vllm.storage.schema import _alembic
 from soma_vllm.storage.sessions import SessionStore, reading
 from soma_vllm.storage.tables import Base
 from soma_vllm.types import Event, SessionKey
@@ -91,6 +93,27 @@ async def test_a_database_that_is_up_to_date_stays_as_it_is(url: str) -> None:
     await store.close()
 
 
+async def test_a_database_of_the_first_version_is_brought_up_to_date_with_all_it_has(url: str) -> None:
+    def first_version(connection: Connection) -> None:
+        config = _alembic()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+
+    engine = create_async_engine(url)
+    async with engine.begin() as connection:
+        await connection.run_sync(first_version)
+    await engine.dispose()
+    await run(
+        url,
+        "INSERT INTO sessions VALUES ('t', 's', '', 'WARM_START', 'c', 1, NULL, 1.0)",
+        "INSERT INTO turns VALUES ('t', 's', 0, 1, '', 'c', NULL, 1.0)",
+    )
+    await opened(url)
+    async with reading(url) as store:
+        assert await store.find("t", "", ["c"]) == Found("s", 0, 1)
+        assert await store.standing("t", "", "link", 5) == []
+
+
 async def test_tables_of_others_may_be_beside_ours(url: str) -> None:
     await run(url, "CREATE TABLE invoices (id integer)")
     await opened(url)
@@ -113,10 +136,10 @@ async def test_a_newer_database_is_refused(url: str) -> None:
     await opened(url)
     await run(url, "UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(
-        ConfigError, match="found revision 9999; expected 0001 or older: it was made by a newer"
+        ConfigError, match="found revision 9999; expected 0002 or older: it was made by a newer"
     ):
         await opened(url)
-    with pytest.raises(ConfigError, match="found revision 9999; expected 0001"):
+    with pytest.raises(ConfigError, match="found revision 9999; expected 0002"):
         async with reading(url):
             pass
 

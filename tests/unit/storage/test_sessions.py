@@ -308,3 +308,28 @@ async def test_a_store_in_use_can_be_read(store: SessionStore, url: str) -> None
     async with reading(url) as other:
         assert await other.events(KEY) == [turn()]
     await store.append(KEY, 1, [turn(2)], STANDING)
+
+
+async def test_sessions_are_found_by_the_exchange_that_they_end_with(store: SessionStore) -> None:
+    def mark(number: int, link: str | None) -> TurnMark:
+        return TurnMark(number - 1, number, f"c{number}", None, link)
+
+    for name, links in {"a": ["x", "y"], "b": ["z", "y"], "went on": ["y", "z"], "older": [None, None]}.items():
+        standing = replace(STANDING, chain="c2", turns=2)
+        marks = [mark(number, link) for number, link in enumerate(links, 1)]
+        await store.append(SessionKey("t", name), 0, [turn(1), turn(2)], standing, marks)
+    assert await store.standing("t", "", "y", 5) == ["b", "a"]
+    assert await store.standing("t", "", "y", 1) == ["b"]
+    assert await store.standing("t", "", "x", 5) == []
+    assert await store.standing("u", "", "y", 5) == []
+    assert await store.standing("t", "f", "y", 5) == []
+    closed = replace(STANDING, chain="c2", turns=2, phase="CLOSED")
+    await store.append(SessionKey("t", "b"), 2, [Event("closed", 3.0)], closed)
+    assert await store.standing("t", "", "y", 5) == ["a"]
+
+
+async def test_what_adapters_serve_is_listed_without_what_is_being_removed(store: SessionStore) -> None:
+    for name, adapter, phase in (("a", "A", "SWITCHED"), ("b", None, "SWITCHED"), ("c", "C", "CLOSED")):
+        standing = replace(STANDING, adapter=adapter, phase=phase)
+        await store.append(SessionKey("t", name), 0, [turn()], standing)
+    assert await store.served() == [(SessionKey("t", "a"), "A")]

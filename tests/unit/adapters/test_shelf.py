@@ -1,0 +1,63 @@
+"""The adapters of one session record under a root that others share."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from adapter_files import write_adapter
+
+from soma_vllm.adapters.shelf import RecordShelf
+from soma_vllm.adapters.store import AdapterStore
+from soma_vllm.errors import ConfigError
+from soma_vllm.storage.connections import identity
+from soma_vllm.types import SessionKey
+
+KEY = SessionKey("public", "s")
+
+
+def shelf(root: Path, record: str) -> RecordShelf:
+    return RecordShelf(AdapterStore(root / "adapters"), record)
+
+
+def test_adapters_of_another_record_are_not_listed(tmp_path: Path) -> None:
+    trained = write_adapter(tmp_path / "trained")
+    ours, theirs = shelf(tmp_path, "ours"), shelf(tmp_path, "theirs")
+    ref = ours.publish(KEY, trained, base_model="small", manifest={"steps": 4})
+    theirs.publish(KEY, trained, base_model="small", manifest={"steps": 4})
+    AdapterStore(tmp_path / "adapters").publish(KEY, trained, base_model="small", manifest={})
+    assert list(shelf(tmp_path, "ours").listed()) == [ref]
+
+
+def test_an_adapter_that_was_deleted_is_not_there_and_may_be_deleted_again(tmp_path: Path) -> None:
+    ours = shelf(tmp_path, "ours")
+    ref = ours.publish(KEY, write_adapter(tmp_path / "trained"), base_model="small", manifest={})
+    assert ours.has(ref)
+    for _ in range(2):
+        ours.retire(ref.name)
+    assert not ours.has(ref)
+    assert list(ours.listed()) == []
+
+
+def test_what_a_killed_training_left_is_cleared_away_and_anothers_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ours, theirs = shelf(tmp_path, "a" * 32), shelf(tmp_path, "b" * 32)
+    left = [Path(one.workplace()) for one in (ours, theirs)]
+    (left[0] / "adapter_model.safetensors").write_bytes(b"half")
+    shelf(tmp_path, "a" * 32).clear()
+    assert [path.exists() for path in left] == [False, True]
+
+
+def test_a_record_is_the_same_one_from_wherever_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert identity("sqlite+aiosqlite:///s.db") == identity(f"sqlite+aiosqlite:///{tmp_path}/s.db")
+    assert identity("sqlite+aiosqlite:///s.db") != identity("sqlite+aiosqlite:///t.db")
+    passwords = [identity(f"postgresql+asyncpg://me:{word}@host/db") for word in ("old", "new")]
+    assert passwords[0] == passwords[1] != identity("postgresql+asyncpg://me:old@host/other")
+    with pytest.raises(ConfigError):
+        identity("no url")
