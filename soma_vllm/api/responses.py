@@ -49,9 +49,16 @@ async def create_response(body: Annotated[bytes, Depends(body_of)], raw_request:
 @router.post("/v1/responses/{response_id}/cancel")
 async def not_kept(response_id: str) -> Response:
     """The record holds dialogues, not responses: these routes are here to stand before vLLM's own, which would
-    give any tenant's to any other."""
+    give any tenant's to any other. Not a 501: clients send a request again that ends in a 5xx."""
     message = "responses are not kept as objects; go on from one with previous_response_id"
-    return failure(HTTPStatus.NOT_IMPLEMENTED, message)
+    return failure(HTTPStatus.NOT_FOUND, message)
+
+
+@router.post("/v1/responses/compact")
+@router.post("/v1/responses/input_tokens")
+async def not_done() -> Response:
+    """OpenAI's verbs beside the responses: without these routes they were taken for a response's id."""
+    return failure(HTTPStatus.NOT_FOUND, "dialogues are neither compacted nor counted here")
 
 
 async def _answered(asked: ResponsesRequest, raw_request: Request) -> Response:
