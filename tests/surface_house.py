@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ class SurfaceHouse:
         # What the application raises is answered as a server would answer: the answer is judged.
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         self._client = httpx.AsyncClient(transport=transport, base_url="http://soma")
-        self.sent = 0
+        self.sent: Counter[str] = Counter()
+        """Requests by path."""
 
     @classmethod
     async def built(cls, folder: Path, **changes: Any) -> SurfaceHouse:
@@ -130,7 +132,7 @@ class SurfaceHouse:
             more["content"] = json.dumps(more.pop("json"))
             headers["Content-Type"] = "application/json"
         headers |= more.pop("headers", {})
-        self.sent += 1
+        self.sent[path] += 1
         async with asyncio.timeout(PATIENCE_S):
             return await self._client.request(method, path, headers=headers, **more)
 

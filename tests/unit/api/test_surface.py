@@ -145,3 +145,13 @@ async def test_a_whole_reply_has_no_nulls_but_those_of_openais_schema(house: Sur
     assert None not in found.values()
     assert None not in found["choices"][0]["message"].values()
     assert None not in found["usage"].values()
+
+
+@pytest.mark.parametrize("size", [257, 10_000_000])
+async def test_an_id_that_is_too_long_is_a_400_wherever_it_stands(house: SurfaceHouse, size: int) -> None:
+    name = "x" * size
+    for asked in ({"headers": {"X-Session-ID": name}}, {"json": {**CHAT, "metadata": {"session_id": name}}}):
+        answer = await house.send("POST", "/v1/chat/completions", **{"json": CHAT, **asked})
+        assert answer.status_code == HTTPStatus.BAD_REQUEST
+        assert answer.json()["error"]["param"] == "session_id"
+        assert len(answer.text) < 1000
