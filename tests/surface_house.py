@@ -136,6 +136,11 @@ class SurfaceHouse:
         async with asyncio.timeout(PATIENCE_S):
             return await self._client.request(method, path, headers=headers, **more)
 
+    async def settled(self) -> None:
+        """Return when no background work is left, and everything is on record."""
+        await self.house.settled()
+        await self.house.book.written()
+
     async def close(self) -> None:
         await self._client.aclose()
         await self.house.custody.stop()

@@ -16,7 +16,7 @@ from fastapi.responses import Response
 from soma_vllm.api.chat import DialogueStream, dispatcher
 from soma_vllm.api.errors import failed, failure
 from soma_vllm.api.responses_messages import messages_of, prompt
-from soma_vllm.api.responses_request import ResponsesRequest, parse
+from soma_vllm.api.responses_request import ResponsesRequest, body_schema, parse
 from soma_vllm.api.responses_shapes import Frame, chat_body, new_id, response_of
 from soma_vllm.api.responses_stream import ResponseEvents
 from soma_vllm.engines.vllm_internals import validate_json_request, with_cancellation
@@ -33,7 +33,10 @@ async def body_of(raw_request: Request) -> bytes:
     return await raw_request.body()
 
 
-@router.post("/v1/responses", dependencies=[Depends(validate_json_request)])
+DESCRIBED = {"requestBody": {"required": True, "content": {"application/json": {"schema": body_schema()}}}}
+
+
+@router.post("/v1/responses", dependencies=[Depends(validate_json_request)], openapi_extra=DESCRIBED)
 @with_cancellation  # type: ignore[untyped-decorator]
 async def create_response(body: Annotated[bytes, Depends(body_of)], raw_request: Request) -> Response:
     """One turn of a dialogue."""

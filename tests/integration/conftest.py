@@ -12,7 +12,7 @@ from running import ROOT, TINY, Running, serving  # type: ignore[import-not-foun
 from soma_vllm.models.home import models_dir
 from soma_vllm.models.tiny import make_tiny
 
-BRIEF_JSON = ["--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}']
+BRIEF_JSON = ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
 
 
 @pytest.fixture(scope="session")

@@ -107,9 +107,12 @@ def test_no_drawn_request_is_a_500(sender: Sender, described: Any, mode: Generat
     requests = []
     for body in drawn(described, CHAT, mode):
         requests.append((CHAT, brief(body), {}))
-        for model in ("soma", "soma:surrogate", "tiny-surrogate"):
-            requests.append((CHAT, brief(body, model=model, messages=said), {}))
-            requests.append((CHAT, brief(body, model=model, messages=said, stream=True), {}))
+        for model in ("soma", "soma:surrogate"):
+            plain = {"model": model, "messages": said}
+            requests.append((CHAT, brief({**body, **plain}), {}))
+            requests.append((CHAT, brief({**body, **plain, "stream": True}), {}))
+            # A body of many odd parameters fails for the first of them: each by itself, too.
+            requests += [(CHAT, brief({name: body[name], **plain}), {}) for name in sorted(body)[:8]]
         if isinstance(body.get("messages"), list):
             requests.append((CHAT, brief({}, model="soma", messages=body["messages"]), {}))
             requests.append((CHAT, brief({}, model="tiny-surrogate", messages=body["messages"]), {}))
@@ -117,6 +120,9 @@ def test_no_drawn_request_is_a_500(sender: Sender, described: Any, mode: Generat
         for model in ("soma", "tiny-surrogate"):
             requests.append((TEXT, brief(body, model=model), {}))
             requests.append((TEXT, brief(body, model=model, prompt="hello"), {}))
+    for body in drawn(described, RESPONSES, mode):
+        requests.append((RESPONSES, {**body, "max_output_tokens": 2}, {}))
+        requests.append((RESPONSES, {**body, "max_output_tokens": 2, "model": "soma"}, {}))
     sender.send_all(requests)
     assert sender.statuses.total() > 800
     assert sender.statuses[200] > 50

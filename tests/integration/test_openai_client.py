@@ -146,7 +146,7 @@ async def test_an_adapters_session_gives_several_choices_and_log_probabilities_t
     client: Client, switched: str, tiny_server: Running
 ) -> None:
     headers, whole = await client.chat(
-        n=2, logprobs=True, top_logprobs=1, extra_headers={"X-Session-ID": switched}
+        n=2, temperature=1.0, logprobs=True, top_logprobs=1, extra_headers={"X-Session-ID": switched}
     )
     assert headers["X-SOMA-Engine"] == "surrogate"
     adapter = tiny_server.session(headers["X-SOMA-Session"], "client")["adapter"]
@@ -233,7 +233,7 @@ async def test_what_a_text_model_cannot_read_is_a_400_and_no_turn(
 
 @pytest.mark.parametrize(("model", "engine"), [("soma", "original"), ("tiny-surrogate", "surrogate")])
 async def test_text_completions(client: Client, model: str, engine: str) -> None:
-    asked = {"model": model, "prompt": ["one", "two"], "max_tokens": 4, "temperature": 0}
+    asked = {"model": model, "prompt": ["one", "two"], "max_tokens": 4, "temperature": 1.0, "seed": 5}
     raw = await client.call("completions.with_raw_response.create", n=2, logprobs=2, **asked)
     assert raw.headers["X-SOMA-Engine"] == engine
     whole = raw.parse()

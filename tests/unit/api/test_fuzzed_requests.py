@@ -1,7 +1,8 @@
 """Ten thousand requests that nobody means: none is a 500, none hangs, none reaches another tenant.
 
 Bodies come from the server's own description of its interface, histories from a small language of what clients
-do to them. Both tenants of every history use the same session id and the same texts, up to a marker.
+do to them. Each history is gone through twice, once by a tenant alone and once by one beside whom another does
+what it likes under the same session ids: to both the server behaves alike, and nobody hears another's markers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import json
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
+from itertools import zip_longest
 from typing import Any
 from urllib.parse import quote
 
@@ -21,16 +23,16 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from surface_house import (  # type: ignore[import-not-found]
     MARKER,
+    PATIENCE_S,
     SurfaceHouse,
     heard,
     marker,
     tenant_of,
 )
 
-from soma_vllm.api.responses_request import ResponsesRequest
+from soma_vllm.scheduler import book, custody
 
 CHAT = "/v1/chat/completions"
-TENANTS = ("anna", "bert")
 Message = dict[str, Any]
 
 
@@ -63,14 +65,14 @@ class Fuzzing:
 
     def settle(self) -> None:
         """Let everything in the background come to its end."""
-        self.runner.run(self.house.house.settled())
+        self.runner.run(self.house.settled())
 
     def heard(self) -> None:
         """No engine was told another tenant's words, or lent another's adapter, since it was last looked."""
         inside = self.house.house
         for engine in (inside.original, inside.surrogate):
             for call in engine.calls:
-                assert heard(call) <= {name for name in TENANTS if tenant_of(name) == call.tenant}
+                assert {tenant_of(name) for name in heard(call)} <= {call.tenant}
                 if call.adapter is not None:
                     assert inside.shelf.owners[call.adapter.name].tenant == call.tenant
             engine.calls.clear()
@@ -78,7 +80,10 @@ class Fuzzing:
 
 @pytest.fixture(scope="module")
 def fuzzing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzing]:
-    with asyncio.Runner() as runner:
+    with asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
+        # On a machine with more to do than this the store is slow, and not away.
+        patch.setattr(book, "LOOKUP_S", PATIENCE_S)
+        patch.setattr(custody, "WRITTEN_S", PATIENCE_S)
         house = runner.run(SurfaceHouse.built(tmp_path_factory.mktemp("fuzzing")))
         yield Fuzzing(runner, house)
         runner.run(house.close())
@@ -89,13 +94,8 @@ def fuzzing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzing]:
 
 @pytest.fixture(scope="module")
 def described(fuzzing: Fuzzing) -> Any:
-    """What the server says of itself; the body of a response, which it reads for itself, is added."""
-    raw = fuzzing.send("GET", "/openapi.json").json()
-    body = ResponsesRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    raw["components"]["schemas"] |= body.pop("$defs")
-    content = {"application/json": {"schema": body}}
-    raw["paths"]["/v1/responses"]["post"]["requestBody"] = {"required": True, "content": content}
-    return schemathesis.openapi.from_dict(raw)
+    """What the server says of itself."""
+    return schemathesis.openapi.from_dict(fuzzing.send("GET", "/openapi.json").json())
 
 
 def drawn(described: Any, method: str, path: str, mode: GenerationMode) -> st.SearchStrategy[Any]:
@@ -115,19 +115,24 @@ BOTH = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
 
 @pytest.mark.parametrize("mode", BOTH, ids=["fitting", "wrong"])
 def test_no_chat_request_is_a_500(fuzzing: Fuzzing, described: Any, mode: GenerationMode) -> None:
-    plain = {"model": "soma", "messages": [{"role": "user", "content": marker("anna")}]}
-
     @given(case=drawn(described, "POST", CHAT, mode))
-    @fuzzed(120)
+    @fuzzed(110)
     def asked(case: Any) -> None:
         fuzzing.send("POST", CHAT, "anna", **as_drawn(case))
-        if isinstance(case.body, dict):
-            # The same beside messages and a model that pass, each way to answer.
-            for more in ({}, {"stream": True}, {"stream": False, "model": "small"}):
-                fuzzing.send("POST", CHAT, "anna", json={**case.body, **plain, **more})
+        if not isinstance(case.body, dict):
+            return
+        fuzzing.examples += 1
+        said = [{"role": "user", "content": f"{marker('anna')} {fuzzing.examples}"}]
+        plain = {"model": "soma", "messages": said}
+        # A body of many odd parameters fails for the first of them: each by itself, too.
+        alone = [{name: value} for name, value in case.body.items()]
+        for body in (case.body, {**case.body, "stream": True}, *alone):
+            fuzzing.send("POST", CHAT, "anna", json={**body, **plain})
         fuzzing.heard()
 
+    before = fuzzing.house.sent[CHAT]
     asked()
+    assert fuzzing.house.sent[CHAT] - before > 700
 
 
 OTHERS = [
@@ -206,7 +211,7 @@ moves = st.one_of(
     st.tuples(st.just("result"), texts),
     st.tuples(st.just("swap"), places),
     st.tuples(st.just("rename"), names),
-    st.tuples(st.just("settle"), places),
+    st.tuples(st.just("go on"), texts),
     st.tuples(st.just("remove"), places),
     st.tuples(st.just("respond"), texts),
 )
@@ -232,14 +237,14 @@ class Client:
         self._extra = extra
         self.messages: list[Message] = [{"role": "system", "content": marker(tenant)}]
         self.responses: list[str] = []
+        self.answers: list[tuple[Any, ...]] = []
+        """What the server answered, without what differs from tenant to tenant."""
 
     def make(self, move: tuple[Any, ...]) -> None:
         """Do to the history what a move says, and send it."""
         kind, argument, *rest = move
         if kind == "rename":
             self.session = argument
-        elif kind == "settle":
-            self._fuzzing.settle()
         elif kind == "remove":
             named = quote((self.session or "none")[:300], safe="", errors="replace")
             self._call("DELETE", f"/soma/sessions/{named}")
@@ -306,11 +311,15 @@ class Client:
             body = {"model": "soma", "input": "and?", "previous_response_id": response}
             assert self._call("POST", "/v1/responses", json=body).status_code == HTTPStatus.NOT_FOUND
 
-    def look(self) -> None:
-        """All it may see are its own sessions, and nobody's words."""
-        listed = self._call("GET", "/soma/sessions?limit=5").json()["data"]
+    def sessions(self) -> list[tuple[str, int]]:
+        """The phase and the number of turns of each of its sessions. It sees no others."""
+        listed = self._call("GET", "/soma/sessions?limit=1000").json()["data"]
         assert {row["tenant"] for row in listed} <= {tenant_of(self._tenant)}
-        for row in listed:
+        return sorted((row["phase"], row["turns"]) for row in listed)
+
+    def look(self) -> None:
+        """Whatever its sessions are called, each can be shown."""
+        for row in self._call("GET", "/soma/sessions?limit=1000").json()["data"]:
             # The dots too: httpx follows `..` by itself.
             shown = self._call("GET", f"/soma/sessions/{quote(row['session'], safe='').replace('.', '%2E')}")
             assert shown.status_code == HTTPStatus.OK, row
@@ -320,37 +329,47 @@ class Client:
         answer = self._fuzzing.send(method, path, self._tenant, **more)
         found = set(MARKER.findall(answer.text + json.dumps(dict(answer.headers))))
         assert found <= {self._tenant}, (method, path)
+        told = [answer.headers.get(f"X-SOMA-{name}") for name in ("Engine", "Phase", "Reason")]
+        self.answers.append((method, answer.status_code, *told, bool(answer.headers.get("X-SOMA-Adapter"))))
+        self._fuzzing.settle()
         return answer
 
 
 @given(
-    first=st.lists(moves, min_size=4, max_size=7),
-    second=st.lists(moves, min_size=4, max_size=7),
+    moved=st.lists(moves, min_size=4, max_size=7),
+    beside=st.lists(moves, min_size=4, max_size=7),
     way=ways,
     extra=extras,
 )
-@fuzzed(520)
-def histories(fuzzing: Fuzzing, first: list[Any], second: list[Any], way: str, extra: Any) -> None:
+@fuzzed(560)
+def histories(fuzzing: Fuzzing, moved: list[Any], beside: list[Any], way: str, extra: Any) -> None:
     fuzzing.examples += 1
-    session = f"history {fuzzing.examples}"
-    one, other = (Client(fuzzing, tenant, session, way, extra) for tenant in TENANTS)
-    for mine, theirs in zip(first, second, strict=False):
-        one.make(mine)
-        other.make(mine)
-        other.make(theirs)
+    number = fuzzing.examples
+    alone, one, other = (
+        Client(fuzzing, f"{name}{number}", "a history", way, extra) for name in ("alone", "one", "other")
+    )
+    for move in moved:
+        alone.make(move)
+    for mine, theirs in zip_longest(moved, beside):
+        for client, move in ((one, mine), (other, theirs)):
+            if move is not None:
+                client.make(move)
+    assert one.answers == alone.answers
+    assert one.sessions() == alone.sessions()
     one.steal(other)
-    if fuzzing.examples % 10 == 0:
-        for client in (one, other):
-            client.look()
+    if number % 10 == 0:
+        one.look()
     fuzzing.heard()
 
 
-def test_no_history_is_a_500_or_reaches_another_tenant(fuzzing: Fuzzing) -> None:
+def test_no_history_is_a_500_or_tells_or_feels_anything_of_another_tenant(fuzzing: Fuzzing) -> None:
     before = fuzzing.house.sent[CHAT]
     histories(fuzzing)
-    print(fuzzing.house.sent[CHAT] - before, fuzzing.house.sent.total(), fuzzing.house.sent.most_common(5))
-    inside = fuzzing.house.house
-    fuzzing.settle()
-    fuzzing.heard()
+    print(
+        "requests",
+        fuzzing.house.sent[CHAT] - before,
+        fuzzing.house.sent.total(),
+        fuzzing.house.sent.most_common(5),
+    )
     # It was no test of adapters if there were none.
-    assert {key.tenant for key in inside.shelf.owners.values()} == {tenant_of(name) for name in TENANTS}
+    assert len({key.tenant for key in fuzzing.house.house.shelf.owners.values()}) > 20

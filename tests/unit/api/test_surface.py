@@ -58,6 +58,9 @@ async def test_the_description_of_the_interface_tells_what_is_served(house: Surf
     told = (await house.send("GET", "/openapi.json")).json()["paths"]
     assert not set(told) & set(GENERATING)
     assert set(OURS) <= set(told)
+    body = told["/v1/responses"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {"input", "model", "previous_response_id"} <= body["properties"].keys()
+    assert "$ref" not in str(body)
 
 
 @pytest.mark.parametrize("path", GENERATING)
