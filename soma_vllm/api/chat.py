@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -90,7 +91,10 @@ async def _answered(answer: Callable[[Incoming], Awaitable[Answer]], raw_request
     if found.reply.events is not None:
         return DialogueStream(found.reply.events, found.headers)
     assert found.reply.body is not None
-    return JSONResponse(without_nulls(found.reply.body), headers=dict(found.headers))
+    # What a model said may hold half a surrogate pair, which UTF-8 cannot; as JSON's own escape it can.
+    content = json.dumps(without_nulls(found.reply.body), ensure_ascii=False, separators=(",", ":"))
+    whole = content.encode("utf-8", "backslashreplace")
+    return Response(whole, headers=dict(found.headers), media_type="application/json")
 
 
 def without_nulls(completion: Mapping[str, Any]) -> dict[str, Any]:

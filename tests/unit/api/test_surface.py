@@ -158,3 +158,21 @@ async def test_an_id_that_is_too_long_is_a_400_wherever_it_stands(house: Surface
         assert answer.status_code == HTTPStatus.BAD_REQUEST
         assert answer.json()["error"]["param"] == "session_id"
         assert len(answer.text) < 1000
+
+
+async def test_half_a_surrogate_pair_that_an_engine_says_reaches_the_client(house: SurfaceHouse) -> None:
+    function = {"name": "look_up", "arguments": "caf\u00e9 \ud800"}
+    house.house.original.calls_tools = [{"id": "call_1", "type": "function", "function": function}]
+    try:
+        answers = [
+            await house.send("POST", "/v1/chat/completions", json={**CHAT, "model": "large"}),
+            await house.send("POST", "/v1/chat/completions", "halves", json=CHAT),
+        ]
+    finally:
+        house.house.original.calls_tools = []
+    for answer in answers:
+        assert answer.status_code == HTTPStatus.OK
+        assert answer.json()["choices"][0]["message"]["tool_calls"][0]["function"] == function
+    await house.settled()
+    (listed,) = (await house.send("GET", "/soma/sessions", "halves")).json()["data"]
+    assert listed["turns"] == 1
