@@ -68,6 +68,7 @@ class Sender:
     def send_all(self, requests: Iterable[tuple[str, dict[str, Any], dict[str, str]]]) -> None:
         with ThreadPoolExecutor(12) as pool:
             self.statuses.update(pool.map(self._send, enumerate(requests)))
+        print("sent", Counter(path for path, _, _ in requests), self.statuses)
 
     def _send(self, numbered: tuple[int, tuple[str, dict[str, Any], dict[str, str]]]) -> int:
         number, (path, body, headers) = numbered

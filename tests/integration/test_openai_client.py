@@ -10,7 +10,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 from pydantic import BaseModel
-from running import Running, adapted  # type: ignore[import-not-found]
+from running import Dialogue, Running, adapted  # type: ignore[import-not-found]
 
 QUERY = [{"role": "user", "content": "tell me something"}]
 ENGINES = ("original", "surrogate")
@@ -136,20 +136,24 @@ async def test_several_choices_come_with_their_log_probabilities(client: Client,
 
 
 @pytest.fixture(scope="module")
-def switched(tiny_server: Running) -> str:
-    """The name of a session that was moved to its adapter."""
-    adapted(tiny_server, "client-switched", key="client")
-    return "client-switched"
+def switched(tiny_server: Running) -> Dialogue:
+    """A dialogue that was moved to its adapter."""
+    return adapted(tiny_server, "client-switched", key="client")
 
 
 async def test_an_adapters_session_gives_several_choices_and_log_probabilities_too(
-    client: Client, switched: str, tiny_server: Running
+    client: Client, switched: Dialogue, tiny_server: Running
 ) -> None:
     headers, whole = await client.chat(
-        n=2, temperature=1.0, logprobs=True, top_logprobs=1, extra_headers={"X-Session-ID": switched}
+        messages=[*switched.messages, {"role": "user", "content": "and one more question"}],
+        n=2,
+        temperature=1.0,
+        logprobs=True,
+        top_logprobs=1,
+        extra_headers={"X-Session-ID": "client-switched"},
     )
     assert headers["X-SOMA-Engine"] == "surrogate"
-    adapter = tiny_server.session(headers["X-SOMA-Session"], "client")["adapter"]
+    adapter = tiny_server.session("client-switched", "client")["adapter"]
     assert headers["X-SOMA-Adapter"] == adapter != ""
     assert [len(choice.logprobs.content) for choice in whole.choices] == [8, 8]
 
@@ -193,15 +197,17 @@ async def test_a_tool_is_called_and_its_result_is_answered_in_the_same_session(
 ) -> None:
     session = f"tools-{request.node.callspec.id}"
     asked = {"tools": [COLOUR], "max_tokens": 60, "extra_headers": {"X-Session-ID": session}}
-    headers, first = await client.chat(tool_choice="required", **asked)
+    # By its name: with "required" a random model calls it again and again.
+    paint = {"type": "function", "function": {"name": "paint"}}
+    headers, first = await client.chat(tool_choice=paint, **asked)
     assert headers["X-SOMA-Engine"] == "original"
     message = first.choices[0].message
-    assert first.choices[0].finish_reason == "tool_calls"
-    (call,) = message.tool_calls[:1]
+    assert first.choices[0].finish_reason in ("stop", "tool_calls")
+    (call,) = message.tool_calls
     assert call.function.name == "paint"
     assert json.loads(call.function.arguments)["colour"] in ("red", "blue")
-    results = [{"role": "tool", "tool_call_id": call.id, "content": "done"} for call in message.tool_calls]
-    history = [*QUERY, message.model_dump(exclude_none=True), *results]
+    result = {"role": "tool", "tool_call_id": call.id, "content": "done"}
+    history = [*QUERY, message.model_dump(exclude_none=True), result]
     headers, second = await client.chat(messages=history, tool_choice="none", **asked)
     assert headers["X-SOMA-Session"] == session
     assert second.choices[0].message.tool_calls is None
