@@ -271,6 +271,9 @@ class Server(Section):
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     run_dir: str | None = None
     """Logs and sockets of a running server; null takes a fresh folder under $SOMA_HOME/run."""
+    extra_routes: bool = False
+    """true: vLLM's further routes (`/v1/messages`, `/inference/…`, …) are served too. They ask the surrogate,
+    without sessions, dispatch or counting of tokens. false: they answer 404."""
 
 
 class Storage(Section):

@@ -102,6 +102,29 @@ class Dialogue:
         return text
 
 
+def adapted(running: Running, name: str, key: str = "key") -> Dialogue:
+    """A dialogue that was switched to its adapter."""
+    dialogue = Dialogue(running, name, key, **{"X-SOMA-Force": "adapter"})
+    for number in range(1, 4):
+        dialogue.say(f"question {number} of {name}")
+    assert running.until(name, "SWITCHED", "ORIGINAL_ONLY", key=key)["phase"] == "SWITCHED"
+    return dialogue
+
+
+def engine_metric(running: Running, engine: str, name: str) -> float:
+    """A series of an engine's own, summed over labels: the original's server, or the surrogate in ours."""
+    if engine == "original":
+        transport = httpx.HTTPTransport(uds=str(running.run_dir / "original.sock"))
+        client = httpx.Client(transport=transport, base_url="http://original", follow_redirects=True)
+    else:
+        client = httpx.Client(base_url=running.root, follow_redirects=True)
+    with client:
+        lines = client.get("/metrics").text.splitlines()
+    values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} "))]
+    assert values, f"the {engine} has no series {name}"
+    return sum(values)
+
+
 def descendants(pid: int) -> set[int]:
     """Process ids of a process and everything below it, from /proc."""
     parents: dict[int, int] = {}

@@ -148,6 +148,7 @@ class FakeShelf:
 
     def __init__(self, log: list[str]) -> None:
         self.published: list[str] = []
+        self.owners: dict[str, SessionKey] = {}
         self._log = log
 
     def publish(
@@ -156,6 +157,7 @@ class FakeShelf:
         number = len(self.published) + 1
         name = f"adapter-{key.session}-{number}"
         self.published.append(name)
+        self.owners[name] = key
         return AdapterRef(name, number, str(trained))
 
     def retire(self, name: str) -> None:
@@ -207,13 +209,20 @@ class House:
     """Everything a test needs to talk to a dispatcher and look behind it."""
 
     def __init__(
-        self, config: Config, store: SessionStore, shelf: Any = None, trainer: FakeTrainer | None = None
+        self,
+        config: Config,
+        store: SessionStore,
+        *,
+        shelf: Any = None,
+        trainer: FakeTrainer | None = None,
+        original: FakeOriginal | None = None,
+        surrogate: FakeSurrogate | None = None,
     ) -> None:
         self.config = config
         speaks_vllm = config.original.api == "vllm"
         self.teachers = Teachers(config, why_text(config, speaks_vllm, same_vocabulary=True))
-        self.original = FakeOriginal()
-        self.surrogate = FakeSurrogate()
+        self.original = original or FakeOriginal()
+        self.surrogate = surrogate or FakeSurrogate()
         self.trainer = trainer or FakeTrainer()
         self.shelf = shelf or FakeShelf(self.surrogate.log)
         self.meter = OpenMeter()

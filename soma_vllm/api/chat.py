@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -17,9 +19,12 @@ from soma_vllm.engines.vllm_internals import (
     with_cancellation,
 )
 from soma_vllm.errors import SomaError
-from soma_vllm.scheduler.dispatcher import Answer, Dispatcher, Incoming
+from soma_vllm.scheduler.dispatcher import Answer, Dispatcher, Incoming, no_such_model
 
 router = APIRouter()
+
+NULLABLE = frozenset({"content", "refusal", "logprobs", "finish_reason"})
+"""Fields of a completion that OpenAI's schema requires and lets be null."""
 
 
 class DialogueStream(StreamingResponse):
@@ -55,14 +60,26 @@ async def create_completion(request: CompletionRequest, raw_request: Request) ->
 async def list_models(raw_request: Request) -> JSONResponse:
     """The names that may be asked for. Adapters are not among them."""
     names = raw_request.app.state.soma_host.models()
-    cards = [{"id": name, "object": "model", "created": 0, "owned_by": "soma_vllm"} for name in names]
-    return JSONResponse({"object": "list", "data": cards})
+    return JSONResponse({"object": "list", "data": [_card(name) for name in names]})
+
+
+@router.get("/v1/models/{model:path}")
+async def show_model(model: str, raw_request: Request) -> JSONResponse:
+    """One of these names."""
+    names = raw_request.app.state.soma_host.models()
+    if model not in names:
+        return failed(no_such_model(model, names))
+    return JSONResponse(_card(model))
 
 
 def dispatcher(raw_request: Request) -> Dispatcher:
     """The dispatcher of the application that got this request."""
     found: Dispatcher = raw_request.app.state.soma
     return found
+
+
+def _card(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "soma_vllm"}
 
 
 async def _answered(answer: Callable[[Incoming], Awaitable[Answer]], raw_request: Request) -> Response:
@@ -73,4 +90,24 @@ async def _answered(answer: Callable[[Incoming], Awaitable[Answer]], raw_request
         return failed(error)
     if found.reply.events is not None:
         return DialogueStream(found.reply.events, found.headers)
-    return JSONResponse(found.reply.body, headers=dict(found.headers))
+    assert found.reply.body is not None
+    # What a model said may hold half a surrogate pair, which UTF-8 cannot; as JSON's own escape it can.
+    content = json.dumps(without_nulls(found.reply.body), ensure_ascii=False, separators=(",", ":"))
+    whole = content.encode("utf-8", "backslashreplace")
+    return Response(whole, headers=dict(found.headers), media_type="application/json")
+
+
+def without_nulls(completion: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole completion without the nulls that vLLM writes and OpenAI's schema does not know."""
+    found = _given(completion)
+    if "usage" in found:
+        found["usage"] = _given(found["usage"])
+    found["choices"] = [_given(choice) for choice in found.get("choices") or ()]
+    for choice in found["choices"]:
+        if "message" in choice:
+            choice["message"] = _given(choice["message"])
+    return found
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None or name in NULLABLE}

@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from http import HTTPStatus
 
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from soma_vllm.errors import (
@@ -71,6 +73,12 @@ def failed(error: SomaError) -> JSONResponse:
     status, code = next((status, code) for kind, status, code in STATUS if isinstance(error, kind))
     param = error.param if isinstance(error, BadRequest) else None
     return failure(status, str(error), param, _headers(error), code)
+
+
+async def http_failed(_: Request, error: Exception) -> JSONResponse:
+    """Starlette's own errors in OpenAI's shape: no such path, no such method, a body that is not JSON."""
+    assert isinstance(error, HTTPException)
+    return failure(HTTPStatus(error.status_code), str(error.detail), headers=error.headers)
 
 
 def _headers(error: SomaError) -> dict[str, str] | None:

@@ -7,17 +7,24 @@ this plugin) start-up fails.
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from typing import Any, Protocol
 
 from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute
 
 from soma_vllm.api import admin, chat, responses
 from soma_vllm.api.access import AccessControl
 from soma_vllm.api.allowances import Allowances
+from soma_vllm.api.errors import http_failed
+from soma_vllm.api.surface import narrow
 from soma_vllm.errors import PreflightError
 from soma_vllm.scheduler.custody import Custody
 from soma_vllm.scheduler.dispatcher import Dispatcher
+
+logger = logging.getLogger(__name__)
 
 HOST = "soma_host"
 """Attribute of the server's arguments under which soma-serve leaves its host."""
@@ -27,6 +34,8 @@ class Host(Protocol):
     """soma-serve, as the plugin sees it."""
 
     allowances: Allowances
+    extra_routes: bool
+    """Whether vLLM's further routes are served beside ours."""
 
     async def begin(self, engine_client: Any, state: Any) -> tuple[Dispatcher, Custody]:
         """Called when vLLM's engine and serving objects are ready; returns once dispatch can begin."""
@@ -43,19 +52,31 @@ class SomaEndpointPlugin:
     name = "soma"
     required_tasks = ("generate",)
 
+    def __init__(self) -> None:
+        self._app: FastAPI | None = None
+        self._ours: list[BaseRoute] = []
+
     def attach_router(self, app: FastAPI) -> None:
         """Register the routes, those vLLM has too are replaced, and what stands in front of all routes."""
+        theirs = {id(route) for route in app.routes}
         for part in (chat, responses, admin):
             app.include_router(part.router)
+        self._app = app
+        self._ours = [route for route in app.routes if id(route) not in theirs]
+        # vLLM handles FastAPI's own kind of these only.
+        app.add_exception_handler(HTTPException, http_failed)
         app.add_middleware(AccessControl, allowances=_host(app.state.args).allowances)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Start what dispatch needs.
+        """Start what dispatch needs; the application is complete now, so close what is not to be served.
 
         Raises:
             PreflightError: this vLLM was not started by soma-serve, or something did not start.
         """
         host = _host(args)
+        if self._app is not None and not host.extra_routes:
+            closed = narrow(self._app, self._ours)
+            logger.info("closed vLLM's routes %s", ", ".join(sorted(closed)))
         state.soma_host = host
         state.soma, state.soma_custody = await host.begin(engine_client, state)
 

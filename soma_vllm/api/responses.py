@@ -16,7 +16,7 @@ from fastapi.responses import Response
 from soma_vllm.api.chat import DialogueStream, dispatcher
 from soma_vllm.api.errors import failed, failure
 from soma_vllm.api.responses_messages import messages_of, prompt
-from soma_vllm.api.responses_request import ResponsesRequest, parse
+from soma_vllm.api.responses_request import ResponsesRequest, body_schema, parse
 from soma_vllm.api.responses_shapes import Frame, chat_body, new_id, response_of
 from soma_vllm.api.responses_stream import ResponseEvents
 from soma_vllm.engines.vllm_internals import validate_json_request, with_cancellation
@@ -33,7 +33,10 @@ async def body_of(raw_request: Request) -> bytes:
     return await raw_request.body()
 
 
-@router.post("/v1/responses", dependencies=[Depends(validate_json_request)])
+DESCRIBED = {"requestBody": {"required": True, "content": {"application/json": {"schema": body_schema()}}}}
+
+
+@router.post("/v1/responses", dependencies=[Depends(validate_json_request)], openapi_extra=DESCRIBED)
 @with_cancellation  # type: ignore[untyped-decorator]
 async def create_response(body: Annotated[bytes, Depends(body_of)], raw_request: Request) -> Response:
     """One turn of a dialogue."""
@@ -49,9 +52,16 @@ async def create_response(body: Annotated[bytes, Depends(body_of)], raw_request:
 @router.post("/v1/responses/{response_id}/cancel")
 async def not_kept(response_id: str) -> Response:
     """The record holds dialogues, not responses: these routes are here to stand before vLLM's own, which would
-    give any tenant's to any other."""
+    give any tenant's to any other. Not a 501: clients send a request again that ends in a 5xx."""
     message = "responses are not kept as objects; go on from one with previous_response_id"
-    return failure(HTTPStatus.NOT_IMPLEMENTED, message)
+    return failure(HTTPStatus.NOT_FOUND, message)
+
+
+@router.post("/v1/responses/compact")
+@router.post("/v1/responses/input_tokens")
+async def not_done() -> Response:
+    """OpenAI's verbs beside the responses: without these routes they were taken for a response's id."""
+    return failure(HTTPStatus.NOT_FOUND, "dialogues are neither compacted nor counted here")
 
 
 async def _answered(asked: ResponsesRequest, raw_request: Request) -> Response:

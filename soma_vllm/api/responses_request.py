@@ -193,6 +193,24 @@ class ResponsesRequest(Shape):
         return LOGPROBS in (self.include or ())
 
 
+def body_schema() -> dict[str, Any]:
+    """The JSON schema of a request as the server's description of itself shows it: without references."""
+    schema = ResponsesRequest.model_json_schema()
+    definitions = schema.pop("$defs")
+
+    def inlined(part: Any) -> Any:
+        if isinstance(part, list):
+            return [inlined(item) for item in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            return inlined(definitions[part["$ref"].rsplit("/", 1)[1]])
+        return {name: inlined(value) for name, value in part.items() if name != "discriminator"}
+
+    found: dict[str, Any] = inlined(schema)
+    return found
+
+
 def parse(body: object) -> ResponsesRequest:
     """A request's JSON, checked.
 

@@ -211,28 +211,34 @@ def _usage(usage: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _asked_for(asked: ResponsesRequest) -> dict[str, Any]:
-    """What a response repeats of its request."""
+    """What a response repeats of its request; what that left out, as OpenAI's API does by default."""
+    more = asked.model_extra or {}
     text = {} if asked.text is None else asked.text.model_dump(by_alias=True, exclude_none=True)
     conversation = asked.conversation_id
     choice = asked.tool_choice
     return {
         "background": False,
         "conversation": None if conversation is None else {"id": conversation},
+        "frequency_penalty": more.get("frequency_penalty", 0.0),
         "instructions": asked.instructions,
         "max_output_tokens": asked.max_output_tokens,
         "max_tool_calls": asked.max_tool_calls,
         "metadata": asked.metadata or {},
         "parallel_tool_calls": asked.parallel_tool_calls is not False,
+        "presence_penalty": more.get("presence_penalty", 0.0),
         "previous_response_id": asked.previous_response_id,
+        "prompt_cache_key": more.get("prompt_cache_key"),
         "reasoning": {"effort": None, "summary": None}
         if asked.reasoning is None
         else asked.reasoning.model_dump(include={"effort", "summary"}),
-        "temperature": asked.temperature,
+        "safety_identifier": more.get("safety_identifier"),
+        "service_tier": "default",
+        "temperature": 1.0 if asked.temperature is None else asked.temperature,
         "text": {"format": {"type": "text"}} | text,
         "tool_choice": choice.model_dump() if isinstance(choice, NamedFunction) else choice or "auto",
         "tools": [tool.model_dump(exclude={"defer_loading"}) for tool in asked.tools or ()],
         "top_logprobs": asked.top_logprobs or 0,
-        "top_p": asked.top_p,
+        "top_p": 1.0 if asked.top_p is None else asked.top_p,
         "truncation": asked.truncation or "disabled",
         "user": asked.user,
     }

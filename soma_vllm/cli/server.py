@@ -98,6 +98,7 @@ class SomaServer:
         keys = KeyStore.at(self._filled(config.storage.url))
         self._cleanup.push_async_callback(keys.close)
         self.allowances = Allowances.configured(config, keys)
+        self.extra_routes = config.server.extra_routes
 
     # -- life -------------------------------------------------------------------------------------------
 

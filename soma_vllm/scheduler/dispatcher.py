@@ -12,9 +12,10 @@ Guarantees:
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -178,11 +179,13 @@ class Dispatcher:
         """
         model = incoming.body.get("model")
         name = incoming.headers.get("x-soma-policy")
-        if model not in (None, DISPATCH_NAME, self._original.name, self._surrogate.name):
+        served = (DISPATCH_NAME, self._original.name, self._surrogate.name)
+        if model is None:
+            raise BadRequest(f"model: found none; expected one of {', '.join(served)}", "model")
+        if model not in served:
             prefix, colon, of_model = str(model).partition(":")
             if prefix != DISPATCH_NAME or not colon:
-                served = f"{DISPATCH_NAME}, {self._original.name}, {self._surrogate.name}"
-                raise NoSuchModel(f"model: found {str(model)[:200]!r}; expected one of {served}", "model")
+                raise no_such_model(str(model), served)
             name = of_model
         return self._policies.default if name is None else self._policies.named(name)
 
@@ -368,6 +371,11 @@ class Dispatcher:
         return Candidate(wish) if allowed and wish in (Candidate.PLAIN, Candidate.ADAPTER) else None
 
 
+def no_such_model(model: str, served: Iterable[str]) -> NoSuchModel:
+    """The refusal of a model's name."""
+    return NoSuchModel(f"model: found {model[:200]!r}; expected one of {', '.join(served)}", "model")
+
+
 async def _listened(reply: Reply, started: float, ended: Ended) -> Reply:
     """The reply, with `ended` awaited once it is over."""
     if reply.events is not None:
@@ -391,4 +399,9 @@ def _messages(incoming: Incoming) -> list[Message]:
     messages: list[Message] = incoming.body["messages"]
     if not messages:
         raise BadRequest("messages: found none; expected at least one", "messages")
+    try:
+        json.dumps(messages, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        # No tokenizer reads it, and the encoder and the store would each fail in a way of their own.
+        raise BadRequest("messages: found half a surrogate pair; expected Unicode text", "messages") from None
     return messages

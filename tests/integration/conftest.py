@@ -12,6 +12,8 @@ from running import ROOT, TINY, Running, serving  # type: ignore[import-not-foun
 from soma_vllm.models.home import models_dir
 from soma_vllm.models.tiny import make_tiny
 
+BRIEF_JSON = ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
+
 
 @pytest.fixture(scope="session")
 def tiny_models() -> Path:
@@ -24,8 +26,13 @@ def tiny_models() -> Path:
 @pytest.fixture(scope="session")
 def tiny_server(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Everything real: both engines, Ray, the store, on random models. Its original audits by reading."""
-    # Random models surprise each other beyond measure.
-    settings = {"gate": {"audit": "score", "surprise_threshold": 1000.0}}
+    settings = {
+        # Random models surprise each other beyond measure.
+        "gate": {"audit": "score", "surprise_threshold": 1000.0},
+        # They would also rather write blanks for ever than a JSON object.
+        "original": {"extra_args": [*BRIEF_JSON, "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]},
+        "surrogate": {"extra_args": BRIEF_JSON},
+    }
     with serving(tmp_path_factory.mktemp("tiny"), TINY, settings) as running:
         yield running
 

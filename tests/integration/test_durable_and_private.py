@@ -113,8 +113,9 @@ def _refuses_strangers(server: Running, keys: list[str]) -> None:
         assert httpx.get(f"{server.root}{path}", timeout=30).status_code == 401, path
     assert httpx.get(f"{server.root}/health", timeout=30).status_code == 200
     Dialogue(server, "theirs", keys[1]).say("hello")
-    with pytest.raises(openai.RateLimitError):
+    with pytest.raises(openai.RateLimitError) as refused:
         Dialogue(server, "another", keys[1]).say("hello")
+    assert int(refused.value.response.headers["Retry-After"]) > 0
     with pytest.raises(httpx.HTTPStatusError, match="404"):
         server.session("switched", keys[1])
     listed = httpx.get(f"{server.root}/soma/sessions", headers=_bearer(keys[1]), timeout=30).json()["data"]

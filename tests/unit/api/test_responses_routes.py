@@ -467,7 +467,7 @@ async def test_a_client_that_leaves_a_whole_reply_cancels_the_chat() -> None:
 async def test_responses_are_no_objects_and_say_so(script: Script, method: str, path: str) -> None:
     async with http_client(script) as http:
         got = await http.request(method, path)
-    assert got.status_code == HTTPStatus.NOT_IMPLEMENTED
+    assert got.status_code == HTTPStatus.NOT_FOUND
     assert "previous_response_id" in got.json()["error"]["message"]
 
 

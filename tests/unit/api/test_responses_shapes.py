@@ -148,6 +148,10 @@ def test_a_response_shows_its_request() -> None:
         "previous_response_id": "resp_0",
         "truncation": "auto",
         "user": "u",
+        "presence_penalty": 0.25,
+        "frequency_penalty": 0.75,
+        "safety_identifier": "somebody",
+        "prompt_cache_key": "a key",
         "text": {"format": {"type": "json_schema", "name": "city", "schema": PARAMETERS}},
         "reasoning": {"effort": "low", "summary": "auto"},
     }
@@ -167,6 +171,7 @@ def test_what_was_not_asked_for_has_its_default() -> None:
     found = checked(whole(Spoken()))
     assert (found.tools, found.tool_choice, found.parallel_tool_calls) == ([], "auto", True)
     assert (found.metadata, found.truncation, found.previous_response_id) == ({}, "disabled", None)
+    assert (found.temperature, found.top_p, found.service_tier) == (1.0, 1.0, "default")
     assert found.text is not None
     assert found.text.format is not None
     assert found.text.format.type == "text"

@@ -1,0 +1,63 @@
+"""A client that leaves stops the generation on whichever engine runs it, by the engine's own count."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import openai
+import pytest
+from running import Running, engine_metric  # type: ignore[import-not-found]
+
+TOKENS = 1500
+"""What is asked for; whoever leaves early gets a part of it."""
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize("engine", ["original", "surrogate"])
+async def test_a_client_that_leaves_stops_the_generation(
+    tiny_server: Running, engine: str, stream: bool
+) -> None:
+    # On busy cores a tiny model may be done before its first words reach the client; another try shows it.
+    for attempt in range(5):
+        session = f"left-{engine}-{stream}-{attempt}"
+        before = await counted(tiny_server, engine, "vllm:generation_tokens_total")
+        await ask_and_leave(tiny_server, engine, session, stream)
+        async with asyncio.timeout(60):
+            while await counted(tiny_server, engine, "vllm:num_requests_running") > 0:
+                await asyncio.sleep(0.05)
+        if await counted(tiny_server, engine, "vllm:generation_tokens_total") - before < TOKENS - 300:
+            if stream:
+                (turn,) = tiny_server.session(session)["turns"]
+                assert turn["engine"] == engine
+            return
+    raise AssertionError("every generation went on to its end")
+
+
+async def ask_and_leave(server: Running, engine: str, session: str, stream: bool) -> None:
+    """Leave at the first words of a stream, or once the engine works at a whole answer."""
+    async with openai.AsyncOpenAI(base_url=f"{server.root}/v1", api_key="key", max_retries=0) as client:
+        asked: dict[str, Any] = {
+            "model": "soma",
+            "messages": [{"role": "user", "content": "talk for ever"}],
+            "max_tokens": TOKENS,
+            "extra_headers": {"X-Session-ID": session, "X-SOMA-Policy": engine},
+            "extra_body": {"ignore_eos": True},
+        }
+        if stream:
+            events = await client.chat.completions.create(**asked, stream=True)
+            async for chunk in events:
+                if chunk.choices[0].delta.content:
+                    break
+            await events.close()
+            return
+        waiting = asyncio.create_task(client.chat.completions.create(**asked))
+        async with asyncio.timeout(60):
+            while await counted(server, engine, "vllm:num_requests_running") == 0 and not waiting.done():
+                await asyncio.sleep(0.02)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def counted(server: Running, engine: str, name: str) -> float:
+    return await asyncio.to_thread(engine_metric, server, engine, name)
