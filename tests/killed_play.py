@@ -115,7 +115,8 @@ class Place:
 
     def house(self, store: SessionStore, steps: Steps | None = None) -> House:
         tempfile.tempdir = str(self.temporary)
-        return House(CONFIG, store, RecordShelf(self.adapters, identity(self.url)), FileTrainer(steps))
+        shelf = RecordShelf(self.adapters, identity(self.url))
+        return House(CONFIG, store, shelf=shelf, trainer=FileTrainer(steps))
 
     def tell(self, **what: Any) -> None:
         """One line that outlives the process."""

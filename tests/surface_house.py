@@ -112,7 +112,7 @@ class SurfaceHouse:
         url = f"sqlite+aiosqlite:///{folder}/s.db"
         store = SessionStore(url)
         await store.open()
-        house = House(config, store, EchoingOriginal(), EchoingSurrogate())
+        house = House(config, store, original=EchoingOriginal(), surrogate=EchoingSurrogate())
         keys = KeyStore.at(url)
         environment = {config.access.admin_key_env: ADMIN}
         allowances = Allowances.configured(config, keys, environment, CollectorRegistry())
