@@ -36,6 +36,11 @@ setup(
             "soma = soma_vllm.scheduler.policies.soma:SomaPolicy",
             "original = soma_vllm.scheduler.policies.fixed:OriginalPolicy",
             "surrogate = soma_vllm.scheduler.policies.fixed:SurrogatePolicy",
+            "history_prefix = soma_vllm.scheduler.policies.history_prefix:HistoryPrefixPolicy",
+            "history_ft = soma_vllm.scheduler.policies.history_ft:HistoryFineTuningPolicy",
+            "llmlingua2 = soma_vllm.scheduler.policies.llmlingua2:Llmlingua2Policy",
+            "routellm = soma_vllm.scheduler.policies.routellm:RoutellmPolicy",
+            "speculative = soma_vllm.scheduler.policies.speculative:SpeculativePolicy",
         ],
     },
 )

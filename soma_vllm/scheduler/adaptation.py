@@ -1,10 +1,12 @@
 """One session's adaptation, from complete warm start to verdict. Runs in the background; no user waits for it.
 
-    judge the plain surrogate -> (train -> publish -> load -> judge the adapter) -> prefill -> switch
+    judge the plain surrogate -> (does it pay? train -> publish -> load -> judge the adapter) -> prefill -> switch
+
+Under a policy without a gate it is: train -> publish -> load -> switch.
 
 Guarantees:
 
-* Candidates are judged on turns that were not trained on, against answers the original already gave.
+* With a gate, candidates are judged on turns that were not trained on, against answers the original already gave.
 * The adapter that was judged is the adapter that serves: same files, same name, same engine.
 * Whatever goes wrong ends in one event, `refused` or `training_failed`, and the original keeps the session.
 * A session that was closed, or rewritten by its client, meanwhile gets no adapter: `adaptation_abandoned`.
@@ -24,7 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from soma_vllm.config import Config, Lora
+from soma_vllm.config import Config, Lora, Mining
 from soma_vllm.errors import (
     AdapterError,
     EngineError,
@@ -38,6 +40,7 @@ from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.scheduler.ports import AdapterEngine, Encoder, Meter, Shelf, Trainer
 from soma_vllm.scheduler.shadow import adapted_answer, gaps_between
 from soma_vllm.scheduler.teaching import Teachers
+from soma_vllm.session.adapting import Adapting
 from soma_vllm.session.gate import Verdict, centroid, judge
 from soma_vllm.session.phases import Phase
 from soma_vllm.session.prefix import compress
@@ -83,14 +86,23 @@ class Adaptation:
         self._teachers = teachers
         self._meter = meter
 
-    def begin(self, key: SessionKey, forced: Candidate | None) -> Coroutine[Any, Any, None]:
-        """Mark a session whose warm start is complete as adapting, now; the coroutine does the rest."""
-        return self._run(key, self._book.note(key, "adaptation_started", forced=forced), forced)
+    def begin(
+        self, key: SessionKey, forced: Candidate | None, adapting: Adapting | None = None
+    ) -> Coroutine[Any, Any, None]:
+        """Mark a session whose warm start is complete as adapting, now; the coroutine does the rest.
+
+        `adapting` are the rules of its policy; None takes the default policy's.
+        """
+        rules = asdict(adapting or Adapting())
+        return self._run(key, self._book.note(key, "adaptation_started", forced=forced, adapting=rules), forced)
 
     async def _run(self, key: SessionKey, session: Session, forced: Candidate | None) -> None:
         examples, held_out = (self._teachers.attach(key, part) for part in session.examples(self._config))
         made: list[AdapterRef] = []
         try:
+            if session.adapting is not None and not session.adapting.gate:
+                await self._ungated(key, session, session.adapting, examples, made)
+                return
             verdict = await self._choose(key, examples, held_out, forced, made)
             self._book.note(
                 key, "judged", candidate=verdict.candidate, reason=verdict.reason, numbers=verdict.numbers
@@ -105,6 +117,38 @@ class Adaptation:
         finally:
             for ref in made:
                 await self.retire(key, ref)
+
+    async def _ungated(
+        self,
+        key: SessionKey,
+        session: Session,
+        adapting: Adapting,
+        examples: tuple[Example, ...],
+        made: list[AdapterRef],
+    ) -> None:
+        """Train on the whole warm start, and switch as soon as the adapter is loaded."""
+        self._require_adapter(await self._allowed(key.tenant))
+        result = await self._train(key, examples, (), self._mining_of(adapting))
+        ref = await self._publish(key, result, made)
+        self._still_adapting(key)
+        self._book.note(
+            key,
+            "switched",
+            candidate=Candidate.ADAPTER,
+            reason=f"loaded; policy {adapting.policy} has no gate",
+            adapter=asdict(ref),
+            centroid=None,
+        )
+
+    def _mining_of(self, adapting: Adapting | None) -> Mining:
+        """The settings of stage 1 under some rules."""
+        mining = self._config.mining
+        return mining if adapting is None or adapting.mining else mining.model_copy(update={"enabled": False})
+
+    def _require_adapter(self, allowed: Sequence[Candidate]) -> None:
+        """Raises AdapterError where no adapter may be made."""
+        if Candidate.ADAPTER not in allowed:
+            raise AdapterError("the tenant holds as many adapters as its key allows (limits.adapters)")
 
     def _give_up(self, key: SessionKey, error: SomaError) -> None:
         """Say once why an adaptation came to nothing."""
@@ -157,9 +201,9 @@ class Adaptation:
             self._still_adapting(key)
             if verdict.candidate is Candidate.PLAIN or Candidate.ADAPTER not in allowed:
                 return verdict
-        if Candidate.ADAPTER not in allowed:
-            raise AdapterError("the tenant holds as many adapters as its key allows (limits.adapters)")
-        result = await self._train(key, examples, held_out)
+        self._require_adapter(allowed)
+        mining = self._mining_of(self._book.session(key).adapting)
+        result = await self._train(key, examples, held_out, mining)
         ref = await self._publish(key, result, made)
         gaps = await self._gaps(key, held_out, ref)
         self._still_adapting(key)
@@ -213,7 +257,11 @@ class Adaptation:
             ) from error
 
     async def _train(
-        self, key: SessionKey, examples: tuple[Example, ...], held_out: tuple[Example, ...]
+        self,
+        key: SessionKey,
+        examples: tuple[Example, ...],
+        held_out: tuple[Example, ...],
+        mining: Mining,
     ) -> TrainResult:
         turns = [example.turn for example in examples]
         lessons = self._teachers.account(examples)
@@ -222,15 +270,16 @@ class Adaptation:
         request = TrainRequest(
             examples,
             held_out,
-            self._config.mining,
+            mining,
             self._lora_of(key.tenant),
             self._config.training.seed + session.trainings,
             out_dir,
         )
         try:
             result = await self._trainer.train(request)
-            _finite(result.plain)
-            _finite(result.adapted)
+            if held_out:
+                _finite(result.plain)
+                _finite(result.adapted)
             self._book.note(key, "trained", **_costs(result))
             self._still_adapting(key)
         except BaseException:
@@ -326,6 +375,6 @@ def _costs(result: TrainResult) -> dict[str, Any]:
             {"steps": steps, "nll": round(judged.nll, 4), "top1": round(judged.top1, 4)}
             for steps, judged in result.checkpoints
         ],
-        "plain": asdict(result.plain),
-        "adapted": asdict(result.adapted),
+        "plain": asdict(result.plain) if result.plain.tokens else None,
+        "adapted": asdict(result.adapted) if result.adapted.tokens else None,
     }

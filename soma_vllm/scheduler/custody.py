@@ -132,7 +132,7 @@ class Custody:
             restarted = self._book.note(key, "restarted", reason=ASKED)
             self._retire(key, session)
             if restarted.wants_adaptation(self._config):
-                self._background.spawn(key, self._adaptation.begin(key, None))
+                self._background.spawn(key, self._adaptation.begin(key, None, session.adapting))
             return self._book.session(key)
 
     async def remove(self, key: SessionKey) -> None:
@@ -193,7 +193,7 @@ class Custody:
         for key in await self._store.in_phase(Phase.ADAPTING):
             session = await self._book.open(key)
             if session.phase is Phase.ADAPTING and session.kept() and self._background.idle(key):
-                self._background.spawn(key, self._adaptation.begin(key, session.forced))
+                self._background.spawn(key, self._adaptation.begin(key, session.forced, session.adapting))
         self._sweeper = asyncio.create_task(self._sweep_for_ever(), name="soma-retention")
 
     async def stop(self) -> None:
