@@ -24,7 +24,7 @@ setup(
     packages=find_packages(include=["soma_vllm", "soma_vllm.*"]),
     package_data={"soma_vllm": ["py.typed"]},
     install_requires=requirements("base"),
-    extras_require={name: requirements(name) for name in ("cpu", "cuda", "dev")},
+    extras_require={name: requirements(name) for name in ("cpu", "cuda", "dev", "llmlingua", "routellm")},
     entry_points={
         "console_scripts": [
             "soma = soma_vllm.cli.main:app",

@@ -29,14 +29,14 @@ from soma_vllm.engines.base import Salts
 from soma_vllm.engines.command import (
     child_command,
     child_environment,
+    original_arguments,
     surrogate_arguments,
-    vllm_arguments,
     vllm_environment,
 )
 from soma_vllm.engines.original import OriginalEngine
 from soma_vllm.engines.supervisor import ChildServer, Patience, Supervisor
 from soma_vllm.engines.surrogate import SurrogateEngine
-from soma_vllm.errors import PreflightError, TrainingError
+from soma_vllm.errors import PolicyUnavailable, PreflightError, TrainingError
 from soma_vllm.models.home import soma_home
 from soma_vllm.models.vocabulary import Vocabulary, read_vocabulary
 from soma_vllm.scheduler.adaptation import Adaptation
@@ -166,6 +166,7 @@ class SomaServer:
         encoder = await self._load_encoder()
         trainer = await self._start_trainers()
         original = await self._reach_original()
+        await self._open_policy()
         surrogate = SurrogateEngine(self._surrogate_name, PrivateChat(engine_client, state), self._salts)
         teachers = await self._engage_teachers(original.speaks_vllm)
         meter = self.allowances
@@ -216,7 +217,9 @@ class SomaServer:
         original = self._config.original
         child = ChildServer(
             child_command(
-                vllm_arguments(original, str(self._paths.original), self._original_name),
+                original_arguments(
+                    self._config, str(self._paths.original), self._original_name, str(self._paths.surrogate)
+                ),
                 self._run_dir / "original.sock",
             ),
             child_environment(original, str(self._paths.original)),
@@ -294,6 +297,15 @@ class SomaServer:
         self._cleanup.callback(threaded.close)
         self._say(f"encoder    {settings.model} ready")
         return threaded
+
+    async def _open_policy(self) -> None:
+        """Load what the configured policy needs; what others need is loaded when they are first asked for."""
+        self._cleanup.push_async_callback(self._policies.close)
+        try:
+            await self._policies.open()
+        except PolicyUnavailable as error:
+            raise PreflightError(f"policy {self._config.policy}: {error}") from error
+        self._say(f"policy     {self._config.policy}")
 
     async def _start_trainers(self) -> Any:
         from soma_vllm.training.pool import TrainerPool

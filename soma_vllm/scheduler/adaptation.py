@@ -1,12 +1,12 @@
 """One session's adaptation, from complete warm start to verdict. Runs in the background; no user waits for it.
 
-    judge the plain surrogate -> (does it pay? train -> publish -> load -> judge the adapter) -> prefill -> switch
+    judge the plain surrogate -> (worth it? train -> publish -> load -> judge the adapter) -> prefill -> switch
 
 Under a policy without a gate it is: train -> publish -> load -> switch.
 
 Guarantees:
 
-* With a gate, candidates are judged on turns that were not trained on, against answers the original already gave.
+* With a gate, candidates are judged on turns not trained on, against answers the original already gave.
 * The adapter that was judged is the adapter that serves: same files, same name, same engine.
 * Whatever goes wrong ends in one event, `refused` or `training_failed`, and the original keeps the session.
 * A session that was closed, or rewritten by its client, meanwhile gets no adapter: `adaptation_abandoned`.

@@ -1,9 +1,9 @@
 """What a policy is: an object with one method, and a second one where deciding takes time.
 
-To add one, write a class with `adapting` and `route`, and name it in the entry-point group `soma_vllm.policies` of
-your own package; docs/policies.md shows how. It is constructed with the configuration, and raises ConfigError where
-that does not suffice. `route` is pure and fast: it is on the path of every request. A policy that must
-compute something first has `prepare` too, which the dispatcher awaits, and which must not block.
+To add one, write a class with `adapting` and `route` and name it in the entry-point group `soma_vllm.policies`
+of your own package; docs/policies.md shows how. It is constructed with the configuration, and raises
+ConfigError where that does not suffice. `route` is pure and fast: it is on the path of every request. A policy
+that must compute something first has `prepare` too, which the dispatcher awaits, and which must not block.
 """
 
 from __future__ import annotations

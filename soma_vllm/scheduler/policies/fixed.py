@@ -13,13 +13,14 @@ class OriginalPolicy:
     """The original answers every turn under the full history."""
 
     adapting: Adapting | None = None
+    reason = "policy original"
 
     def __init__(self, config: Config) -> None:
         pass
 
     def route(self, session: Session, asked: Asked) -> Route:
         """Always the original."""
-        return Route(Role.ORIGINAL, None, asked.messages, "policy original")
+        return Route(Role.ORIGINAL, None, asked.messages, self.reason)
 
 
 class SurrogatePolicy:
