@@ -19,7 +19,8 @@ HEADER = (
 
 
 BASELINES_HEADER = (
-    "# Resolved by `make lock` from llmlingua.in and routellm.in for Python 3.11: what they need beside cpu.lock.\n"
+    "# Resolved by `make lock` from llmlingua.in and routellm.in for Python 3.11: what these need beside\n"
+    "# cpu.lock.\n"
     "# Installed by `make baselines` with --no-deps, in a directory of its own. litellm is left out: only the\n"
     "# part of routellm that answers requests itself imports it.\n"
 )

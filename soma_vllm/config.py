@@ -210,9 +210,9 @@ class Prices(Section):
     """A second in which the original answers one turn."""
     surrogate_second: Annotated[float, Field(ge=0)] = 1.0
     trainer_second: Annotated[float, Field(ge=0)] = 1.0
-    original_prompt_1k: Annotated[float, Field(ge=0)] | None = None
+    original_prompt_thousand: Annotated[float, Field(ge=0)] | None = None
     """A thousand prompt tokens of an original that is paid by the token; null: it is paid by the second."""
-    original_completion_1k: Annotated[float, Field(ge=0)] | None = None
+    original_completion_thousand: Annotated[float, Field(ge=0)] | None = None
     """A thousand tokens of its answers."""
 
 

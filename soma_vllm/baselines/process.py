@@ -35,6 +35,7 @@ class BaselineProcess:
         threads: int,
         time_limit_s: float,
         load_limit_s: float,
+        script: Path = SCRIPT,
     ) -> None:
         """`name` is one of `worker.LOADERS`, and `settings` what that wants; it may block, and raise
         ModelError."""
@@ -44,6 +45,7 @@ class BaselineProcess:
         self._threads = threads
         self._time_limit_s = time_limit_s
         self._load_limit_s = load_limit_s
+        self._script = script
         self._under_way: set[asyncio.Task[Any]] = set()
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
@@ -87,7 +89,7 @@ class BaselineProcess:
         except ModelError as error:
             raise PolicyUnavailable(str(error)) from error
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", str(SCRIPT)),
+            *(sys.executable, "-P", str(self._script)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env=self._environment(),

@@ -105,7 +105,8 @@ def main() -> None:
         except Exception as error:  # a process edge: whatever a package raises is told to the server
             said = {"error": f"{type(error).__name__} at {_where(error)}"}
             if answer is None:  # once there are requests, a message may quote one
-                said["message"] = str(error)[:500]
+                advice = "; install it with `make baselines`" if isinstance(error, ImportError) else ""
+                said["message"] = f"{str(error)[:500]}{advice}"
         answers.write(json.dumps(said) + "\n")
         answers.flush()
         if answer is None:

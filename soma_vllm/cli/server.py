@@ -47,6 +47,7 @@ from soma_vllm.scheduler.dispatcher import DISPATCH_NAME, Dispatcher
 from soma_vllm.scheduler.drift import DriftWatch
 from soma_vllm.scheduler.encoding import ThreadedEncoder
 from soma_vllm.scheduler.holds import AdapterHolds
+from soma_vllm.scheduler.payback import PaybackWatch
 from soma_vllm.scheduler.policies.base import Policies
 from soma_vllm.scheduler.quiet_times import QuietTimes
 from soma_vllm.scheduler.recorder import Recorder
@@ -170,12 +171,15 @@ class SomaServer:
         surrogate = SurrogateEngine(self._surrogate_name, PrivateChat(engine_client, state), self._salts)
         teachers = await self._engage_teachers(original.speaks_vllm)
         meter = self.allowances
-        book = SessionBook(self._config, store, [SessionMetrics(), teachers])
+        payback = PaybackWatch(self._config, store)
+        book = SessionBook(self._config, store, [SessionMetrics(), teachers, payback])
         await book.start()
         self._cleanup.push_async_callback(book.stop)
         holds = AdapterHolds(self._config.surrogate.max_loras)
         shelf = StoreShelf(self._open_shelf())
-        adaptation = Adaptation(self._config, book, surrogate, trainer, shelf, encoder, holds, teachers, meter)
+        adaptation = Adaptation(
+            self._config, book, surrogate, trainer, shelf, encoder, holds, teachers, meter, payback
+        )
         background = Background(book)
         self._cleanup.push_async_callback(background.stop)
         quiet = QuietTimes(self._config.gate.audit_yields, self._config.gate.audit_wait_s)

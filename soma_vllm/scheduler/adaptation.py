@@ -22,7 +22,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Coroutine, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from soma_vllm.errors import (
 )
 from soma_vllm.scheduler.book import SessionBook
 from soma_vllm.scheduler.holds import AdapterHolds
+from soma_vllm.scheduler.payback import PaybackWatch
 from soma_vllm.scheduler.ports import AdapterEngine, Encoder, Meter, Shelf, Trainer
 from soma_vllm.scheduler.shadow import adapted_answer, gaps_between
 from soma_vllm.scheduler.teaching import Teachers
@@ -75,6 +76,7 @@ class Adaptation:
         holds: AdapterHolds,
         teachers: Teachers,
         meter: Meter,
+        payback: PaybackWatch,
     ) -> None:
         self._config = config
         self._book = book
@@ -85,6 +87,7 @@ class Adaptation:
         self._holds = holds
         self._teachers = teachers
         self._meter = meter
+        self._payback = payback
 
     def begin(
         self, key: SessionKey, forced: Candidate | None, adapting: Adapting | None = None
@@ -188,20 +191,24 @@ class Adaptation:
         forced: Candidate | None,
         made: list[AdapterRef],
     ) -> Verdict:
-        """Judge the candidates, cheapest first; train only if the plain surrogate will not do.
+        """Judge the candidates, cheapest first; train only if the plain surrogate will not do, and if it pays.
 
         An adapter is put into `made` as soon as there is one.
         """
         allowed = await self._allowed(key.tenant)
         plain_gaps = await self._gaps(key, held_out, None)
+        so_far = None
         if Candidate.PLAIN in allowed and forced is not Candidate.ADAPTER:
             agreement = _finite(await self._trainer.score(ScoreRequest(held_out)))
             evidence = [_evidence(Candidate.PLAIN, held_out, plain_gaps, agreement)]
-            verdict = self._judge(key, evidence, forced)
+            so_far = self._judge(key, evidence, forced)
             self._still_adapting(key)
-            if verdict.candidate is Candidate.PLAIN or Candidate.ADAPTER not in allowed:
-                return verdict
+            if so_far.candidate is Candidate.PLAIN or Candidate.ADAPTER not in allowed:
+                return so_far
         self._require_adapter(allowed)
+        if forced is not Candidate.ADAPTER and (objection := await self._too_dear(key)) is not None:
+            so_far = so_far or self._judge(key, [], forced)
+            return replace(so_far, reason=f"{so_far.reason}; adapter: {objection}")
         mining = self._mining_of(self._book.session(key).adapting)
         result = await self._train(key, examples, held_out, mining)
         ref = await self._publish(key, result, made)
@@ -212,6 +219,17 @@ class Adaptation:
             _evidence(Candidate.ADAPTER, held_out, gaps, result.adapted),
         ]
         return self._judge(key, evidence, forced)
+
+    async def _too_dear(self, key: SessionKey) -> str | None:
+        """Why an adapter of this session would not be worth its cost; None where it would."""
+        mode = self._config.adaptation.payback
+        if mode != "auto":
+            return None if mode == "always" else "adaptation.payback is never"
+        judgement = await self._payback.judge(self._book.session(key))
+        self._book.note(key, "payback_judged", **judgement.numbers())
+        if judgement.pays:
+            return None
+        return f"an expected gain of {judgement.gain:.3g} does not cover its cost of {judgement.cost:.3g}"
 
     async def _allowed(self, tenant: str) -> tuple[Candidate, ...]:
         """The configured candidates, without an adapter where the tenant may have no further one."""
