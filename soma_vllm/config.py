@@ -230,7 +230,7 @@ class Llmlingua2(Section):
 class Routellm(Section):
     """Policy `routellm`: each query goes to the original or the surrogate by RouteLLM's estimate."""
 
-    router: Literal["bert", "causal_llm", "mf", "random"] = "bert"
+    router: Literal["bert", "mf", "random"] = "bert"
     """mf embeds every query at OpenAI (OPENAI_API_KEY); random is for comparison."""
     checkpoint: str | None = None
     """The router's weights, such as routellm/bert_gpt4_augmented, or their folder; random has none."""

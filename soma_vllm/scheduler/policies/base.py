@@ -125,9 +125,8 @@ class Policies:
             try:
                 self._make(name)
             except ConfigError as error:
-                raise Unprocessable(
-                    f"policy {name!r} is not set up on this server: {error}", "policy"
-                ) from error
+                why = "; ".join(error.problems)
+                raise Unprocessable(f"policy {name!r} is not set up here: {why}", "policy") from error
         return self._made[name]
 
     def _make(self, name: str) -> Policy:

@@ -50,7 +50,7 @@ def others_turn(config: Config, adapting: Adapting | None, session: Session, ask
         return f"warm start {len(session.warm_turns()) + 1} of {config.warm_window}"
     if session.phase is not Phase.SWITCHED:
         return session.phase.lower().replace("_", " ")
-    if session.adapting not in (None, adapting):
-        assert session.adapting is not None
-        return f"adapted under {session.adapting.policy}"
+    theirs = session.adapting
+    if theirs is not None and adapting is not None and theirs.policy != adapting.policy:
+        return f"adapted under {theirs.policy}"
     return "tools" if asked.body.get("tools") and not config.surrogate.tools else None

@@ -154,7 +154,7 @@ async def test_an_interrupted_adaptation_is_taken_up_under_its_own_rules(build: 
 async def test_a_policy_that_is_not_set_up_is_refused_where_it_is_asked_for_and_at_the_start(
     house: House, policy: str
 ) -> None:
-    with pytest.raises(Unprocessable, match=f"policy '{policy}' is not set up on this server"):
+    with pytest.raises(Unprocessable, match=f"policy '{policy}' is not set up here"):
         await house.say([], "question 1", model=f"soma:{policy}")
     with pytest.raises(ConfigError, match=r"found (None|null|0); expected"):
         Policies(house.config.model_copy(update={"policy": policy}))
@@ -208,6 +208,27 @@ async def test_llmlingua2_shortens_earlier_messages_once_and_never_the_query(bui
     assert [turn.messages[-1]["content"] for turn in house.session().turns] == [
         f"question {number}" for number in range(1, 4)
     ]
+
+
+@pytest.mark.parametrize(("score", "engine"), [(0.39, "surrogate"), (0.4, "original"), (0.9, "original")])
+async def test_routellm_gives_the_original_what_scores_at_the_threshold_or_above(
+    build: Build, score: float, engine: str
+) -> None:
+    house = build(baselines={"routellm": {"router": "random", "threshold": 0.4}})
+    await house.book.start()
+    policy = house.policies.named("routellm")
+    asked: list[str] = []
+
+    class Scorer:
+        async def scores(self, queries: list[str]) -> list[float]:
+            asked.extend(queries)
+            return [score]
+
+    policy._router = Scorer()  # type: ignore[attr-defined]
+    answer = await house.say([{"role": "system", "content": "be brief"}], "question", model="soma:routellm")
+    assert answer.headers["X-SOMA-Engine"] == engine
+    assert asked == ["question"]
+    assert f"win rate {score:.4f}" in answer.headers["X-SOMA-Reason"]
 
 
 async def test_the_speculative_policy_sends_every_turn_to_the_original_that_drafts(build: Build) -> None:
