@@ -103,11 +103,11 @@ class PaybackWatch:
         return replace(self._costs, training_s=self._costs.training_s.with_one(took))
 
     def _judged(self, data: Mapping[str, Any]) -> Costs:
-        """An adapter was trained where the gate has its numbers."""
-        if Candidate.ADAPTER not in data["numbers"].get("candidates", {}):
+        """An adapter was trained where the gate has its numbers; what a study forced does not count."""
+        found = data["numbers"].get("candidates", {}).get(Candidate.ADAPTER)
+        if found is None:
             return self._costs
-        served = float(data["candidate"] == Candidate.ADAPTER)
-        return replace(self._costs, admitted=self._costs.admitted.with_one(served))
+        return replace(self._costs, admitted=self._costs.admitted.with_one(float(found["passes"])))
 
 
 def by_tenant(found: Sequence[LengthCount]) -> dict[str, Lengths]:

@@ -151,7 +151,7 @@ async def test_costs_are_learned_from_turns_trainings_and_verdicts(build: Build)
         watch(key, turn("original", 30.0))
         watch(key, turn("surrogate", 3.0))
         watch(key, Event("trained", 0.0, {"mining_s": 1.0, "finetune_s": 2.0, "scoring_s": 3.0}))
-        numbers = {"candidates": {"plain": {}, "adapter": {}}}
+        numbers = {"candidates": {"plain": {"passes": False}, "adapter": {"passes": True}}}
         watch(key, Event("judged", 0.0, {"candidate": "adapter", "numbers": numbers}))
     watch(key, Event("judged", 0.0, {"candidate": "plain", "numbers": {"candidates": {"plain": {}}}}))
     after = await watch.judge(house.session())
