@@ -46,6 +46,7 @@ class BaselineProcess:
         self._time_limit_s = time_limit_s
         self._load_limit_s = load_limit_s
         self._script = script
+        self._closed = False
         self._under_way: set[asyncio.Task[Any]] = set()
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
@@ -67,7 +68,7 @@ class BaselineProcess:
         """
         task = asyncio.create_task(self._ask(request), name=f"soma-{self._name}")
         self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
+        task.add_done_callback(self._over)
         # A client that leaves must not cost the others a process that takes long to load.
         return await asyncio.shield(task)
 
@@ -76,10 +77,15 @@ class BaselineProcess:
             process = await self._running()
             return await self._exchange(process, request, self._time_limit_s)
 
+    def _over(self, task: asyncio.Task[Any]) -> None:
+        self._under_way.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever asked may have left, and nobody else is to hear of it
+
     async def close(self) -> None:
-        """End it."""
-        async with self._turn:
-            await self._end()
+        """End it, for good; who still waits for it is told so."""
+        self._closed = True
+        await self._end()
 
     async def _running(self) -> asyncio.subprocess.Process:
         if self._process is not None and self._process.returncode is None:
@@ -88,6 +94,8 @@ class BaselineProcess:
             load = {"load": self._name, **await asyncio.to_thread(self._settings)}
         except ModelError as error:
             raise PolicyUnavailable(str(error)) from error
+        if self._closed:
+            raise PolicyUnavailable(f"{self._name} has been stopped")
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", str(self._script)),
             stdin=asyncio.subprocess.PIPE,

@@ -44,7 +44,7 @@ def tiny_server(
         "gate": {"audit": "score", "surprise_threshold": 1000.0},
         "baselines": {
             "llmlingua2": {"model": str(tiny_compressor)},
-            "routellm": {"checkpoint": str(tiny_router), "threshold": 0.5},
+            "routellm": {"checkpoint": str(tiny_router), "threshold": 0.356},
         },
     }
     with serving(tmp_path_factory.mktemp("tiny"), TINY, settings) as running:

@@ -95,6 +95,17 @@ async def test_closing_ends_the_process(echo: BaselineProcess) -> None:
         os.kill(pid, 0)
 
 
+async def test_closing_waits_for_nobody_and_whoever_waits_is_told(echo: BaselineProcess) -> None:
+    await echo.start()
+    waiting = [asyncio.create_task(echo.ask({"sleep": 3.0})) for _ in range(2)]
+    await asyncio.sleep(0.1)
+    began = time.monotonic()
+    await echo.close()
+    found = await asyncio.gather(*waiting, return_exceptions=True)
+    assert time.monotonic() - began < 8.0
+    assert [type(answer) for answer in found[1:]] == [PolicyUnavailable]
+
+
 async def test_settings_that_name_no_model_are_told(tmp_path: Path) -> None:
     def settings() -> dict[str, Any]:
         raise ModelError("found no such directory")
