@@ -188,7 +188,7 @@ class Payback(Section):
     """What is expected of sessions before this server has seen enough of its own, and when one counts as
     over."""
 
-    remaining_turns: Annotated[float, Field(gt=0)] = 6.0
+    remaining_turns: Annotated[float, Field(gt=0)] = 8.0
     """Further turns expected after any turn of a session."""
     weight: Annotated[float, Field(gt=0)] = 4.0
     """Observed sessions that each expectation here weighs as much as."""
@@ -199,8 +199,9 @@ class Payback(Section):
     original_turn_s: Seconds = 5.0
     """Time of the original per turn; also per audit that generates."""
     surrogate_turn_s: Seconds = 1.0
-    training_s: Seconds = 30.0
-    """Time of a trainer per adapter: mining, fine-tuning and scoring."""
+    training_s: Seconds = 10.0
+    """Time of a trainer per adapter: mining, fine-tuning and scoring. Where this says that adapters never pay,
+    none is trained, and nothing corrects it: rather too low than too high."""
 
 
 class Prices(Section):
