@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup models tiny demo smoke evaluate serve test lint bench lock clean
+.PHONY: help setup models tiny baselines demo smoke evaluate serve test lint bench lock clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -38,6 +38,16 @@ models: setup
 
 tiny: setup
 	@$(BIN)/soma models make-tiny
+
+## make baselines  what policies llmlingua2 and routellm run, apart from .venv (about 130 MB of downloads, 20 seconds)
+BASELINES := $(or $(SOMA_HOME),$(HOME)/.cache/soma-vllm)/baselines
+baselines: $(BASELINES)/.installed
+
+$(BASELINES)/.installed: requirements/baselines.lock | setup
+	@echo "[baselines] installing into $(BASELINES)"
+	@rm -rf $(BASELINES)
+	@$(BIN)/python requirements/install.py $< --target $(BASELINES) --no-compile $(PIP_ARGS)
+	@touch $@
 
 ## make demo    the main job on the embedded pair: warm start, adapter, switch, rollback (about 9 minutes, 20 with set-up)
 demo: models
@@ -66,7 +76,7 @@ serve: models
 	@$(BIN)/soma-serve --config configs/cpu_demo.yaml
 
 ## make test    lint and the whole test suite
-test: lint models tiny
+test: lint models tiny baselines
 	@echo "[test] the whole suite, on real engines: about 9 minutes on 2 cores"
 	@$(BIN)/python -m pytest
 

@@ -36,7 +36,7 @@ setup(
     ext_modules=[LORA_KERNEL],
     package_data={"soma_vllm": ["py.typed"], "soma_vllm.adapters": ["_lora_cpu.cpp"]},
     install_requires=requirements("base"),
-    extras_require={name: requirements(name) for name in ("cpu", "cuda", "dev")},
+    extras_require={name: requirements(name) for name in ("cpu", "cuda", "dev", "llmlingua", "routellm")},
     entry_points={
         "console_scripts": [
             "soma = soma_vllm.cli.main:app",
@@ -48,6 +48,11 @@ setup(
             "soma = soma_vllm.scheduler.policies.soma:SomaPolicy",
             "original = soma_vllm.scheduler.policies.fixed:OriginalPolicy",
             "surrogate = soma_vllm.scheduler.policies.fixed:SurrogatePolicy",
+            "history_prefix = soma_vllm.scheduler.policies.history_prefix:HistoryPrefixPolicy",
+            "history_ft = soma_vllm.scheduler.policies.history_ft:HistoryFineTuningPolicy",
+            "llmlingua2 = soma_vllm.scheduler.policies.llmlingua2:Llmlingua2Policy",
+            "routellm = soma_vllm.scheduler.policies.routellm:RoutellmPolicy",
+            "speculative = soma_vllm.scheduler.policies.speculative:SpeculativePolicy",
         ],
     },
 )

@@ -1,4 +1,5 @@
-"""Resolve requirements/*.in into one lock per device, with uv (part of requirements/build.lock).
+"""Resolve requirements/*.in into one lock per device, with uv (part of requirements/build.lock), and into one
+of what the baselines need beside it, in their own directory.
 
 python requirements/resolve.py [further arguments of `uv pip compile`]
 """
@@ -6,6 +7,7 @@ python requirements/resolve.py [further arguments of `uv pip compile`]
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -16,12 +18,20 @@ HEADER = (
 )
 
 
-def resolve(device: str, *arguments: str) -> None:
-    """Write requirements/<device>.lock."""
+BASELINES_HEADER = (
+    "# Resolved by `make lock` from llmlingua.in and routellm.in for Python 3.11: what these need beside\n"
+    "# cpu.lock.\n"
+    "# Installed by `make baselines` with --no-deps, in a directory of its own. litellm is left out: only the\n"
+    "# part of routellm that answers requests itself imports it.\n"
+)
+
+
+def resolve(lock: str, names: Sequence[str], left_out: Sequence[str], header: str, *arguments: str) -> None:
+    """Write requirements/<lock>.lock."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as excludes:
-        excludes.write("\n".join(LEFT_OUT))
+        excludes.write("\n".join(left_out))
         excludes.flush()
-        sources = [str(HERE / f"{name}.in") for name in (device, "base", "dev")]
+        sources = [str(HERE / f"{name}.in") for name in names]
         resolved = subprocess.run(
             [
                 *(sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--python-version", "3.11"),
@@ -34,10 +44,18 @@ def resolve(device: str, *arguments: str) -> None:
             text=True,
             check=True,
         ).stdout
-    (HERE / f"{device}.lock").write_text(HEADER + resolved, encoding="utf-8")
-    print(f"requirements/{device}.lock: {len(resolved.splitlines())} packages")
+    (HERE / f"{lock}.lock").write_text(header + resolved, encoding="utf-8")
+    print(f"requirements/{lock}.lock: {len(resolved.splitlines())} packages")
+
+
+def locked(lock: str) -> list[str]:
+    """Names of the packages in requirements/<lock>.lock."""
+    lines = (HERE / f"{lock}.lock").read_text(encoding="utf-8").splitlines()
+    return [line.partition("==")[0] for line in lines if line and not line.startswith("#")]
 
 
 if __name__ == "__main__":
-    for name in ("cpu", "cuda"):
-        resolve(name, *sys.argv[1:])
+    for device in ("cpu", "cuda"):
+        resolve(device, (device, "base", "dev"), LEFT_OUT, HEADER, *sys.argv[1:])
+    beside = [*locked("cpu"), "litellm", *LEFT_OUT]
+    resolve("baselines", ("llmlingua", "routellm"), beside, BASELINES_HEADER, *sys.argv[1:])

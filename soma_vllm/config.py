@@ -178,6 +178,80 @@ class Adaptation(Section):
     max_trainings: Positive = 3
     """Trainings a session may have in its life."""
     train_timeout_s: Seconds = 900.0
+    payback: Literal["auto", "always", "never"] = "auto"
+    """Whether an adapter is trained where the plain surrogate does not pass. auto: where the turns that are
+    still expected save more than it costs. always and never: for studies. The plain surrogate is judged in any
+    case."""
+
+
+class Payback(Section):
+    """What is expected of sessions before this server has seen enough of its own, and when one counts as
+    over."""
+
+    remaining_turns: Annotated[float, Field(gt=0)] = 8.0
+    """Further turns expected after any turn of a session."""
+    weight: Annotated[float, Field(gt=0)] = 4.0
+    """Observed sessions that each expectation here weighs as much as."""
+    over_after_s: Seconds = 1800.0
+    """A session that has been silent for this long has ended."""
+    admitted: Ratio = 0.5
+    """Share of trained adapters that the gate lets serve."""
+    original_turn_s: Seconds = 5.0
+    """Time of the original per turn; also per audit that generates."""
+    surrogate_turn_s: Seconds = 1.0
+    training_s: Seconds = 10.0
+    """Time of a trainer per adapter: mining, fine-tuning and scoring. Where this says that adapters never pay,
+    none is trained, and nothing corrects it: rather too low than too high."""
+
+
+class Prices(Section):
+    """What things cost, in any one currency: only ratios matter."""
+
+    original_second: Annotated[float, Field(ge=0)] = 1.0
+    """A second in which the original answers one turn."""
+    surrogate_second: Annotated[float, Field(ge=0)] = 1.0
+    trainer_second: Annotated[float, Field(ge=0)] = 1.0
+    original_prompt_thousand: Annotated[float, Field(ge=0)] | None = None
+    """A thousand prompt tokens of an original that is paid by the token; null: it is paid by the second."""
+    original_completion_thousand: Annotated[float, Field(ge=0)] | None = None
+    """A thousand tokens of its answers."""
+
+
+class Llmlingua2(Section):
+    """Policy `llmlingua2`: the original, under a history compressed by LLMLingua-2."""
+
+    model: str | None = None
+    """The compressor, such as microsoft/llmlingua-2-xlm-roberta-large-meetingbank, or its folder."""
+    rate: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of each earlier message that is kept."""
+    force_tokens: tuple[str, ...] = ("\n",)
+    """Tokens that are always kept."""
+
+
+class Routellm(Section):
+    """Policy `routellm`: each query goes to the original or the surrogate by RouteLLM's estimate."""
+
+    router: Literal["bert", "mf", "random"] = "bert"
+    """mf embeds every query at OpenAI (OPENAI_API_KEY); random is for comparison."""
+    checkpoint: str | None = None
+    """The router's weights, such as routellm/bert_gpt4_augmented, or their folder; random has none."""
+    threshold: Ratio | None = None
+    """The original answers at this estimate of its win rate or above; `soma calibrate-router` finds a value."""
+
+
+class Baselines(Section):
+    """Methods to compare with; each runs in a process of its own, from packages that `make baselines`
+    installs."""
+
+    packages: str = "{soma_home}/baselines"
+    """Directory of those packages; {soma_home} is filled in. Packages of this environment are found as well."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: Positive = 1
+    load_timeout_s: Seconds = 300.0
+    timeout_s: Seconds = 60.0
+    """Longest wait for one compression or estimate; the original answers then, under the full history."""
+    llmlingua2: Llmlingua2 = Llmlingua2()
+    routellm: Routellm = Routellm()
 
 
 class Engine(Section):
@@ -212,6 +286,9 @@ class Original(Engine):
     """Log-probabilities per token that a vLLM original is asked for during the warm start; 0 asks for none."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the external endpoint's key."""
+    draft_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens that the surrogate's weights draft for the child, which verifies them in one step: speculative
+    decoding (policy `speculative`). 0: none. Both models must have one vocabulary."""
     name: str | None = None
     """Model name in requests; null takes `original_model`'s own."""
     when_down: Literal["refuse", "surrogate"] = "refuse"
@@ -361,6 +438,9 @@ class Config(Section):
     storage: Storage = Storage()
     retention: Retention = Retention()
     adapters: Adapters = Adapters()
+    payback: Payback = Payback()
+    prices: Prices = Prices()
+    baselines: Baselines = Baselines()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
@@ -402,6 +482,11 @@ class Config(Section):
             problems.append(
                 f"gate.audit: found 'score' with original.api: {self.original.api!r}; expected generate, or "
                 "original.api: vllm where the endpoint at original.url is a vLLM server"
+            )
+        if self.original.draft_tokens and self.original.url is not None:
+            problems.append(
+                f"original.draft_tokens: found {self.original.draft_tokens} with original.url; expected 0: "
+                "only a child of ours can be given the surrogate as its draft model"
             )
         if problems:
             raise ConfigError(source, problems)

@@ -93,7 +93,7 @@ class Agreement:
     top1: float
     """Share of answer tokens that are the candidate's own first choice, in [0, 1]."""
     tokens: int
-    """Answer tokens scored."""
+    """Answer tokens scored; 0 where no turn was held out, and then the others are NaN."""
 
 
 @dataclass(frozen=True)

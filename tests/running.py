@@ -75,16 +75,19 @@ class Running:
 class Dialogue:
     """A client that keeps the history itself, as chat clients do."""
 
-    def __init__(self, running: Running, name: str, key: str = "key", **headers: str) -> None:
+    def __init__(
+        self, running: Running, name: str, key: str = "key", model: str = "soma", **headers: str
+    ) -> None:
         self._client = running.client(key)
         self._headers = {"X-Session-ID": name, **headers}
+        self._model = model
         self.messages: list[dict[str, Any]] = []
         self.headers: Any = {}
 
     def say(self, query: str, max_tokens: int = 16, stream: bool = True) -> str:
         self.messages.append({"role": "user", "content": query})
         request: dict[str, Any] = {
-            "model": "soma",
+            "model": self._model,
             "messages": self.messages,
             "max_tokens": max_tokens,
             "temperature": 0,

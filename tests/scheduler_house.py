@@ -23,6 +23,7 @@ from soma_vllm.scheduler.custody import Custody
 from soma_vllm.scheduler.dispatcher import Answer, Dispatcher, Incoming
 from soma_vllm.scheduler.drift import DriftWatch
 from soma_vllm.scheduler.holds import AdapterHolds
+from soma_vllm.scheduler.payback import PaybackWatch
 from soma_vllm.scheduler.policies.base import Policies
 from soma_vllm.scheduler.quiet_times import QuietTimes
 from soma_vllm.scheduler.recorder import Recorder
@@ -42,7 +43,7 @@ SETTINGS: dict[str, Any] = {
         "drift_window": 1,
         "drift_threshold": 0.3,
     },
-    "adaptation": {"allow_force_header": True},
+    "adaptation": {"allow_force_header": True, "payback": "always"},
     "surrogate": {"max_loras": 1},
 }
 
@@ -219,6 +220,7 @@ class House:
         surrogate: FakeSurrogate | None = None,
     ) -> None:
         self.config = config
+        self.store = store
         speaks_vllm = config.original.api == "vllm"
         self.teachers = Teachers(config, why_text(config, speaks_vllm, same_vocabulary=True))
         self.original = original or FakeOriginal()
@@ -227,9 +229,9 @@ class House:
         self.shelf = shelf or FakeShelf(self.surrogate.log)
         self.meter = OpenMeter()
         self.events: list[tuple[SessionKey, Event]] = []
-        self.book = SessionBook(
-            config, store, [lambda key, event: self.events.append((key, event)), self.teachers]
-        )
+        self.payback = PaybackWatch(config, store)
+        observers = [lambda key, event: self.events.append((key, event)), self.teachers, self.payback]
+        self.book = SessionBook(config, store, observers)
         slots = config.surrogate
         limit = slots.queue_limit if slots.overflow == "wait" else 0
         self.holds = AdapterHolds(slots.max_loras, limit, slots.queue_wait_s)
@@ -244,6 +246,7 @@ class House:
             self.holds,
             self.teachers,
             self.meter,
+            self.payback,
         )
         self.background = Background(self.book)
         self.quiet = QuietTimes(config.gate.audit_yields, config.gate.audit_wait_s)
@@ -257,10 +260,11 @@ class House:
             self.adaptation.retire,
             self.quiet,
         )
+        self.policies = Policies(config)
         recorder = Recorder(config, self.book, self.adaptation, drift, self.teachers, self.background)
         self.dispatcher = Dispatcher(
             config,
-            Policies(config),
+            self.policies,
             self.book,
             self.quiet.watched(self.original),
             self.surrogate,

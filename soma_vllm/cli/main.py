@@ -6,6 +6,7 @@ import typer
 
 from soma_vllm.cli import keys, models, sessions
 from soma_vllm.cli.calibrate import calibrate
+from soma_vllm.cli.calibrate_router import calibrate_router
 from soma_vllm.cli.distill import distill
 from soma_vllm.cli.evaluate import evaluate
 from soma_vllm.cli.replay import replay
@@ -16,6 +17,7 @@ app.add_typer(keys.app, name="keys", help="Issue, list and revoke API keys.")
 app.add_typer(sessions.app, name="sessions", help="Look at a running server's sessions, and order them about.")
 app.command()(replay)
 app.command()(calibrate)
+app.command()(calibrate_router)
 app.command()(evaluate)
 app.command()(distill)
 

@@ -32,16 +32,16 @@ from soma_vllm.engines.base import Salts
 from soma_vllm.engines.command import (
     child_command,
     child_environment,
+    original_arguments,
     slot_rank,
     surrogate_arguments,
-    vllm_arguments,
     vllm_environment,
 )
 from soma_vllm.engines.original import OriginalEngine
 from soma_vllm.engines.residency import Residency, room_for
 from soma_vllm.engines.supervisor import ChildServer, Patience, Supervisor
 from soma_vllm.engines.surrogate import ChatServing, SurrogateEngine
-from soma_vllm.errors import PreflightError, TrainingError
+from soma_vllm.errors import PolicyUnavailable, PreflightError, TrainingError
 from soma_vllm.models.home import soma_home
 from soma_vllm.models.vocabulary import Vocabulary, read_vocabulary
 from soma_vllm.scheduler.adaptation import Adaptation
@@ -52,6 +52,7 @@ from soma_vllm.scheduler.dispatcher import DISPATCH_NAME, Dispatcher
 from soma_vllm.scheduler.drift import DriftWatch
 from soma_vllm.scheduler.encoding import ThreadedEncoder
 from soma_vllm.scheduler.holds import AdapterHolds
+from soma_vllm.scheduler.payback import PaybackWatch
 from soma_vllm.scheduler.policies.base import Policies
 from soma_vllm.scheduler.quiet_times import QuietTimes
 from soma_vllm.scheduler.recorder import Recorder
@@ -157,14 +158,18 @@ class SomaServer:
         encoder = await self._load_encoder()
         trainer = await self._start_trainers()
         original = await self._reach_original()
+        await self._open_policy()
         holds, surrogate = self._engage_surrogate(PrivateChat(engine_client, state))
         teachers = await self._engage_teachers(original.speaks_vllm)
         meter = self.allowances
-        book = SessionBook(self._config, store, [SessionMetrics(), teachers])
+        payback = PaybackWatch(self._config, store)
+        book = SessionBook(self._config, store, [SessionMetrics(), teachers, payback])
         await book.start()
         self._cleanup.push_async_callback(book.stop)
         shelf = self._open_shelf()
-        adaptation = Adaptation(self._config, book, surrogate, trainer, shelf, encoder, holds, teachers, meter)
+        adaptation = Adaptation(
+            self._config, book, surrogate, trainer, shelf, encoder, holds, teachers, meter, payback
+        )
         background = Background(book)
         self._cleanup.push_async_callback(background.stop)
         quiet = QuietTimes(self._config.gate.audit_yields, self._config.gate.audit_wait_s)
@@ -206,7 +211,9 @@ class SomaServer:
         original = self._config.original
         child = ChildServer(
             child_command(
-                vllm_arguments(original, str(self._paths.original), self._original_name),
+                original_arguments(
+                    self._config, str(self._paths.original), self._original_name, str(self._paths.surrogate)
+                ),
                 self._run_dir / "original.sock",
             ),
             child_environment(original, str(self._paths.original)),
@@ -306,6 +313,15 @@ class SomaServer:
         self._cleanup.callback(threaded.close)
         self._say(f"encoder    {settings.model} ready")
         return threaded
+
+    async def _open_policy(self) -> None:
+        """Load what the configured policy needs; what others need is loaded when they are first asked for."""
+        self._cleanup.push_async_callback(self._policies.close)
+        try:
+            await self._policies.open()
+        except PolicyUnavailable as error:
+            raise PreflightError(f"policy {self._config.policy}: {error}") from error
+        self._say(f"policy     {self._config.policy}")
 
     async def _start_trainers(self) -> Any:
         from soma_vllm.training.pool import TrainerPool

@@ -6,6 +6,7 @@ overrule what stands before them; a child listens on a Unix socket only and neve
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,16 @@ def surrogate_arguments(config: Config, model_path: str, served_name: str) -> li
         *("--lora-target-modules", *config.lora.target_modules),
         *vllm_arguments(surrogate, model_path, served_name),
     ]
+
+
+def original_arguments(config: Config, model_path: str, served_name: str, draft_path: str) -> list[str]:
+    """Arguments of the original's child: those of every engine, and a draft model where the configuration asks
+    for one. `extra_args` still come last."""
+    original = config.original
+    if original.draft_tokens == 0:
+        return vllm_arguments(original, model_path, served_name)
+    draft = {"method": "draft_model", "model": draft_path, "num_speculative_tokens": original.draft_tokens}
+    return ["--speculative-config", json.dumps(draft), *vllm_arguments(original, model_path, served_name)]
 
 
 def vllm_environment(

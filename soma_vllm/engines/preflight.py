@@ -59,6 +59,8 @@ def preflight(
             _check_context(report, role, engine, path)
         _check_cores(report, role, engine)
     _check_shared_cores(report, engines)
+    if original_path is not None and config.original.draft_tokens:
+        _check_draft(report, original_path, surrogate_path)
     _check_model(report, "encoder", encoder_path)
     _check_rank(report, config.lora.rank)
     _check_slots(report, config.surrogate)
@@ -162,6 +164,18 @@ def _check_context(report: _Report, role: str, engine: Engine, path: Path) -> No
     if isinstance(longest, int) and engine.max_model_len > longest:
         report.bad(
             f"{role}.max_model_len: found {engine.max_model_len}; expected at most {longest}, the model's own"
+        )
+
+
+def _check_draft(report: _Report, original_path: Path, surrogate_path: Path) -> None:
+    """vLLM refuses a draft model of another vocabulary size than the original's."""
+    sizes = [_read(path / "config.json").get("vocab_size") for path in (original_path, surrogate_path)]
+    if sizes[0] == sizes[1]:
+        report.good("the surrogate drafts for the original")
+    else:
+        report.bad(
+            f"original.draft_tokens: found vocabularies of {sizes[0]} (original) and {sizes[1]} (surrogate); "
+            "expected one size, or draft_tokens: 0"
         )
 
 
@@ -296,6 +310,8 @@ def _memory_needs(config: Config, engines: dict[str, tuple[Engine, Path]]) -> It
         total = _API_SERVER_GB + _ENGINE_CORE_GB
         if engine.device == "cpu":
             total += _weights(path, engine.dtype) / _GB + engine.kv_cache_gib * 1024**3 / _GB
+            if role == "original" and config.original.draft_tokens:
+                total += _weights(engines["surrogate"][1], engine.dtype) / _GB
         yield role, total
     surrogate_path = engines["surrogate"][1]
     rows = config.surrogate.max_cpu_loras * config.lora.rank

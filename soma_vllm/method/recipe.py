@@ -25,7 +25,7 @@ from soma_vllm.method.finetune import attached, first_adapted_layer, save, train
 from soma_vllm.method.mining import mine
 from soma_vllm.method.packing import pack
 from soma_vllm.method.rendering import Rendered, render
-from soma_vllm.method.scoring import Probe, pooled, score_turns
+from soma_vllm.method.scoring import Probe, TurnScore, pooled, score_turns
 from soma_vllm.method.signature import signature_of
 from soma_vllm.method.stopping import Checkpoint
 from soma_vllm.types import Agreement, Example, Signature
@@ -74,7 +74,8 @@ class Learnt:
     mined_text_ids: tuple[int, ...]
     """V(P), token ids of the surrogate; empty where nothing was mined."""
     probe: Probe
-    """What the adapted surrogate said of the first held-out turn."""
+    """What the adapted surrogate said of the first held-out turn, to check the engine that serves it; empty
+    without one."""
     flops: float
     """Floating-point operations of mining and training, estimated from shapes (2 per weight and token)."""
     mining_s: float
@@ -126,26 +127,29 @@ def adapting(
 ) -> Iterator[Learnt]:
     """Mine and train one session's adapter; inside the block the surrogate runs with it.
 
+    Without held-out turns the last step is kept and nothing is judged.
+
     Raises:
-        TrainingError: nothing to learn from or to score, a held-out turn among the examples, a turn beyond
+        TrainingError: nothing to learn from, a held-out turn among the examples, a turn beyond
             the surrogate's context, or a number that is not finite. The surrogate is pristine again.
     """
     _check_disjoint(examples, held_out)
     decoder = surrogate.decoder
-    learnt, judged = rendered(surrogate, examples), rendered(surrogate, held_out)
+    learnt = rendered(surrogate, examples)
+    judged = rendered(surrogate, held_out) if held_out else ()
 
     mined = mine(decoder, surrogate.tokenizer, learnt, mining, seed) if mines(mining) else None
     hardness = mined.hardness if mined else {}
     weights = turn_weights(hardness or dict.fromkeys((turn.turn for turn in learnt), 1.0))
 
     # A fresh adapter of 0 steps is the plain surrogate; one that starts from another adapter is not.
-    plain = pooled(score_turns(decoder, judged)) if lora.init_from is not None else None
+    plain = pooled(_scores(decoder, judged)) if lora.init_from is not None else None
     with attached(decoder, lora, seed) as peft:
         training, finetune_s = _timed(lambda: train(decoder, learnt, judged, weights, lora, seed))
-        scores, scoring_s = _timed(lambda: score_turns(decoder, judged))
+        scores, scoring_s = _timed(lambda: _scores(decoder, judged))
         yield Learnt(
             peft=peft,
-            plain=plain or training.checkpoints[0].agreement,
+            plain=plain or (training.checkpoints[0].agreement if judged else pooled(())),
             adapted=pooled(scores),
             checkpoints=training.checkpoints,
             steps=training.steps,
@@ -156,7 +160,7 @@ def adapting(
             weights=weights,
             objective=min(mined.objectives) if mined else None,
             mined_text_ids=mined.verbalized if mined else (),
-            probe=scores[0].probe,
+            probe=scores[0].probe if scores else Probe((), (), ()),
             flops=estimated_flops(decoder, learnt, judged, mining, lora, len(training.losses)),
             mining_s=mined.seconds if mined else 0.0,
             finetune_s=finetune_s,
@@ -229,6 +233,11 @@ def estimated_flops(
         passes = mining.n_candidates * (2 * mining.iters + 1)
         flops += passes * (layer * decoder.depth * read + head * answers)
     return flops
+
+
+def _scores(decoder: Decoder, judged: tuple[Rendered, ...]) -> list[TurnScore]:
+    """Each held-out turn's agreement; empty where none was held out."""
+    return score_turns(decoder, judged) if judged else []
 
 
 def _check_disjoint(examples: tuple[Example, ...], held_out: tuple[Example, ...]) -> None:

@@ -6,6 +6,7 @@ included; the model is read, never changed. Plain and adapted surrogates are sco
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,8 +79,10 @@ def score_trunk(trunk: Trunk, rendered: Sequence[Rendered]) -> list[TurnScore]:
 
 
 def pooled(scores: Sequence[TurnScore]) -> Agreement:
-    """Mean NLL and top-1 agreement over the answer tokens of all turns."""
+    """Mean NLL and top-1 agreement over the answer tokens of all turns; NaN over none."""
     tokens = sum(score.tokens for score in scores)
+    if tokens == 0:
+        return Agreement(math.nan, math.nan, 0)
     return Agreement(
         nll=sum(score.nll for score in scores) / tokens,
         top1=sum(score.hits for score in scores) / tokens,

@@ -1,10 +1,12 @@
 """One session's adaptation, from complete warm start to verdict. Runs in the background; no user waits for it.
 
-    judge the plain surrogate -> (train -> publish -> load -> judge the adapter) -> prefill -> switch
+    judge the plain surrogate -> (worth it? train -> publish -> load -> judge the adapter) -> prefill -> switch
+
+Under a policy without a gate it is: train -> publish -> load -> switch.
 
 Guarantees:
 
-* Candidates are judged on turns that were not trained on, against answers the original already gave.
+* With a gate, candidates are judged on turns not trained on, against answers the original already gave.
 * The adapter that was judged is the adapter that serves: same files, same name, same engine.
 * Whatever goes wrong ends in one event, `refused` or `training_failed`, and the original keeps the session.
 * A session that was closed, or rewritten by its client, meanwhile gets no adapter: `adaptation_abandoned`.
@@ -19,11 +21,11 @@ import logging
 import math
 import shutil
 from collections.abc import Coroutine, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from soma_vllm.config import Config, Lora
+from soma_vllm.config import Config, Lora, Mining
 from soma_vllm.errors import (
     AdapterError,
     AdapterRejected,
@@ -35,9 +37,11 @@ from soma_vllm.errors import (
 )
 from soma_vllm.scheduler.book import SessionBook
 from soma_vllm.scheduler.holds import AdapterHolds
+from soma_vllm.scheduler.payback import PaybackWatch
 from soma_vllm.scheduler.ports import AdapterEngine, Encoder, Meter, Shelf, Trainer
 from soma_vllm.scheduler.shadow import adapted_answer, gaps_between
 from soma_vllm.scheduler.teaching import Teachers
+from soma_vllm.session.adapting import Adapting
 from soma_vllm.session.gate import Verdict, centroid, judge
 from soma_vllm.session.phases import Phase
 from soma_vllm.session.prefix import compress
@@ -75,6 +79,7 @@ class Adaptation:
         holds: AdapterHolds,
         teachers: Teachers,
         meter: Meter,
+        payback: PaybackWatch,
     ) -> None:
         self._config = config
         self._book = book
@@ -85,15 +90,25 @@ class Adaptation:
         self._holds = holds
         self._teachers = teachers
         self._meter = meter
+        self._payback = payback
 
-    def begin(self, key: SessionKey, forced: Candidate | None) -> Coroutine[Any, Any, None]:
-        """Mark a session whose warm start is complete as adapting, now; the coroutine does the rest."""
-        return self._run(key, self._book.note(key, "adaptation_started", forced=forced), forced)
+    def begin(
+        self, key: SessionKey, forced: Candidate | None, adapting: Adapting | None = None
+    ) -> Coroutine[Any, Any, None]:
+        """Mark a session whose warm start is complete as adapting, now; the coroutine does the rest.
+
+        `adapting` are the rules of its policy; None takes the default policy's.
+        """
+        rules = asdict(adapting or Adapting())
+        return self._run(key, self._book.note(key, "adaptation_started", forced=forced, adapting=rules), forced)
 
     async def _run(self, key: SessionKey, session: Session, forced: Candidate | None) -> None:
         examples, held_out = (self._teachers.attach(key, part) for part in session.examples(self._config))
         made: list[AdapterRef] = []
         try:
+            if session.adapting is not None and not session.adapting.gate:
+                await self._ungated(key, session, session.adapting, examples, made)
+                return
             verdict = await self._choose(key, examples, held_out, forced, made)
             self._book.note(
                 key, "judged", candidate=verdict.candidate, reason=verdict.reason, numbers=verdict.numbers
@@ -108,6 +123,38 @@ class Adaptation:
         finally:
             for ref in made:
                 await self.retire(key, ref)
+
+    async def _ungated(
+        self,
+        key: SessionKey,
+        session: Session,
+        adapting: Adapting,
+        examples: tuple[Example, ...],
+        made: list[AdapterRef],
+    ) -> None:
+        """Train on the whole warm start, and switch as soon as the adapter is loaded."""
+        self._require_adapter(await self._allowed(key.tenant))
+        result = await self._train(key, examples, (), self._mining_of(adapting))
+        ref = await self._publish(key, result, made)
+        self._still_adapting(key)
+        self._book.note(
+            key,
+            "switched",
+            candidate=Candidate.ADAPTER,
+            reason=f"loaded; policy {adapting.policy} has no gate",
+            adapter=asdict(ref),
+            centroid=None,
+        )
+
+    def _mining_of(self, adapting: Adapting | None) -> Mining:
+        """The settings of stage 1 under some rules."""
+        mining = self._config.mining
+        return mining if adapting is None or adapting.mining else mining.model_copy(update={"enabled": False})
+
+    def _require_adapter(self, allowed: Sequence[Candidate]) -> None:
+        """Raises AdapterError where no adapter may be made."""
+        if Candidate.ADAPTER not in allowed:
+            raise AdapterError("the tenant holds as many adapters as its key allows (limits.adapters)")
 
     def _give_up(self, key: SessionKey, error: SomaError) -> None:
         """Say once why an adaptation came to nothing."""
@@ -159,22 +206,26 @@ class Adaptation:
         forced: Candidate | None,
         made: list[AdapterRef],
     ) -> Verdict:
-        """Judge the candidates, cheapest first; train only if the plain surrogate will not do.
+        """Judge the candidates, cheapest first; train only if the plain surrogate will not do, and if it pays.
 
         An adapter is put into `made` as soon as there is one.
         """
         allowed = await self._allowed(key.tenant)
         plain_gaps = await self._gaps(key, held_out, None)
+        so_far = None
         if Candidate.PLAIN in allowed and forced is not Candidate.ADAPTER:
             agreement = _finite(await self._trainer.score(ScoreRequest(held_out)))
             evidence = [_evidence(Candidate.PLAIN, held_out, plain_gaps, agreement)]
-            verdict = self._judge(key, evidence, forced)
+            so_far = self._judge(key, evidence, forced)
             self._still_adapting(key)
-            if verdict.candidate is Candidate.PLAIN or Candidate.ADAPTER not in allowed:
-                return verdict
-        if Candidate.ADAPTER not in allowed:
-            raise AdapterError("the tenant holds as many adapters as its key allows (limits.adapters)")
-        result = await self._train(key, examples, held_out)
+            if so_far.candidate is Candidate.PLAIN or Candidate.ADAPTER not in allowed:
+                return so_far
+        self._require_adapter(allowed)
+        if forced is not Candidate.ADAPTER and (objection := await self._too_dear(key)) is not None:
+            so_far = so_far or self._judge(key, [], forced)
+            return replace(so_far, reason=f"{so_far.reason}; adapter: {objection}")
+        mining = self._mining_of(self._book.session(key).adapting)
+        result = await self._train(key, examples, held_out, mining)
         ref = await self._publish(key, result, made)
         gaps = await self._gaps(key, held_out, ref)
         self._still_adapting(key)
@@ -183,6 +234,17 @@ class Adaptation:
             _evidence(Candidate.ADAPTER, held_out, gaps, result.adapted),
         ]
         return self._judge(key, evidence, forced)
+
+    async def _too_dear(self, key: SessionKey) -> str | None:
+        """Why an adapter of this session would not be worth its cost; None where it would."""
+        mode = self._config.adaptation.payback
+        if mode != "auto":
+            return None if mode == "always" else "adaptation.payback is never"
+        judgement = await self._payback.judge(self._book.session(key))
+        self._book.note(key, "payback_judged", **judgement.numbers())
+        if judgement.pays:
+            return None
+        return f"an expected gain of {judgement.gain:.3g} does not cover its cost of {judgement.cost:.3g}"
 
     async def _allowed(self, tenant: str) -> tuple[Candidate, ...]:
         """The configured candidates, without an adapter where the tenant may have no further one."""
@@ -228,7 +290,11 @@ class Adaptation:
             ) from error
 
     async def _train(
-        self, key: SessionKey, examples: tuple[Example, ...], held_out: tuple[Example, ...]
+        self,
+        key: SessionKey,
+        examples: tuple[Example, ...],
+        held_out: tuple[Example, ...],
+        mining: Mining,
     ) -> TrainResult:
         turns = [example.turn for example in examples]
         lessons = self._teachers.account(examples)
@@ -237,15 +303,16 @@ class Adaptation:
         request = TrainRequest(
             examples,
             held_out,
-            self._config.mining,
+            mining,
             self._lora_of(key.tenant),
             self._config.training.seed + session.trainings,
             out_dir,
         )
         try:
             result = await self._trainer.train(request)
-            _finite(result.plain)
-            _finite(result.adapted)
+            if held_out:
+                _finite(result.plain)
+                _finite(result.adapted)
             self._book.note(key, "trained", **_costs(result))
             self._still_adapting(key)
         except BaseException:
@@ -351,6 +418,6 @@ def _costs(result: TrainResult) -> dict[str, Any]:
             {"steps": steps, "nll": round(judged.nll, 4), "top1": round(judged.top1, 4)}
             for steps, judged in result.checkpoints
         ],
-        "plain": asdict(result.plain),
-        "adapted": asdict(result.adapted),
+        "plain": asdict(result.plain) if result.plain.tokens else None,
+        "adapted": asdict(result.adapted) if result.adapted.tokens else None,
     }

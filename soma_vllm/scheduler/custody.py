@@ -134,7 +134,7 @@ class Custody:
             restarted = self._book.note(key, "restarted", reason=ASKED)
             self._retire(key, session)
             if restarted.wants_adaptation(self._config):
-                self._background.spawn(key, self._adaptation.begin(key, None))
+                self._background.spawn(key, self._adaptation.begin(key, None, session.adapting))
             return self._book.session(key)
 
     async def remove(self, key: SessionKey) -> None:

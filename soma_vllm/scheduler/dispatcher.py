@@ -32,7 +32,7 @@ from soma_vllm.errors import (
 )
 from soma_vllm.scheduler.book import Said, SessionBook
 from soma_vllm.scheduler.holds import AdapterHolds
-from soma_vllm.scheduler.policies.base import Asked, Policies, Policy
+from soma_vllm.scheduler.policies.base import Asked, Policies, Policy, prepared
 from soma_vllm.scheduler.ports import AdapterEngine, Encoder, Meter
 from soma_vllm.scheduler.recorder import Recorder
 from soma_vllm.scheduler.replies import Ended, Heard, Listened, heard_whole
@@ -135,7 +135,8 @@ class Dispatcher:
         self._prefetch(self._book.session(key))
         try:
             asked = await self._read(key, reading, incoming)
-            session = self._book.session(key)  # as it is now: reading took a while
+            asked = await prepared(policy, self._book.session(key), asked)
+            session = self._book.session(key)  # as it is now: all that took a while
             return await self._serve(key, session, asked, policy, incoming, started)
         except BaseException:
             self._book.release(key)
@@ -230,6 +231,8 @@ class Dispatcher:
             return Route(Role.ORIGINAL, None, asked.messages, "pinned")
         if session.pinned is Role.SURROGATE:
             return Route(Role.SURROGATE, session.adapter, self._shown(asked), "pinned")
+        if asked.unprepared is not None:
+            return Route(Role.ORIGINAL, None, asked.messages, asked.unprepared)
         return policy.route(session, asked)
 
     def _to_caller(self, session: Session, asked: Asked) -> Route:
@@ -267,8 +270,10 @@ class Dispatcher:
                 logger.warning("the original answers instead of the surrogate: %s", error)
                 route = _instead(route, asked, f"surrogate failed: {error}")
         if reply is None:
-            more = self._teachers.fields(session, incoming.body) if policy.adapts else {}
-            route, reply, lesson = await self._ask_original(key, more, asked, route, incoming)
+            learns = policy.adapting is not None
+            more = self._teachers.fields(session, incoming.body) if learns else {}
+            shown = _showing(incoming, route, asked)
+            route, reply, lesson = await self._ask_original(key, more, asked, route, shown)
 
         async def ended(heard: Heard) -> None:
             if held is not None:
@@ -282,7 +287,7 @@ class Dispatcher:
                 heard,
                 lesson=lesson,
                 response=incoming.response,
-                adapts=policy.adapts,
+                adapting=policy.adapting,
                 forced=self._forced(incoming),
             )
             self._book.release(key)
@@ -393,6 +398,13 @@ def _ascii(text: str) -> str:
 def _instead(route: Route, asked: Asked, why: str) -> Route:
     """The original's route for a turn that was meant for the surrogate."""
     return replace(route, engine=Role.ORIGINAL, adapter=None, messages=asked.messages, reason=why)
+
+
+def _showing(incoming: Incoming, route: Route, asked: Asked) -> Incoming:
+    """The request as the routed engine is to see it."""
+    if route.messages is asked.messages:
+        return incoming
+    return replace(incoming, body={**incoming.body, "messages": list(route.messages)})
 
 
 def _messages(incoming: Incoming) -> list[Message]:

@@ -18,11 +18,14 @@ from soma_vllm.scheduler.drift import DriftWatch
 from soma_vllm.scheduler.policies.base import Asked
 from soma_vllm.scheduler.replies import Choice, Heard
 from soma_vllm.scheduler.teaching import Lesson, Teachers
+from soma_vllm.session.adapting import Adapting
 from soma_vllm.session.phases import Phase
 from soma_vllm.session.prefix import compress
 from soma_vllm.session.session import Session, Turn, turn_event
 from soma_vllm.session.transcript import Reading, read, spoken
 from soma_vllm.types import Candidate, Event, Role, Route, SessionKey
+
+SOMA = Adapting()
 
 
 class Recorder:
@@ -54,12 +57,12 @@ class Recorder:
         *,
         lesson: Lesson | None = None,
         response: str | None = None,
-        adapts: bool = True,
+        adapting: Adapting | None = SOMA,
         forced: Candidate | None = None,
     ) -> None:
         """Fold one answered turn into its session, then start what follows from it.
 
-        `phase` is the one in which it was routed; `adapts` says whether its policy has sessions adapted.
+        `phase` is the one in which it was routed; `adapting` says how its policy has sessions adapted.
         """
         if not heard.complete and heard.silent:
             return  # the client left before anything was said: there is no turn
@@ -70,10 +73,10 @@ class Recorder:
             turn, builds_on = self._turn(self._book.session(key), phase, asked, route, heard, response)
             session = self._book.record(key, *_events(turn, builds_on, heard.choices[1:], key.tenant, asked))
             self._teachers.keep(key, turn.number, heard, lesson)
-            if adapts:
+            if adapting is not None:
                 if session.phase in (Phase.WARM_START, Phase.ROLLED_BACK) and (why := turn.unteachable()):
                     self._book.note(key, "turn_skipped", turn=turn.number, why=why)
-                self._follow_up(key, session, turn, asked, forced)
+                self._follow_up(key, session, turn, asked, adapting, forced)
         finally:
             self._book.release(key)
 
@@ -105,15 +108,22 @@ class Recorder:
         return turn, overlap.turns
 
     def _follow_up(
-        self, key: SessionKey, session: Session, turn: Turn, asked: Asked, forced: Candidate | None
+        self,
+        key: SessionKey,
+        session: Session,
+        turn: Turn,
+        asked: Asked,
+        adapting: Adapting,
+        forced: Candidate | None,
     ) -> None:
         idle = self._background.idle(key)
         unfinished = session.phase is Phase.ADAPTING and session.kept() and idle
         if session.wants_adaptation(self._config) or unfinished:
             if idle:
-                self._background.spawn(key, self._adaptation.begin(key, forced))
+                rules = session.adapting if unfinished else None
+                self._background.spawn(key, self._adaptation.begin(key, forced, rules or adapting))
             return
-        if self._drift.wants(turn):
+        if adapting.gate and self._drift.wants(turn):
             shown = compress(asked.messages, self._config.prefix, self._config.compressed_prefix_turns)
             if turn.engine is Role.ORIGINAL:
                 self._book.note(key, "locality_miss", turn=turn.number, distance=asked.distance)

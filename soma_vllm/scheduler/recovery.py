@@ -59,7 +59,7 @@ class Recovery:
         for key in await self._store.in_phase(Phase.ADAPTING):
             session = await self._book.open(key)
             if session.phase is Phase.ADAPTING and session.kept() and self._background.idle(key):
-                self._background.spawn(key, self._adaptation.begin(key, session.forced))
+                self._background.spawn(key, self._adaptation.begin(key, session.forced, session.adapting))
 
     async def finish_removals(self) -> None:
         """Remove what is closed and still on record."""

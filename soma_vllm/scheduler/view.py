@@ -21,6 +21,7 @@ def view(entry: Entry, idle: bool) -> dict[str, Any]:
         "session": session.key.session,
         "tenant": session.key.tenant,
         "phase": session.phase,
+        "policy": None if session.adapting is None else session.adapting.policy,
         "pinned": session.pinned,
         "serving": session.serving,
         "adapter": None if session.adapter is None else session.adapter.name,

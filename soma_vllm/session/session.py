@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from soma_vllm.config import Config
+from soma_vllm.session.adapting import Adapting, adapting_of
 from soma_vllm.session.gate import AuditKind, Drift, Vector
 from soma_vllm.session.phases import Phase, after, may_happen
 from soma_vllm.session.prefix import compress
@@ -115,6 +116,8 @@ class Session:
     trainings: int = 0
     switches: int = 0
     rollbacks: int = 0
+    adapting: Adapting | None = None
+    """By which rules the present or latest adaptation goes; None before the first."""
     forced: Candidate | None = None
     pinned: Role | None = None
     """The engine that an administrator bound it to."""
@@ -226,7 +229,8 @@ class Session:
         return False
 
     def examples(self, config: Config) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-        """(to train on, held out to judge on): the last `acceptance_min_turns` warm turns are never trained on.
+        """(to train on, held out to judge on): the last `acceptance_min_turns` warm turns are never trained on,
+        where there is a gate to judge on them.
 
         Each example's messages are what the surrogate would have been shown under the configured prefix.
         """
@@ -243,6 +247,8 @@ class Session:
             )
             for turn in chosen
         )
+        if self.adapting is not None and not self.adapting.gate:
+            return examples, ()
         held_out = config.acceptance_min_turns
         return examples[:-held_out], examples[-held_out:]
 
@@ -346,6 +352,7 @@ def inheritance(parent: Session, turns: Sequence[Turn], at: float) -> Event | No
         "adapter": None if parent.adapter is None else asdict(parent.adapter),
         "centroid": None if parent.centroid is None else list(parent.centroid),
         "learned": learned,
+        "adapting": None if parent.adapting is None else asdict(parent.adapting),
     }
     return Event("inherited", at, data)
 
@@ -364,13 +371,18 @@ def _branched(session: Session, event: Event, config: Config) -> Session:
 
 
 def _inherited(session: Session, event: Event, config: Config) -> Session:
-    return replace(_switched(session, event, config), learned=event.data["learned"])
+    switched = _switched(session, event, config)
+    return replace(switched, learned=event.data["learned"], adapting=adapting_of(event.data))
 
 
 def _adaptation_started(session: Session, event: Event, config: Config) -> Session:
     forced = event.data.get("forced")
     return replace(
-        session, learned=len(session.turns), forced=None if forced is None else Candidate(forced), adapter=None
+        session,
+        learned=len(session.turns),
+        adapting=adapting_of(event.data),
+        forced=None if forced is None else Candidate(forced),
+        adapter=None,
     )
 
 

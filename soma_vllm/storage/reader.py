@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, func, select
+from sqlalchemy import ColumnElement, Row, Select, case, func, select
 
 from soma_vllm.storage.connections import connect
 from soma_vllm.storage.finding import Turn, by_chains, by_link, by_response
-from soma_vllm.storage.records import AdapterRecord, Found, Summary
+from soma_vllm.storage.records import AdapterRecord, Found, LengthCount, Summary
 from soma_vllm.storage.schema import missing_tables, refuse_other_versions
 from soma_vllm.storage.tables import CLOSED, AdapterRow, EventRow, SessionRow, TextRow
 from soma_vllm.types import Event, SessionKey
@@ -106,6 +106,23 @@ class SessionReader:
         if after is not None:
             wanted = wanted.where(SessionRow.updated_at < after)
         return [Summary(SessionKey(*row[:2]), *row[2:]) for row in await self._rows(wanted)]
+
+    async def lengths(self, over_before: float) -> list[LengthCount]:
+        """Dialogues of every tenant by their number of turns; over are those without an append since a Unix
+        time."""
+        dialogue = case((SessionRow.family == "", SessionRow.session), else_=SessionRow.family)
+        over = case((func.max(SessionRow.updated_at) < over_before, 1), else_=0)
+        one = (
+            select(SessionRow.tenant, func.max(SessionRow.turns).label("turns"), over.label("over"))
+            .where(SessionRow.turns > 0)
+            .group_by(SessionRow.tenant, dialogue)
+            .subquery()
+        )
+        wanted = select(one.c.tenant, one.c.turns, one.c.over, func.count()).group_by(
+            one.c.tenant, one.c.turns, one.c.over
+        )
+        rows = await self._rows(wanted)
+        return [LengthCount(tenant, turns, bool(ended), count) for tenant, turns, ended, count in rows]
 
     async def live(self, tenant: str) -> int:
         """A tenant's sessions that are not closed."""

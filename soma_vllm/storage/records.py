@@ -66,3 +66,15 @@ class Summary:
     adapter: str | None
     updated_at: float
     """Unix time, seconds."""
+
+
+@dataclass(frozen=True)
+class LengthCount:
+    """How many dialogues of a tenant have so many turns; branches of one dialogue count once, by the
+    longest."""
+
+    tenant: str
+    turns: int
+    over: bool
+    """Whether they have been silent for long."""
+    sessions: int

@@ -59,10 +59,14 @@ class SessionMetrics:
         self._verdicts = Counter(
             "soma_verdicts", "Candidates chosen by the gate.", ["candidate"], registry=registry
         )
+        self._payback = Counter(
+            "soma_payback", "Whether an adapter was expected to pay.", ["verdict"], registry=registry
+        )
         self._on: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
             "turn": self._turn,
             "audited": self._audited,
             "trained": self._trained,
+            "payback_judged": lambda data: self._payback.labels("pays" if data["pays"] else "costs_more").inc(),
             "judged": lambda data: self._verdicts.labels(data["candidate"]).inc(),
         }
 

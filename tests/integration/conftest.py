@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from marker_original import MarkerOriginal  # type: ignore[import-not-found]
 from running import ROOT, TINY, Running, serving  # type: ignore[import-not-found]
+from tiny_baselines import make_compressor, make_router  # type: ignore[import-not-found]
 
 from soma_vllm.models.home import models_dir
 from soma_vllm.models.tiny import make_tiny
@@ -24,7 +25,21 @@ def tiny_models() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_server(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def tiny_compressor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What LLMLingua-2 loads."""
+    return Path(make_compressor(tmp_path_factory.mktemp("llmlingua2")))
+
+
+@pytest.fixture(scope="session")
+def tiny_router(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What RouteLLM loads."""
+    return Path(make_router(tmp_path_factory.mktemp("routellm")))
+
+
+@pytest.fixture(scope="session")
+def tiny_server(
+    tiny_models: Path, tiny_compressor: Path, tiny_router: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
     """Everything real: both engines, Ray, the store, on random models. Its original audits by reading."""
     settings = {
         # Random models surprise each other beyond measure.
@@ -32,6 +47,10 @@ def tiny_server(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         # They would also rather write blanks for ever than a JSON object.
         "original": {"extra_args": [*BRIEF_JSON, "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]},
         "surrogate": {"extra_args": BRIEF_JSON},
+        "baselines": {
+            "llmlingua2": {"model": str(tiny_compressor)},
+            "routellm": {"checkpoint": str(tiny_router), "threshold": 0.356},
+        },
     }
     with serving(tmp_path_factory.mktemp("tiny"), TINY, settings) as running:
         yield running

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
-from running import TINY, descendants, free_port, gone, serving  # type: ignore[import-not-found]
+from running import TINY, Dialogue, Running, descendants, free_port, gone, serving  # type: ignore[import-not-found]
 
 from soma_vllm.models.home import models_dir
 
@@ -55,14 +58,48 @@ def test_the_check_option_starts_nothing() -> None:
     assert "memory" in done.stdout
 
 
-@pytest.mark.usefixtures("tiny_models")
-def test_sigterm_stops_every_part_and_leaves_no_process_behind(tmp_path: Path) -> None:
-    with serving(tmp_path, TINY) as running:
-        family = descendants(running.process.pid)
-        running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(60) == 0
-        assert gone(family) == set()
-        assert running.said().rstrip().endswith("stopped")
+@pytest.fixture(scope="module")
+def drafting(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server whose surrogate drafts for its original."""
+    settings = {"policy": "speculative", "original": {"draft_tokens": 2}}
+    with serving(tmp_path_factory.mktemp("drafting"), TINY, settings) as running:
+        yield running
+
+
+def test_the_surrogate_drafts_for_the_original_and_the_original_answers_as_ever(
+    drafting: Running, tiny_server: Running
+) -> None:
+    dialogue = Dialogue(drafting, "drafted")
+    plain = Dialogue(tiny_server, "undrafted", model="soma:original")
+    assert dialogue.say("a question") == plain.say("a question")
+    assert dialogue.headers["X-SOMA-Engine"] == "original"
+    assert dialogue.headers["X-SOMA-Reason"] == "policy speculative, 2 tokens drafted"
+    transport = httpx.HTTPTransport(uds=str(drafting.run_dir / "original.sock"))
+    with httpx.Client(transport=transport, base_url="http://original") as child:
+        metrics = child.get("/metrics").text
+    drafts = re.search(r"^vllm:spec_decode_num_drafts_total\{.*\} ([0-9.e+]+)$", metrics, re.MULTILINE)
+    assert drafts is not None
+    assert float(drafts[1]) > 0
+
+
+def test_an_original_that_drafts_still_teaches_by_its_log_probabilities(drafting: Running) -> None:
+    dialogue = Dialogue(
+        drafting, "taught", model="soma", **{"X-SOMA-Policy": "soma", "X-SOMA-Force": "adapter"}
+    )
+    for number in range(1, 4):
+        dialogue.say(f"question {number}")
+    found = drafting.until("taught", "SWITCHED")
+    (submitted,) = (e["data"] for e in found["events"] if e["kind"] == "training_submitted")
+    assert submitted["teacher"] == "logprobs"
+    assert "text_turns" not in submitted
+
+
+def test_sigterm_stops_every_part_and_leaves_no_process_behind(drafting: Running) -> None:
+    family = descendants(drafting.process.pid)
+    drafting.process.send_signal(signal.SIGTERM)
+    assert drafting.process.wait(60) == 0
+    assert gone(family) == set()
+    assert drafting.said().rstrip().endswith("stopped")
 
 
 @pytest.mark.usefixtures("tiny_models")

@@ -1,19 +1,21 @@
-"""What a policy is: an object with one method.
+"""What a policy is: an object with one method, and a second one where deciding takes time.
 
-To add one, write a class with `adapts` and `route`, and name it in the entry-point group `soma_vllm.policies`
-of your own package. It is constructed with the configuration. `route` is pure and fast: it is on the path of
-every request.
+To add one, write a class with `adapting` and `route` and name it in the entry-point group `soma_vllm.policies`
+of your own package; docs/policies.md shows how. It is constructed with the configuration, and raises
+ConfigError where that does not suffice. `route` is pure and fast: it is on the path of every request. A policy
+that must compute something first has `prepare` too, which the dispatcher awaits, and which must not block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from soma_vllm.config import Config
-from soma_vllm.errors import BadRequest, ConfigError
+from soma_vllm.errors import BadRequest, ConfigError, PolicyUnavailable, Unprocessable
+from soma_vllm.session.adapting import Adapting
 from soma_vllm.session.session import Session
 from soma_vllm.session.transcript import Reading
 from soma_vllm.types import Message, Route
@@ -35,6 +37,10 @@ class Asked:
     """The messages that follow those turns."""
     distance: float | None
     """Cosine distance of the query to the warm start's centroid; None where the session has none."""
+    prepared: Any = None
+    """What the policy's own `prepare` returned; None where it has none."""
+    unprepared: str | None = None
+    """Why `prepare` came to nothing: the original answers, and `route` is not asked."""
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -45,19 +51,54 @@ class Asked:
 class Policy(Protocol):
     """Decides who answers a turn."""
 
-    adapts: bool
-    """Whether sessions under this policy are adapted in the background."""
+    adapting: Adapting | None
+    """How sessions under this policy are adapted in the background; None: not at all."""
 
     def route(self, session: Session, asked: Asked) -> Route:
         """Who answers this turn, with which messages, and why."""
         ...
 
 
+@runtime_checkable
+class PreparingPolicy(Policy, Protocol):
+    """A policy that computes something before it decides."""
+
+    async def open(self) -> None:
+        """Start what `prepare` needs, where this policy is the configured one; else the first `prepare` does.
+
+        Raises:
+            PolicyUnavailable: it does not start.
+        """
+        ...
+
+    async def prepare(self, session: Session, asked: Asked) -> Any:
+        """What `route` will find in `asked.prepared`. Runs beside other requests; must not block.
+
+        Raises:
+            PolicyUnavailable: it cannot tell now.
+        """
+        ...
+
+    async def close(self) -> None:
+        """End what was started."""
+        ...
+
+
+async def prepared(policy: Policy, session: Session, asked: Asked) -> Asked:
+    """The turn with what its policy needs to decide."""
+    if not isinstance(policy, PreparingPolicy):
+        return asked
+    try:
+        return replace(asked, prepared=await policy.prepare(session, asked))
+    except PolicyUnavailable as error:
+        return replace(asked, unprepared=str(error))
+
+
 class Policies:
     """The installed policies by name, each made when it is first asked for."""
 
     def __init__(self, config: Config) -> None:
-        """Raises ConfigError: no installed package has the configured policy."""
+        """Raises ConfigError: no installed package has the configured policy, or it is not configured."""
         self._config = config
         self._known = {entry.name: entry for entry in entry_points(group=GROUP)}
         self._made: dict[str, Policy] = {}
@@ -65,7 +106,7 @@ class Policies:
             raise ConfigError(
                 "config", [f"policy: found {config.policy!r}; expected one of {', '.join(self.names())}"]
             )
-        self.default = self.named(config.policy)
+        self.default = self._make(config.policy)
 
     def names(self) -> list[str]:
         """Every policy that may be asked for."""
@@ -76,9 +117,29 @@ class Policies:
 
         Raises:
             BadRequest: there is none of that name.
+            Unprocessable: the configuration does not suffice for it.
         """
         if name not in self._known:
             raise BadRequest(f"policy: found {name!r}; expected one of {', '.join(self.names())}", "policy")
         if name not in self._made:
-            self._made[name] = cast(Policy, self._known[name].load()(self._config))
+            try:
+                self._make(name)
+            except ConfigError as error:
+                why = "; ".join(error.problems)
+                raise Unprocessable(f"policy {name!r} is not set up here: {why}", "policy") from error
         return self._made[name]
+
+    def _make(self, name: str) -> Policy:
+        self._made[name] = cast(Policy, self._known[name].load()(self._config))
+        return self._made[name]
+
+    async def open(self) -> None:
+        """Start what the configured policy needs. Raises PolicyUnavailable."""
+        if isinstance(self.default, PreparingPolicy):
+            await self.default.open()
+
+    async def close(self) -> None:
+        """End what any policy started."""
+        for policy in self._made.values():
+            if isinstance(policy, PreparingPolicy):
+                await policy.close()

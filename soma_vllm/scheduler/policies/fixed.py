@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from soma_vllm.config import Config
 from soma_vllm.scheduler.policies.base import Asked
+from soma_vllm.session.adapting import Adapting
 from soma_vllm.session.session import Session
 from soma_vllm.types import Role, Route
 
@@ -11,20 +12,21 @@ from soma_vllm.types import Role, Route
 class OriginalPolicy:
     """The original answers every turn under the full history."""
 
-    adapts = False
+    adapting: Adapting | None = None
+    reason = "policy original"
 
     def __init__(self, config: Config) -> None:
         pass
 
     def route(self, session: Session, asked: Asked) -> Route:
         """Always the original."""
-        return Route(Role.ORIGINAL, None, asked.messages, "policy original")
+        return Route(Role.ORIGINAL, None, asked.messages, self.reason)
 
 
 class SurrogatePolicy:
     """The plain surrogate answers every turn under the full history."""
 
-    adapts = False
+    adapting: Adapting | None = None
 
     def __init__(self, config: Config) -> None:
         pass

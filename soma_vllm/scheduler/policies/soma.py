@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from soma_vllm.config import Config
 from soma_vllm.scheduler.policies.base import Asked
+from soma_vllm.session.adapting import Adapting
 from soma_vllm.session.phases import Phase
 from soma_vllm.session.prefix import compress
 from soma_vllm.session.session import Session
@@ -17,7 +18,7 @@ from soma_vllm.types import Role, Route
 class SomaPolicy:
     """Warm start, switch, locality."""
 
-    adapts = True
+    adapting: Adapting | None = Adapting("soma")
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -32,13 +33,24 @@ class SomaPolicy:
         return Route(Role.SURROGATE, session.adapter, messages, f"switched to {session.serving}{near}")
 
     def _objection(self, session: Session, asked: Asked) -> str | None:
-        if session.phase is Phase.WARM_START:
-            return f"warm start {len(session.warm_turns()) + 1} of {self._config.warm_window}"
-        if session.phase is not Phase.SWITCHED:
-            return session.phase.lower().replace("_", " ")
-        if asked.body.get("tools") and not self._config.surrogate.tools:
-            return "tools"
+        if (objection := others_turn(self._config, self.adapting, session, asked)) is not None:
+            return objection
         threshold = self._config.gate.locality_threshold
         if asked.distance is not None and not asked.distance <= threshold:
             return f"locality {asked.distance:.2f} above {threshold:g}"
         return None
+
+
+def others_turn(config: Config, adapting: Adapting | None, session: Session, asked: Asked) -> str | None:
+    """Why a session that is adapted under these rules is not the surrogate's to answer; None where it is.
+
+    A session that was switched under other rules is served under those alone.
+    """
+    if session.phase is Phase.WARM_START:
+        return f"warm start {len(session.warm_turns()) + 1} of {config.warm_window}"
+    if session.phase is not Phase.SWITCHED:
+        return session.phase.lower().replace("_", " ")
+    theirs = session.adapting
+    if theirs is not None and adapting is not None and theirs.policy != adapting.policy:
+        return f"adapted under {theirs.policy}"
+    return "tools" if asked.body.get("tools") and not config.surrogate.tools else None

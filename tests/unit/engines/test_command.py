@@ -13,6 +13,7 @@ from soma_vllm.engines.command import (
     LORA_RANKS,
     child_command,
     child_environment,
+    original_arguments,
     slot_rank,
     surrogate_arguments,
     vllm_arguments,
@@ -46,6 +47,25 @@ def test_a_childs_command_line_says_to_vllm_what_the_config_says(
     assert args.enable_log_requests is False
     assert args.disable_uvicorn_access_log is True
     assert args.uds == str(tmp_path / "original.sock")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_surrogate_drafts_for_the_original_where_the_config_says_so(
+    parser: argparse.ArgumentParser, device: str
+) -> None:
+    config = parse_config({"original": {"device": device, "draft_tokens": 4}}, "test")
+    args = parser.parse_args(original_arguments(config, "/models/big", "big", "/models/small"))
+    assert args.speculative_config == {
+        "method": "draft_model",
+        "model": "/models/small",
+        "num_speculative_tokens": 4,
+    }
+    assert args.model == "/models/big"
+
+
+def test_nothing_drafts_unless_it_is_asked_for(parser: argparse.ArgumentParser) -> None:
+    args = parser.parse_args(original_arguments(Config(), "/models/big", "big", "/models/small"))
+    assert args.speculative_config is None
 
 
 def test_on_a_gpu_the_engine_takes_a_share_of_its_memory(parser: argparse.ArgumentParser) -> None:

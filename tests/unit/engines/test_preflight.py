@@ -144,6 +144,18 @@ def test_slots_that_nothing_can_use_and_memory_for_no_more_than_slots_are_noted(
     assert "surrogate.max_cpu_loras: as many as slots, 8" in lines
 
 
+def test_a_draft_model_needs_the_originals_vocabulary_and_memory_of_its_own(
+    document: dict[str, Any], models: dict[str, Path]
+) -> None:
+    document["original"]["draft_tokens"] = 3
+    for role, size in (("original", 1000), ("surrogate", 1000)):
+        (models[role] / "config.json").write_text(json.dumps({**ARCHITECTURE, "vocab_size": size}))
+    assert "the surrogate drafts for the original" in check(document, models)
+    (models["surrogate"] / "config.json").write_text(json.dumps({**ARCHITECTURE, "vocab_size": 999}))
+    found = problems(document, models)
+    assert "original.draft_tokens: found vocabularies of 1000 (original) and 999 (surrogate)" in found
+
+
 def test_a_context_longer_than_the_models_is_told(document: dict[str, Any], models: dict[str, Path]) -> None:
     document["surrogate"]["max_model_len"] = 5000
     assert "surrogate.max_model_len: found 5000; expected at most 4096" in problems(document, models)

@@ -127,6 +127,12 @@ def test_scoring_audits_need_an_original_that_is_a_vllm() -> None:
         parse_config({**settings, "original": endpoint}, "it").for_serving()
 
 
+def test_an_endpoint_of_somebody_elses_takes_no_draft_model() -> None:
+    original = {"url": "http://127.0.0.1:1/v1", "name": "big", "draft_tokens": 4}
+    with pytest.raises(ConfigError, match=r"original\.draft_tokens: found 4 with original\.url; expected 0"):
+        parse_config({"surrogate_model": "small", "original": original}, "it").for_serving()
+
+
 def test_no_key_exists_that_nothing_reads() -> None:
     package = ROOT / "soma_vllm"
     sources = [p.read_text(encoding="utf-8") for p in package.rglob("*.py") if p.name != "config.py"]

@@ -14,12 +14,13 @@ import soma_vllm
 PACKAGE = Path(soma_vllm.__file__).parent
 
 FOUNDATION = frozenset({"errors", "types", "config", "versions"})
+ROOMS = ("method", "adapters", "engines", "storage", "models", "baselines")
 BELOW: dict[str, frozenset[str]] = {
     "session": FOUNDATION,
-    **{room: FOUNDATION | {"session"} for room in ("method", "adapters", "engines", "storage", "models")},
+    **{room: FOUNDATION | {"session"} for room in ROOMS},
 }
 BELOW["training"] = BELOW["method"] | {"method"}
-BELOW["scheduler"] = BELOW["training"] | {"adapters", "engines", "storage", "models", "training"}
+BELOW["scheduler"] = BELOW["training"] | {*ROOMS, "training"}
 BELOW["telemetry"] = BELOW["scheduler"] | {"scheduler"}
 BELOW["evaluation"] = BELOW["scheduler"]
 BELOW["api"] = BELOW["scheduler"] | {"scheduler"}
@@ -38,8 +39,16 @@ HEAVY = {
     "transformers": {"method", "models"},
     "peft": {"method"},
     "fastapi": {"api"},
-    "sqlalchemy": {"storage", "scheduler/book.py", "scheduler/journal.py", "scheduler/custody.py"},
+    "sqlalchemy": {
+        "storage",
+        "scheduler/book.py",
+        "scheduler/journal.py",
+        "scheduler/custody.py",
+        "scheduler/payback.py",
+    },
     "matplotlib": {"cli", "evaluation"},
+    "llmlingua": {"baselines"},
+    "routellm": {"baselines"},
 }
 VLLM_INTERNALS = {
     "engines/vllm_internals.py",

@@ -51,6 +51,18 @@ def test_an_adaptation_scores_both_candidates_and_leaves_the_surrogate_pristine(
     assert pickle.loads(pickle.dumps(result)) == result
 
 
+def test_without_held_out_turns_an_adapter_is_trained_on_all_and_judged_on_none(
+    surrogate: Surrogate, examples: Turns, tmp_path: Path
+) -> None:
+    lora = LORA.model_copy(update={"checkpoints": (1, 2)})
+    result = adapt(surrogate, examples, (), Mining(enabled=False), lora, seed=0, out_dir=tmp_path)
+    assert set(result.weights.values()) == {1.0}
+    assert result.steps == 4
+    assert result.plain.tokens == result.adapted.tokens == 0
+    assert result.checkpoints == ()
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
 def test_the_probe_tells_the_saved_adapter_from_the_plain_surrogate(
     qwen: Surrogate, examples: Turns, held_out: Turns, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from sqlalchemy.exc import IntegrityError
 
 from soma_vllm.errors import ConfigError
-from soma_vllm.storage.records import AdapterRecord, Found, Standing, TurnMark
+from soma_vllm.storage.records import AdapterRecord, Found, LengthCount, Standing, TurnMark
 from soma_vllm.storage.sessions import SessionStore, reading
 from soma_vllm.storage.tables import RETIRED
 from soma_vllm.types import Event, SessionKey
@@ -59,6 +60,27 @@ async def test_whatever_a_client_types_comes_back_exactly(store: SessionStore, o
     assert (await store.summaries("t", 1))[0].key == key
     await store.delete(key)
     assert await store.keys() == []
+
+
+async def test_dialogues_are_counted_by_length_and_branches_of_one_only_once(store: SessionStore) -> None:
+    await put(store, "short", ["a"])
+    await put(store, "long", ["b", "c", "d"])
+    await put(store, "root", ["e", "f"], family="root")
+    await put(store, "root~1", ["e", "g", "h"], family="root")
+    await store.append(SessionKey("u", "theirs"), 0, [turn()], STANDING)
+    await store.append(SessionKey("t", "silent"), 0, [Event("closed", 0.0, {})], replace(STANDING, turns=0))
+    live = await store.lengths(0.0)
+    assert set(live) == {
+        LengthCount("t", 1, False, 1),
+        LengthCount("t", 3, False, 2),
+        LengthCount("u", 1, False, 1),
+    }
+    over = await store.lengths(time.time() + 60.0)
+    assert {(count.tenant, count.turns, count.sessions) for count in over if count.over} == {
+        ("t", 1, 1),
+        ("t", 3, 2),
+        ("u", 1, 1),
+    }
 
 
 async def test_numbers_that_json_has_no_word_for_come_back(store: SessionStore) -> None:

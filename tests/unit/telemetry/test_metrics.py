@@ -51,3 +51,12 @@ def test_gaps_and_surprises_are_counted_apart() -> None:
     metrics(key, Event("audited", 0.0, {"kind": "surprise", "gap": None, "surprise": 1.5, **served}))
     assert registry.get_sample_value("soma_audit_gap_sum", {"engine": "surrogate"}) == 0.25
     assert registry.get_sample_value("soma_audit_surprise_nats_sum") == 1.5
+
+
+def test_payback_decisions_are_counted_by_verdict() -> None:
+    registry = CollectorRegistry()
+    metrics = SessionMetrics(registry)
+    for pays in (True, False, False):
+        metrics(SessionKey("t", "s"), Event("payback_judged", 0.0, {"pays": pays}))
+    assert registry.get_sample_value("soma_payback_total", {"verdict": "pays"}) == 1
+    assert registry.get_sample_value("soma_payback_total", {"verdict": "costs_more"}) == 2

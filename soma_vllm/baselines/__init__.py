@@ -1,0 +1,1 @@
+"""Third-party methods to compare with, each in a process of its own."""

@@ -1,0 +1,161 @@
+"""The payback decision inside an adaptation, from this server's own record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from scheduler_house import Build, House  # type: ignore[import-not-found]
+
+from soma_vllm.scheduler.payback import REFRESH_S, PaybackWatch
+from soma_vllm.session.phases import Phase
+from soma_vllm.types import Candidate, Event
+
+AUTO = {"payback": "auto"}
+LONG = {"remaining_turns": 1000.0, "training_s": 1.0}
+SHORT = {"remaining_turns": 0.01, "training_s": 100.0}
+
+
+async def warmed(house: House, session: str = "s", **extra: Any) -> list[dict[str, Any]]:
+    history: list[dict[str, Any]] = []
+    for number in (1, 2):
+        await house.say(history, f"question {number}", session, **extra)
+    await house.settled()
+    return history
+
+
+def event(house: House, kind: str) -> Mapping[str, Any]:
+    (found,) = (event.data for _, event in house.events if event.kind == kind)
+    return found
+
+
+async def test_an_adapter_is_trained_where_the_expected_turns_pay_for_it(build: Build) -> None:
+    house = build(adaptation=AUTO, payback=LONG)
+    await house.book.start()
+    house.surrogate.answers = ["different", "same"]
+    await warmed(house)
+    assert house.session().serving is Candidate.ADAPTER
+    judged = event(house, "payback_judged")
+    assert judged["pays"] is True
+    assert judged["gain"] > judged["cost"]
+    assert {"remaining_turns", "saving_per_turn", "cost", "admitted"} <= judged.keys()
+
+
+async def test_a_session_that_is_not_worth_an_adapter_stays_with_the_original_and_says_why(
+    build: Build,
+) -> None:
+    house = build(adaptation=AUTO, payback=SHORT)
+    await house.book.start()
+    house.surrogate.answers = ["different"]
+    await warmed(house)
+    assert house.trainer.requests == []
+    assert house.session().phase is Phase.ORIGINAL_ONLY
+    assert event(house, "payback_judged")["pays"] is False
+    reason = event(house, "refused")["reason"]
+    assert "plain: gap" in reason
+    assert "does not cover its cost" in reason
+
+
+async def test_a_plain_surrogate_that_passes_is_admitted_whatever_an_adapter_would_cost(build: Build) -> None:
+    house = build(adaptation=AUTO, payback=SHORT)
+    await house.book.start()
+    await warmed(house)
+    assert house.session().serving is Candidate.PLAIN
+    assert "payback_judged" not in house.kinds()
+
+
+async def test_without_the_plain_surrogate_as_a_candidate_the_original_keeps_what_does_not_pay(
+    build: Build,
+) -> None:
+    house = build(adaptation={**AUTO, "candidates": ["adapter"]}, payback=SHORT)
+    await house.book.start()
+    await warmed(house)
+    assert house.session().phase is Phase.ORIGINAL_ONLY
+
+
+@pytest.mark.parametrize(("mode", "trainings"), [("always", 1), ("never", 0)])
+async def test_always_and_never_do_not_ask(build: Build, mode: str, trainings: int) -> None:
+    house = build(adaptation={"payback": mode}, payback=SHORT if mode == "always" else LONG)
+    await house.book.start()
+    house.surrogate.answers = ["different", "same"]
+    await warmed(house)
+    assert len(house.trainer.requests) == trainings
+    assert "payback_judged" not in house.kinds()
+
+
+async def test_a_study_that_forces_an_adapter_gets_one(build: Build) -> None:
+    house = build(adaptation=AUTO, payback=SHORT)
+    await house.book.start()
+    await warmed(house, headers={"x-soma-force": "adapter"})
+    assert house.session().serving is Candidate.ADAPTER
+
+
+async def test_a_restarted_server_still_knows_how_long_its_sessions_are(build: Build) -> None:
+    first = build(adaptation=AUTO)
+    await first.book.start()
+    for number in range(30):
+        await first.say([], "only one question", f"short-{number}")
+    history: list[dict[str, Any]] = []
+    for number in range(12):
+        await first.say(history, f"question {number}", "long", model="soma:original")
+    await first.book.written()
+    session = first.session("long")
+    # A clock beyond `over_after_s`: to it every session on record is over.
+    late = PaybackWatch(first.config, first.store, clock=lambda: 4.0e9)
+    judged = await late.judge(session)
+    assert judged.remaining_turns < first.config.payback.remaining_turns / 2
+    early = await PaybackWatch(first.config, first.store, clock=lambda: 0.0).judge(session)
+    assert early.remaining_turns > judged.remaining_turns
+
+
+async def test_the_record_is_read_at_most_once_a_minute_and_outages_leave_the_last_reading(
+    build: Build,
+) -> None:
+    house = build()
+    await house.book.start()
+    await house.say([], "question")
+    now = [1000.0]
+    reads = []
+
+    class Watched:
+        async def lengths(self, over_before: float) -> Any:
+            reads.append(over_before)
+            if len(reads) > 1:
+                raise OSError("away")
+            return await house.store.lengths(4.0e9)
+
+    watch = PaybackWatch(house.config, Watched(), clock=lambda: now[0])  # type: ignore[arg-type]
+    first = await watch.judge(house.session())
+    assert await watch.judge(house.session()) == first
+    assert len(reads) == 1
+    now[0] += REFRESH_S
+    assert await watch.judge(house.session()) == first
+    assert len(reads) == 2
+
+
+async def test_costs_are_learned_from_turns_trainings_and_verdicts(build: Build) -> None:
+    house = build()
+    watch = PaybackWatch(house.config, house.store)
+    await house.book.start()
+    await house.say([], "question")
+    before = await watch.judge(house.session())
+    usage = {"prompt_tokens": 100, "completion_tokens": 10}
+
+    def turn(engine: str, latency: float) -> Event:
+        data = {"engine": engine, "latency_s": latency, "ttft_s": None, "usage": usage, "complete": True}
+        return Event("turn", 0.0, data)
+
+    key = house.session().key
+    for _ in range(100):
+        watch(key, turn("original", 30.0))
+        watch(key, turn("surrogate", 3.0))
+        watch(key, Event("trained", 0.0, {"mining_s": 1.0, "finetune_s": 2.0, "scoring_s": 3.0}))
+        numbers = {"candidates": {"plain": {"passes": False}, "adapter": {"passes": True}}}
+        watch(key, Event("judged", 0.0, {"candidate": "adapter", "numbers": numbers}))
+    watch(key, Event("judged", 0.0, {"candidate": "plain", "numbers": {"candidates": {"plain": {}}}}))
+    after = await watch.judge(house.session())
+    assert after.saving_per_turn == pytest.approx(27.0, rel=0.1)
+    assert after.cost == pytest.approx(6.0 + 3.0, rel=0.2)
+    assert after.admitted == pytest.approx(1.0, abs=0.05)
+    assert after.remaining_turns == before.remaining_turns
