@@ -21,6 +21,7 @@ COLOUR = {
     "function": {
         "name": "paint",
         "description": "Paint the wall.",
+        "strict": True,
         "parameters": {
             "type": "object",
             "properties": {"colour": {"enum": ["red", "blue"]}},
@@ -196,7 +197,8 @@ async def test_a_tool_is_called_and_its_result_is_answered_in_the_same_session(
     client: Client, tiny_server: Running, request: pytest.FixtureRequest
 ) -> None:
     session = f"tools-{request.node.callspec.id}"
-    asked = {"tools": [COLOUR], "max_tokens": 60, "extra_headers": {"X-Session-ID": session}}
+    asked: dict[str, Any] = {"tools": [COLOUR], "max_tokens": 200, "temperature": 1.0, "seed": 3}
+    asked["extra_headers"] = {"X-Session-ID": session}
     # By its name: with "required" a random model calls it again and again.
     paint = {"type": "function", "function": {"name": "paint"}}
     headers, first = await client.chat(tool_choice=paint, **asked)

@@ -18,6 +18,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 import schemathesis
+import uvloop
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
@@ -80,7 +81,10 @@ class Fuzzing:
 
 @pytest.fixture(scope="module")
 def fuzzing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzing]:
-    with asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
+    with (
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,  # soma-serve's own loop
+        pytest.MonkeyPatch.context() as patch,
+    ):
         # On a machine with more to do than this the store is slow, and not away.
         patch.setattr(book, "LOOKUP_S", PATIENCE_S)
         patch.setattr(custody, "WRITTEN_S", PATIENCE_S)
