@@ -15,6 +15,7 @@
     │   └── ChecksumMismatch                 bytes arrived, but not the promised ones
     ├── AdapterError                         an adapter is not fit to be published or loaded
     │   └── AdapterRejected                  `verify` found what is wrong with its files
+    ├── IllegalMove                          a bug: an adapter may not go from its state to that one
     ├── StoreUnavailable                     the session store does not answer                 -> 503
     ├── EngineError                          an engine did not answer
     │   ├── EngineUnavailable                it is not running, or not yet                     -> 503
@@ -112,6 +113,10 @@ class AdapterRejected(AdapterError):
     def __init__(self, name: str, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
         super().__init__(f"adapter {name} rejected: {'; '.join(self.problems)}")
+
+
+class IllegalMove(SomaError):
+    """An adapter may not go from its state to that one."""
 
 
 class StoreUnavailable(SomaError):

@@ -173,6 +173,7 @@ async def test_sessions_unused_for_too_long_are_removed_and_others_stay(build: B
     await warmed(house, "new")
     await house.book.written()
     assert await house.custody.sweep() == 1
+    await house.book.written()
     found = await house.custody.summaries(None, 10, None)
     assert [summary.key.session for summary in found] == ["new"]
 
