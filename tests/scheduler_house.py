@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from soma_vllm.adapters.budgets import Reason
+from soma_vllm.adapters.manifest import FileFacts, PublishedAdapter
 from soma_vllm.config import Config
 from soma_vllm.engines.base import ChatCall, Salts
 from soma_vllm.engines.fake import FakeEngine
-from soma_vllm.errors import TooManyRequests, TrainingError
+from soma_vllm.errors import NotFound, TooManyRequests, TrainingError
 from soma_vllm.scheduler.adaptation import Adaptation
+from soma_vllm.scheduler.adapter_custody import AdapterCustody
+from soma_vllm.scheduler.adapter_notices import AdapterNotices
 from soma_vllm.scheduler.background import Background
 from soma_vllm.scheduler.book import SessionBook
 from soma_vllm.scheduler.custody import Custody
@@ -135,8 +140,12 @@ class FakeTrainer:
 class FakeShelf:
     """Numbers adapters and remembers what was retired."""
 
+    owner = "us"
+
     def __init__(self, log: list[str]) -> None:
         self.published: list[str] = []
+        self.there: dict[str, PublishedAdapter] = {}
+        self.pinned: set[str] = set()
         self._log = log
 
     def publish(
@@ -145,10 +154,32 @@ class FakeShelf:
         number = len(self.published) + 1
         name = f"adapter-{key.session}-{number}"
         self.published.append(name)
-        return AdapterRef(name, number, str(trained))
+        ref = AdapterRef(name, number, str(trained))
+        self.there[name] = PublishedAdapter(
+            ref, key, 1, time.time(), base_model, 8, self.owner, FileFacts("0", 1000), FileFacts("0", 24)
+        )
+        return ref
 
     def retire(self, name: str) -> None:
+        self.there.pop(name, None)
         self._log.append(f"delete {name}")
+
+    def resolve(self, name: str) -> AdapterRef:
+        if name not in self.there:
+            raise NotFound(f"adapter {name}")
+        return self.there[name].ref
+
+    def list(self, tenant: str | None = None) -> tuple[PublishedAdapter, ...]:
+        return tuple(one for one in self.there.values() if tenant in (None, one.key.tenant))
+
+    def pins(self) -> frozenset[str]:
+        return frozenset(self.pinned)
+
+    def forget(self, key: SessionKey) -> None:
+        pass
+
+    def collect_garbage(self) -> int:
+        return 0
 
 
 class OpenMeter:
@@ -170,6 +201,23 @@ class OpenMeter:
         return self.adapters is None or adapters < self.adapters
 
 
+class Stock:
+    """Remembers what was measured of adapters."""
+
+    def __init__(self) -> None:
+        self.on_shelf = (0, 0)
+        self.evictions: list[Reason] = []
+
+    def kept(self, count: int, size_bytes: int) -> None:
+        self.on_shelf = (count, size_bytes)
+
+    def evicted(self, reason: Reason) -> None:
+        self.evictions.append(reason)
+
+    def loaded(self, seconds: float) -> None:
+        pass
+
+
 class HashEncoder:
     """Equal texts are equal, different ones orthogonal or nearly so."""
 
@@ -183,18 +231,22 @@ class HashEncoder:
 class House:
     """Everything a test needs to talk to a dispatcher and look behind it."""
 
-    def __init__(self, config: Config, store: SessionStore) -> None:
+    def __init__(self, config: Config, store: SessionStore, shelf: Any = None) -> None:
         self.config = config
         speaks_vllm = config.original.api == "vllm"
         self.teachers = Teachers(config, why_text(config, speaks_vllm, same_vocabulary=True))
         self.original = FakeOriginal()
         self.surrogate = FakeSurrogate()
         self.trainer = FakeTrainer()
-        self.shelf = FakeShelf(self.surrogate.log)
+        self.shelf = shelf or FakeShelf(self.surrogate.log)
+        self.notices = AdapterNotices()
+        self.stock = Stock()
         self.meter = OpenMeter()
         self.events: list[tuple[SessionKey, Event]] = []
         self.book = SessionBook(
-            config, store, [lambda key, event: self.events.append((key, event)), self.teachers]
+            config,
+            store,
+            [lambda key, event: self.events.append((key, event)), self.teachers, self.notices],
         )
         self.holds = AdapterHolds(config.surrogate.max_loras)
         encoder = HashEncoder()
@@ -235,8 +287,20 @@ class House:
             self.meter,
         )
         self.salts = Salts()
+        self.adapters = AdapterCustody(
+            config, self.book, store, self.adaptation, self.shelf, self.notices, self.stock, orphan_after_s=0.0
+        )
         self.custody = Custody(
-            config, self.book, store, self.adaptation, self.background, self.shelf, self.salts, self.meter
+            config,
+            self.book,
+            store,
+            self.adaptation,
+            self.background,
+            self.shelf,
+            self.salts,
+            self.meter,
+            self.adapters,
+            self.notices,
         )
 
     async def say(

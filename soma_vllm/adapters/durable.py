@@ -37,9 +37,22 @@ def write_atomically(path: Path, text: str) -> None:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock on a file (made if need be) or an existing directory; waits for others."""
+    with _held(path, fcntl.LOCK_EX):
+        yield
+
+
+@contextmanager
+def locked_with_others(path: Path) -> Iterator[None]:
+    """Hold a lock that others may hold in this way as well, but nobody as `locked`."""
+    with _held(path, fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def _held(path: Path, how: int) -> Iterator[None]:
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(handle, how)
         yield
     finally:
         os.close(handle)

@@ -13,7 +13,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,9 @@ from typing import Any
 import aiohttp
 
 from soma_vllm.adapters.durable import is_locked
-from soma_vllm.adapters.store import AdapterStore
+from soma_vllm.adapters.manifest import PublishedAdapter
+from soma_vllm.adapters.roots import AnyAdapterStore, open_root
+from soma_vllm.adapters.verify import Demands
 from soma_vllm.api.allowances import Allowances
 from soma_vllm.config import Config
 from soma_vllm.engines.base import Salts
@@ -40,6 +42,8 @@ from soma_vllm.errors import PreflightError, TrainingError
 from soma_vllm.models.home import soma_home
 from soma_vllm.models.vocabulary import Vocabulary, read_vocabulary
 from soma_vllm.scheduler.adaptation import Adaptation
+from soma_vllm.scheduler.adapter_custody import AdapterCustody
+from soma_vllm.scheduler.adapter_notices import AdapterNotices, ShelfFiles
 from soma_vllm.scheduler.background import Background
 from soma_vllm.scheduler.book import SessionBook
 from soma_vllm.scheduler.custody import Custody
@@ -53,6 +57,7 @@ from soma_vllm.scheduler.recorder import Recorder
 from soma_vllm.scheduler.teaching import Teachers, why_text
 from soma_vllm.storage.keys import KeyStore
 from soma_vllm.storage.sessions import SessionStore
+from soma_vllm.telemetry.adapters import AdapterMetrics
 from soma_vllm.telemetry.metrics import SessionMetrics
 from soma_vllm.training.pair import ANYONE, owner_of
 from soma_vllm.types import AdapterRef, SessionKey
@@ -78,8 +83,13 @@ class ModelPaths:
 class StoreShelf:
     """The adapter store, as the scheduler's `Shelf`."""
 
-    def __init__(self, store: AdapterStore) -> None:
+    def __init__(self, store: AnyAdapterStore) -> None:
         self._store = store
+
+    @property
+    def owner(self) -> str:
+        """Written into everything published here."""
+        return self._store.owner
 
     def publish(
         self, key: SessionKey, trained: Path, *, base_model: str, manifest: Mapping[str, Any]
@@ -90,6 +100,26 @@ class StoreShelf:
     def retire(self, name: str) -> None:
         """Delete."""
         self._store.retire(name)
+
+    def resolve(self, name: str) -> AdapterRef:
+        """Have the files on this machine, whole."""
+        return self._store.resolve(name)
+
+    def list(self, tenant: str | None = None) -> Sequence[PublishedAdapter]:
+        """What is published."""
+        return self._store.list(tenant)
+
+    def pins(self) -> frozenset[str]:
+        """What is never evicted."""
+        return self._store.pins()
+
+    def forget(self, key: SessionKey) -> None:
+        """Remove a session's empty folder."""
+        self._store.forget(key)
+
+    def collect_garbage(self) -> int:
+        """Delete what killed servers left."""
+        return self._store.collect_garbage()
 
 
 class SomaServer:
@@ -166,14 +196,21 @@ class SomaServer:
         encoder = await self._load_encoder()
         trainer = await self._start_trainers()
         original = await self._reach_original()
-        surrogate = SurrogateEngine(self._surrogate_name, PrivateChat(engine_client, state), self._salts)
+        stock = AdapterMetrics()
+        notices = AdapterNotices()
+        shelf = StoreShelf(self._open_shelf())
+        surrogate = SurrogateEngine(
+            self._surrogate_name,
+            PrivateChat(engine_client, state),
+            self._salts,
+            ShelfFiles(shelf, notices, stock),
+        )
         teachers = await self._engage_teachers(original.speaks_vllm)
         meter = self.allowances
-        book = SessionBook(self._config, store, [SessionMetrics(), teachers])
+        book = SessionBook(self._config, store, [SessionMetrics(), stock, notices, teachers])
         await book.start()
         self._cleanup.push_async_callback(book.stop)
         holds = AdapterHolds(self._config.surrogate.max_loras)
-        shelf = StoreShelf(self._open_shelf())
         adaptation = Adaptation(self._config, book, surrogate, trainer, shelf, encoder, holds, teachers, meter)
         background = Background(book)
         self._cleanup.push_async_callback(background.stop)
@@ -192,7 +229,10 @@ class SomaServer:
             teachers,
             meter,
         )
-        custody = Custody(self._config, book, store, adaptation, background, shelf, self._salts, meter)
+        adapters = AdapterCustody(self._config, book, store, adaptation, shelf, notices, stock)
+        custody = Custody(
+            self._config, book, store, adaptation, background, shelf, self._salts, meter, adapters, notices
+        )
         await custody.start()
         self._cleanup.push_async_callback(custody.stop)
         self._begun = True
@@ -276,12 +316,16 @@ class SomaServer:
         self._say(f"sessions   {await store.count()} on record")
         return store
 
-    def _open_shelf(self) -> AdapterStore:
-        return AdapterStore(
-            Path(self._filled(self._config.adapters.root)),
-            max_rank=self._config.lora.rank,
-            base_model=str(self._paths.surrogate),
+    def _open_shelf(self) -> AnyAdapterStore:
+        store = open_root(
+            self._filled(self._config.adapters.root),
+            self._filled(self._config.adapters.cache),
+            demands=Demands.of_model(self._paths.surrogate, self._config.lora.rank),
+            record=self._filled(self._config.storage.url),
         )
+        # Told to `soma adapters`, which deletes nothing under a running server.
+        self._cleanup.enter_context(store.in_service())
+        return store
 
     async def _load_encoder(self) -> ThreadedEncoder:
         from soma_vllm.method.encoder import SentenceEncoder

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
@@ -32,11 +33,43 @@ class ChatServing(Protocol):
     async def remove(self, ref: AdapterRef) -> None: ...
 
 
+class AdapterFiles(Protocol):
+    """Where adapters' files come from, and who wants to know of loads."""
+
+    async def at_hand(self, ref: AdapterRef) -> AdapterRef:
+        """An adapter whose files lie on this machine, whole. Raises EngineUnavailable."""
+        ...
+
+    def loaded(self, started: float) -> None:
+        """The adapter is in the engine; loading began at this `time.monotonic()`."""
+        ...
+
+
+class FilesInPlace:
+    """Adapters whose files lie where their references say."""
+
+    async def at_hand(self, ref: AdapterRef) -> AdapterRef:
+        """The same adapter, if its files are there. Raises EngineUnavailable."""
+        if not await asyncio.to_thread(Path(ref.path, "adapter_config.json").is_file):
+            raise EngineUnavailable(f"adapter {ref.name} has no files")
+        return ref
+
+    def loaded(self, started: float) -> None:
+        """Nobody wants to know."""
+
+
 class SurrogateEngine:
     """Chat completions of the small model, plain or under an adapter."""
 
-    def __init__(self, name: str, serving: ChatServing, salts: Salts | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        serving: ChatServing,
+        salts: Salts | None = None,
+        files: AdapterFiles | None = None,
+    ) -> None:
         self.name = name
+        self._files = files or FilesInPlace()
         self._salts = salts or Salts()
         self._serving = serving
         self._loaded: dict[str, AdapterRef] = {}
@@ -69,11 +102,12 @@ class SurrogateEngine:
         """
         async with self._locks[ref.name]:
             if ref.name not in self._loaded:
-                if not await asyncio.to_thread(Path(ref.path, "adapter_config.json").is_file):
-                    # vLLM would find out in its engine process, and take everybody's requests down with it.
-                    raise EngineUnavailable(f"adapter {ref.name} has no files")
-                await self._serving.add(ref)
-                self._loaded[ref.name] = ref
+                started = time.monotonic()
+                # Looked at here: vLLM would find out in its engine process, and take everybody's requests down.
+                here = await self._files.at_hand(ref)
+                await self._serving.add(here)
+                self._loaded[ref.name] = here
+                self._files.loaded(started)
 
     async def unload(self, ref: AdapterRef) -> None:
         """Free an adapter's memory. The caller sees to it that no request uses it."""

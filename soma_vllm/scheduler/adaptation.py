@@ -20,6 +20,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from soma_vllm.errors import (
     AdapterError,
     EngineError,
     EngineRefused,
+    NotFound,
     SomaError,
     StoreUnavailable,
     TrainingError,
@@ -38,6 +40,7 @@ from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.scheduler.ports import AdapterEngine, Encoder, Meter, Shelf, Trainer
 from soma_vllm.scheduler.shadow import adapted_answer, gaps_between
 from soma_vllm.scheduler.teaching import Teachers
+from soma_vllm.session.adapter_states import AdapterState
 from soma_vllm.session.gate import Verdict, centroid, judge
 from soma_vllm.session.phases import Phase
 from soma_vllm.session.prefix import compress
@@ -82,6 +85,7 @@ class Adaptation:
         self._holds = holds
         self._teachers = teachers
         self._meter = meter
+        self._retiring: set[str] = set()
 
     def begin(self, key: SessionKey, forced: Candidate | None) -> Coroutine[Any, Any, None]:
         """Mark a session whose warm start is complete as adapting, now; the coroutine does the rest."""
@@ -125,16 +129,30 @@ class Adaptation:
 
     async def retire(self, key: SessionKey, ref: AdapterRef) -> None:
         """Take an adapter that serves nobody out of the engine once its last token is out, and delete it."""
-        if await self._book.in_use(ref):
+        gone = self._book.adapter_state(ref.name) is AdapterState.RETIRED
+        if gone or ref.name in self._retiring:
             return
+        self._retiring.add(ref.name)
+        try:
+            if not await self._book.in_use(ref):
+                self._book.note(key, "adapter_draining", adapter=asdict(ref))
+                if await self.withdraw(ref):
+                    self._book.note(key, "adapter_retired", adapter=asdict(ref))
+        finally:
+            self._retiring.discard(ref.name)
+
+    async def withdraw(self, ref: AdapterRef) -> bool:
+        """The same for an adapter that no live session speaks of; False where it has to be tried again."""
         await self._holds.leaving(ref.name)
         try:
             await self._surrogate.unload(ref)
-            await asyncio.to_thread(self._shelf.retire, ref.name)
-            self._holds.left(ref.name)
-            self._book.note(key, "adapter_retired", adapter=asdict(ref))
+            with suppress(NotFound):  # somebody deleted the files by hand
+                await asyncio.to_thread(self._shelf.retire, ref.name)
         except (EngineError, AdapterError) as error:
             logger.warning("adapter %s could not be retired: %s", ref.name, error)
+            return False
+        self._holds.left(ref.name)
+        return True
 
     async def _choose(
         self,

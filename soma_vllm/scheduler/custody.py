@@ -20,6 +20,8 @@ from soma_vllm.config import Config
 from soma_vllm.engines.base import Salts
 from soma_vllm.errors import AdapterError, BadRequest, NotFound, StoreUnavailable, TooManyRequests
 from soma_vllm.scheduler.adaptation import Adaptation
+from soma_vllm.scheduler.adapter_custody import AdapterCustody
+from soma_vllm.scheduler.adapter_notices import AdapterNotices
 from soma_vllm.scheduler.background import Background
 from soma_vllm.scheduler.book import Entry, SessionBook
 from soma_vllm.scheduler.ports import Meter, Shelf, Store
@@ -58,6 +60,8 @@ class Custody:
         shelf: Shelf,
         salts: Salts,
         meter: Meter,
+        adapters: AdapterCustody,
+        notices: AdapterNotices,
         sweep_every_s: float = SWEEP_EVERY_S,
     ) -> None:
         self._config = config
@@ -68,6 +72,8 @@ class Custody:
         self._shelf = shelf
         self._salts = salts
         self._meter = meter
+        self.adapters = adapters
+        self._notices = notices
         self._sweep_every_s = sweep_every_s
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -163,6 +169,8 @@ class Custody:
             await self._book.unheld(key, LAST_REQUEST_S)
             if session.adapter is not None:
                 await self._adaptation.retire(key, session.adapter)
+            with suppress(AdapterError):  # an empty folder stays behind
+                await asyncio.to_thread(self._shelf.forget, key)
             self._book.remove(key)
 
     @asynccontextmanager
@@ -188,6 +196,10 @@ class Custody:
             SQLAlchemyError, OSError: the store does not answer.
         """
         await self._drop_orphans()
+        try:
+            await asyncio.to_thread(self._shelf.collect_garbage)
+        except AdapterError as error:
+            logger.warning("%s", error)
         for key in await self._store.in_phase(Phase.CLOSED):
             await self._remove_one(key)
         for key in await self._store.in_phase(Phase.ADAPTING):
@@ -201,6 +213,7 @@ class Custody:
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
+        await self.adapters.stop()
 
     async def sweep(self) -> int:
         """Erase text and remove sessions whose time is over; how many sessions were removed."""
@@ -220,11 +233,14 @@ class Custody:
 
     async def _sweep_for_ever(self) -> None:
         while True:
-            await asyncio.sleep(self._sweep_every_s)
+            await self._notices.wait(self._sweep_every_s)
             try:
                 await self.sweep()
+                await self.adapters.sweep()
             except (SQLAlchemyError, OSError, StoreUnavailable) as error:
                 logger.warning("retention waits for the session store: %s", type(error).__name__)
+            except AdapterError as error:
+                logger.warning("adapters are not looked after: %s", error)
 
     async def _drop_orphans(self) -> None:
         """Delete adapters that serve no session: a crash came between publishing them and switching."""

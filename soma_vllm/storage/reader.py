@@ -118,6 +118,12 @@ class SessionReader:
             wanted = wanted.where(AdapterRow.tenant == tenant)
         return [AdapterRecord(*row) for row in await self._rows(wanted.order_by(AdapterRow.number))]
 
+    async def adapters_used(self) -> dict[str, float]:
+        """Adapters that serve sessions, with the Unix time of those sessions' last append."""
+        latest = select(SessionRow.adapter, func.max(SessionRow.updated_at)).group_by(SessionRow.adapter)
+        serving = latest.where(SessionRow.adapter.is_not(None), SessionRow.phase != CLOSED)
+        return {str(name): float(at) for name, at in await self._rows(serving)}
+
     async def missing_tables(self) -> list[str]:
         """Tables of the session store that this database lacks."""
         async with self._engine.connect() as connection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -16,7 +17,9 @@ from pathlib import Path
 import pytest
 from adapter_files import BASE_MODEL, tensors, write_adapter
 
-from soma_vllm.adapters.store import AdapterStore, PublishedAdapter
+from soma_vllm.adapters.manifest import PublishedAdapter
+from soma_vllm.adapters.store import AdapterStore
+from soma_vllm.adapters.verify import Demands
 from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
 from soma_vllm.types import SessionKey
 
@@ -48,7 +51,7 @@ def files_under(root: Path) -> list[str]:
 def test_a_published_adapter_is_listed_with_all_it_needs(root: Path, trained: Path) -> None:
     adapter = publish(AdapterStore(root), trained)
     home = Path(adapter.ref.path)
-    assert re.fullmatch(r"soma-[0-9a-f]{16}-v0001-1", adapter.ref.name)
+    assert re.fullmatch(r"soma-public-[0-9a-f]{16}-v0001-1", adapter.ref.name)
     assert adapter.ref.number == 1
     assert home.relative_to(root).parts[::2] == ("public", "v0001")
     assert {path.name for path in home.iterdir()} == {
@@ -56,12 +59,15 @@ def test_a_published_adapter_is_listed_with_all_it_needs(root: Path, trained: Pa
         "adapter_model.safetensors",
         "soma.json",
     }
-    document = json.loads((home / "soma.json").read_text(encoding="utf-8"))
-    assert document == adapter.manifest
+    document = AdapterStore(root).manifest(adapter.ref.name)
+    assert document == json.loads((home / "soma.json").read_text(encoding="utf-8"))
     assert document["modules"] == ["q_proj", "v_proj"]
     assert document["base_model"] == "tiny-surrogate"
     assert document["training"] == {"hardness": {"1": 0.5}}
-    assert document["weights"] == {"sha256": adapter.digest, "bytes": adapter.size_bytes}
+    for file, facts in adapter.files().items():
+        content = (home / file).read_bytes()
+        assert (facts.sha256, facts.size) == (hashlib.sha256(content).hexdigest(), len(content))
+    assert adapter.size_bytes == sum(facts.size for facts in adapter.files().values())
 
 
 def test_a_reopened_store_finds_what_was_published(root: Path, trained: Path) -> None:
@@ -108,7 +114,7 @@ def test_a_session_id_never_becomes_a_path(session: str, root: Path, trained: Pa
     assert latest.key == key
 
 
-@pytest.mark.parametrize("tenant", ["..", "", ".staging", "a/b", "*"])
+@pytest.mark.parametrize("tenant", ["..", "", ".staging", "a/b", "*", "a\n", "ä", "a" * 129])
 def test_a_tenant_that_is_not_a_plain_word_is_refused(tenant: str, root: Path, trained: Path) -> None:
     with pytest.raises(AdapterError, match="tenant: found"):
         publish(AdapterStore(root), trained, SessionKey(tenant, "s"))
@@ -283,16 +289,16 @@ def test_publishing_sweeps_up_an_interrupted_retirement(root: Path, trained: Pat
 
 
 def test_unfit_files_are_refused_before_anything_is_allocated(root: Path, tmp_path: Path) -> None:
-    store = AdapterStore(root, max_rank=2)
+    store = AdapterStore(root, demands=Demands(max_rank=2))
     with pytest.raises(AdapterRejected, match="expected at most 2"):
         publish(store, write_adapter(tmp_path / "big"))
     assert not root.exists()
 
 
 def test_the_base_model_is_demanded_where_the_store_is_told_it(root: Path, trained: Path) -> None:
-    publish(AdapterStore(root, base_model=BASE_MODEL), trained)
+    publish(AdapterStore(root, demands=Demands(base_model=BASE_MODEL)), trained)
     with pytest.raises(AdapterRejected, match="base_model_name_or_path"):
-        publish(AdapterStore(root, base_model="another"), trained)
+        publish(AdapterStore(root, demands=Demands(base_model="another")), trained)
 
 
 @pytest.mark.parametrize("manifest", [{"loss": float("nan")}, {"when": object()}])
@@ -307,9 +313,9 @@ def test_a_manifest_that_json_cannot_hold_is_refused(
 def test_an_edited_adapter_no_longer_verifies(root: Path, trained: Path) -> None:
     store = AdapterStore(root)
     adapter = publish(store, trained)
-    assert store.verify(adapter.ref.name).digest == adapter.digest
+    assert store.verify(adapter.ref.name) == adapter
     write_adapter(Path(adapter.ref.path), tensors(fill=0.25))
-    with pytest.raises(AdapterRejected, match=f"expected SHA-256 {adapter.digest}"):
+    with pytest.raises(AdapterRejected, match=f"expected SHA-256 {adapter.weights.sha256}"):
         store.verify(adapter.ref.name)
 
 
@@ -321,7 +327,7 @@ def test_a_foreign_folder_or_a_spoiled_manifest_is_left_out_of_the_listing(
     (Path(spoiled.ref.path) / "soma.json").write_text("{}", encoding="utf-8")
     (Path(sound.ref.path).parent / "vacation").mkdir()
     assert [one.ref for one in AdapterStore(root).list()] == [sound.ref]
-    assert "not a manifest of format 1" in caplog.text
+    assert "not a manifest of format 2" in caplog.text
 
 
 def test_retiring_deletes_the_files_and_only_those(root: Path, trained: Path) -> None:
@@ -337,12 +343,18 @@ def test_retiring_deletes_the_files_and_only_those(root: Path, trained: Path) ->
     assert len(files_under(root)) == 3
 
 
-def test_removing_a_session_leaves_no_trace_of_it_and_spares_the_others(root: Path, trained: Path) -> None:
+def test_a_forgotten_session_leaves_no_trace_and_one_that_has_adapters_is_not_forgotten(
+    root: Path, trained: Path
+) -> None:
     store = AdapterStore(root)
-    mine = [publish(store, trained) for _ in range(2)]
-    other = publish(store, trained, OTHER)
-    assert store.remove_session(KEY) == 2
-    assert store.remove_session(KEY) == 0
-    assert not Path(mine[0].ref.path).parent.exists()
-    assert [one.ref for one in store.list()] == [other.ref]
-    assert publish(store, trained).ref.name not in {one.ref.name for one in mine}
+    mine, other = publish(store, trained), publish(store, trained, OTHER)
+    store.forget(KEY)
+    assert store.get(mine.ref.name) == mine
+    store.retire(mine.ref.name)
+    store.forget(KEY)
+    store.forget(KEY)
+    assert not Path(mine.ref.path).parent.exists()
+    again = publish(store, trained)
+    assert again.ref.path == mine.ref.path, "the place may come again, the name never does"
+    assert again.ref.name != mine.ref.name
+    assert store.list() == (other, again)

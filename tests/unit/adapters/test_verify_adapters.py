@@ -14,7 +14,7 @@ import torch
 from adapter_files import BASE_MODEL, RANK, WIDTH, module, tensors, write_adapter
 from peft import LoraConfig, get_peft_model
 
-from soma_vllm.adapters.verify import verify_files
+from soma_vllm.adapters.verify import Demands, verify_files
 from soma_vllm.errors import AdapterRejected
 
 Q_A = f"{module(0, 'q_proj')}.lora_A.weight"
@@ -22,12 +22,14 @@ Q_A = f"{module(0, 'q_proj')}.lora_A.weight"
 
 def problems_of(directory: Path, **demands: Any) -> str:
     with pytest.raises(AdapterRejected) as caught:
-        verify_files(directory, **demands)
+        verify_files(directory, Demands(**demands))
     return "; ".join(caught.value.problems)
 
 
 def test_a_sound_adapter_passes_and_its_facts_are_told(tmp_path: Path) -> None:
-    facts = verify_files(write_adapter(tmp_path), max_rank=RANK, base_model="/elsewhere/tiny-surrogate")
+    facts = verify_files(
+        write_adapter(tmp_path), Demands(max_rank=RANK, base_model="/elsewhere/tiny-surrogate")
+    )
     weights = (tmp_path / "adapter_model.safetensors").read_bytes()
     assert (facts.rank, facts.alpha, facts.modules) == (RANK, 8.0, ("q_proj", "v_proj"))
     assert facts.base_model == BASE_MODEL
@@ -40,7 +42,7 @@ def test_what_peft_itself_saves_passes(tmp_path: Path) -> None:
     model.add_module("q_proj", torch.nn.Linear(WIDTH, WIDTH))
     adapted = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=8, target_modules=["q_proj"]))
     adapted.save_pretrained(tmp_path, save_embedding_layers=False)
-    facts = verify_files(tmp_path, max_rank=RANK)
+    facts = verify_files(tmp_path, Demands(max_rank=RANK))
     assert (facts.rank, facts.modules) == (RANK, ("q_proj",))
 
 

@@ -38,7 +38,13 @@ HEAVY = {
     "transformers": {"method", "models"},
     "peft": {"method"},
     "fastapi": {"api"},
-    "sqlalchemy": {"storage", "scheduler/book.py", "scheduler/journal.py", "scheduler/custody.py"},
+    "sqlalchemy": {
+        "storage",
+        "scheduler/book.py",
+        "scheduler/journal.py",
+        "scheduler/custody.py",
+        "scheduler/adapter_custody.py",
+    },
     "matplotlib": {"cli", "evaluation"},
 }
 VLLM_INTERNALS = {"engines/vllm_internals.py", "adapters/lora_kernels.py", "adapters/engine_hook.py"}

@@ -1,0 +1,358 @@
+"""The adapter store on an object store (`s3://…`, `gs://…`, any fsspec URL), with a cache on this machine.
+
+Guarantees:
+
+* What is listed is whole: an object store has no rename, so the manifest is uploaded last, and an adapter is
+  published where, and only where, its manifest is. Retirement deletes the manifest first.
+* A number is given out once among all hosts: it is drawn at random from 31 bits and claimed by an object that
+  is created where it did not exist, and never deleted. Object stores with conditional writes decide that
+  themselves; on others two hosts would have to draw the same number in the same instant. The number is part of
+  the path, so that no path ever means two adapters; hosts that publish for one session at the same moment may
+  give two adapters the same version.
+* What an engine reads lies in the cache, compared with the manifest's digests every time it is loaded. A
+  damaged entry is fetched again, concurrent fetches of one adapter are one, and what is cached is served while
+  the object store is away.
+* A killed upload or retirement leaves a note under `.pending/`; what it names is finished or deleted by
+  `collect_garbage` once the note is old enough to belong to nobody.
+
+Methods block on the network and may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from soma_vllm.adapters.bucket import Bucket
+from soma_vllm.adapters.durable import is_locked, locked, locked_with_others
+from soma_vllm.adapters.manifest import MANIFEST, PublishedAdapter, document, plain_json, read, spelt, whole
+from soma_vllm.adapters.naming import LARGEST, Place, checked, digest_of_session, home_of, place_of, version_of
+from soma_vllm.adapters.staging import Copy, Staging, fill
+from soma_vllm.adapters.store import disk_errors, reject_damage, verify_again
+from soma_vllm.adapters.verify import CONFIG, NOTHING, WEIGHTS, Demands, verify_files
+from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
+from soma_vllm.types import AdapterRef, SessionKey
+
+PATIENCE_S = 3600.0
+"""Age from which an upload or a retirement under way is taken for dead."""
+
+DRAWS = 100
+"""Numbers drawn before it is said that something is wrong."""
+
+LOCKS = 64
+"""Files whose locks keep downloads of one adapter apart."""
+
+
+class RemoteAdapterStore:
+    """Adapters below a URL, for an engine that reads them from `cache`. Hosts and processes may share both."""
+
+    def __init__(
+        self,
+        url: str,
+        cache: str | Path,
+        *,
+        demands: Demands = NOTHING,
+        owner: str = "",
+        copy: Copy = shutil.copyfile,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        """Raises AdapterError: nobody here speaks this kind of URL."""
+        self.owner = owner
+        self._bucket = Bucket(url)
+        self._cache = Path(cache).resolve() / self._bucket.digest
+        self._staging = Staging(self._cache, self._cache / ".lock")
+        self._demands = demands
+        self._copy = copy
+        self._patience_s = patience_s
+        self._known: dict[str, PublishedAdapter] = {}
+
+    # -- publishing -------------------------------------------------------------------------------------
+
+    def publish(
+        self, key: SessionKey, trained: Path, *, base_model: str, manifest: Mapping[str, Any]
+    ) -> PublishedAdapter:
+        """Verify a trainer's directory and publish a copy of it; raises as `AdapterStore.publish` does."""
+        training = plain_json(manifest)
+        with disk_errors(f"adapter not published to {self._bucket}"):
+            facts = verify_files(trained, self._demands)
+            place = self._place(key)
+            content = spelt(document(key, place, facts, base_model, self.owner, training))
+            with self._staging.made(str(place.number)) as staged:
+                fill(staged, trained, facts, content, self._copy)
+                self._upload(staged, place, content)
+                self._keep(staged, place)
+        return read(content, str(self._entry(place)))
+
+    def _place(self, key: SessionKey) -> Place:
+        """A number that nobody has, claimed for ever, and the session's next version."""
+        home = home_of(key)
+        for _ in range(DRAWS):
+            number = secrets.randbelow(LARGEST) + 1
+            if self._bucket.claim(f".numbers/{number}", home.encode()):
+                break
+        else:
+            raise AdapterError(f"{self._bucket}: {DRAWS} random numbers are taken; expected a free one")
+        versions = (version_of(name.partition("-")[0]) or 0 for name in self._bucket.names(home))
+        version = max(versions, default=0) + 1
+        return Place(key.tenant, digest_of_session(key), version, number)
+
+    def _upload(self, staged: Path, place: Place, manifest: bytes) -> None:
+        """Upload the files, the manifest last; what a failure leaves of them is deleted."""
+        with self._pending(place, "upload"):
+            try:
+                for name in (CONFIG, WEIGHTS):
+                    self._bucket.put(staged / name, f"{_path(place)}/{name}")
+                if not self._bucket.has(f".pending/{place.name}"):
+                    raise AdapterError(f"adapter {place.name}: took longer than others wait for an upload")
+                self._bucket.write(f"{_path(place)}/{MANIFEST}", manifest)
+            except BaseException:
+                with suppress(AdapterError):
+                    self._clear(place)
+                    self._bucket.remove(f".pending/{place.name}")
+                raise
+
+    @contextmanager
+    def _pending(self, place: Place, what: str) -> Iterator[None]:
+        """Leave a note of what is under way, for the case that it is not brought to its end."""
+        note = f".pending/{place.name}"
+        self._bucket.write(note, json.dumps({"what": what, "at": time.time()}).encode())
+        yield
+        self._bucket.remove(note)
+
+    # -- finding ----------------------------------------------------------------------------------------
+
+    def list(self, tenant: str | None = None) -> tuple[PublishedAdapter, ...]:
+        """What is published, of one tenant or of all, oldest first. Asks the object store every time.
+
+        Raises:
+            AdapterError: it does not answer.
+        """
+        tenants = [name for name in self._bucket.names("") if name[:1] != "."] if tenant is None else [tenant]
+        marked = [path for name in tenants for path in self._bucket.below(checked(name), MANIFEST)]
+        new = [path for path in marked if path not in self._known]
+        for path, content in self._bucket.read_all(new).items():
+            with suppress(ValueError):  # cut off, on a file system that shows files while they are written
+                self._known[path] = read(content, str(self._cache / Path(path).parent))
+        found = [self._known[path] for path in marked if path in self._known]
+        if tenant is None:
+            self._known = dict(zip((path for path in marked if path in self._known), found, strict=True))
+        return tuple(sorted(found, key=lambda one: (one.created, one.ref.number)))
+
+    def get(self, name: str) -> PublishedAdapter:
+        """The adapter of that name, its files in place at their full lengths.
+
+        Raises:
+            NotFound: no such adapter is published.
+            AdapterRejected: files are missing or cut off.
+            AdapterError: the object store does not answer.
+        """
+        adapter = self._find(name)
+        sizes = self._bucket.sizes(_path(place_of(name)))
+        problems = [
+            f"{file}: found {sizes.get(file, 'no')} bytes; expected {facts.size}"
+            for file, facts in adapter.files().items()
+            if sizes.get(file) != facts.size
+        ]
+        if problems:
+            raise AdapterRejected(name, problems)
+        return adapter
+
+    def resolve(self, name: str) -> AdapterRef:
+        """The adapter as an engine needs it, in the cache, byte by byte what was published.
+
+        Raises:
+            NotFound: no such adapter is published.
+            AdapterRejected: what the object store holds is damaged.
+            AdapterError: it does not answer, or the cache cannot be written.
+        """
+        place = place_of(name)
+        cached = self._cached(place)
+        if cached is not None:
+            return cached.ref
+        with disk_errors(f"adapter {name} not fetched"):
+            locks = self._cache / ".locks"
+            locks.mkdir(parents=True, exist_ok=True)
+            with locked(locks / str(place.number % LOCKS)):
+                cached = self._cached(place)  # somebody fetched it while we waited
+                return cached.ref if cached is not None else self._fetch(place).ref
+
+    def latest(self, key: SessionKey) -> PublishedAdapter | None:
+        """The session's newest version, if it has any."""
+        mine = [adapter for adapter in self.list(checked(key.tenant)) if adapter.key == key]
+        return max(mine, key=lambda one: one.version, default=None)
+
+    def manifest(self, name: str) -> Mapping[str, Any]:
+        """soma.json of an adapter. Raises NotFound, AdapterError."""
+        self._find(name)
+        return whole(self._bucket.read(f"{_path(place_of(name))}/{MANIFEST}"))
+
+    def verify(self, name: str) -> PublishedAdapter:
+        """Fetch a published adapter's files once more and check them; raises as `AdapterStore.verify` does."""
+        place = place_of(name)
+        with disk_errors(f"adapter {name} cannot be read"), self._downloaded(place) as (staged, adapter):
+            verify_again(name, staged, adapter, self._demands)
+        return adapter
+
+    def _find(self, name: str) -> PublishedAdapter:
+        """Raises NotFound, AdapterError."""
+        place = place_of(name)
+        try:
+            adapter = read(self._bucket.read(f"{_path(place)}/{MANIFEST}"), str(self._entry(place)))
+        except (NotFound, ValueError) as error:
+            raise NotFound(f"adapter {name}: not published under {self._bucket}") from error
+        if adapter.ref.name != name:
+            raise NotFound(f"adapter {name}: not published under {self._bucket}")
+        return adapter
+
+    # -- the cache --------------------------------------------------------------------------------------
+
+    def _entry(self, place: Place) -> Path:
+        return self._cache / _path(place)
+
+    def _cached(self, place: Place) -> PublishedAdapter | None:
+        """The cache's entry, where it is whole."""
+        entry = self._entry(place)
+        try:
+            adapter = read((entry / MANIFEST).read_bytes(), str(entry))
+            if adapter.ref.name != place.name:
+                return None
+            reject_damage(place.name, entry, adapter)
+        except (OSError, ValueError, AdapterRejected):
+            return None
+        return adapter
+
+    def _fetch(self, place: Place) -> PublishedAdapter:
+        """Bring an adapter into the cache, in place of what is there."""
+        with self._downloaded(place) as (staged, adapter):
+            reject_damage(place.name, staged, adapter)
+            self._keep(staged, place)
+        return adapter
+
+    @contextmanager
+    def _downloaded(self, place: Place) -> Iterator[tuple[Path, PublishedAdapter]]:
+        """A staged directory with what the object store holds."""
+        adapter = self._find(place.name)
+        with self._staging.made(f"{place.number}-{secrets.token_hex(4)}") as staged:
+            for name in (CONFIG, WEIGHTS, MANIFEST):
+                try:
+                    self._bucket.fetch(f"{_path(place)}/{name}", staged / name)
+                except NotFound as error:
+                    raise AdapterRejected(place.name, [f"{name} is missing in {self._bucket}"]) from error
+            yield staged, adapter
+
+    def _keep(self, staged: Path, place: Place) -> None:
+        """Make a staged directory the cache's entry, by renaming it into place."""
+        entry = self._entry(place)
+        with locked(self._cache / ".lock"):
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            if entry.exists():
+                shutil.rmtree(self._staging.take(entry, f"stale-{secrets.token_hex(8)}"), ignore_errors=True)
+            staged.rename(entry)
+
+    # -- ending -----------------------------------------------------------------------------------------
+
+    def retire(self, name: str) -> None:
+        """Take an adapter out of the listing, then delete its files; as `AdapterStore.retire`."""
+        place = place_of(name)
+        if not self._bucket.has(f"{_path(place)}/{MANIFEST}"):
+            self._drop(self._entry(place))
+            raise NotFound(f"adapter {name}: not published under {self._bucket}")
+        with self._pending(place, "retire"):
+            self._clear(place)
+            self._bucket.remove(f".pins/{name}")
+        self._drop(self._entry(place))
+
+    def forget(self, key: SessionKey) -> None:
+        """Remove what is left of a session that is gone, where none of its adapters is."""
+        home = home_of(key)
+        if not self._bucket.below(home, MANIFEST):
+            self._bucket.remove_below(home)
+            shutil.rmtree(self._cache / home, ignore_errors=True)
+
+    def collect_garbage(self) -> int:
+        """Finish what killed uploads and retirements left, and drop what the cache need not hold; how many.
+
+        To be called while no engine of this machine has an adapter loaded.
+
+        Raises:
+            AdapterError: the object store does not answer.
+        """
+        with disk_errors(f"garbage of {self._cache} not collected"):
+            swept = self._staging.sweep()
+            for name in self._bucket.names(".pending"):
+                swept += self._settle(name)
+            listed = {Path(adapter.ref.path) for adapter in self.list()}
+            stale = [entry for entry in self._cache.glob("[!.]*/*/v*") if entry not in listed]
+            for entry in stale:
+                self._drop(entry)
+            names = {adapter.ref.name for adapter in self.list()}
+            for name in self.pins() - names:
+                self._bucket.remove(f".pins/{name}")
+        return swept + len(stale)
+
+    def _settle(self, name: str) -> int:
+        """Bring to an end what a note speaks of, where it is old; 1 where it was."""
+        note = f".pending/{name}"
+        try:
+            place = place_of(name)
+            at = float(json.loads(self._bucket.read(note))["at"])
+        except (NotFound, ValueError, KeyError, TypeError):
+            at, place = 0.0, None
+        if place is not None and at > time.time() - self._patience_s:
+            return 0
+        if place is not None:
+            try:
+                self._find(name)
+            except NotFound:
+                self._clear(place)
+        self._bucket.remove(note)
+        return 1
+
+    def _clear(self, place: Place) -> None:
+        """Delete an adapter's objects, the manifest first."""
+        for name in (MANIFEST, WEIGHTS, CONFIG):
+            self._bucket.remove(f"{_path(place)}/{name}")
+        self._bucket.remove_below(_path(place))
+
+    def _drop(self, entry: Path) -> None:
+        with suppress(FileNotFoundError, NotADirectoryError), disk_errors("a cached adapter not deleted"):
+            if not entry.is_dir():
+                return
+            with locked(self._cache / ".lock"):
+                gone = self._staging.take(entry, f"retired-{secrets.token_hex(8)}")
+            shutil.rmtree(gone, ignore_errors=True)
+
+    # -- pins and users ---------------------------------------------------------------------------------
+
+    def pins(self) -> frozenset[str]:
+        """Names of the adapters that are never evicted."""
+        return frozenset(self._bucket.names(".pins"))
+
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Have an adapter never evicted, or let it go again. Raises NotFound, AdapterError."""
+        self._find(name)
+        if pinned:
+            self._bucket.write(f".pins/{name}", b"")
+        else:
+            self._bucket.remove(f".pins/{name}")
+
+    def in_service(self) -> AbstractContextManager[None]:
+        """Held by a server while it serves from this root. Other machines do not see it."""
+        self._cache.mkdir(parents=True, exist_ok=True)
+        return locked_with_others(self._cache / ".serving")
+
+    def serves(self) -> bool:
+        """Whether a living server of this machine serves from this root."""
+        file = self._cache / ".serving"
+        return file.exists() and is_locked(file)
+
+
+def _path(place: Place) -> str:
+    """Where an adapter lies below the root, and in the cache."""
+    return f"{place.path}-{place.number}"
