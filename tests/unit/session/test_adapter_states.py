@@ -30,7 +30,7 @@ def event(kind: str, name: str = "a") -> Event:
     return Event(kind, 0.0, data)
 
 
-@pytest.mark.parametrize(("state", "to"), product(AdapterState, AdapterState))
+@pytest.mark.parametrize(("state", "to"), list(product(AdapterState, AdapterState)))
 def test_a_move_is_legal_exactly_where_the_table_has_it(state: AdapterState, to: AdapterState) -> None:
     if (state, to) in ALLOWED:
         assert moved("a", state, to) is to
