@@ -127,7 +127,7 @@ class AdapterCustody:
         standing = [one for one in listed if one.ref.name not in self._going]
         wanted = [
             *self._lost(used, records, {one.ref.name for one in listed}, damaged),
-            *self._orphans(standing, used, records),
+            *await self._orphans(standing, used, records),
             *to_evict(self._kept(standing, used, pins, records), self._budgets, time.time()),
         ]
         refs = {name: AdapterRef(name, record.number, record.path) for name, record in records.items()}
@@ -177,7 +177,7 @@ class AdapterCustody:
         names = {name for name in used if name in records and name not in listed} | damaged
         return [Eviction(name, Reason.LOST) for name in sorted(names - self._going.keys())]
 
-    def _orphans(
+    async def _orphans(
         self,
         listed: Sequence[PublishedAdapter],
         used: Mapping[str, float],
@@ -192,6 +192,7 @@ class AdapterCustody:
             if (name := one.ref.name) not in used
             and one.created < before
             and self._state(name, records) not in IN_THE_MAKING
+            and not await self._book.in_use(one.ref)  # it may have switched a moment ago
         ]
 
     def _state(self, name: str, records: Mapping[str, AdapterRecord]) -> AdapterState | None:
