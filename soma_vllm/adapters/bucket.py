@@ -112,15 +112,6 @@ class Bucket:
                 return []
             return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
 
-    def below(self, folder: str, name: str) -> list[str]:
-        """Paths of the objects of this name anywhere in a folder."""
-        with self._errors(f"{folder} cannot be listed"):
-            try:
-                found = self._fs.find(self._at(folder))
-            except FileNotFoundError:
-                return []
-            return [self._relative(path) for path in found if path.endswith(f"/{name}")]
-
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of what lies directly in a folder, by name."""
         with self._errors(f"{folder} cannot be listed"):
@@ -148,9 +139,6 @@ class Bucket:
 
     def _at(self, path: str) -> str:
         return f"{self._base}/{path}" if path else self._base
-
-    def _relative(self, path: str) -> str:
-        return path[path.index(self._base) + len(self._base) :].lstrip("/")
 
     def _make_room(self, path: str) -> None:
         """Make the folder of an object; object stores have none, and take this for nothing."""

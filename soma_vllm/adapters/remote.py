@@ -2,8 +2,9 @@
 
 Guarantees:
 
-* What is listed is whole: an object store has no rename, so the manifest is uploaded last, and an adapter is
-  published where, and only where, its manifest is. Retirement deletes the manifest first.
+* What is listed is whole: an object store has no rename, so a mark (the manifest once more, under `.listed/`)
+  is uploaded last, and an adapter is published as long as, and only as long as, its mark is there. Retirement
+  deletes the mark first.
 * A number is given out once among all hosts: it is drawn at random from 31 bits and claimed by an object that
   is created where it did not exist, and never deleted. Object stores with conditional writes decide that
   themselves; on others two hosts would have to draw the same number in the same instant. The number is part of
@@ -103,14 +104,14 @@ class RemoteAdapterStore:
         return Place(key.tenant, digest_of_session(key), version, number)
 
     def _upload(self, staged: Path, place: Place, manifest: bytes) -> None:
-        """Upload the files, the manifest last; what a failure leaves of them is deleted."""
+        """Upload the files, the mark last; what a failure leaves of them is deleted."""
         with self._pending(place, "upload"):
             try:
-                for name in (CONFIG, WEIGHTS):
+                for name in (CONFIG, WEIGHTS, MANIFEST):
                     self._bucket.put(staged / name, f"{_path(place)}/{name}")
                 if not self._bucket.has(f".pending/{place.name}"):
                     raise AdapterError(f"adapter {place.name}: took longer than others wait for an upload")
-                self._bucket.write(f"{_path(place)}/{MANIFEST}", manifest)
+                self._bucket.write(_mark(place), manifest)
             except BaseException:
                 with suppress(AdapterError):
                     self._clear(place)
@@ -133,16 +134,17 @@ class RemoteAdapterStore:
         Raises:
             AdapterError: it does not answer.
         """
-        tenants = [name for name in self._bucket.names("") if name[:1] != "."] if tenant is None else [tenant]
-        marked = [path for name in tenants for path in self._bucket.below(checked(name), MANIFEST)]
-        new = [path for path in marked if path not in self._known]
-        for path, content in self._bucket.read_all(new).items():
-            with suppress(ValueError):  # cut off, on a file system that shows files while they are written
-                self._known[path] = read(content, str(self._cache / Path(path).parent))
-        found = [self._known[path] for path in marked if path in self._known]
+        tenants = self._bucket.names(".listed") if tenant is None else [checked(tenant)]
+        marked = {n: f".listed/{one}/{n}" for one in tenants for n in self._bucket.names(f".listed/{one}")}
+        new = {path: name for name, path in marked.items() if name not in self._known}
+        for path, content in self._bucket.read_all(list(new)).items():
+            # Not whole: cut off, on a file system that shows files while they are written.
+            with suppress(ValueError, NotFound):
+                self._known[new[path]] = read(content, str(self._entry(place_of(new[path]))))
+        found = {name: self._known[name] for name in marked if name in self._known}
         if tenant is None:
-            self._known = dict(zip((path for path in marked if path in self._known), found, strict=True))
-        return tuple(sorted(found, key=lambda one: (one.created, one.ref.number)))
+            self._known = dict(found)
+        return tuple(sorted(found.values(), key=lambda one: (one.created, one.ref.number)))
 
     def get(self, name: str) -> PublishedAdapter:
         """The adapter of that name, its files in place at their full lengths.
@@ -190,7 +192,7 @@ class RemoteAdapterStore:
     def manifest(self, name: str) -> Mapping[str, Any]:
         """soma.json of an adapter. Raises NotFound, AdapterError."""
         self._find(name)
-        return whole(self._bucket.read(f"{_path(place_of(name))}/{MANIFEST}"))
+        return whole(self._bucket.read(_mark(place_of(name))))
 
     def verify(self, name: str) -> PublishedAdapter:
         """Fetch a published adapter's files once more and check them; raises as `AdapterStore.verify` does."""
@@ -203,7 +205,7 @@ class RemoteAdapterStore:
         """Raises NotFound, AdapterError."""
         place = place_of(name)
         try:
-            adapter = read(self._bucket.read(f"{_path(place)}/{MANIFEST}"), str(self._entry(place)))
+            adapter = read(self._bucket.read(_mark(place)), str(self._entry(place)))
         except (NotFound, ValueError) as error:
             raise NotFound(f"adapter {name}: not published under {self._bucket}") from error
         if adapter.ref.name != name:
@@ -260,7 +262,7 @@ class RemoteAdapterStore:
     def retire(self, name: str) -> None:
         """Take an adapter out of the listing, then delete its files; as `AdapterStore.retire`."""
         place = place_of(name)
-        if not self._bucket.has(f"{_path(place)}/{MANIFEST}"):
+        if not self._bucket.has(_mark(place)):
             self._drop(self._entry(place))
             raise NotFound(f"adapter {name}: not published under {self._bucket}")
         with self._pending(place, "retire"):
@@ -271,7 +273,7 @@ class RemoteAdapterStore:
     def forget(self, key: SessionKey) -> None:
         """Remove what is left of a session that is gone, where none of its adapters is."""
         home = home_of(key)
-        if not self._bucket.below(home, MANIFEST):
+        if self.latest(key) is None:
             self._bucket.remove_below(home)
             shutil.rmtree(self._cache / home, ignore_errors=True)
 
@@ -315,9 +317,8 @@ class RemoteAdapterStore:
         return 1
 
     def _clear(self, place: Place) -> None:
-        """Delete an adapter's objects, the manifest first."""
-        for name in (MANIFEST, WEIGHTS, CONFIG):
-            self._bucket.remove(f"{_path(place)}/{name}")
+        """Delete an adapter's objects, the mark first."""
+        self._bucket.remove(_mark(place))
         self._bucket.remove_below(_path(place))
 
     def _drop(self, entry: Path) -> None:
@@ -356,3 +357,8 @@ class RemoteAdapterStore:
 def _path(place: Place) -> str:
     """Where an adapter lies below the root, and in the cache."""
     return f"{place.path}-{place.number}"
+
+
+def _mark(place: Place) -> str:
+    """The object that says that an adapter is published."""
+    return f".listed/{place.tenant}/{place.name}"

@@ -14,13 +14,15 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from soma_vllm.adapters.base_model import BaseShapes, shapes_of
 from soma_vllm.errors import AdapterRejected
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -214,7 +216,7 @@ def _tensor_problems(name: str, side: str, tensor: torch.Tensor, rank: object) -
     found = tensor.shape[0 if side == "lora_A" else 1]
     if _is_count(rank) and found != rank:
         yield f"{name}: found rank {found} in shape {tuple(tensor.shape)}; expected {rank}"
-    if not bool(torch.isfinite(tensor).all()):
+    if not bool(tensor.isfinite().all()):
         yield f"{name}: holds values that are not finite"
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from fastapi import FastAPI
 
-from soma_vllm.api import admin, chat, responses
+from soma_vllm.api import adapters, admin, chat, responses
 from soma_vllm.api.access import AccessControl
 from soma_vllm.api.allowances import Allowances
 from soma_vllm.errors import PreflightError
@@ -45,7 +45,7 @@ class SomaEndpointPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         """Register the routes, those vLLM has too are replaced, and what stands in front of all routes."""
-        for part in (chat, responses, admin):
+        for part in (chat, responses, admin, adapters):
             app.include_router(part.router)
         app.add_middleware(AccessControl, allowances=_host(app.state.args).allowances)
 
