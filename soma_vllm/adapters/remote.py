@@ -136,14 +136,14 @@ class RemoteAdapterStore:
         """
         tenants = self._bucket.names(".listed") if tenant is None else [checked(tenant)]
         marked = {n: f".listed/{one}/{n}" for one in tenants for n in self._bucket.names(f".listed/{one}")}
-        new = {path: name for name, path in marked.items() if name not in self._known}
+        known = dict(self._known)
+        new = {path: name for name, path in marked.items() if name not in known}
         for path, content in self._bucket.read_all(list(new)).items():
             # Not whole: cut off, on a file system that shows files while they are written.
             with suppress(ValueError, NotFound):
-                self._known[new[path]] = read(content, str(self._entry(place_of(new[path]))))
-        found = {name: self._known[name] for name in marked if name in self._known}
-        if tenant is None:
-            self._known = dict(found)
+                known[new[path]] = read(content, str(self._entry(place_of(new[path]))))
+        found = {name: known[name] for name in marked if name in known}
+        self._known = found if tenant is None else known
         return tuple(sorted(found.values(), key=lambda one: (one.created, one.ref.number)))
 
     def get(self, name: str) -> PublishedAdapter:
@@ -302,16 +302,16 @@ class RemoteAdapterStore:
         """Bring to an end what a note speaks of, where it is old; 1 where it was."""
         note = f".pending/{name}"
         try:
-            place = place_of(name)
             at = float(json.loads(self._bucket.read(note))["at"])
-        except (NotFound, ValueError, KeyError, TypeError):
-            at, place = 0.0, None
-        if place is not None and at > time.time() - self._patience_s:
+        except NotFound:
             return 0
-        if place is not None:
-            try:
-                self._find(name)
-            except NotFound:
+        except (ValueError, KeyError, TypeError):
+            at = 0.0
+        if at > time.time() - self._patience_s:
+            return 0
+        with suppress(NotFound):  # of the name: somebody else's file
+            place = place_of(name)
+            if not self._bucket.has(_mark(place)):
                 self._clear(place)
         self._bucket.remove(note)
         return 1

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 from adapter_files import write_adapter
-from killed import each_step  # type: ignore[import-not-found]
+from killed import each_refusal, each_step  # type: ignore[import-not-found]
 
 from soma_vllm.adapters.manifest import PublishedAdapter
 from soma_vllm.adapters.remote import RemoteAdapterStore
 from soma_vllm.adapters.roots import AnyAdapterStore
 from soma_vllm.adapters.store import AdapterStore
-from soma_vllm.errors import NotFound
+from soma_vllm.errors import AdapterError, NotFound
 from soma_vllm.types import SessionKey
 
 KEY = SessionKey("public", "dialogue-7")
-OWN = frozenset({".number", ".version", ".lock"})
+OWN = frozenset({".number", ".version", ".lock", ".number.new", ".version.new"})
 
 Open = Callable[[Path], AnyAdapterStore]
 
@@ -108,6 +109,26 @@ def test_a_publication_killed_at_any_step_is_there_whole_or_leaves_nothing(
         store.collect_garbage()
         assert left_in(folder) == []
     assert outcomes == {1, 2}
+
+
+@pytest.mark.parametrize("opened", [local, remote])
+def test_a_disk_that_is_full_at_any_step_fails_a_publication_with_one_error_and_leaves_nothing(
+    opened: Open, fresh: Callable[[], Path], trained: Path, work: Path
+) -> None:
+    def publish_or_tell(folder: Path) -> None:
+        with suppress(AdapterError):
+            publish(opened(folder), trained)
+
+    outcomes = set()
+    for folder in each_refusal(work, fresh, publish_or_tell):
+        store = opened(folder)
+        listed = whole(store)
+        outcomes.add(len(listed))
+        if not listed:
+            # What a failed clean-up leaves (of a note that could not be written, for one) is garbage.
+            store.collect_garbage()
+            assert left_in(folder) == []
+    assert outcomes == {0, 1}
 
 
 @pytest.mark.parametrize("opened", [local, remote])
