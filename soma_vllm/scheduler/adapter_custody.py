@@ -205,7 +205,7 @@ class AdapterCustody:
         """(last use of each adapter that serves sessions, every adapter's record)."""
         try:
             used = await self._store.adapters_used()
-            return used, {record.name: record for record in await self._store.adapters()}
+            return used, {record.name: record for record in await self._store.adapters(retired=False)}
         except (SQLAlchemyError, OSError) as error:
             raise StoreUnavailable(f"the session store does not answer ({type(error).__name__})") from error
 

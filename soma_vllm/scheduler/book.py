@@ -313,7 +313,7 @@ class SessionBook:
     async def adapters(self, tenant: str) -> int:
         """Adapters that a tenant has."""
         async with _store_answers():
-            records = await self._store.adapters(tenant)
+            records = await self._store.adapters(tenant, retired=False)
         return sum(record.state != RETIRED for record in records)
 
     async def in_use(self, ref: AdapterRef) -> bool:

@@ -244,7 +244,7 @@ class Custody:
 
     async def _drop_orphans(self) -> None:
         """Delete adapters that serve no session: a crash came between publishing them and switching."""
-        for record in await self._store.adapters():
+        for record in await self._store.adapters(retired=False):
             if record.state != RETIRED and not await self._store.users_of(record.name):
                 with suppress(NotFound, AdapterError):
                     await asyncio.to_thread(self._shelf.retire, record.name)

@@ -89,6 +89,40 @@ async def test_two_loads_at_once_are_one(here: AdapterRef) -> None:
     assert serving.removed == ["a"]
 
 
+class Files:
+    """Files that a machine has to fetch first, or cannot."""
+
+    def __init__(self, here: AdapterRef | None) -> None:
+        self.here = here
+        self.loads: list[float] = []
+
+    async def at_hand(self, ref: AdapterRef) -> AdapterRef:
+        if self.here is None:
+            raise EngineUnavailable("damaged")
+        return self.here
+
+    def loaded(self, started: float) -> None:
+        self.loads.append(started)
+
+
+async def test_an_adapter_is_loaded_from_where_its_files_are_on_this_machine(here: AdapterRef) -> None:
+    serving, files = Serving(), Files(here)
+    engine = SurrogateEngine("small", serving, files=files)
+    await engine.load(AdapterRef("a", 1, "/another/machine"))
+    assert engine.loaded() == (here,)
+    assert len(files.loads) == 1
+    await engine.load(here)
+    assert len(files.loads) == 1, "once"
+
+
+async def test_an_adapter_whose_files_are_damaged_never_reaches_the_engine() -> None:
+    serving, files = Serving(), Files(None)
+    engine = SurrogateEngine("small", serving, files=files)
+    with pytest.raises(EngineUnavailable, match="damaged"):
+        await engine.load(REF)
+    assert (serving.added, engine.loaded(), files.loads) == ([], (), [])
+
+
 async def test_the_adapters_name_stays_inside_and_the_tenant_salts_the_cache(here: AdapterRef) -> None:
     serving = Serving()
     engine = SurrogateEngine("small", serving)
