@@ -42,6 +42,11 @@ class Place:
         """Where it lies below a root, with slashes."""
         return f"{self.tenant}/{self.digest}/v{self.version:04d}"
 
+    @property
+    def numbered_path(self) -> str:
+        """The same where no lock makes versions unique: no two adapters ever share it."""
+        return f"{self.path}-{self.number}"
+
 
 def place_of(name: str) -> Place:
     """The place that a name names.

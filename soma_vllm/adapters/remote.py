@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from soma_vllm.adapters.bucket import Bucket
-from soma_vllm.adapters.durable import is_locked, locked, locked_with_others
+from soma_vllm.adapters.cache import AdapterCache
 from soma_vllm.adapters.manifest import MANIFEST, PublishedAdapter, document, plain_json, read, spelt, whole
 from soma_vllm.adapters.naming import LARGEST, Place, checked, digest_of_session, home_of, place_of, version_of
-from soma_vllm.adapters.staging import Copy, Staging, fill
+from soma_vllm.adapters.staging import Copy, fill
 from soma_vllm.adapters.store import disk_errors, reject_damage, verify_again
 from soma_vllm.adapters.verify import CONFIG, NOTHING, WEIGHTS, Demands, verify_files
 from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
@@ -45,9 +45,6 @@ PATIENCE_S = 3600.0
 
 DRAWS = 100
 """Numbers drawn before it is said that something is wrong."""
-
-LOCKS = 64
-"""Files whose locks keep downloads of one adapter apart."""
 
 
 class RemoteAdapterStore:
@@ -66,8 +63,7 @@ class RemoteAdapterStore:
         """Raises AdapterError: nobody here speaks this kind of URL."""
         self.owner = owner
         self._bucket = Bucket(url)
-        self._cache = Path(cache).resolve() / self._bucket.digest
-        self._staging = Staging(self._cache, self._cache / ".lock")
+        self._cache = AdapterCache(Path(cache).resolve() / self._bucket.digest)
         self._demands = demands
         self._copy = copy
         self._patience_s = patience_s
@@ -84,11 +80,11 @@ class RemoteAdapterStore:
             facts = verify_files(trained, self._demands)
             place = self._place(key)
             content = spelt(document(key, place, facts, base_model, self.owner, training))
-            with self._staging.made(str(place.number)) as staged:
+            with self._cache.staging.made(str(place.number)) as staged:
                 fill(staged, trained, facts, content, self._copy)
                 self._upload(staged, place, content)
-                self._keep(staged, place)
-        return read(content, str(self._entry(place)))
+                self._cache.keep(staged, place)
+        return read(content, str(self._cache.entry(place)))
 
     def _place(self, key: SessionKey) -> Place:
         """A number that nobody has, claimed for ever, and the session's next version."""
@@ -108,7 +104,7 @@ class RemoteAdapterStore:
         with self._pending(place, "upload"):
             try:
                 for name in (CONFIG, WEIGHTS, MANIFEST):
-                    self._bucket.put(staged / name, f"{_path(place)}/{name}")
+                    self._bucket.put(staged / name, f"{place.numbered_path}/{name}")
                 if not self._bucket.has(f".pending/{place.name}"):
                     raise AdapterError(f"adapter {place.name}: took longer than others wait for an upload")
                 self._bucket.write(_mark(place), manifest)
@@ -141,7 +137,7 @@ class RemoteAdapterStore:
         for path, content in self._bucket.read_all(list(new)).items():
             # Not whole: cut off, on a file system that shows files while they are written.
             with suppress(ValueError, NotFound):
-                known[new[path]] = read(content, str(self._entry(place_of(new[path]))))
+                known[new[path]] = read(content, str(self._cache.entry(place_of(new[path]))))
         found = {name: known[name] for name in marked if name in known}
         self._known = found if tenant is None else known
         return tuple(sorted(found.values(), key=lambda one: (one.created, one.ref.number)))
@@ -155,7 +151,7 @@ class RemoteAdapterStore:
             AdapterError: the object store does not answer.
         """
         adapter = self._find(name)
-        sizes = self._bucket.sizes(_path(place_of(name)))
+        sizes = self._bucket.sizes(place_of(name).numbered_path)
         problems = [
             f"{file}: found {sizes.get(file, 'no')} bytes; expected {facts.size}"
             for file, facts in adapter.files().items()
@@ -174,15 +170,12 @@ class RemoteAdapterStore:
             AdapterError: it does not answer, or the cache cannot be written.
         """
         place = place_of(name)
-        cached = self._cached(place)
+        cached = self._cache.whole(place)
         if cached is not None:
             return cached.ref
-        with disk_errors(f"adapter {name} not fetched"):
-            locks = self._cache / ".locks"
-            locks.mkdir(parents=True, exist_ok=True)
-            with locked(locks / str(place.number % LOCKS)):
-                cached = self._cached(place)  # somebody fetched it while we waited
-                return cached.ref if cached is not None else self._fetch(place).ref
+        with disk_errors(f"adapter {name} not fetched"), self._cache.fetching(place):
+            cached = self._cache.whole(place)  # somebody fetched it while we waited
+            return cached.ref if cached is not None else self._fetch(place).ref
 
     def latest(self, key: SessionKey) -> PublishedAdapter | None:
         """The session's newest version, if it has any."""
@@ -205,7 +198,7 @@ class RemoteAdapterStore:
         """Raises NotFound, AdapterError."""
         place = place_of(name)
         try:
-            adapter = read(self._bucket.read(_mark(place)), str(self._entry(place)))
+            adapter = read(self._bucket.read(_mark(place)), str(self._cache.entry(place)))
         except (NotFound, ValueError) as error:
             raise NotFound(f"adapter {name}: not published under {self._bucket}") from error
         if adapter.ref.name != name:
@@ -214,48 +207,24 @@ class RemoteAdapterStore:
 
     # -- the cache --------------------------------------------------------------------------------------
 
-    def _entry(self, place: Place) -> Path:
-        return self._cache / _path(place)
-
-    def _cached(self, place: Place) -> PublishedAdapter | None:
-        """The cache's entry, where it is whole."""
-        entry = self._entry(place)
-        try:
-            adapter = read((entry / MANIFEST).read_bytes(), str(entry))
-            if adapter.ref.name != place.name:
-                return None
-            reject_damage(place.name, entry, adapter)
-        except (OSError, ValueError, AdapterRejected):
-            return None
-        return adapter
-
     def _fetch(self, place: Place) -> PublishedAdapter:
         """Bring an adapter into the cache, in place of what is there."""
         with self._downloaded(place) as (staged, adapter):
             reject_damage(place.name, staged, adapter)
-            self._keep(staged, place)
+            self._cache.keep(staged, place)
         return adapter
 
     @contextmanager
     def _downloaded(self, place: Place) -> Iterator[tuple[Path, PublishedAdapter]]:
         """A staged directory with what the object store holds."""
         adapter = self._find(place.name)
-        with self._staging.made(f"{place.number}-{secrets.token_hex(4)}") as staged:
+        with self._cache.staging.made(f"{place.number}-{secrets.token_hex(4)}") as staged:
             for name in (CONFIG, WEIGHTS, MANIFEST):
                 try:
-                    self._bucket.fetch(f"{_path(place)}/{name}", staged / name)
+                    self._bucket.fetch(f"{place.numbered_path}/{name}", staged / name)
                 except NotFound as error:
                     raise AdapterRejected(place.name, [f"{name} is missing in {self._bucket}"]) from error
             yield staged, adapter
-
-    def _keep(self, staged: Path, place: Place) -> None:
-        """Make a staged directory the cache's entry, by renaming it into place."""
-        entry = self._entry(place)
-        with locked(self._cache / ".lock"):
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            if entry.exists():
-                shutil.rmtree(self._staging.take(entry, f"stale-{secrets.token_hex(8)}"), ignore_errors=True)
-            staged.rename(entry)
 
     # -- ending -----------------------------------------------------------------------------------------
 
@@ -263,19 +232,19 @@ class RemoteAdapterStore:
         """Take an adapter out of the listing, then delete its files; as `AdapterStore.retire`."""
         place = place_of(name)
         if not self._bucket.has(_mark(place)):
-            self._drop(self._entry(place))
+            self._cache.drop(self._cache.entry(place))
             raise NotFound(f"adapter {name}: not published under {self._bucket}")
         with self._pending(place, "retire"):
             self._clear(place)
             self._bucket.remove(f".pins/{name}")
-        self._drop(self._entry(place))
+        self._cache.drop(self._cache.entry(place))
 
     def forget(self, key: SessionKey) -> None:
         """Remove what is left of a session that is gone, where none of its adapters is."""
         home = home_of(key)
         if self.latest(key) is None:
             self._bucket.remove_below(home)
-            shutil.rmtree(self._cache / home, ignore_errors=True)
+            shutil.rmtree(self._cache.folder / home, ignore_errors=True)
 
     def collect_garbage(self) -> int:
         """Finish what killed uploads and retirements left, and drop what the cache need not hold; how many.
@@ -285,16 +254,17 @@ class RemoteAdapterStore:
         Raises:
             AdapterError: the object store does not answer.
         """
-        with disk_errors(f"garbage of {self._cache} not collected"):
-            swept = self._staging.sweep()
+        with disk_errors(f"garbage of {self._cache.folder} not collected"):
+            swept = self._cache.staging.sweep()
             for name in self._bucket.names(".pending"):
                 swept += self._settle(name)
-            listed = {Path(adapter.ref.path) for adapter in self.list()}
-            stale = [entry for entry in self._cache.glob("[!.]*/*/v*") if entry not in listed]
+            # In this order: what is cached, or pinned, was published before.
+            cached, pins = self._cache.entries(), self.pins()
+            listed = {adapter.ref.name: Path(adapter.ref.path) for adapter in self.list()}
+            stale = set(cached) - set(listed.values())
             for entry in stale:
-                self._drop(entry)
-            names = {adapter.ref.name for adapter in self.list()}
-            for name in self.pins() - names:
+                self._cache.drop(entry)
+            for name in pins - listed.keys():
                 self._bucket.remove(f".pins/{name}")
         return swept + len(stale)
 
@@ -319,15 +289,7 @@ class RemoteAdapterStore:
     def _clear(self, place: Place) -> None:
         """Delete an adapter's objects, the mark first."""
         self._bucket.remove(_mark(place))
-        self._bucket.remove_below(_path(place))
-
-    def _drop(self, entry: Path) -> None:
-        with suppress(FileNotFoundError, NotADirectoryError), disk_errors("a cached adapter not deleted"):
-            if not entry.is_dir():
-                return
-            with locked(self._cache / ".lock"):
-                gone = self._staging.take(entry, f"retired-{secrets.token_hex(8)}")
-            shutil.rmtree(gone, ignore_errors=True)
+        self._bucket.remove_below(place.numbered_path)
 
     # -- pins and users ---------------------------------------------------------------------------------
 
@@ -345,18 +307,11 @@ class RemoteAdapterStore:
 
     def in_service(self) -> AbstractContextManager[None]:
         """Held by a server while it serves from this root. Other machines do not see it."""
-        self._cache.mkdir(parents=True, exist_ok=True)
-        return locked_with_others(self._cache / ".serving")
+        return self._cache.in_service()
 
     def serves(self) -> bool:
         """Whether a living server of this machine serves from this root."""
-        file = self._cache / ".serving"
-        return file.exists() and is_locked(file)
-
-
-def _path(place: Place) -> str:
-    """Where an adapter lies below the root, and in the cache."""
-    return f"{place.path}-{place.number}"
+        return self._cache.serves()
 
 
 def _mark(place: Place) -> str:

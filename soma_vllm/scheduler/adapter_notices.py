@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from contextlib import suppress
 
@@ -11,7 +10,8 @@ from soma_vllm.errors import AdapterRejected, EngineUnavailable, NotFound, SomaE
 from soma_vllm.scheduler.ports import Shelf, StockMeter
 from soma_vllm.types import AdapterRef, Event, SessionKey
 
-logger = logging.getLogger(__name__)
+SETTLED_S = 0.5
+"""Publications within this time are one reason to sweep."""
 
 
 class AdapterNotices:
@@ -37,9 +37,10 @@ class AdapterNotices:
         return found
 
     async def wait(self, limit_s: float) -> None:
-        """Return when the bell rang, or the time is over."""
+        """Return when the bell rang (and whoever rings close to it has), or the time is over."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._bell.wait(), limit_s)
+            await asyncio.sleep(SETTLED_S)
         self._bell.clear()
 
 
