@@ -7,7 +7,7 @@ the weights, as each load does; `get` reads the manifest and looks at two length
 (`--width`), so that it is the store that is measured. Times depend on the disk: publishing waits for it again
 and again. Over fsspec every listing asks the far side, here another folder of the same disk.
 
-    python benchmarks/adapter_store.py [--adapters 10000] [--tenants 100] [--root DIR] [--json FILE]
+    python benchmarks/adapter_store.py [--adapters 10000] [--tenants 100] [--kind KIND] [--root DIR] [--json FILE]
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from soma_vllm.adapters.roots import AnyAdapterStore, open_root
 from soma_vllm.types import SessionKey
 
+KINDS = ("directory", "fsspec")
 SAMPLES = 200
 RANK = 8
 
@@ -107,10 +108,11 @@ def main() -> None:
     parser.add_argument("--tenants", type=int, default=100)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--root", help="existing folder to work in; without it a temporary one")
+    parser.add_argument("--kind", choices=KINDS, action="append", help="of store; repeatable; without it both")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     found = {}
-    for kind in ("directory", "file:// (fsspec)"):
+    for kind in chosen.kind or KINDS:
         with folder(chosen.root) as here:
             files = trained(here / "trained", chosen.width)
             root = str(here / "root") if kind == "directory" else f"file://{here}/root"

@@ -83,7 +83,8 @@ class RemoteAdapterStore:
             with self._cache.staging.made(str(place.number)) as staged:
                 fill(staged, trained, facts, content, self._copy)
                 self._upload(staged, place, content)
-                self._cache.keep(staged, place)
+                with suppress(OSError):  # it is published; the first load will fetch it
+                    self._cache.keep(staged, place)
         return read(content, str(self._cache.entry(place)))
 
     def _place(self, key: SessionKey) -> Place:
@@ -120,7 +121,8 @@ class RemoteAdapterStore:
         note = f".pending/{place.name}"
         self._bucket.write(note, json.dumps({"what": what, "at": time.time()}).encode())
         yield
-        self._bucket.remove(note)
+        with suppress(AdapterError):  # it is done; the note goes with the garbage
+            self._bucket.remove(note)
 
     # -- finding ----------------------------------------------------------------------------------------
 

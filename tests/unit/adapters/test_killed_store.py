@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -113,17 +112,20 @@ def test_a_publication_killed_at_any_step_is_there_whole_or_leaves_nothing(
 
 @pytest.mark.parametrize("opened", [local, remote])
 def test_a_disk_that_is_full_at_any_step_fails_a_publication_with_one_error_and_leaves_nothing(
-    opened: Open, fresh: Callable[[], Path], trained: Path, work: Path
+    opened: Open, fresh: Callable[[], Path], trained: Path, work: Path, tmp_path: Path
 ) -> None:
     def publish_or_tell(folder: Path) -> None:
-        with suppress(AdapterError):
+        try:
             publish(opened(folder), trained)
+        except AdapterError:
+            (tmp_path / folder.name).touch()
 
     outcomes = set()
     for folder in each_refusal(work, fresh, publish_or_tell):
         store = opened(folder)
         listed = whole(store)
         outcomes.add(len(listed))
+        assert (tmp_path / folder.name).exists() is not bool(listed), "it says what it did"
         if not listed:
             # What a failed clean-up leaves (of a note that could not be written, for one) is garbage.
             store.collect_garbage()
