@@ -7,7 +7,7 @@ the weights, as each load does; `get` reads the manifest and looks at two length
 (`--width`), so that it is the store that is measured. Times depend on the disk: publishing waits for it again
 and again. Over fsspec every listing asks the far side, here another folder of the same disk.
 
-    python benchmarks/adapter_store.py [--adapters 10000] [--tenants 100] [--kind KIND] [--root DIR] [--json FILE]
+    python benchmarks/adapter_store.py [--adapters 10000] [--kind KIND] [--root DIR] [--json FILE]
 """
 
 from __future__ import annotations

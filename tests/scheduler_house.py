@@ -214,7 +214,7 @@ class Stock:
     def evicted(self, reason: Reason) -> None:
         self.evictions.append(reason)
 
-    def loaded(self, seconds: float) -> None:
+    def fetched(self, seconds: float) -> None:
         pass
 
 

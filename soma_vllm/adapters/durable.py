@@ -2,15 +2,17 @@
 
 Guarantees: what `write_atomically` wrote is there in full after a power cut, or not at all; a lock belongs to
 an open file, so that threads and processes exclude each other alike, and the kernel frees it when its holder
-dies; a `Counter` never gives the same number twice.
+dies; a `Counter` never gives the same number twice; what was read while `Changes` had a word is still so while
+it has the same.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from soma_vllm.errors import AdapterError
@@ -68,6 +70,33 @@ def is_locked(path: Path) -> bool:
     finally:
         os.close(handle)
     return False
+
+
+class Changes:
+    """A file that says whether anything has changed: a new word after every change, none during one.
+
+    A change that was killed leaves it wordless, until the next one ends: nobody trusts what he knows meanwhile.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Change something. The caller holds a lock, so that there is one change at a time."""
+        self._path.write_bytes(b"")
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # no word is as good, only slower for those who look
+                self._path.write_text(secrets.token_hex(8), encoding="ascii")
+
+    def word(self) -> str | None:
+        """The same as long as nothing has changed; None during a change, and before the first."""
+        try:
+            return self._path.read_text(encoding="ascii") or None
+        except FileNotFoundError:
+            return None
 
 
 class Counter:

@@ -1,11 +1,12 @@
 """What a local root holds, kept in memory and kept true by the times of its directories.
 
-Guarantees: a listing shows every directory that was renamed into place before it was asked for, whoever did
-it, and none that was renamed away; a manifest is read once in a process' life, since published files are never
-edited; the tree is the truth, and nothing is written.
+Guarantees: a listing shows what every store on this root published before it was asked for, and nothing that
+one retired; what people do to the directories by hand shows after `TRUSTED_S` at the latest; a manifest is read
+once in a process' life, since published files are never edited; the tree is the truth, and nothing is written.
 
-A directory is read again where its modification time differs from the one it was last read at, or was younger
-than `RACY_NS` then: file systems keep coarse times, and two changes in one tick look like one.
+While the root's stores say that nothing has changed, one small file is read. Else every directory's time is
+looked at, and it is read again where that differs from the one it was last read at, or was younger than
+`RACY_NS` then: file systems keep coarse times, and two changes in one tick look like one.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from soma_vllm.adapters.durable import Changes
 from soma_vllm.adapters.manifest import MANIFEST, PublishedAdapter, read
 from soma_vllm.adapters.naming import version_of
 
 logger = logging.getLogger(__name__)
+
+TRUSTED_S = 30.0
+"""Seconds after which the directories are looked at whatever the stores say."""
 
 RACY_NS = 2_000_000_000
 """Age, nanoseconds, from which a directory's time is trusted, also across the clocks of a network."""
@@ -109,8 +114,10 @@ class _Tenant:
 class Listing:
     """The adapters below a root. May be asked from several threads."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, changes: Changes) -> None:
         self._root = _Folder(str(root))
+        self._changes = changes
+        self._seen: dict[str | None, tuple[str | None, float]] = {}
         self._tenants: dict[str, _Tenant] = {}
         self._sorted: dict[str | None, tuple[PublishedAdapter, ...]] = {}
         self._lock = threading.Lock()
@@ -118,18 +125,33 @@ class Listing:
     def of(self, tenant: str | None = None) -> tuple[PublishedAdapter, ...]:
         """What is published, of one tenant or of all, in the order of numbers."""
         with self._lock:
-            if tenant is None:
-                self._root.reread()
-                for gone in set(self._tenants) - set(self._root.names):
-                    del self._tenants[gone]
-                    self._sorted.clear()
-            names = self._root.names if tenant is None else (tenant,)
-            if any([self._tenant(name).refresh() for name in names]):
-                self._sorted.clear()
+            word = self._changes.word()  # first: what changes meanwhile shows the next time
+            if not self._trusted(tenant, word):
+                self._look(tenant)
+                self._seen[tenant] = (word, time.monotonic())
             if tenant not in self._sorted:
+                names = self._root.names if tenant is None else (tenant,)
                 found = (adapter for name in names for adapter in self._tenant(name).adapters())
                 self._sorted[tenant] = tuple(sorted(found, key=lambda one: one.ref.number))
             return self._sorted[tenant]
+
+    def _trusted(self, tenant: str | None, word: str | None) -> bool:
+        """Whether nothing has changed since somebody looked."""
+        looks = (self._seen[whose] for whose in (tenant, None) if whose in self._seen)
+        now = time.monotonic()
+        return word is not None and any(seen == word and now < at + TRUSTED_S for seen, at in looks)
+
+    def _look(self, tenant: str | None) -> None:
+        """Bring one tenant, or all, up to date."""
+        if tenant is None:
+            self._root.reread()
+            for gone in set(self._tenants) - set(self._root.names):
+                del self._tenants[gone]
+                self._seen.pop(gone, None)
+                self._sorted.clear()
+        names = self._root.names if tenant is None else (tenant,)
+        if any([self._tenant(name).refresh() for name in names]):
+            self._sorted.clear()
 
     def _tenant(self, name: str) -> _Tenant:
         return self._tenants.setdefault(name, _Tenant(f"{self._root.path}/{name}"))

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 from typing import Any
 
-from soma_vllm.adapters.durable import Counter, is_locked, locked, locked_with_others, sync
+from soma_vllm.adapters.durable import Changes, Counter, is_locked, locked, locked_with_others, sync
 from soma_vllm.adapters.listing import Listing, read_at
 from soma_vllm.adapters.manifest import MANIFEST, PublishedAdapter, document, plain_json, read, spelt, whole
 from soma_vllm.adapters.naming import Place, checked, digest_of_session, home_of, place_of, version_of
@@ -52,7 +52,8 @@ class AdapterStore:
         self._serving = self._root / ".serving"
         self._staging = Staging(self._root, self._lock)
         self._numbers = Counter(self._root / ".number")
-        self._listing = Listing(self._root)
+        self._changes = Changes(self._root / ".changes")
+        self._listing = Listing(self._root, self._changes)
         self._demands = demands
         self._copy = copy
 
@@ -95,7 +96,7 @@ class AdapterStore:
     def _reveal(self, staged: Path, place: Place) -> Path:
         """List a filled directory, by renaming it into place."""
         final = self._root / place.path
-        with locked(self._lock):
+        with locked(self._lock), self._changes.under_way():
             final.parent.mkdir(parents=True, exist_ok=True)
             staged.rename(final)
             with ExitStack() as undo:
@@ -196,7 +197,8 @@ class AdapterStore:
                 if not path.is_dir() or (found is not None and found.ref.name != name):
                     raise NotFound(f"adapter {name}: not published under {self._root}")
                 # Not locked: should this process be killed, the next one may sweep it up at once.
-                gone = self._staging.take(path, f"retired-{place.number}")
+                with self._changes.under_way():
+                    gone = self._staging.take(path, f"retired-{place.number}")
             held.callback(self._unpinned, name)
         shutil.rmtree(gone, ignore_errors=True)  # what stays behind is garbage, collected later
 

@@ -57,8 +57,8 @@ from soma_vllm.scheduler.recorder import Recorder
 from soma_vllm.scheduler.teaching import Teachers, why_text
 from soma_vllm.storage.keys import KeyStore
 from soma_vllm.storage.sessions import SessionStore
-from soma_vllm.telemetry.adapters import AdapterMetrics
 from soma_vllm.telemetry.metrics import SessionMetrics
+from soma_vllm.telemetry.shelf import ShelfMetrics
 from soma_vllm.training.pair import ANYONE, owner_of
 from soma_vllm.types import AdapterRef, SessionKey
 
@@ -196,7 +196,7 @@ class SomaServer:
         encoder = await self._load_encoder()
         trainer = await self._start_trainers()
         original = await self._reach_original()
-        stock = AdapterMetrics()
+        stock = ShelfMetrics()
         notices = AdapterNotices()
         shelf = StoreShelf(self._open_shelf())
         surrogate = SurrogateEngine(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
@@ -34,14 +33,10 @@ class ChatServing(Protocol):
 
 
 class AdapterFiles(Protocol):
-    """Where adapters' files come from, and who wants to know of loads."""
+    """Where adapters' files come from."""
 
     async def at_hand(self, ref: AdapterRef) -> AdapterRef:
         """An adapter whose files lie on this machine, whole. Raises EngineUnavailable."""
-        ...
-
-    def loaded(self, started: float) -> None:
-        """The adapter is in the engine; loading began at this `time.monotonic()`."""
         ...
 
 
@@ -53,9 +48,6 @@ class FilesInPlace:
         if not await asyncio.to_thread(Path(ref.path, "adapter_config.json").is_file):
             raise EngineUnavailable(f"adapter {ref.name} has no files")
         return ref
-
-    def loaded(self, started: float) -> None:
-        """Nobody wants to know."""
 
 
 class SurrogateEngine:
@@ -102,12 +94,10 @@ class SurrogateEngine:
         """
         async with self._locks[ref.name]:
             if ref.name not in self._loaded:
-                started = time.monotonic()
                 # Looked at here: vLLM would find out in its engine process, and take everybody's requests down.
                 here = await self._files.at_hand(ref)
                 await self._serving.add(here)
                 self._loaded[ref.name] = here
-                self._files.loaded(started)
 
     async def unload(self, ref: AdapterRef) -> None:
         """Free an adapter's memory. The caller sees to it that no request uses it."""

@@ -58,13 +58,12 @@ class ShelfFiles:
         Raises:
             EngineUnavailable: they do not; the care for adapters is told.
         """
+        started = time.monotonic()
         try:
-            return await asyncio.to_thread(self._shelf.resolve, ref.name)
+            here = await asyncio.to_thread(self._shelf.resolve, ref.name)
         except SomaError as error:
             if isinstance(error, NotFound | AdapterRejected):  # not where the shelf does not answer now
                 self._notices.damaged(ref.name)
             raise EngineUnavailable(f"adapter {ref.name} cannot be loaded: {error}") from error
-
-    def loaded(self, started: float) -> None:
-        """An engine has an adapter that it began to load at this `time.monotonic()`."""
-        self._meter.loaded(time.monotonic() - started)
+        self._meter.fetched(time.monotonic() - started)
+        return here

@@ -113,7 +113,7 @@ class Meter(Protocol):
 
 
 class StockMeter(Protocol):
-    """What is measured of adapters: `telemetry.adapters.AdapterMetrics`."""
+    """What is measured of adapters: `telemetry.shelf.ShelfMetrics`."""
 
     def kept(self, count: int, size_bytes: int) -> None:
         """So much is on the shelf."""
@@ -123,6 +123,6 @@ class StockMeter(Protocol):
         """An adapter had to go."""
         ...
 
-    def loaded(self, seconds: float) -> None:
-        """An engine took so long to load one."""
+    def fetched(self, seconds: float) -> None:
+        """It took so long to have an adapter's files at hand."""
         ...

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from adapter_files import BASE_MODEL, write_adapter
 
+from soma_vllm.adapters import listing
 from soma_vllm.adapters.manifest import PublishedAdapter
 from soma_vllm.adapters.store import AdapterStore
 from soma_vllm.adapters.verify import Demands
@@ -44,7 +45,7 @@ def root(tmp_path: Path) -> Path:
 
 def files_under(root: Path) -> list[str]:
     """Every file but the store's own counters and lock."""
-    own = {".number", ".version", ".lock"}
+    own = {".number", ".version", ".lock", ".changes"}
     return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and p.name not in own)
 
 
@@ -414,7 +415,7 @@ def test_finding_one_of_many_opens_the_files_of_one(
 
     def watch(event: str, arguments: tuple[object, ...]) -> None:
         if active and str(arguments[0] if arguments else "").startswith(str(root)):
-            if event == "open":
+            if event == "open" and not str(arguments[0]).endswith(".changes"):
                 opened.append(str(arguments[0]))
             elif event in ("os.listdir", "os.scandir"):
                 listed.append(str(arguments[0]))
@@ -428,15 +429,17 @@ def test_finding_one_of_many_opens_the_files_of_one(
     opened.clear()
     assert len(fresh.list()) == 30
     assert len(opened) == 30, "every manifest, once"
-    for path in root.glob("public/*"):
-        os.utime(path, ns=(0, 0))  # long ago
-    fresh.list()
     opened.clear()
     listed.clear()
+    assert len(fresh.list()) == len(fresh.list("public")) == 30
+    assert (opened, listed) == ([], []), "the stores say that nothing has changed"
+    for path in (root, *root.glob("public"), *root.glob("public/*")):
+        os.utime(path, ns=(0, 0))  # long ago
+    monkeypatch.setattr(listing, "TRUSTED_S", 0.0)
     fresh.list()
-    fresh.list("public")
-    assert opened == []
-    assert not any(path.startswith(str(root / "public") + "/") for path in listed), "no session is read again"
+    listed.clear()
+    fresh.list()
+    assert (opened, listed) == ([], []), "neither do the directories' times"
     newest = publish(store, trained, SessionKey("public", "7"))
     opened.clear()
     assert fresh.list()[-1] == newest
@@ -463,6 +466,31 @@ def test_a_listing_follows_what_others_publish_retire_and_forget(root: Path, tra
         theirs.forget(KEY)
         shutil.rmtree(root / "another")
         assert ours.list() == ours.list("another") == ()
+
+
+def test_what_people_delete_by_hand_is_missed_before_long(
+    root: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = AdapterStore(root)
+    by_hand, kept = publish(store, trained), publish(store, trained, OTHER)
+    assert store.list() == (by_hand, kept)
+    shutil.rmtree(by_hand.ref.path)
+    with pytest.raises(NotFound):
+        store.get(by_hand.ref.name)
+    monkeypatch.setattr(listing, "TRUSTED_S", 0.0)
+    assert store.list() == (kept,)
+
+
+def test_a_change_that_was_killed_is_trusted_by_nobody(root: Path, trained: Path) -> None:
+    ours, theirs = AdapterStore(root), AdapterStore(root)
+    adapter = publish(theirs, trained)
+    assert ours.list() == (adapter,)
+    (root / ".changes").write_bytes(b"")  # as a kill between a renaming and the word on it leaves it
+    Path(adapter.ref.path).rename(root / ".staging" / "retired-1")
+    assert ours.list() == ()
+    again = publish(theirs, trained)
+    assert (root / ".changes").read_bytes() != b""
+    assert ours.list() == (again,)
 
 
 def test_a_foreign_folder_or_a_spoiled_manifest_is_left_out_of_the_listing(

@@ -1,4 +1,4 @@
-"""Prometheus series of the adapter store: what it holds, what had to go, how long loads take.
+"""Prometheus series of the adapter store: what it holds, what had to go, how long files take to be at hand.
 
 Labels are closed sets: nothing here grows with adapters or tenants. Gauges are as of the last sweep.
 """
@@ -11,10 +11,10 @@ from prometheus_client.registry import REGISTRY
 from soma_vllm.adapters.budgets import Reason
 from soma_vllm.types import Event, SessionKey
 
-LOAD_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+FETCH_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
-class AdapterMetrics:
+class ShelfMetrics:
     """A meter of the stock, and an observer of events."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
@@ -25,12 +25,15 @@ class AdapterMetrics:
             "soma_adapters_retired", "Adapters that left the engine and the shelf.", registry=registry
         )
         self._evicted = Counter(
-            "soma_adapters_evicted", "Adapters that had to go, by reason.", ["reason"], registry=registry
+            "soma_store_evictions",
+            "Adapters that had to go from the shelf, by reason.",
+            ["reason"],
+            registry=registry,
         )
-        self._load = Histogram(
-            "soma_adapter_load_seconds",
-            "From the check of its files until the engine has an adapter.",
-            buckets=LOAD_SECONDS,
+        self._fetch = Histogram(
+            "soma_adapter_fetch_seconds",
+            "Until an adapter's files were on this machine, and found to be those published.",
+            buckets=FETCH_SECONDS,
             registry=registry,
         )
         for reason in Reason:
@@ -52,6 +55,6 @@ class AdapterMetrics:
         """An adapter had to go."""
         self._evicted.labels(reason.value).inc()
 
-    def loaded(self, seconds: float) -> None:
-        """An engine took so long to load one."""
-        self._load.observe(seconds)
+    def fetched(self, seconds: float) -> None:
+        """It took so long to have an adapter's files at hand."""
+        self._fetch.observe(seconds)
