@@ -401,10 +401,24 @@ class Limits(Section):
 
 
 class Adapters(Section):
-    """Where adapters live."""
+    """Where adapters live, and how many. Beyond a budget the least recently used is evicted and its session
+    goes back to the original; pinned ones (`soma adapters pin`) stay. null: no limit."""
 
     root: str = "adapters_store"
-    """Directory, relative to the working directory; {soma_home} and {run_dir} are filled in."""
+    """Directory, relative to the working directory, or a URL that fsspec knows (s3://…, gs://…; its package
+    has to be installed); {soma_home} and {run_dir} are filled in."""
+    cache: str = "{soma_home}/adapters_cache"
+    """Directory of this machine that holds what the engine reads, where root is a URL."""
+    max_count: Positive | None = None
+    """Adapters in all."""
+    max_bytes: Positive | None = None
+    """Bytes of adapters in all."""
+    tenant_max_count: Positive | None = None
+    """Adapters of one tenant. Unlike limits.adapters, which trains none beyond it, this one makes room."""
+    tenant_max_bytes: Positive | None = None
+    """Bytes of one tenant's adapters."""
+    ttl_s: Seconds | None = None
+    """Seconds without an append to its session after which an adapter is evicted."""
 
 
 class Config(Section):

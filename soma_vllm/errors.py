@@ -16,6 +16,7 @@
     ├── AdapterError                         an adapter is not fit to be published or loaded
     │   └── AdapterRejected                  `verify` found what is wrong with its files
     ├── PolicyUnavailable                    a policy cannot decide now; the original answers
+    ├── IllegalMove                          a bug: an adapter may not go from its state to that one
     ├── StoreUnavailable                     the session store does not answer                 -> 503
     ├── EngineError                          an engine did not answer
     │   ├── EngineUnavailable                it is not running, or not yet                     -> 503
@@ -117,6 +118,10 @@ class AdapterRejected(AdapterError):
 
 class PolicyUnavailable(SomaError):
     """A policy cannot decide now; the original answers, and the message is the reason."""
+
+
+class IllegalMove(SomaError):
+    """An adapter may not go from its state to that one."""
 
 
 class StoreUnavailable(SomaError):

@@ -31,6 +31,7 @@ from sqlalchemy import event as sqlalchemy_event
 
 from soma_vllm.adapters.shelf import RecordShelf
 from soma_vllm.adapters.store import AdapterStore
+from soma_vllm.adapters.verify import Demands
 from soma_vllm.config import parse_config
 from soma_vllm.session.identity import tenant_of
 from soma_vllm.session.phases import Phase
@@ -109,13 +110,15 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.url = f"sqlite+aiosqlite:///{folder}/sessions.db"
-        self.adapters = AdapterStore(folder / "adapters", max_rank=8, base_model=BASE_MODEL)
+        self.adapters = AdapterStore(
+            folder / "adapters", demands=Demands(8, BASE_MODEL), owner=identity(self.url)
+        )
         self.told = folder / "told"
         self.temporary = folder / "tmp"
 
     def house(self, store: SessionStore, steps: Steps | None = None) -> House:
         tempfile.tempdir = str(self.temporary)
-        shelf = RecordShelf(self.adapters, identity(self.url))
+        shelf = RecordShelf(self.adapters)
         return House(CONFIG, store, shelf=shelf, trainer=FileTrainer(steps))
 
     def tell(self, **what: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from soma_vllm.adapters.budgets import Reason
+from soma_vllm.adapters.manifest import FileFacts, PublishedAdapter
 from soma_vllm.config import Config
 from soma_vllm.engines.base import ChatCall, Salts
 from soma_vllm.engines.fake import FakeEngine
-from soma_vllm.errors import AdapterRejected, TooManyRequests, TrainingError
+from soma_vllm.errors import AdapterRejected, NotFound, TooManyRequests, TrainingError
 from soma_vllm.scheduler.adaptation import Adaptation
+from soma_vllm.scheduler.adapter_custody import AdapterCustody
+from soma_vllm.scheduler.adapter_notices import AdapterNotices
 from soma_vllm.scheduler.background import Background
 from soma_vllm.scheduler.book import SessionBook
 from soma_vllm.scheduler.custody import Custody
@@ -147,9 +152,13 @@ class FakeTrainer:
 class FakeShelf:
     """Numbers adapters and remembers what was retired."""
 
+    owner = "us"
+
     def __init__(self, log: list[str]) -> None:
         self.published: list[str] = []
         self.owners: dict[str, SessionKey] = {}
+        self.there: dict[str, PublishedAdapter] = {}
+        self.pinned: set[str] = set()
         self._log = log
 
     def publish(
@@ -159,9 +168,14 @@ class FakeShelf:
         name = f"adapter-{key.session}-{number}"
         self.published.append(name)
         self.owners[name] = key
-        return AdapterRef(name, number, str(trained))
+        ref = AdapterRef(name, number, str(trained))
+        self.there[name] = PublishedAdapter(
+            ref, key, 1, time.time(), base_model, 8, self.owner, FileFacts("0", 1000), FileFacts("0", 24)
+        )
+        return ref
 
     def retire(self, name: str) -> None:
+        self.there.pop(name, None)
         self._log.append(f"delete {name}")
 
     def workplace(self) -> str:
@@ -170,11 +184,19 @@ class FakeShelf:
     def clear(self) -> None:
         pass
 
-    def listed(self) -> Sequence[AdapterRef]:
-        return ()
+    def resolve(self, name: str) -> AdapterRef:
+        if name not in self.there:
+            raise NotFound(f"adapter {name}")
+        return self.there[name].ref
 
-    def has(self, ref: AdapterRef) -> bool:
-        return f"delete {ref.name}" not in self._log
+    def list(self, tenant: str | None = None) -> tuple[PublishedAdapter, ...]:
+        return tuple(one for one in self.there.values() if tenant in (None, one.key.tenant))
+
+    def pins(self) -> frozenset[str]:
+        return frozenset(self.pinned)
+
+    def forget(self, key: SessionKey) -> None:
+        pass
 
 
 class OpenMeter:
@@ -194,6 +216,23 @@ class OpenMeter:
 
     def may_adapt(self, tenant: str, adapters: int) -> bool:
         return self.adapters is None or adapters < self.adapters
+
+
+class Stock:
+    """Remembers what was measured of adapters."""
+
+    def __init__(self) -> None:
+        self.on_shelf = (0, 0)
+        self.evictions: list[Reason] = []
+
+    def kept(self, count: int, size_bytes: int) -> None:
+        self.on_shelf = (count, size_bytes)
+
+    def evicted(self, reason: Reason) -> None:
+        self.evictions.append(reason)
+
+    def fetched(self, seconds: float) -> None:
+        pass
 
 
 class HashEncoder:
@@ -227,10 +266,13 @@ class House:
         self.surrogate = surrogate or FakeSurrogate()
         self.trainer = trainer or FakeTrainer()
         self.shelf = shelf or FakeShelf(self.surrogate.log)
+        self.notices = AdapterNotices()
+        self.stock = Stock()
         self.meter = OpenMeter()
         self.events: list[tuple[SessionKey, Event]] = []
         self.payback = PaybackWatch(config, store)
-        observers = [lambda key, event: self.events.append((key, event)), self.teachers, self.payback]
+        watch = [self.teachers, self.notices, self.payback]
+        observers = [lambda key, event: self.events.append((key, event)), *watch]
         self.book = SessionBook(config, store, observers)
         slots = config.surrogate
         limit = slots.queue_limit if slots.overflow == "wait" else 0
@@ -275,8 +317,20 @@ class House:
             self.meter,
         )
         self.salts = Salts()
+        self.adapters = AdapterCustody(
+            config, self.book, store, self.adaptation, self.shelf, self.notices, self.stock, orphan_after_s=0.0
+        )
         self.custody = Custody(
-            config, self.book, store, self.adaptation, self.background, self.shelf, self.salts, self.meter
+            config,
+            self.book,
+            store,
+            self.adaptation,
+            self.background,
+            self.shelf,
+            self.salts,
+            self.meter,
+            self.adapters,
+            self.notices,
         )
 
     async def say(

@@ -2,15 +2,17 @@
 
 Guarantees: what `write_atomically` wrote is there in full after a power cut, or not at all; a lock belongs to
 an open file, so that threads and processes exclude each other alike, and the kernel frees it when its holder
-dies; a `Counter` never gives the same number twice.
+dies; a `Counter` never gives the same number twice; what was read while `Changes` had a word is still so while
+it has the same.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from soma_vllm.errors import AdapterError
@@ -37,9 +39,22 @@ def write_atomically(path: Path, text: str) -> None:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock on a file (made if need be) or an existing directory; waits for others."""
+    with _held(path, fcntl.LOCK_EX):
+        yield
+
+
+@contextmanager
+def locked_with_others(path: Path) -> Iterator[None]:
+    """Hold a lock that others may hold in this way as well, but nobody as `locked`."""
+    with _held(path, fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def _held(path: Path, how: int) -> Iterator[None]:
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(handle, how)
         yield
     finally:
         os.close(handle)
@@ -55,6 +70,33 @@ def is_locked(path: Path) -> bool:
     finally:
         os.close(handle)
     return False
+
+
+class Changes:
+    """A file that says whether anything has changed: a new word after every change, none during one.
+
+    A change that was killed leaves it wordless, until the next one ends: nobody trusts what he knows meanwhile.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Change something. The caller holds a lock, so that there is one change at a time."""
+        self._path.write_bytes(b"")
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # no word is as good, only slower for those who look
+                self._path.write_text(secrets.token_hex(8), encoding="ascii")
+
+    def word(self) -> str | None:
+        """The same as long as nothing has changed; None during a change, and before the first."""
+        try:
+            return self._path.read_text(encoding="ascii") or None
+        except FileNotFoundError:
+            return None
 
 
 class Counter:

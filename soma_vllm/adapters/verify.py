@@ -1,8 +1,9 @@
 """Is this directory an adapter that an engine may load? Every problem is reported at once.
 
 Guarantees for a directory that passes: weights come from safetensors alone, so that reading them runs no
-code; the file is whole; every weight is finite; the A and B of every module are there, of the rank that
-adapter_config.json promises; nothing in the configuration asks for more than a plain LoRA.
+code; the files are files, no links, and whole; every weight is finite; the A and B of every module are there,
+of the rank that adapter_config.json promises and of widths and layers that the base model has; nothing in the
+configuration asks for more than a plain LoRA.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-import torch
 from safetensors import SafetensorError, safe_open
 
+from soma_vllm.adapters.base_model import BaseShapes, shapes_of
 from soma_vllm.errors import AdapterRejected
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -39,6 +43,28 @@ PLAIN: Mapping[str, object] = {
 
 
 @dataclass(frozen=True)
+class Demands:
+    """What is asked of an adapter beyond being one. None asks nothing."""
+
+    max_rank: int | None = None
+    base_model: str | None = None
+    """Compared with what the adapter says it was trained on, by path or by last path component."""
+    shapes: BaseShapes | None = None
+
+    @staticmethod
+    def of_model(model: Path, max_rank: int | None = None) -> Demands:
+        """That an adapter fits the model in this folder.
+
+        Raises:
+            AdapterError: its config.json cannot be read.
+        """
+        return Demands(max_rank, str(model), shapes_of(model))
+
+
+NOTHING = Demands()
+
+
+@dataclass(frozen=True)
 class AdapterFacts:
     """What verification learned."""
 
@@ -52,31 +78,27 @@ class AdapterFacts:
     """SHA-256 of the weights' file, hexadecimal."""
     size_bytes: int
     """Size of the weights' file."""
+    config_digest: str
+    """SHA-256 of adapter_config.json, hexadecimal."""
+    config_bytes: int
+    """Size of adapter_config.json."""
 
 
-def verify_files(
-    directory: Path, *, max_rank: int | None = None, base_model: str | None = None
-) -> AdapterFacts:
+def verify_files(directory: Path, demands: Demands = NOTHING) -> AdapterFacts:
     """Check the files of a trained adapter; extra files are ignored unless they are pickles.
-
-    `base_model`, where given, is compared with the configuration's by path or by last path component.
 
     Raises:
         AdapterRejected: with every problem found.
     """
-    problems = [
-        f"found {path.name}; expected weights as safetensors only"
-        for path in sorted(directory.glob("*"))
-        if path.suffix in PICKLED
-    ]
+    problems = list(_file_problems(directory))
     config = _read_config(directory / CONFIG, problems)
     if config is not None:
-        problems.extend(_config_problems(config, max_rank, base_model))
+        problems.extend(_config_problems(config, demands.max_rank, demands.base_model))
     weights = directory / WEIGHTS
     modules: tuple[str, ...] = ()
     if weights.is_file():
         try:
-            modules = _check_weights(weights, config, problems)
+            modules = _check_weights(weights, config, demands.shapes, problems)
         except SafetensorError as error:
             problems.append(f"{WEIGHTS} is not a whole safetensors file: {error}")
     else:
@@ -90,6 +112,8 @@ def verify_files(
         base_model=str(config.get("base_model_name_or_path") or ""),
         digest=digest_of(weights),
         size_bytes=weights.stat().st_size,
+        config_digest=digest_of(directory / CONFIG),
+        config_bytes=(directory / CONFIG).stat().st_size,
     )
 
 
@@ -99,10 +123,18 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _file_problems(directory: Path) -> Iterator[str]:
+    for path in sorted(directory.glob("*")):
+        if path.suffix.lower() in PICKLED:
+            yield f"found {path.name}; expected weights as safetensors only"
+        if path.name in (CONFIG, WEIGHTS) and path.is_symlink():
+            yield f"{path.name} is a link; expected a file of the adapter's own"
+
+
 def _read_config(path: Path, problems: list[str]) -> dict[str, Any] | None:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         problems.append(f"{CONFIG} is missing")
         return None
     except ValueError as error:
@@ -137,7 +169,9 @@ def _config_problems(config: Mapping[str, Any], max_rank: int | None, base_model
         yield f"base_model_name_or_path: found {trained_on!r}; expected {base_model!r}"
 
 
-def _check_weights(path: Path, config: Mapping[str, Any] | None, problems: list[str]) -> tuple[str, ...]:
+def _check_weights(
+    path: Path, config: Mapping[str, Any] | None, shapes: BaseShapes | None, problems: list[str]
+) -> tuple[str, ...]:
     """Check every tensor against the configuration; the kinds of module that are adapted."""
     rank = config.get("r") if config else None
     sides: dict[str, set[str]] = {}
@@ -149,7 +183,10 @@ def _check_weights(path: Path, config: Mapping[str, Any] | None, problems: list[
                 problems.append(f"{name}: expected only tensors named ….lora_A.weight and ….lora_B.weight")
                 continue
             sides.setdefault(module, set()).add(side)
-            problems.extend(_tensor_problems(name, side, file.get_tensor(name), rank))
+            tensor = file.get_tensor(name)
+            problems.extend(_tensor_problems(name, side, tensor, rank))
+            if shapes is not None and tensor.dim() == 2:
+                problems.extend(shapes.problems(module, side, tuple(tensor.shape)))
     if not names:
         problems.append(f"{WEIGHTS} holds no tensors")
     for module, found in sides.items():
@@ -179,7 +216,7 @@ def _tensor_problems(name: str, side: str, tensor: torch.Tensor, rank: object) -
     found = tensor.shape[0 if side == "lora_A" else 1]
     if _is_count(rank) and found != rank:
         yield f"{name}: found rank {found} in shape {tuple(tensor.shape)}; expected {rank}"
-    if not bool(torch.isfinite(tensor).all()):
+    if not bool(tensor.isfinite().all()):
         yield f"{name}: holds values that are not finite"
 
 

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute
 
-from soma_vllm.api import admin, chat, responses
+from soma_vllm.api import adapters, admin, chat, responses
 from soma_vllm.api.access import AccessControl
 from soma_vllm.api.allowances import Allowances
 from soma_vllm.api.errors import http_failed
@@ -59,7 +59,7 @@ class SomaEndpointPlugin:
     def attach_router(self, app: FastAPI) -> None:
         """Register the routes, those vLLM has too are replaced, and what stands in front of all routes."""
         theirs = {id(route) for route in app.routes}
-        for part in (chat, responses, admin):
+        for part in (chat, responses, admin, adapters):
             app.include_router(part.router)
         self._app = app
         self._ours = [route for route in app.routes if id(route) not in theirs]

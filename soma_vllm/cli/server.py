@@ -23,8 +23,9 @@ from typing import Any
 import aiohttp
 
 from soma_vllm.adapters.durable import is_locked
+from soma_vllm.adapters.roots import open_root
 from soma_vllm.adapters.shelf import RecordShelf
-from soma_vllm.adapters.store import AdapterStore
+from soma_vllm.adapters.verify import Demands
 from soma_vllm.api.allowances import Allowances
 from soma_vllm.config import Config
 from soma_vllm.engines.adapter_files import check_adapter_files
@@ -45,6 +46,8 @@ from soma_vllm.errors import PolicyUnavailable, PreflightError, TrainingError
 from soma_vllm.models.home import soma_home
 from soma_vllm.models.vocabulary import Vocabulary, read_vocabulary
 from soma_vllm.scheduler.adaptation import Adaptation
+from soma_vllm.scheduler.adapter_custody import AdapterCustody
+from soma_vllm.scheduler.adapter_notices import AdapterNotices, ShelfFiles
 from soma_vllm.scheduler.background import Background
 from soma_vllm.scheduler.book import SessionBook
 from soma_vllm.scheduler.custody import Custody
@@ -62,6 +65,7 @@ from soma_vllm.storage.keys import KeyStore
 from soma_vllm.storage.sessions import SessionStore
 from soma_vllm.telemetry.adapters import AdapterMetrics
 from soma_vllm.telemetry.metrics import SessionMetrics
+from soma_vllm.telemetry.shelf import ShelfMetrics
 from soma_vllm.training.pair import ANYONE, owner_of
 
 PLUGINS = ("soma", "soma_engine")
@@ -159,14 +163,16 @@ class SomaServer:
         trainer = await self._start_trainers()
         original = await self._reach_original()
         await self._open_policy()
-        holds, surrogate = self._engage_surrogate(PrivateChat(engine_client, state))
+        stock, notices = ShelfMetrics(), AdapterNotices()
+        shelf = self._open_shelf()
+        serving = PrivateChat(engine_client, state)
+        holds, surrogate = self._engage_surrogate(serving, ShelfFiles(shelf, notices, stock))
         teachers = await self._engage_teachers(original.speaks_vllm)
         meter = self.allowances
         payback = PaybackWatch(self._config, store)
-        book = SessionBook(self._config, store, [SessionMetrics(), teachers, payback])
+        book = SessionBook(self._config, store, [SessionMetrics(), stock, notices, teachers, payback])
         await book.start()
         self._cleanup.push_async_callback(book.stop)
-        shelf = self._open_shelf()
         adaptation = Adaptation(
             self._config, book, surrogate, trainer, shelf, encoder, holds, teachers, meter, payback
         )
@@ -187,7 +193,10 @@ class SomaServer:
             teachers,
             meter,
         )
-        custody = Custody(self._config, book, store, adaptation, background, shelf, self._salts, meter)
+        adapters = AdapterCustody(self._config, book, store, adaptation, shelf, notices, stock)
+        custody = Custody(
+            self._config, book, store, adaptation, background, shelf, self._salts, meter, adapters, notices
+        )
         await custody.start()
         self._cleanup.push_async_callback(custody.stop)
         self._begun = True
@@ -226,7 +235,9 @@ class SomaServer:
         self._cleanup.push_async_callback(self._supervisor.stop)
         self._say(f"original   loads {self._original_name}; its log is {child.log_path}")
 
-    def _engage_surrogate(self, serving: ChatServing) -> tuple[AdapterHolds, SurrogateEngine]:
+    def _engage_surrogate(
+        self, serving: ChatServing, files: ShelfFiles
+    ) -> tuple[AdapterHolds, SurrogateEngine]:
         """The engine, and the holds that keep adapters in it."""
         settings = self._config.surrogate
         metrics = AdapterMetrics()
@@ -238,7 +249,7 @@ class SomaServer:
             base_model=str(self._paths.surrogate),
         )
         room = room_for(settings.max_loras, settings.max_cpu_loras)
-        residency = Residency(serving, room, in_use=holds.in_use, check=check, meter=metrics)
+        residency = Residency(serving, room, files=files, in_use=holds.in_use, check=check, meter=metrics)
         metrics.watch(
             resident=lambda: len(residency.resident()),
             holds=holds.count,
@@ -295,12 +306,15 @@ class SomaServer:
         return store
 
     def _open_shelf(self) -> RecordShelf:
-        store = AdapterStore(
-            Path(self._filled(self._config.adapters.root)),
-            max_rank=self._config.lora.rank,
-            base_model=str(self._paths.surrogate),
+        store = open_root(
+            self._filled(self._config.adapters.root),
+            self._filled(self._config.adapters.cache),
+            demands=Demands.of_model(self._paths.surrogate, self._config.lora.rank),
+            owner=identity(self._filled(self._config.storage.url)),
         )
-        return RecordShelf(store, identity(self._filled(self._config.storage.url)))
+        # Told to `soma adapters`, which deletes nothing under a running server.
+        self._cleanup.enter_context(store.in_service())
+        return RecordShelf(store)
 
     async def _load_encoder(self) -> ThreadedEncoder:
         from soma_vllm.method.encoder import SentenceEncoder

@@ -51,15 +51,15 @@ class Server:
             base_url=url.rstrip("/"), headers={"Authorization": f"Bearer {key}"}, timeout=TIMEOUT_S
         )
 
-    def ask(self, method: str, path: str, **request: Any) -> Any:
-        """The JSON of an answer; None where it has none.
+    def ask(self, method: str, path: str, below: str = "/soma/sessions", **request: Any) -> Any:
+        """The JSON of an answer from a path below a route; None where it has none.
 
         Raises:
             NotFound: there is no such session.
             SomaError: the server refused, or is not there.
         """
         try:
-            answer = self._client.request(method, f"/soma/sessions{path}", **request)
+            answer = self._client.request(method, f"{below}{path}", **request)
         except httpx.HTTPError as error:
             raise SomaError(f"{self._client.base_url} does not answer ({type(error).__name__})") from error
         if answer.is_success:

@@ -37,6 +37,21 @@ class Loading(Protocol):
     async def remove(self, ref: AdapterRef) -> None: ...
 
 
+class AdapterFiles(Protocol):
+    """Where adapters' files come from."""
+
+    async def at_hand(self, ref: AdapterRef) -> AdapterRef:
+        """An adapter whose files lie on this machine. Raises EngineUnavailable."""
+        ...
+
+
+class FilesInPlace:
+    """Adapters whose files lie where their references say."""
+
+    async def at_hand(self, ref: AdapterRef) -> AdapterRef:
+        return ref
+
+
 class ResidencyMeter(Protocol):
     """Something that is told of loads: `telemetry.adapters.AdapterMetrics`."""
 
@@ -74,6 +89,7 @@ class Residency:
         engine: Loading,
         room: int,
         *,
+        files: AdapterFiles | None = None,
         in_use: Callable[[str], bool] = lambda name: False,
         check: Check = check_adapter_files,
         meter: ResidencyMeter | None = None,
@@ -81,6 +97,7 @@ class Residency:
         """`in_use` says whether somebody holds an adapter; `check` blocks, and runs on a thread."""
         self._engine = engine
         self._room = room
+        self._files: AdapterFiles = files or FilesInPlace()
         self._in_use = in_use
         self._check = check
         self.meter: ResidencyMeter = meter or Unmetered()
@@ -150,11 +167,12 @@ class Residency:
         async with self._stripe(ref.name):
             if ref.name in self._resident:
                 return
-            signature = await asyncio.to_thread(self._check, ref)
+            here = await self._files.at_hand(ref)
+            signature = await asyncio.to_thread(self._check, here)
             async with self._changing:
-                await self._make_room(ref)
-                await self._add(ref)
-                self._resident[ref.name] = ref
+                await self._make_room(here)
+                await self._add(here)
+                self._resident[ref.name] = here
                 self._signatures[ref.name] = signature
 
     async def _make_room(self, ref: AdapterRef) -> None:

@@ -21,6 +21,7 @@ import logging
 import math
 import shutil
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from soma_vllm.errors import (
     AdapterRejected,
     EngineError,
     EngineRefused,
+    NotFound,
     SomaError,
     StoreUnavailable,
     TrainingError,
@@ -41,6 +43,7 @@ from soma_vllm.scheduler.payback import PaybackWatch
 from soma_vllm.scheduler.ports import AdapterEngine, Encoder, Meter, Shelf, Trainer
 from soma_vllm.scheduler.shadow import adapted_answer, gaps_between
 from soma_vllm.scheduler.teaching import Teachers
+from soma_vllm.session.adapter_states import AdapterState
 from soma_vllm.session.adapting import Adapting
 from soma_vllm.session.gate import Verdict, centroid, judge
 from soma_vllm.session.phases import Phase
@@ -91,6 +94,7 @@ class Adaptation:
         self._teachers = teachers
         self._meter = meter
         self._payback = payback
+        self._retiring: set[str] = set()
 
     def begin(
         self, key: SessionKey, forced: Candidate | None, adapting: Adapting | None = None
@@ -175,16 +179,30 @@ class Adaptation:
 
     async def retire(self, key: SessionKey, ref: AdapterRef) -> None:
         """Take an adapter that serves nobody out of the engine once its last token is out, and delete it."""
-        if not await self._on_record(ref) or await self._book.in_use(ref):
+        gone = self._book.adapter_state(ref.name) is AdapterState.RETIRED
+        if gone or ref.name in self._retiring:
             return
+        self._retiring.add(ref.name)
+        try:
+            if await self._on_record(ref) and not await self._book.in_use(ref):
+                self._book.note(key, "adapter_draining", adapter=asdict(ref))
+                if await self.withdraw(ref):
+                    self._book.note(key, "adapter_retired", adapter=asdict(ref))
+        finally:
+            self._retiring.discard(ref.name)
+
+    async def withdraw(self, ref: AdapterRef) -> bool:
+        """The same for an adapter that no live session speaks of; False where it has to be tried again."""
         await self._holds.leaving(ref.name)
         try:
             await self._surrogate.unload(ref)
-            await asyncio.to_thread(self._shelf.retire, ref.name)
-            self._holds.left(ref.name)
-            self._book.note(key, "adapter_retired", adapter=asdict(ref))
+            with suppress(NotFound):  # somebody deleted the files by hand
+                await asyncio.to_thread(self._shelf.retire, ref.name)
         except (EngineError, AdapterError) as error:
             logger.warning("adapter %s could not be retired: %s", ref.name, error)
+            return False
+        self._holds.left(ref.name)
+        return True
 
     async def _on_record(self, ref: AdapterRef) -> bool:
         """Whether the record has all that was decided so far. Only then may files go: a server that is killed

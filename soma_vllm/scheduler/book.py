@@ -25,6 +25,7 @@ from soma_vllm.errors import NotFound, StoreUnavailable, Unprocessable
 from soma_vllm.scheduler.index import TurnIndex
 from soma_vllm.scheduler.journal import Journal, Write
 from soma_vllm.scheduler.ports import Observer, Store
+from soma_vllm.session.adapter_states import AdapterLives, AdapterState
 from soma_vllm.session.phases import Phase
 from soma_vllm.session.session import (
     RECOGNISED,
@@ -60,15 +61,6 @@ MOST_ALIKE = 5
 
 LEARNING = frozenset({Phase.WARM_START, Phase.ADAPTING, Phase.ROLLED_BACK})
 """Phases in which what was said may still be learned from."""
-
-ADAPTER_STATES = {
-    "adapter_published": "VERIFIED",
-    "adapter_loaded": "LOADED",
-    "switched": "ACTIVE",
-    "inherited": "ACTIVE",
-    "adapter_retired": RETIRED,
-}
-"""Event -> the state in which it leaves its adapter on record."""
 
 
 @dataclass
@@ -110,6 +102,7 @@ class SessionBook:
         self._journal = Journal()
         self._opening: dict[SessionKey, asyncio.Lock] = {}
         self._live: dict[str, int] = {}
+        self._adapters = AdapterLives()
 
     async def start(self) -> None:
         """Begin writing."""
@@ -180,12 +173,17 @@ class SessionBook:
         family = parent.family
         unique = uuid.uuid4().hex
         name = f"{family}~{unique[:12]}" if family else f"{RECOGNISED}{unique}"
-        inherited = inheritance(parent, turns, now)
+        inherited = inheritance(parent, turns, now) if self._may_inherit(parent) else None
         first = branch_event(parent, turns, now)
         pending = (first,) if inherited is None else (first, inherited)
         session = restore(SessionKey(parent.key.tenant, name), pending, self._config)
         self._entries[session.key] = Entry(session, pending=pending)
         return session
+
+    def _may_inherit(self, parent: Session) -> bool:
+        """Whether what serves a session may serve another one as well: not while its adapter leaves."""
+        state = None if parent.adapter is None else self._adapters.of(parent.adapter.name)
+        return state not in (AdapterState.DRAINING, AdapterState.RETIRED)
 
     def _turns_at(self, session: Session, seq: int) -> tuple[Turn, ...]:
         """The turns of a session as one of its events left them."""
@@ -277,6 +275,7 @@ class SessionBook:
                 self._entries[key] = Entry(session, events)
                 for seq, event in enumerate(events):
                     self._index.add(key, session.family, _marks(seq, event))
+                    self._adapters.recall(event)
                 if session.turns:
                     self._index.ask(key, session.family, session.turns[-1].asked)
         self._opening.pop(key, None)
@@ -344,19 +343,38 @@ class SessionBook:
     async def adapters(self, tenant: str) -> int:
         """Adapters that a tenant has."""
         async with _store_answers():
-            records = await self._store.adapters(tenant)
+            records = await self._store.adapters(tenant, retired=False)
         return sum(record.state != RETIRED for record in records)
 
     async def in_use(self, ref: AdapterRef) -> bool:
         """Whether any session is served by this adapter; True where nobody can tell."""
-        if any(_serves(entry.session, ref) for entry in self._entries.values()):
+        if any(_uses(entry.session, ref.name) for entry in self._entries.values()):
             return True
         try:
             async with _store_answers():
                 users = await self._store.users_of(ref.name)
         except StoreUnavailable:
             return True
-        return any(key not in self._entries for key in users)
+        return any(self._elsewhere(key) for key in users)
+
+    async def users_of(self, name: str) -> list[SessionKey]:
+        """Sessions that an adapter serves, in memory and on record.
+
+        Raises:
+            StoreUnavailable: the store does not answer.
+        """
+        async with _store_answers():
+            on_record = await self._store.users_of(name)
+        live = [e.session.key for e in self._entries.values() if _uses(e.session, name)]
+        return [*live, *(key for key in on_record if self._elsewhere(key))]
+
+    def _elsewhere(self, key: SessionKey) -> bool:
+        """Whether a session is on record only: not in memory, and not removed from it a moment ago."""
+        return key not in self._entries and not self._journal.holds(key)
+
+    def adapter_state(self, name: str) -> AdapterState | None:
+        """Where an adapter stands; None where no live session has said so."""
+        return self._adapters.of(name)
 
     async def family(self, session: Session) -> list[SessionKey]:
         """Every branch of a dialogue that a client named, where this is its root; else the session alone.
@@ -381,10 +399,11 @@ class SessionBook:
         if not entry.events and key.tenant in self._live:
             self._live[key.tenant] += 1
         before = entry.session.phase
+        adapters = tuple(self._moved((*entry.pending, *events)))
         for event in events:
             entry.session = fold(entry.session, event, self._config)
         events, entry.pending = (*entry.pending, *events), ()
-        self._put_on_record(entry, events)
+        self._put_on_record(entry, events, adapters)
         for event in events:
             for observe in self._observers:
                 observe(key, event)
@@ -402,7 +421,16 @@ class SessionBook:
         if entry.session.phase in LEARNING:
             entry.session = entry.session.with_text(reading)
 
-    def _put_on_record(self, entry: Entry, events: Sequence[Event]) -> None:
+    def _moved(self, events: Iterable[Event]) -> Iterable[AdapterRecord]:
+        """The adapters that events move, as they leave them. Raises IllegalMove."""
+        for event in events:
+            if (found := self._adapters.note(event)) is not None:
+                ref, state = found
+                yield AdapterRecord(ref.name, ref.number, ref.path, state)
+
+    def _put_on_record(
+        self, entry: Entry, events: Sequence[Event], adapters: tuple[AdapterRecord, ...]
+    ) -> None:
         session = entry.session
         policy = self._config.retention.text
         learning = session.phase in LEARNING
@@ -418,7 +446,6 @@ class SessionBook:
             self._index.add(session.key, session.family, marks)
             self._index.ask(session.key, session.family, session.turns[-1].asked)
         standing = _standing(session)
-        adapters = tuple(_adapters(events))
 
         async def append() -> None:
             await self._store.append(session.key, first_seq, written, standing, marks, adapters)
@@ -501,15 +528,8 @@ def _standing(session: Session) -> Standing:
     return Standing(session.family, session.phase, session.chain(), len(session.turns), adapter)
 
 
-def _adapters(events: Iterable[Event]) -> Iterable[AdapterRecord]:
-    for event in events:
-        ref = event.data.get("adapter")
-        if event.kind in ADAPTER_STATES and isinstance(ref, dict):
-            yield AdapterRecord(ref["name"], ref["number"], ref["path"], ADAPTER_STATES[event.kind])
-
-
-def _serves(session: Session, ref: AdapterRef) -> bool:
-    return session.adapter is not None and session.adapter.name == ref.name
+def _uses(session: Session, adapter: str) -> bool:
+    return session.adapter is not None and session.adapter.name == adapter
 
 
 @asynccontextmanager

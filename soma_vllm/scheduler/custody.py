@@ -12,14 +12,16 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from soma_vllm.config import Config
 from soma_vllm.engines.base import Salts
-from soma_vllm.errors import BadRequest, NotFound, SomaError, StoreUnavailable, TooManyRequests
+from soma_vllm.errors import AdapterError, BadRequest, NotFound, SomaError, StoreUnavailable, TooManyRequests
 from soma_vllm.scheduler.adaptation import Adaptation
+from soma_vllm.scheduler.adapter_custody import AdapterCustody
+from soma_vllm.scheduler.adapter_notices import AdapterNotices
 from soma_vllm.scheduler.background import Background
 from soma_vllm.scheduler.book import Entry, SessionBook
 from soma_vllm.scheduler.ports import Meter, Shelf, Store
@@ -58,6 +60,8 @@ class Custody:
         shelf: Shelf,
         salts: Salts,
         meter: Meter,
+        adapters: AdapterCustody,
+        notices: AdapterNotices,
         sweep_every_s: float = SWEEP_EVERY_S,
     ) -> None:
         self._config = config
@@ -68,6 +72,8 @@ class Custody:
         self._shelf = shelf
         self._salts = salts
         self._meter = meter
+        self.adapters = adapters
+        self._notices = notices
         self._sweep_every_s = sweep_every_s
         self._sweeper: asyncio.Task[None] | None = None
         self._removals: dict[SessionKey, asyncio.Task[None]] = {}
@@ -183,6 +189,8 @@ class Custody:
             await self._book.unheld(key, LAST_REQUEST_S)
             for ref in _left(entry.events):
                 await self._adaptation.retire(key, ref)
+            with suppress(AdapterError):  # an empty folder stays behind
+                await asyncio.to_thread(self._shelf.forget, key)
             self._book.remove(key)
         finally:
             self._book.release(key)
@@ -218,6 +226,7 @@ class Custody:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.adapters.stop()
 
     async def sweep(self) -> int:
         """Erase text and remove sessions whose time is over; how many sessions were removed."""
@@ -238,9 +247,12 @@ class Custody:
 
     async def _sweep_for_ever(self) -> None:
         while True:
-            await asyncio.sleep(self._sweep_every_s)
+            await self._notices.wait(self._sweep_every_s)
             try:
                 await self.sweep()
+                await self.adapters.sweep()
+            except AdapterError as error:
+                logger.warning("adapters are not looked after: %s", error)
             except (SQLAlchemyError, OSError, SomaError) as error:
                 logger.warning("retention waits for the session store: %s", type(error).__name__)
 

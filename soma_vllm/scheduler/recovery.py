@@ -20,8 +20,7 @@ from soma_vllm.scheduler.background import Background
 from soma_vllm.scheduler.book import SessionBook
 from soma_vllm.scheduler.ports import Shelf, Store
 from soma_vllm.session.phases import Phase
-from soma_vllm.storage.tables import RETIRED
-from soma_vllm.types import AdapterRef, SessionKey
+from soma_vllm.types import SessionKey
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +68,11 @@ class Recovery:
     async def _end_what_has_no_files(self) -> None:
         """Give sessions whose adapter is gone back to the original: they may be adapted again."""
         served = await self._store.served()
-        serving = {adapter for _, adapter in served}
-        refs = [AdapterRef(r.name, r.number, r.path) for r in await self._store.adapters() if r.name in serving]
-        there = {ref.name for ref in refs if await asyncio.to_thread(self._shelf.has, ref)}
+        try:
+            there = {one.ref.name for one in await asyncio.to_thread(self._shelf.list)}
+        except AdapterError as error:
+            logger.warning("it is not known which adapters have files: %s", error)
+            return
         for key, adapter in served:
             if adapter not in there and (await self._book.open(key)).phase is Phase.SWITCHED:
                 logger.warning("a session goes back to the original: its adapter %s has no files", adapter)
@@ -81,19 +82,19 @@ class Recovery:
     async def _delete_what_serves_nobody(self) -> None:
         """Delete adapters, on record or not, that a kill left between two steps."""
         serving = {adapter for _, adapter in await self._store.served()}
-        on_record = {record.name: record.state for record in await self._store.adapters()}
+        on_record = {record.name for record in await self._store.adapters(retired=False)}
         there: set[str] = set()
         try:
             await asyncio.to_thread(self._shelf.clear)
-            there = {ref.name for ref in await asyncio.to_thread(self._shelf.listed)}
+            listed = await asyncio.to_thread(self._shelf.list)
+            there = {one.ref.name for one in listed if one.owner == self._shelf.owner}
         except AdapterError as error:
             logger.warning("adapters that serve nobody are not looked for: %s", error)
-        live = {name for name, state in on_record.items() if state != RETIRED}
-        for name in sorted((there | live) - serving):
+        for name in sorted((there | on_record) - serving):
             try:
                 await asyncio.to_thread(self._shelf.retire, name)
             except AdapterError as error:
                 logger.warning("adapter %s serves nobody and could not be deleted: %s", name, error)
                 continue
-            if name in live:
+            if name in on_record:
                 await self._store.retired(name)

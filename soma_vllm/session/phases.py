@@ -19,7 +19,7 @@ class Phase(StrEnum):
     SWITCHED = "SWITCHED"
     """The surrogate answers, plain or with the session's adapter."""
     ROLLED_BACK = "ROLLED_BACK"
-    """Drift was seen; the original answers again, for a cool-down at least."""
+    """Drift was seen, or the adapter was evicted; the original answers again, for a cool-down at least."""
     ORIGINAL_ONLY = "ORIGINAL_ONLY"
     """No candidate passed, or training failed; the original keeps the session."""
     CLOSED = "CLOSED"
@@ -35,6 +35,8 @@ TRANSITIONS: Mapping[tuple[Phase, str], Phase] = {
     (Phase.ADAPTING, "refused"): Phase.ORIGINAL_ONLY,
     (Phase.ADAPTING, "training_failed"): Phase.ORIGINAL_ONLY,
     (Phase.SWITCHED, "rolled_back"): Phase.ROLLED_BACK,
+    # Its adapter had to make room, or its files are lost.
+    (Phase.SWITCHED, "adapter_evicted"): Phase.ROLLED_BACK,
     # A branch of a session goes on as that session would have, where it learned from common turns alone.
     (Phase.WARM_START, "inherited"): Phase.SWITCHED,
     # An administrator asked for another adaptation.

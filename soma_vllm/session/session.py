@@ -223,7 +223,7 @@ class Session:
             return len(self.warm_turns()) >= config.warm_window
         if self.phase is Phase.ROLLED_BACK:
             # Doubled every time, so that a session that comes and goes does it ever more rarely.
-            cool_down = config.adaptation.cool_down_turns * 2 ** (self.rollbacks - 1)
+            cool_down = config.adaptation.cool_down_turns * 2 ** max(0, self.rollbacks - 1)
             enough = max(cool_down, config.acceptance_min_turns + 1)
             return self.trainings < config.adaptation.max_trainings and len(self.warm_turns()) >= enough
         return False
@@ -416,6 +416,11 @@ def _audited(session: Session, event: Event, config: Config) -> Session:
 
 
 def _rolled_back(session: Session, event: Event, config: Config) -> Session:
+    return replace(_adapter_evicted(session, event, config), rollbacks=session.rollbacks + 1)
+
+
+def _adapter_evicted(session: Session, event: Event, config: Config) -> Session:
+    # No rollback: nothing speaks against the surrogate, so its next candidate is judged as this one was.
     return replace(
         session,
         serving=Candidate.ORIGINAL,
@@ -424,7 +429,6 @@ def _rolled_back(session: Session, event: Event, config: Config) -> Session:
         drift=Drift(),
         warm_from=len(session.turns),
         learned=0,
-        rollbacks=session.rollbacks + 1,
     )
 
 
@@ -456,6 +460,7 @@ _APPLY = {
     "switched": _switched,
     "audited": _audited,
     "rolled_back": _rolled_back,
+    "adapter_evicted": _adapter_evicted,
     "branched": _branched,
     "inherited": _inherited,
     "restarted": _restarted,

@@ -15,7 +15,7 @@ from soma_vllm.storage.connections import connect
 from soma_vllm.storage.finding import Turn, by_chains, by_link, by_response
 from soma_vllm.storage.records import AdapterRecord, Found, LengthCount, Summary
 from soma_vllm.storage.schema import missing_tables, refuse_other_versions
-from soma_vllm.storage.tables import CLOSED, AdapterRow, EventRow, SessionRow, TextRow
+from soma_vllm.storage.tables import CLOSED, RETIRED, AdapterRow, EventRow, SessionRow, TextRow
 from soma_vllm.types import Event, SessionKey
 
 _KEYS = select(SessionRow.tenant, SessionRow.session)
@@ -138,12 +138,24 @@ class SessionReader:
         # Sorted here: databases differ in the order of letters.
         return sorted(found, key=lambda key: (key.tenant, key.session))
 
-    async def adapters(self, tenant: str | None = None) -> list[AdapterRecord]:
-        """Adapters on record, of one tenant or of all, in the order of their numbers."""
+    async def adapters(self, tenant: str | None = None, retired: bool = True) -> list[AdapterRecord]:
+        """Adapters on record, of one tenant or of all, in the order of their numbers.
+
+        `retired=False` leaves out those whose files are gone, unless some session still names them.
+        """
         wanted = select(AdapterRow.name, AdapterRow.number, AdapterRow.path, AdapterRow.state)
+        if not retired:
+            named = select(SessionRow.adapter).where(SessionRow.adapter.is_not(None))
+            wanted = wanted.where((AdapterRow.state != RETIRED) | AdapterRow.name.in_(named))
         if tenant is not None:
             wanted = wanted.where(AdapterRow.tenant == tenant)
         return [AdapterRecord(*row) for row in await self._rows(wanted.order_by(AdapterRow.number))]
+
+    async def adapters_used(self) -> dict[str, float]:
+        """Adapters that serve sessions, with the Unix time of those sessions' last append."""
+        latest = select(SessionRow.adapter, func.max(SessionRow.updated_at)).group_by(SessionRow.adapter)
+        serving = latest.where(SessionRow.adapter.is_not(None), SessionRow.phase != CLOSED)
+        return {str(name): float(at) for name, at in await self._rows(serving)}
 
     async def missing_tables(self) -> list[str]:
         """Tables of the session store that this database lacks."""

@@ -17,10 +17,12 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
+from soma_vllm.session.adapter_states import AdapterState
+
 CLOSED = "CLOSED"
 """Phase of a session that is being removed: it is not found, counted or listed as a user of an adapter."""
 
-RETIRED = "RETIRED"
+RETIRED = AdapterState.RETIRED.value
 """State of an adapter whose files are gone."""
 
 _REFUSED = re.compile("[\\\\\x00\ud800-\udfff]")

@@ -255,6 +255,22 @@ def test_an_owner_removes_its_own_session_and_its_adapter(again: Running, keys: 
     assert not any(name in path.read_text() for path in left)
 
 
+def test_an_adapter_is_evicted_under_the_running_engine_and_its_session_goes_back(
+    again: Running, keys: list[str]
+) -> None:
+    again.until("training", "SWITCHED", key=keys[0])
+    name = again.session("training", keys[0])["adapter"]
+    root = ["--root", str(again.run_dir / "adapters")]
+    assert f'"name": "{name}"' in soma("adapters", "ls", "--json", *root).stdout
+    assert soma("adapters", "verify", name, *root).returncode == 0
+    assert "running server" in soma("adapters", "rm", name, "--offline", *root).stderr
+    removed = soma("adapters", "rm", name, "--url", again.root)
+    assert removed.stdout == f"removed    {name}\n", removed.stderr
+    assert again.session("training", keys[0])["phase"] == "ROLLED_BACK"
+    assert soma("adapters", "show", name, *root).returncode == 1
+    assert "soma_adapters_retired_total" in httpx.get(f"{again.root}/metrics", timeout=30).text
+
+
 def test_a_body_that_is_too_large_is_refused(again: Running, keys: list[str]) -> None:
     body = b'{"model": "soma", "messages": "' + b"x" * (17 << 20) + b'"}'
     answer = httpx.post(f"{again.root}/v1/chat/completions", content=body, headers=_bearer(keys[0]), timeout=60)

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
 import re
 import shutil
-import signal
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from adapter_files import BASE_MODEL, tensors, write_adapter
+from adapter_files import BASE_MODEL, write_adapter
 
-from soma_vllm.adapters.store import AdapterStore, PublishedAdapter
+from soma_vllm.adapters import listing
+from soma_vllm.adapters.manifest import PublishedAdapter
+from soma_vllm.adapters.store import AdapterStore
+from soma_vllm.adapters.verify import Demands
 from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
 from soma_vllm.types import SessionKey
 
 KEY = SessionKey("public", "dialogue-7")
 OTHER = SessionKey("public", "dialogue-8")
-SPAWN = multiprocessing.get_context("spawn")
+FORK = multiprocessing.get_context("fork")
 
 
 def publish(store: AdapterStore, trained: Path, key: SessionKey = KEY) -> PublishedAdapter:
@@ -41,14 +45,14 @@ def root(tmp_path: Path) -> Path:
 
 def files_under(root: Path) -> list[str]:
     """Every file but the store's own counters and lock."""
-    own = {".number", ".version", ".lock"}
+    own = {".number", ".version", ".lock", ".changes"}
     return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and p.name not in own)
 
 
 def test_a_published_adapter_is_listed_with_all_it_needs(root: Path, trained: Path) -> None:
     adapter = publish(AdapterStore(root), trained)
     home = Path(adapter.ref.path)
-    assert re.fullmatch(r"soma-[0-9a-f]{16}-v0001-1", adapter.ref.name)
+    assert re.fullmatch(r"soma-public-[0-9a-f]{16}-v0001-1", adapter.ref.name)
     assert adapter.ref.number == 1
     assert home.relative_to(root).parts[::2] == ("public", "v0001")
     assert {path.name for path in home.iterdir()} == {
@@ -56,12 +60,15 @@ def test_a_published_adapter_is_listed_with_all_it_needs(root: Path, trained: Pa
         "adapter_model.safetensors",
         "soma.json",
     }
-    document = json.loads((home / "soma.json").read_text(encoding="utf-8"))
-    assert document == adapter.manifest
+    document = AdapterStore(root).manifest(adapter.ref.name)
+    assert document == json.loads((home / "soma.json").read_text(encoding="utf-8"))
     assert document["modules"] == ["q_proj", "v_proj"]
     assert document["base_model"] == "tiny-surrogate"
     assert document["training"] == {"hardness": {"1": 0.5}}
-    assert document["weights"] == {"sha256": adapter.digest, "bytes": adapter.size_bytes}
+    for file, facts in adapter.files().items():
+        content = (home / file).read_bytes()
+        assert (facts.sha256, facts.size) == (hashlib.sha256(content).hexdigest(), len(content))
+    assert adapter.size_bytes == sum(facts.size for facts in adapter.files().values())
 
 
 def test_a_reopened_store_finds_what_was_published(root: Path, trained: Path) -> None:
@@ -108,7 +115,7 @@ def test_a_session_id_never_becomes_a_path(session: str, root: Path, trained: Pa
     assert latest.key == key
 
 
-@pytest.mark.parametrize("tenant", ["..", "", ".staging", "a/b", "*"])
+@pytest.mark.parametrize("tenant", ["..", "", ".staging", "a/b", "*", "a\n", "ä", "a" * 129])
 def test_a_tenant_that_is_not_a_plain_word_is_refused(tenant: str, root: Path, trained: Path) -> None:
     with pytest.raises(AdapterError, match="tenant: found"):
         publish(AdapterStore(root), trained, SessionKey(tenant, "s"))
@@ -155,7 +162,7 @@ def _publish_some(root: Path, trained: Path, count: int) -> list[tuple[int, int,
 
 
 def test_two_processes_publishing_at_once_share_no_number_version_or_name(root: Path, trained: Path) -> None:
-    with ProcessPoolExecutor(2, mp_context=SPAWN) as pool:
+    with ProcessPoolExecutor(2, mp_context=FORK) as pool:
         jobs = [pool.submit(_publish_some, root, trained, 8) for _ in range(2)]
         published = [row for job in jobs for row in job.result(timeout=120)]
     assert [len(set(column)) for column in zip(*published, strict=True)] == [16, 16, 16]
@@ -195,8 +202,12 @@ def manifest_blocked(source: Path, target: Path) -> None:
     (target.parent / "soma.json").mkdir(exist_ok=True)
 
 
-def bits_flipped(source: Path, target: Path) -> None:
-    target.write_bytes(source.read_bytes()[:-1] + b"\x01")
+def bits_flipped_in(file: str) -> Callable[[Path, Path], None]:
+    def copy(source: Path, target: Path) -> None:
+        content = source.read_bytes()
+        target.write_bytes(content[:-1] + b"\x01" if target.name == file else content)
+
+    return copy
 
 
 @pytest.mark.parametrize(
@@ -205,7 +216,8 @@ def bits_flipped(source: Path, target: Path) -> None:
         (full_disk_at("adapter_config.json"), "No space left on device"),
         (full_disk_at("adapter_model.safetensors"), "No space left on device"),
         (manifest_blocked, "Is a directory"),
-        (bits_flipped, "weights changed on the way"),
+        (bits_flipped_in("adapter_model.safetensors"), "weights changed on the way"),
+        (bits_flipped_in("adapter_config.json"), "adapter_config.json changed on the way"),
     ],
 )
 def test_a_failed_publication_leaves_nothing_behind(
@@ -237,29 +249,6 @@ def test_an_unwritable_root_is_told_as_an_adapter_error(tmp_path: Path, trained:
         publish(AdapterStore(tmp_path / "file"), trained)
 
 
-def _publish_and_die(root: Path, trained: Path, at: str) -> None:
-    def copy(source: Path, target: Path) -> None:
-        shutil.copyfile(source, target)
-        if target.name == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    publish(AdapterStore(root, copy=copy), trained)
-
-
-@pytest.mark.parametrize("at", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_killed_publication_is_never_listed_and_is_swept_up(at: str, root: Path, trained: Path) -> None:
-    process = SPAWN.Process(target=_publish_and_die, args=(root, trained, at))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    store = AdapterStore(root)
-    assert files_under(root) != []
-    assert store.list() == ()
-    assert store.collect_garbage() == 1
-    assert files_under(root) == []
-    assert publish(store, trained).ref.number == 2
-
-
 def test_a_publication_under_way_is_not_taken_for_garbage(root: Path, trained: Path) -> None:
     swept = []
 
@@ -283,16 +272,16 @@ def test_publishing_sweeps_up_an_interrupted_retirement(root: Path, trained: Pat
 
 
 def test_unfit_files_are_refused_before_anything_is_allocated(root: Path, tmp_path: Path) -> None:
-    store = AdapterStore(root, max_rank=2)
+    store = AdapterStore(root, demands=Demands(max_rank=2))
     with pytest.raises(AdapterRejected, match="expected at most 2"):
         publish(store, write_adapter(tmp_path / "big"))
     assert not root.exists()
 
 
 def test_the_base_model_is_demanded_where_the_store_is_told_it(root: Path, trained: Path) -> None:
-    publish(AdapterStore(root, base_model=BASE_MODEL), trained)
+    publish(AdapterStore(root, demands=Demands(base_model=BASE_MODEL)), trained)
     with pytest.raises(AdapterRejected, match="base_model_name_or_path"):
-        publish(AdapterStore(root, base_model="another"), trained)
+        publish(AdapterStore(root, demands=Demands(base_model="another")), trained)
 
 
 @pytest.mark.parametrize("manifest", [{"loss": float("nan")}, {"when": object()}])
@@ -304,13 +293,204 @@ def test_a_manifest_that_json_cannot_hold_is_refused(
     assert not root.exists()
 
 
-def test_an_edited_adapter_no_longer_verifies(root: Path, trained: Path) -> None:
+def spoilt(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (Path.unlink, "cannot be read: No such file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:20]), "found 20 bytes; expected"),
+        (spoilt, "expected SHA-256"),
+    ],
+)
+def test_files_that_were_deleted_cut_off_or_changed_after_publication_are_rejected_and_can_be_retired(
+    file: str, spoil: Callable[[Path], object], problem: str, root: Path, trained: Path
+) -> None:
+    store = AdapterStore(root)
+    adapter, other = publish(store, trained), publish(store, trained)
+    spoil(Path(adapter.ref.path) / file)
+    with pytest.raises(AdapterRejected, match=problem):
+        store.resolve(adapter.ref.name)
+    with pytest.raises(AdapterRejected):
+        store.verify(adapter.ref.name)
+    if spoil is not spoilt:  # `get` looks at lengths alone
+        with pytest.raises(AdapterRejected, match=problem):
+            store.get(adapter.ref.name)
+    store.retire(adapter.ref.name)
+    assert store.list() == (other,)
+    assert not Path(adapter.ref.path).exists()
+
+
+@pytest.mark.parametrize("manifest", [b"", b"{}", b'{"format": 1}', b"\xff"])
+def test_an_adapter_whose_manifest_is_spoilt_is_not_there_and_can_still_be_retired(
+    manifest: bytes, root: Path, trained: Path
+) -> None:
     store = AdapterStore(root)
     adapter = publish(store, trained)
-    assert store.verify(adapter.ref.name).digest == adapter.digest
-    write_adapter(Path(adapter.ref.path), tensors(fill=0.25))
-    with pytest.raises(AdapterRejected, match=f"expected SHA-256 {adapter.digest}"):
-        store.verify(adapter.ref.name)
+    (Path(adapter.ref.path) / "soma.json").write_bytes(manifest)
+    for look in (store.get, store.resolve, store.verify, store.manifest, store.pin):
+        with pytest.raises(NotFound):
+            look(adapter.ref.name)
+    store.retire(adapter.ref.name)
+    assert files_under(root) == []
+
+
+def test_links_that_a_trainer_left_are_refused(root: Path, trained: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.safetensors"
+    (trained / "adapter_model.safetensors").rename(secret)
+    (trained / "adapter_model.safetensors").symlink_to(secret)
+    with pytest.raises(AdapterRejected, match="is a link; expected a file of"):
+        publish(AdapterStore(root), trained)
+    assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "soma-x",
+        "../../etc/passwd",
+        "soma-../..-0123456789abcdef-v0001-1",
+        "soma-public-0123456789abcdef-v0001-1/..",
+        "soma-public-0123456789abcdef-v1-1",
+        "soma-public-0123456789abcdef-v0001-01",
+        "soma-public-0123456789abcdef-v0001-\u0661",
+        "soma-public-0123456789abcdef-v0001-1",
+    ],
+)
+def test_a_name_that_was_never_given_out_names_no_place(name: str, root: Path, trained: Path) -> None:
+    store = AdapterStore(root)
+    publish(store, trained)
+    for verb in (store.get, store.resolve, store.retire, store.verify, store.pin):
+        with pytest.raises(NotFound):
+            verb(name)
+    assert len(store.list()) == 1
+
+
+def test_a_name_with_another_ones_number_is_not_found(root: Path, trained: Path) -> None:
+    store = AdapterStore(root)
+    adapter = publish(store, trained)
+    with pytest.raises(NotFound):
+        store.retire(adapter.ref.name[:-1] + "7")
+    assert store.list() == (adapter,)
+
+
+def test_a_tenant_may_have_any_plain_word_for_a_name(root: Path, trained: Path) -> None:
+    store = AdapterStore(root)
+    for tenant in ("v0001-17", "a-0123456789abcdef-v0001-1", "soma-x_y", "A" * 128):
+        adapter = publish(store, trained, SessionKey(tenant, "s"))
+        assert store.get(adapter.ref.name) == adapter
+
+
+def test_a_pinned_adapter_stays_pinned_until_it_is_let_go_or_retired(root: Path, trained: Path) -> None:
+    store = AdapterStore(root)
+    first, second = publish(store, trained), publish(store, trained)
+    for adapter in (first, second):
+        store.pin(adapter.ref.name)
+    assert AdapterStore(root).pins() == {first.ref.name, second.ref.name}
+    store.pin(first.ref.name, pinned=False)
+    store.retire(second.ref.name)
+    assert store.pins() == frozenset()
+
+
+def test_a_root_in_service_is_known_to_be_and_only_while_it_is(root: Path) -> None:
+    store, other = AdapterStore(root), AdapterStore(root)
+    assert not other.serves()
+    with store.in_service(), AdapterStore(root).in_service():
+        assert other.serves()
+    assert not other.serves()
+
+
+def test_finding_one_of_many_opens_the_files_of_one(
+    root: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = AdapterStore(root)
+    names = [publish(store, trained, SessionKey("public", str(n))).ref.name for n in range(30)]
+    opened: list[str] = []
+    listed: list[str] = []
+    active = [True]
+
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        if active and str(arguments[0] if arguments else "").startswith(str(root)):
+            if event == "open" and not str(arguments[0]).endswith(".changes"):
+                opened.append(str(arguments[0]))
+            elif event in ("os.listdir", "os.scandir"):
+                listed.append(str(arguments[0]))
+
+    sys.addaudithook(watch)
+    fresh = AdapterStore(root)
+    fresh.get(names[7])
+    assert (len(opened), listed) == (1, []), "its manifest"
+    fresh.resolve(names[8])
+    assert (len(opened), listed) == (4, []), "its manifest, its configuration, its weights"
+    opened.clear()
+    assert len(fresh.list()) == 30
+    assert len(opened) == 30, "every manifest, once"
+    opened.clear()
+    listed.clear()
+    assert len(fresh.list()) == len(fresh.list("public")) == 30
+    assert (opened, listed) == ([], []), "the stores say that nothing has changed"
+    for path in (root, *root.glob("public"), *root.glob("public/*")):
+        os.utime(path, ns=(0, 0))  # long ago
+    monkeypatch.setattr(listing, "TRUSTED_S", 0.0)
+    fresh.list()
+    listed.clear()
+    fresh.list()
+    assert (opened, listed) == ([], []), "neither do the directories' times"
+    newest = publish(store, trained, SessionKey("public", "7"))
+    opened.clear()
+    assert fresh.list()[-1] == newest
+    assert opened == [f"{newest.ref.path}/soma.json"]
+    active.clear()
+
+
+def test_a_listing_follows_what_others_publish_retire_and_forget(root: Path, trained: Path) -> None:
+    ours, theirs = AdapterStore(root), AdapterStore(root)
+    assert ours.list() == ()
+    for _ in range(3):
+        first = publish(theirs, trained)
+        second = publish(theirs, trained, SessionKey("another", "s"))
+        assert ours.list() == (first, second)
+        assert ours.list("another") == (second,)
+        theirs.retire(first.ref.name)
+        assert ours.list() == (second,)
+        theirs.forget(KEY)
+        again = publish(theirs, trained)
+        assert again.ref.path == first.ref.path
+        assert ours.list() == (second, again)
+        for adapter in (again, second):
+            theirs.retire(adapter.ref.name)
+        theirs.forget(KEY)
+        shutil.rmtree(root / "another")
+        assert ours.list() == ours.list("another") == ()
+
+
+def test_what_people_delete_by_hand_is_missed_before_long(
+    root: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = AdapterStore(root)
+    by_hand, kept = publish(store, trained), publish(store, trained, OTHER)
+    assert store.list() == (by_hand, kept)
+    shutil.rmtree(by_hand.ref.path)
+    with pytest.raises(NotFound):
+        store.get(by_hand.ref.name)
+    monkeypatch.setattr(listing, "TRUSTED_S", 0.0)
+    assert store.list() == (kept,)
+
+
+def test_a_change_that_was_killed_is_trusted_by_nobody(root: Path, trained: Path) -> None:
+    ours, theirs = AdapterStore(root), AdapterStore(root)
+    adapter = publish(theirs, trained)
+    assert ours.list() == (adapter,)
+    (root / ".changes").write_bytes(b"")  # as a kill between a renaming and the word on it leaves it
+    Path(adapter.ref.path).rename(root / ".staging" / "retired-1")
+    assert ours.list() == ()
+    again = publish(theirs, trained)
+    assert (root / ".changes").read_bytes() != b""
+    assert ours.list() == (again,)
 
 
 def test_a_foreign_folder_or_a_spoiled_manifest_is_left_out_of_the_listing(
@@ -321,7 +501,7 @@ def test_a_foreign_folder_or_a_spoiled_manifest_is_left_out_of_the_listing(
     (Path(spoiled.ref.path) / "soma.json").write_text("{}", encoding="utf-8")
     (Path(sound.ref.path).parent / "vacation").mkdir()
     assert [one.ref for one in AdapterStore(root).list()] == [sound.ref]
-    assert "not a manifest of format 1" in caplog.text
+    assert "not a manifest of format 2" in caplog.text
 
 
 def test_retiring_deletes_the_files_and_only_those(root: Path, trained: Path) -> None:
@@ -337,12 +517,18 @@ def test_retiring_deletes_the_files_and_only_those(root: Path, trained: Path) ->
     assert len(files_under(root)) == 3
 
 
-def test_removing_a_session_leaves_no_trace_of_it_and_spares_the_others(root: Path, trained: Path) -> None:
+def test_a_forgotten_session_leaves_no_trace_and_one_that_has_adapters_is_not_forgotten(
+    root: Path, trained: Path
+) -> None:
     store = AdapterStore(root)
-    mine = [publish(store, trained) for _ in range(2)]
-    other = publish(store, trained, OTHER)
-    assert store.remove_session(KEY) == 2
-    assert store.remove_session(KEY) == 0
-    assert not Path(mine[0].ref.path).parent.exists()
-    assert [one.ref for one in store.list()] == [other.ref]
-    assert publish(store, trained).ref.name not in {one.ref.name for one in mine}
+    mine, other = publish(store, trained), publish(store, trained, OTHER)
+    store.forget(KEY)
+    assert store.get(mine.ref.name) == mine
+    store.retire(mine.ref.name)
+    store.forget(KEY)
+    store.forget(KEY)
+    assert not Path(mine.ref.path).parent.exists()
+    again = publish(store, trained)
+    assert again.ref.path == mine.ref.path, "the place may come again, the name never does"
+    assert again.ref.name != mine.ref.name
+    assert store.list() == (other, again)

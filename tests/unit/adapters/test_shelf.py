@@ -10,7 +10,7 @@ from adapter_files import write_adapter
 
 from soma_vllm.adapters.shelf import RecordShelf
 from soma_vllm.adapters.store import AdapterStore
-from soma_vllm.errors import ConfigError
+from soma_vllm.errors import ConfigError, NotFound
 from soma_vllm.storage.connections import identity
 from soma_vllm.types import SessionKey
 
@@ -18,26 +18,28 @@ KEY = SessionKey("public", "s")
 
 
 def shelf(root: Path, record: str) -> RecordShelf:
-    return RecordShelf(AdapterStore(root / "adapters"), record)
+    return RecordShelf(AdapterStore(root / "adapters", owner=record))
 
 
-def test_adapters_of_another_record_are_not_listed(tmp_path: Path) -> None:
+def test_every_adapter_says_for_which_record_it_was_published(tmp_path: Path) -> None:
     trained = write_adapter(tmp_path / "trained")
-    ours, theirs = shelf(tmp_path, "ours"), shelf(tmp_path, "theirs")
-    ref = ours.publish(KEY, trained, base_model="small", manifest={"steps": 4})
-    theirs.publish(KEY, trained, base_model="small", manifest={"steps": 4})
-    AdapterStore(tmp_path / "adapters").publish(KEY, trained, base_model="small", manifest={})
-    assert list(shelf(tmp_path, "ours").listed()) == [ref]
+    made = {
+        record: shelf(tmp_path, record).publish(KEY, trained, base_model="small", manifest={"steps": 4})
+        for record in ("ours", "theirs", "")
+    }
+    owners = {one.ref.name: one.owner for one in shelf(tmp_path, "ours").list()}
+    assert owners == {ref.name: record for record, ref in made.items()}
 
 
 def test_an_adapter_that_was_deleted_is_not_there_and_may_be_deleted_again(tmp_path: Path) -> None:
     ours = shelf(tmp_path, "ours")
     ref = ours.publish(KEY, write_adapter(tmp_path / "trained"), base_model="small", manifest={})
-    assert ours.has(ref)
+    assert ours.resolve(ref.name) == ref
     for _ in range(2):
         ours.retire(ref.name)
-    assert not ours.has(ref)
-    assert list(ours.listed()) == []
+    assert list(ours.list()) == []
+    with pytest.raises(NotFound):
+        ours.resolve(ref.name)
 
 
 def test_what_a_killed_training_left_is_cleared_away_and_anothers_is_not(

@@ -14,20 +14,23 @@ import torch
 from adapter_files import BASE_MODEL, RANK, WIDTH, module, tensors, write_adapter
 from peft import LoraConfig, get_peft_model
 
-from soma_vllm.adapters.verify import verify_files
-from soma_vllm.errors import AdapterRejected
+from soma_vllm.adapters.base_model import shapes_of
+from soma_vllm.adapters.verify import Demands, verify_files
+from soma_vllm.errors import AdapterError, AdapterRejected
 
 Q_A = f"{module(0, 'q_proj')}.lora_A.weight"
 
 
 def problems_of(directory: Path, **demands: Any) -> str:
     with pytest.raises(AdapterRejected) as caught:
-        verify_files(directory, **demands)
+        verify_files(directory, Demands(**demands))
     return "; ".join(caught.value.problems)
 
 
 def test_a_sound_adapter_passes_and_its_facts_are_told(tmp_path: Path) -> None:
-    facts = verify_files(write_adapter(tmp_path), max_rank=RANK, base_model="/elsewhere/tiny-surrogate")
+    facts = verify_files(
+        write_adapter(tmp_path), Demands(max_rank=RANK, base_model="/elsewhere/tiny-surrogate")
+    )
     weights = (tmp_path / "adapter_model.safetensors").read_bytes()
     assert (facts.rank, facts.alpha, facts.modules) == (RANK, 8.0, ("q_proj", "v_proj"))
     assert facts.base_model == BASE_MODEL
@@ -40,7 +43,7 @@ def test_what_peft_itself_saves_passes(tmp_path: Path) -> None:
     model.add_module("q_proj", torch.nn.Linear(WIDTH, WIDTH))
     adapted = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=8, target_modules=["q_proj"]))
     adapted.save_pretrained(tmp_path, save_embedding_layers=False)
-    facts = verify_files(tmp_path, max_rank=RANK)
+    facts = verify_files(tmp_path, Demands(max_rank=RANK))
     assert (facts.rank, facts.modules) == (RANK, ("q_proj",))
 
 
@@ -81,7 +84,7 @@ def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -
     assert problems_of(write_adapter(tmp_path, weights)) == f"{Q_A}: holds values that are not finite"
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "optimizer.pt", "state.pkl"])
+@pytest.mark.parametrize("name", ["adapter_model.bin", "WEIGHTS.BIN", "optimizer.pt", "state.pkl"])
 def test_a_pickle_is_refused_even_beside_sound_weights(name: str, tmp_path: Path) -> None:
     (write_adapter(tmp_path) / name).write_bytes(b"\x80\x04.")
     assert problems_of(tmp_path) == f"found {name}; expected weights as safetensors only"
@@ -146,3 +149,97 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         "found adapter_model.bin; expected weights as safetensors only; r: found 99; expected at most 8; "
         "adapter_model.safetensors is missing"
     )
+
+
+def base_model(folder: Path, **changes: Any) -> Path:
+    """A model's folder, of which there is the configuration alone."""
+    folder.mkdir()
+    config = {
+        "hidden_size": WIDTH,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "num_hidden_layers": 2,
+        "intermediate_size": 32,
+        **changes,
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def fitting(kind: str, inside: int, outside: int, layer: int = 0) -> dict[str, torch.Tensor]:
+    where = f"base_model.model.model.layers.{layer}.self_attn.{kind}"
+    return {
+        f"{where}.lora_A.weight": torch.ones(RANK, inside),
+        f"{where}.lora_B.weight": torch.ones(outside, RANK),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "inside", "outside"),
+    [
+        ("q_proj", 16, 16),
+        ("k_proj", 16, 8),
+        ("v_proj", 16, 8),
+        ("o_proj", 16, 16),
+        ("gate_proj", 16, 32),
+        ("up_proj", 16, 32),
+        ("down_proj", 32, 16),
+        ("c_attn", 5, 7),
+    ],
+)
+def test_widths_follow_from_the_base_models_configuration(
+    kind: str, inside: int, outside: int, tmp_path: Path
+) -> None:
+    demands = Demands(shapes=shapes_of(base_model(tmp_path / "base")))
+    sound = write_adapter(tmp_path / "a", fitting(kind, inside, outside), target_modules=[kind])
+    verify_files(sound, demands)
+    if kind == "c_attn":  # of an architecture with names of its own: its widths are not judged
+        return
+    wide = write_adapter(tmp_path / "b", fitting(kind, inside + 1, outside + 2), target_modules=[kind])
+    found = problems_of(wide, shapes=demands.shapes)
+    assert f"lora_A: found in width {inside + 1} in shape ({RANK}, {inside + 1}); expected {inside}" in found
+    assert f"lora_B: found out width {outside + 2} in shape ({outside + 2}, {RANK})" in found
+
+
+def test_a_layer_that_the_base_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    shapes = shapes_of(base_model(tmp_path / "base"))
+    found = problems_of(
+        write_adapter(tmp_path / "a", fitting("q_proj", 16, 16, layer=2), target_modules=["q_proj"]),
+        shapes=shapes,
+    )
+    assert "model.layers.2.self_attn.q_proj: found layer 2; expected one of 0 to 1" in found
+
+
+def test_heads_without_a_width_of_their_own_share_the_hidden_width(tmp_path: Path) -> None:
+    shapes = shapes_of(base_model(tmp_path / "base", head_dim=None, num_key_value_heads=None))
+    assert shapes is not None
+    assert shapes.widths["k_proj"] == (WIDTH, WIDTH)
+
+
+def test_the_text_part_of_a_model_of_several_kinds_counts(tmp_path: Path) -> None:
+    text = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 9}
+    shapes = shapes_of(base_model(tmp_path / "base", head_dim=None, text_config=text))
+    assert shapes is not None
+    assert (shapes.layers, shapes.widths["q_proj"]) == (9, (64, 64))
+
+
+def test_of_a_model_that_says_nothing_nothing_is_judged(tmp_path: Path) -> None:
+    assert shapes_of(tmp_path) is None
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    verify_files(write_adapter(tmp_path / "a"), Demands(shapes=shapes_of(tmp_path)))
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(AdapterError, match=r"config\.json cannot be read"):
+        Demands.of_model(tmp_path)
+
+
+def test_a_link_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    config = write_adapter(tmp_path / "a") / "adapter_config.json"
+    config.rename(tmp_path / "elsewhere.json")
+    config.symlink_to(tmp_path / "elsewhere.json")
+    assert problems_of(tmp_path / "a") == (
+        "adapter_config.json is a link; expected a file of the adapter's own"
+    )
+    config.unlink()
+    config.symlink_to(tmp_path / "nowhere")
+    assert "adapter_config.json is missing" in problems_of(tmp_path / "a")

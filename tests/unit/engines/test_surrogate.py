@@ -11,6 +11,7 @@ import pytest
 from lora_files import files_of, sign  # type: ignore[import-not-found]
 
 from soma_vllm.engines.base import ChatCall, Salts
+from soma_vllm.engines.residency import Residency
 from soma_vllm.engines.surrogate import SurrogateEngine
 from soma_vllm.errors import AdapterRejected, EngineUnavailable
 from soma_vllm.types import AdapterRef, Signature
@@ -96,6 +97,37 @@ async def test_two_loads_at_once_are_one(here: AdapterRef) -> None:
     await engine.unload(here)
     await engine.unload(here)
     assert serving.removed == ["a"]
+
+
+class Files:
+    """Files that a machine has to fetch first, or cannot."""
+
+    def __init__(self, here: AdapterRef | None) -> None:
+        self.here = here
+        self.asked = 0
+
+    async def at_hand(self, ref: AdapterRef) -> AdapterRef:
+        self.asked += 1
+        if self.here is None:
+            raise EngineUnavailable("damaged")
+        return self.here
+
+
+async def test_an_adapter_is_loaded_from_where_its_files_are_on_this_machine(here: AdapterRef) -> None:
+    serving, files = Serving(), Files(here)
+    engine = SurrogateEngine("small", serving, residency=Residency(serving, room=4, files=files))
+    await engine.load(AdapterRef("a", 1, "/another/machine"))
+    assert engine.loaded() == (here,)
+    await engine.load(here)
+    assert files.asked == 1
+
+
+async def test_an_adapter_whose_files_are_damaged_never_reaches_the_engine() -> None:
+    serving, files = Serving(), Files(None)
+    engine = SurrogateEngine("small", serving, residency=Residency(serving, room=4, files=files))
+    with pytest.raises(EngineUnavailable, match="damaged"):
+        await engine.load(REF)
+    assert (serving.added, engine.loaded()) == ([], ())
 
 
 async def test_the_adapters_name_stays_inside_and_the_tenant_salts_the_cache(here: AdapterRef) -> None:

@@ -45,6 +45,7 @@ HEAVY = {
         "scheduler/journal.py",
         "scheduler/custody.py",
         "scheduler/payback.py",
+        "scheduler/adapter_custody.py",
     },
     "matplotlib": {"cli", "evaluation"},
     "llmlingua": {"baselines"},

@@ -164,7 +164,7 @@ async def test_a_disk_that_is_full_when_an_adapter_is_published_costs_the_sessio
 
     house = build()
     await house.book.start()
-    shelf = RecordShelf(AdapterStore(tmp_path / "adapters", copy=full), "ours")
+    shelf = RecordShelf(AdapterStore(tmp_path / "adapters", owner="ours", copy=full))
     house.adaptation._shelf = shelf
     house.trainer.writes = write_adapter
     house.surrogate.answers = ["different", "same"]

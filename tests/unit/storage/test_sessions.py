@@ -226,6 +226,26 @@ async def test_an_adapter_whose_files_are_gone_is_retired_alone(store: SessionSt
     await store.retired("a2")
     await store.retired("never was")
     assert await store.adapters("t") == [adapter(1), adapter(2, RETIRED)]
+    assert await store.adapters("t", retired=False) == [adapter(1)]
+
+
+async def test_the_last_use_of_an_adapter_is_the_last_append_to_a_session_that_it_serves(
+    store: SessionStore,
+) -> None:
+    served = replace(STANDING, adapter="a1")
+    await store.append(KEY, 0, [turn()], served, (), [adapter(1), adapter(2)])
+    await store.append(SessionKey("t", "branch"), 0, [turn()], served)
+    await store.append(SessionKey("t", "plain"), 0, [turn()], replace(STANDING, adapter=None))
+    before = await store.adapters_used()
+    assert before.keys() == {"a1"}
+    await store.append(KEY, 1, [turn()], served)
+    after = await store.adapters_used()
+    assert after["a1"] > before["a1"]
+    await store.retired("a1")
+    assert await store.adapters(retired=False) == [adapter(1, RETIRED), adapter(2)], "sessions still name it"
+    for key in (KEY, SessionKey("t", "branch")):
+        await store.append(key, 2, [turn()], replace(served, phase="CLOSED"))
+    assert await store.adapters_used() == {}
 
 
 async def test_an_adapter_goes_over_to_the_session_that_appends_it(store: SessionStore) -> None:
