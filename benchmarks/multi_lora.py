@@ -46,7 +46,7 @@ import torch
 from safetensors.torch import save_file
 
 from soma_vllm.adapters.engine_hook import KERNELS_ENV
-from soma_vllm.adapters.worker import EXTENSION
+from soma_vllm.engines.command import WORKER_EXTENSION
 from soma_vllm.models.hub import local_path
 from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.versions import installed_vllm
@@ -125,7 +125,7 @@ class Arm:
             "lora_target_modules": list(PROJECTIONS),
         }
         if self.name == "ours":
-            lora["worker_extension_cls"] = EXTENSION
+            lora["worker_extension_cls"] = WORKER_EXTENSION
         os.environ[KERNELS_ENV] = "stock" if self.name == "stock" else "ours"
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cores
         before = _children()

@@ -21,9 +21,6 @@ from typing import Any
 
 from soma_vllm.versions import vllm_is_supported
 
-EXTENSION = "soma_vllm.adapters.worker.ReadsAdaptersAside"
-"""Qualified name for `--worker-extension-cls`."""
-
 KEPT = 4
 LOWEST_PRIORITY = 19
 

@@ -19,6 +19,9 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 ENGINE_PLUGIN = "soma_engine"
 """General plugin that ties an EngineCore's life to its server's and installs the LoRA kernels."""
 
+WORKER_EXTENSION = "soma_vllm.adapters.worker.ReadsAdaptersAside"
+"""What the surrogate's workers can do beyond vLLM's own."""
+
 _GIB = 1024**3
 
 
@@ -72,6 +75,7 @@ def surrogate_arguments(config: Config, model_path: str, served_name: str) -> li
         *("--max-cpu-loras", str(surrogate.max_cpu_loras)),
         *("--max-lora-rank", str(slot_rank(config.lora.rank))),
         *("--lora-target-modules", *config.lora.target_modules),
+        *("--worker-extension-cls", WORKER_EXTENSION),
         *vllm_arguments(surrogate, model_path, served_name),
     ]
 

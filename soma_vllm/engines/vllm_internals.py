@@ -13,6 +13,7 @@ and never become public model names on vLLM's other routes.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -47,6 +48,9 @@ __all__ = [
 if not vllm_is_supported():
     raise PreflightError(f"vLLM {installed_vllm()} is installed; expected {SUPPORTED_VLLM}x")
 
+
+READ_POLL_S = 0.01
+"""How often workers are asked whether they have read an adapter; each question waits for the step under way."""
 
 REFUSALS = (VLLMClientError, ValueError, TypeError, OverflowError, NotImplementedError, TemplateError)
 """What vLLM raises, rather than returns, for a request that is wrong: too long, or against its template."""
@@ -100,7 +104,7 @@ class PrivateChat:
         """
         request = LoRARequest(lora_name=ref.name, lora_int_id=ref.number, lora_path=ref.path)
         try:
-            loaded = await self._engine_client.add_lora(request)
+            loaded = await add_adapter(self._engine_client, request)
         except Exception as error:  # what the engine process raised arrives as a bare Exception
             raise EngineUnavailable(f"the engine could not load adapter {ref.name}") from error
         if not loaded:
@@ -118,6 +122,21 @@ class PrivateChat:
             await self._engine_client.remove_lora(ref.number)
         except Exception as error:  # as in `add`
             raise EngineUnavailable(f"the engine could not remove adapter {ref.name}") from error
+
+
+async def add_adapter(engine_client: Any, request: LoRARequest) -> bool:
+    """Load an adapter into an engine whose workers read adapters aside (`adapters/worker.py`); False where it
+    refuses. Others' requests wait for the copy into a slot only.
+
+    Raises:
+        Exception: the engine could not load it.
+    """
+    named = (request.lora_name, request.lora_int_id, request.lora_path)
+    await engine_client.collective_rpc("soma_read_adapter", args=named)
+    while not all(await engine_client.collective_rpc("soma_adapter_is_read", args=(request.lora_int_id,))):
+        await asyncio.sleep(READ_POLL_S)
+    added: bool = await engine_client.add_lora(request)
+    return added
 
 
 def keep_adapters_out_of_metrics(engine_client: Any) -> None:
