@@ -119,6 +119,7 @@ def _killed_at_work(server: Running, url: str) -> None:
     training = Dialogue(server, "training", **FORCED)
     for number in range(4):
         training.say(f"question {number} about mountains")
+    until(lambda: any(e["kind"] == "training_submitted" for e in server.session("training")["events"]))
     stream = server.client().chat.completions.create(
         model="soma",
         messages=[*removed.messages, {"role": "user", "content": "a long answer"}],
@@ -130,7 +131,6 @@ def _killed_at_work(server: Running, url: str) -> None:
     next(iter(stream))
     with ThreadPoolExecutor(1) as other:
         removing = other.submit(_delete, f"{server.root}/soma/sessions/removed")
-        until(lambda: any(e["kind"] == "training_submitted" for e in server.session("training")["events"]))
         until(lambda: removing.done() or on_record(url)["removed"].phase == "CLOSED")
         kill(server)
         assert removing.result() != 204
