@@ -346,6 +346,8 @@ class Server(Section):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Of soma_vllm's own lines in the run folder's surrogate.log. No level writes what was said."""
     run_dir: str | None = None
     """Logs and sockets of a running server; null takes a fresh folder under $SOMA_HOME/run."""
     extra_routes: bool = False

@@ -40,7 +40,7 @@ def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> N
     # Imported late: a wrong configuration is told in milliseconds.
     from soma_vllm.adapters.durable import locked
     from soma_vllm.cli.server import ModelPaths, SomaServer, make_run_dir
-    from soma_vllm.cli.terminal import output_to, tail
+    from soma_vllm.cli.terminal import log_as_configured, output_to, tail
     from soma_vllm.engines.preflight import preflight
     from soma_vllm.models.hub import folder_here, local_path
     from soma_vllm.scheduler.policies.base import Policies
@@ -67,6 +67,7 @@ def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> N
     log = run_dir / "surrogate.log"
     console.print(f"logs       {run_dir}", markup=False)
     with locked(run_dir), output_to(log) as terminal:
+        log_as_configured(config.server.log_level)
         screen = Console(file=terminal, highlight=False, soft_wrap=True)
         server = SomaServer(config, paths, policies, run_dir, lambda line: screen.print(line, markup=False))
         try:

@@ -5,6 +5,7 @@ vLLM, Ray and torch write from C++ and from child processes, so file descriptors
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -49,3 +50,14 @@ def tail(log: Path, lines: int = 15) -> str:
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - TAIL_BYTES))
         return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-lines:])
+
+
+def log_as_configured(level: str) -> None:
+    """Write what soma_vllm logs to stderr, from a level on, whatever other packages make of the root logger: Ray
+    raises its level in the process that starts it."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(name)s: %(message)s"))
+    ours = logging.getLogger("soma_vllm")
+    ours.handlers[:] = [handler]
+    ours.setLevel(level.upper())
+    ours.propagate = False

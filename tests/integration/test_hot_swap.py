@@ -99,7 +99,9 @@ def test_a_session_whose_files_are_lost_is_answered_by_the_original_and_others_a
         dialogues[marker].say("once more", max_tokens=32)
     said = dialogues[lost].say("and now?", max_tokens=32)
     assert dialogues[lost].headers["X-SOMA-Engine"] == "original"
-    assert "not fit to be loaded" in dialogues[lost].headers["X-SOMA-Reason"]
+    assert "cannot be loaded" in dialogues[lost].headers["X-SOMA-Reason"]
+    log = (marker_server.run_dir / "surrogate.log").read_text()
+    assert "the original answers instead of the surrogate" in log
     assert lost in said
     for marker in others:
         assert marker in dialogues[marker].say("still there?", max_tokens=32)
