@@ -53,8 +53,10 @@ def tail(log: Path, lines: int = 15) -> str:
 
 
 def log_as_configured(level: str) -> None:
-    """Write what soma_vllm logs to stderr, from a level on, whatever other packages make of the root logger: Ray
-    raises its level in the process that starts it."""
+    """Write what soma_vllm logs to stderr, from a level on, whatever other packages make of the root logger.
+
+    Ray raises its level in the process that starts it.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(name)s: %(message)s"))
     ours = logging.getLogger("soma_vllm")
