@@ -37,7 +37,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -353,8 +353,10 @@ async def measure(model: str, cores: str, effort: Effort, adapters: Sequence[Pat
                         await arm.load(number)
             for turn in range(effort.rounds + 1):
                 for arm in arms[turn % 3 :] + arms[: turn % 3]:
-                    figures: Figures = defaultdict(list) if turn == 0 else rounds[arm.name]  # turn 0 warms up
-                    await one_round(arm, effort, 100 * turn, figures)
+                    if turn == 0:
+                        await one_round(arm, replace(effort, tokens=4), 0, defaultdict(list))  # warms up
+                    else:
+                        await one_round(arm, effort, 100 * turn, rounds[arm.name])
                 say(f"round {turn} of {effort.rounds}, {slots} slots")
             loads = {}
             if slots == effort.slots[-1]:
