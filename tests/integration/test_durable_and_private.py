@@ -77,8 +77,8 @@ def killed(folder: Path, keys: list[str]) -> Iterator[Path]:
         time.sleep(0.1)  # records are written behind the answers
         late = Dialogue(first, "late", keys[0])
         late.say("a first question")
+        late.say("a question whose answer comes just before the kill")
         with _streaming(first, keys[0], "streaming"):
-            late.say("a question whose answer comes just before the kill", max_tokens=4)
             kill(first)
     (folder / "history").write_text(json.dumps(switched.messages))
     (folder / "late").write_text(json.dumps(late.messages))
