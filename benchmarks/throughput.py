@@ -16,8 +16,8 @@ Why it is fair.
 * Costs are seconds times prices. Seconds are processor seconds of each process where engines compute on
   processors, which other work on the machine changes little, and on GPUs the time an engine had a request
   running; both are in the report. They hold everything an arm caused: users' turns, held-out answers,
-  training, audits. An idle server's polling is among them for every arm, Ray's housekeeping is reported and
-  not priced.
+  training, audits. What the idle server's polling takes is measured before the first block and taken off;
+  Ray's housekeeping is reported and not priced.
 * Latencies are the client's, over HTTP. `dispatch_overhead_ms` compares the same prompts, one at a time in
   random order, between soma-serve and a vLLM server started alike without the plugin.
 * Fidelity is 1 - mean gap to what the arm `original` answered to the same later turn, each arm going on from
@@ -28,7 +28,7 @@ Why it is fair.
 
     python benchmarks/throughput.py --quick [--json FILE] [--out DIR]     # embedded pair, 2 cores, 10 minutes
     python benchmarks/throughput.py --dialogues FILE [--json FILE] [--out DIR]
-    python benchmarks/throughput.py --report FILE [--out DIR]             # an earlier run's table and figures
+    python benchmarks/throughput.py --report FILE [--out DIR]             # an earlier run's tables and figures
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ import json
 import secrets
 import signal
 import sys
+from collections import deque
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -67,12 +68,12 @@ HERE = Path(__file__).parent
 FULL = {
     "arms": ("original", "surrogate", "soma", "history_prefix", "history_ft"),
     "repeats": 3, "sessions": 6, "limit_turns": None, "max_tokens": None, "arrival": 20.0, "think": 4.0,
-    "overhead_rounds": 200,
+    "overhead_rounds": 300,
 }  # fmt: skip
 QUICK = {
     "arms": ("original", "surrogate", "soma"),
-    "repeats": 2, "sessions": 2, "limit_turns": 10, "max_tokens": 24, "arrival": 4.0, "think": 1.0,
-    "overhead_rounds": 60,
+    "repeats": 2, "sessions": 2, "limit_turns": 10, "max_tokens": 16, "arrival": 4.0, "think": 1.0,
+    "overhead_rounds": 100,
 }  # fmt: skip
 """What options that were not given stand for."""
 
@@ -127,6 +128,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the document here")
     parser.add_argument("--out", type=Path, help="directory for the figures")
+    parser.add_argument("--write", type=Path, help="document whose tables to replace, such as docs/results.md")
     parser.add_argument("--report", type=Path, help="print and draw this document; nothing is run")
     options = parser.parse_args(arguments)
     for name, value in (QUICK if options.quick else FULL).items():
@@ -235,7 +237,7 @@ async def run(study: Study, say: Any) -> dict[str, Any]:
         if same and options.overhead_rounds:
             found = await overheads(study, root, study.config, say)
 
-    begun = datetime.now(UTC).isoformat(timespec="seconds")
+    facts = settings(study)
     async with AsyncExitStack() as stack:
         if options.url:
             await play(options.url.rstrip("/").removesuffix("/v1"))
@@ -250,7 +252,7 @@ async def run(study: Study, say: Any) -> dict[str, Any]:
             found = await overheads(study, root, other, say)
     targets = Targets(options.target_ttft, options.target_latency)
     encode = encoder(study.config)
-    return report(measured, study.config, study.tariffs, targets, encode, found, settings(study, begun))
+    return report(measured, study.config, study.tariffs, targets, encode, found, facts)
 
 
 async def played(study: Study, root: str, say: Any) -> list[Measured]:
@@ -276,11 +278,12 @@ async def played(study: Study, root: str, say: Any) -> list[Measured]:
     try:
         async with Meter(server_process(port), root) as meter:
             await warm_up(study, warming)
+            await meter.learn_idling()
             for block in study.blocks:
                 before = await meter.read()
                 sessions, seconds = await users.play(block)
-                reading = (await meter.read()).since(before)
-                measured.append(Measured.of(block, sessions, seconds, reading, study.by_busy))
+                reading = (await meter.read()).since(before, meter.idling)
+                measured.append(Measured.of(block, sessions, seconds, reading, meter.idling, study.by_busy))
                 say(f"block done: {block.arm}, repeat {block.repeat}, {seconds:.0f} s")
                 await users.remove(sessions)
     finally:
@@ -309,8 +312,14 @@ async def overheads(study: Study, root: str, config: Config, say: Any) -> dict[s
     assert config.surrogate_model is not None, "for_serving has checked"
     name = config.surrogate.name or config.surrogate_model.rstrip("/").rsplit("/", 1)[-1].lower()
     say(f"dispatch overhead: starting a vLLM server of {name} without the plugin")
-    async with plain_server(config, say) as plain:
-        found = await overhead(root, plain, name, study.options.overhead_rounds, study.options.seed)
+    said: deque[str] = deque(maxlen=30)
+    try:
+        async with plain_server(config, said.append) as plain:
+            found = await overhead(root, plain, name, study.options.overhead_rounds, study.options.seed)
+    except EngineUnavailable:
+        for line in said:
+            say(f"vLLM | {line}")
+        raise
     return {"surrogate": name, **found}
 
 
@@ -325,11 +334,11 @@ def encoder(config: Config) -> Any:
         return SentenceEncoder(folder, config.gate.encoder_max_tokens, config.encoder.threads).encode
 
 
-def settings(study: Study, begun: str) -> dict[str, Any]:
-    """What the numbers rest on."""
+def settings(study: Study) -> dict[str, Any]:
+    """What the numbers rest on; asked before anything starts."""
     options, config = study.options, study.config
     return {
-        "begun": begun,
+        "begun": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "original": config.original_model or config.original.name,
         "surrogate": config.surrogate_model,
@@ -344,7 +353,7 @@ def settings(study: Study, begun: str) -> dict[str, Any]:
         "seconds_are": "time with a request running" if study.by_busy else "processor seconds",
         **{
             name: getattr(options, name)
-            for name in ("repeats", "sessions", "arrival", "think", "seed", "quick", "overhead_rounds")
+            for name in ("arms", "repeats", "sessions", "arrival", "think", "seed", "quick", "overhead_rounds")
         },
         "max_tokens": options.max_tokens or config.max_new_tokens,
     }
@@ -383,6 +392,8 @@ def main(arguments: Sequence[str]) -> int:
     table.show(document, console)
     if options.json:
         write(options.json, document)
+    if options.write:
+        table.rewrite(options.write, document)
     if options.out:
         for path in figures.draw(document, options.out):
             console.print(f"figure {path}", highlight=False)

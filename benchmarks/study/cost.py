@@ -203,18 +203,18 @@ def mean_bill(bills: Sequence[Sequence[float]]) -> list[float]:
     return [fmean(column) for column in zip(*bills, strict=True)]
 
 
-def break_even(theirs: Sequence[float], originals: Sequence[float], warm: int) -> dict[str, Any]:
+def break_even(theirs: Sequence[float], originals: Sequence[float], warm: int, earliest: int) -> dict[str, Any]:
     """From which turn on a session has cost less in an arm than with the original; N*.
 
-    The first turn after the warm start from which the sum stays below the original's. Where the sessions played
-    end before that, the mean of the later turns is carried on: `extrapolated`. None where later turns save
-    nothing.
+    The first turn, from `earliest` on, from which the sum stays at or below the original's. Where the sessions
+    played end before that, the mean of the later turns is carried on: `extrapolated`. None where later turns
+    save nothing.
     """
     mine, reference = list(accumulate(theirs)), list(accumulate(originals))
     behind = [n for n in range(len(mine)) if mine[n] > reference[n]]
     last = behind[-1] + 1 if behind else 0
     if last < len(mine):
-        return {"turn": float(max(last + 1, warm + 1)), "extrapolated": False}
+        return {"turn": float(max(last + 1, earliest)), "extrapolated": False}
     saving = fmean(originals[warm:]) - fmean(theirs[warm:])
     if saving <= 0:
         return {"turn": None, "extrapolated": True}

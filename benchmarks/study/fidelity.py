@@ -68,7 +68,7 @@ def summary(compared: Sequence[Compared], promise: float) -> dict[str, Any]:
     fidelity = _fidelity(compared)
     return {
         "fidelity": fidelity,
-        "fidelity_over_promise": None if fidelity is None else round(fidelity / promise, 4),
+        "fidelity_over_promise": None if fidelity is None or promise <= 0 else round(fidelity / promise, 4),
         "fidelity_of_surrogate_turns": _fidelity(served),
         "rouge_l": round(fmean(one.rouge_l for one in compared), 4) if compared else None,
         "same_words": round(fmean(one.same for one in compared), 4) if compared else None,

@@ -2,7 +2,8 @@
 
 Processor time is asked of the operating system, process by process, so that other work on a shared machine does
 not enter it. It is an engine's cost where engines compute on processors. Beside it stands the time in which an
-engine had a request running (vLLM's own gauge, looked at twice a second): its cost where it computes on a GPU.
+engine had a request running (vLLM's own gauge, looked at every second): its cost where it computes on a GPU.
+Processes that poll while they wait do so for every arm: that much is taken off, at the rate of an idle server.
 
 Parts: `original` (API server and EngineCore), `surrogate` (its EngineCore), `server` (soma-serve: HTTP,
 dispatch, the sentence encoder), `trainer`, `baseline` (processes of third-party methods), `ray` (its
@@ -22,7 +23,9 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-LOOK_S = 0.5
+LOOK_S = 1.0
+IDLE_S = 5.0
+"""How long an idle server is watched."""
 PARTS = ("original", "surrogate", "server", "trainer", "baseline", "ray")
 ENGINES = ("original", "surrogate")
 COUNTED = {
@@ -50,16 +53,19 @@ class Reading:
     engines: dict[str, Numbers] = field(default_factory=dict)
     """Each engine's counters (`COUNTED`), those of users and of the background together."""
 
-    def since(self, before: Reading) -> Reading:
-        """What came on top."""
+    def since(self, before: Reading, idling: Numbers | None = None) -> Reading:
+        """What came on top, less what `idling` takes anyway, processor seconds per second by part."""
 
         def less(now: Numbers, then: Numbers) -> Numbers:
             return {name: round(value - then.get(name, 0.0), 4) for name, value in now.items()}
 
         engines = {name: less(now, before.engines.get(name, {})) for name, now in self.engines.items()}
+        wall_s = self.wall_s - before.wall_s
+        anyway = {part: rate * wall_s for part, rate in (idling or {}).items()}
+        cpu_s = less(self.cpu_s, before.cpu_s)
         return Reading(
-            round(self.wall_s - before.wall_s, 3),
-            less(self.cpu_s, before.cpu_s),
+            round(wall_s, 3),
+            {part: round(max(0.0, seconds - anyway.get(part, 0.0)), 4) for part, seconds in cpu_s.items()},
             less(self.busy_s, before.busy_s),
             engines,
         )
@@ -88,6 +94,8 @@ class Meter:
         self._begun = self._looked = time.perf_counter()
         self._clients = {"surrogate": httpx.AsyncClient(base_url=root, trust_env=False, timeout=30)}
         self._looking: asyncio.Task[None] | None = None
+        self.idling = dict.fromkeys(PARTS, 0.0)
+        """Processor seconds per second of each part while nobody asks anything."""
 
     async def __aenter__(self) -> Meter:
         self._look_at_processes()
@@ -120,6 +128,13 @@ class Meter:
         for part, seconds in self._seconds.values():
             cpu[part] += seconds
         return Reading(time.perf_counter() - self._begun, cpu, dict(self._busy), engines)
+
+    async def learn_idling(self) -> None:
+        """Watch the server while it is idle."""
+        before = await self.read()
+        await asyncio.sleep(IDLE_S)
+        found = (await self.read()).since(before)
+        self.idling = {part: round(seconds / found.wall_s, 5) for part, seconds in found.cpu_s.items()}
 
     async def _keep_looking(self) -> None:
         while True:

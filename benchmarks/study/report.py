@@ -19,7 +19,7 @@ from soma_vllm.config import Config, Prices
 from study.client import Answered, Played
 from study.cost import Spent, bill, break_even, divided, mean_bill, trained_s
 from study.fidelity import Encode, compare, summary
-from study.meter import ENGINES, Reading
+from study.meter import ENGINES, Numbers, Reading
 from study.plan import Block
 
 REFERENCE = "original"
@@ -38,14 +38,22 @@ class Measured:
     """From its begin to its last answer."""
     reading: Reading
     """Up to when nothing of it ran in the background any more."""
+    idling: Numbers
+    """What was taken off `reading`: the server's processor seconds per second while idle, by part."""
     spent: Spent
 
     @classmethod
     def of(
-        cls, block: Block, played: Sequence[Played], wall_s: float, reading: Reading, by_busy: bool
+        cls,
+        block: Block,
+        played: Sequence[Played],
+        wall_s: float,
+        reading: Reading,
+        idling: Numbers,
+        by_busy: bool,
     ) -> Measured:
         """Divide what it took."""
-        return cls(block, tuple(played), wall_s, reading, divided(played, reading, by_busy))
+        return cls(block, tuple(played), wall_s, reading, idling, divided(played, reading, by_busy))
 
     @property
     def turns(self) -> list[Answered]:
@@ -99,9 +107,10 @@ def report(
 ) -> dict[str, Any]:
     """The document. The first tariff is the one that `net_cost` and the ratios are in."""
     warm = config.warm_window
-    by_arm: dict[str, list[Measured]] = {}
+    # In the order of the command line, and of repeats: how they were played is in `blocks`.
+    by_arm: dict[str, list[Measured]] = {arm: [] for arm in settings["arms"]}
     for one in sorted(measured, key=lambda one: one.block.repeat):
-        by_arm.setdefault(one.block.arm, []).append(one)
+        by_arm[one.block.arm].append(one)
     bills = {
         name: {
             arm: mean_bill([bill(b.played, b.spent, prices, warm) for b in blocks])
@@ -126,7 +135,8 @@ def report(
         "arms": arms,
         "ratios": _ratios(arms, bills[first], overhead, warm),
         "overhead": overhead,
-        "costs": {name: _curves(of, warm) for name, of in bills.items()},
+        "idle_cpu_s_per_s": measured[0].idling,
+        "costs": {name: _curves(of, arms, warm) for name, of in bills.items()},
         "blocks": [_block(one) for one in measured],
     }
 
@@ -241,7 +251,7 @@ def _ratios(
     warm: int,
 ) -> dict[str, Any]:
     ours = arms.get(OURS)
-    even = None if ours is None else break_even(bills[OURS], bills[REFERENCE], warm)
+    even = None if ours is None else _even(OURS, arms, bills, warm)
     return {
         "later_latency_soma_over_original": None
         if ours is None
@@ -256,12 +266,21 @@ def _ratios(
     }
 
 
-def _curves(bills: Mapping[str, Sequence[float]], warm: int) -> dict[str, Any]:
+def _even(
+    arm: str, arms: Mapping[str, Mapping[str, Any]], bills: Mapping[str, Sequence[float]], warm: int
+) -> dict[str, Any]:
+    """N* of an arm: not before the first turn that the surrogate answered in it."""
+    return break_even(bills[arm], bills[REFERENCE], warm, min(arms[arm]["switch_turns"], default=1))
+
+
+def _curves(
+    bills: Mapping[str, Sequence[float]], arms: Mapping[str, Mapping[str, Any]], warm: int
+) -> dict[str, Any]:
     return {
         arm: {
             "by_turn": [round(cost, 5) for cost in costs],
             "by_length": [round(cost, 5) for cost in accumulate(costs)],
-            "break_even": None if arm == REFERENCE else break_even(costs, bills[REFERENCE], warm),
+            "break_even": None if arm == REFERENCE else _even(arm, arms, bills, warm),
         }
         for arm, costs in bills.items()
     }

@@ -1,13 +1,17 @@
-"""The study's tables for people, from its JSON alone."""
+"""The study's tables for people, on a terminal and in a document, from its JSON alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
+"""What stands between these lines of a document is made by `rewrite`."""
 
 
 def show(document: Mapping[str, Any], console: Console) -> None:
@@ -39,14 +43,67 @@ def _costs(document: Mapping[str, Any]) -> Table:
     grid.add_column("net cost / N*")
     for arm in document["arms"]:
         grid.add_column(arm, justify="right")
+    for name, cells in _cost_rows(document):
+        grid.add_row(name, *cells)
+    return grid
+
+
+def _cost_rows(document: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    rows = []
     for name, curves in document["costs"].items():
         cells = []
         for curve in curves.values():
             even = curve["break_even"]
             turn = "" if even is None else f" / {_even(even)}"
             cells.append(f"{curve['by_length'][-1]:.4g}{turn}")
-        grid.add_row(name, *cells)
-    return grid
+        rows.append((name, cells))
+    return rows
+
+
+def rewrite(path: Path, document: Mapping[str, Any]) -> None:
+    """Put the tables into a document, between its two marks.
+
+    Raises:
+        ValueError: it has no such marks.
+    """
+    text = path.read_text(encoding="utf-8")
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path}: found no {BEGIN} … {END}; expected both, around what is to be replaced")
+    path.write_text(f"{head}{BEGIN}\n\n{markdown(document)}\n{END}{tail}", encoding="utf-8")
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """Run and tables, in Markdown."""
+    settings, arms = document["settings"], document["arms"]
+    machine, dialogues, targets = settings["machine"], settings["dialogues"], settings["targets"]
+    lines = [
+        f"Begun {settings['begun']} on {machine['processor']}, {machine['cores']} cores, "
+        f"{machine['memory_gib']} GiB, load average {machine['load_average'][0]} before it. "
+        f"{settings['original']} over {settings['surrogate']}; {settings['repeats']} repeats of "
+        f"{settings['sessions']} sessions of `{dialogues['source']}`, "
+        f"{min(dialogues['turns'].values())} turns or more; answers of at most {settings['max_tokens']} "
+        f"tokens, a session every {settings['arrival']:g} s, {settings['think']:g} s to think, "
+        f"seed {settings['seed']}. Seconds are {settings['seconds_are']}; the target is a first token "
+        f"within {targets['ttft_s']:g} s and an answer within {targets['latency_s']:g} s.",
+        "",
+        *_grid(["", *arms], [[heading, *(cell(arm) for arm in arms.values())] for heading, cell in ROWS]),
+        "",
+        *_grid(["net cost / N\\*", *arms], [[name, *cells] for name, cells in _cost_rows(document)]),
+        "",
+        *_grid(
+            ["", "value"],
+            [[name, "-" if value is None else str(value)] for name, value in document["ratios"].items()],
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    rule = ["---"] + ["---:"] * (len(heads) - 1)
+    return ["| " + " | ".join(cell.strip() for cell in row) + " |" for row in (heads, rule, *rows)]
 
 
 def _even(even: Mapping[str, Any]) -> str:

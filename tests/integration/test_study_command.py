@@ -1,4 +1,4 @@
-"""`benchmarks/throughput.py` as a whole: three arms on the shared server, dispatch overhead beside a plain vLLM."""
+"""`benchmarks/throughput.py` as a whole: three arms on the shared server, and a plain vLLM beside it."""
 
 from __future__ import annotations
 
