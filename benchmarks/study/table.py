@@ -16,7 +16,7 @@ BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 
 def show(document: Mapping[str, Any], console: Console) -> None:
     """Print what was measured, and what it comes to."""
-    settings, arms, ratios = document["settings"], document["arms"], document["ratios"]
+    settings, arms = document["settings"], document["arms"]
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
     grid.add_column("")
     for arm in arms:
@@ -33,8 +33,8 @@ def show(document: Mapping[str, Any], console: Console) -> None:
     console.print(f"fidelity: the gate promises {promise:.2f} for what it gives to the surrogate")
     console.print(f"net cost: per session, tariff {tariff}; seconds are {settings['seconds_are']}")
     console.print(_costs(document))
-    for name, value in ratios.items():
-        console.print(f"{name:34} {'-' if value is None else value}", highlight=False)
+    for name, value in _ratio_rows(document):
+        console.print(f"{name:34} {value}", highlight=False)
 
 
 def _costs(document: Mapping[str, Any]) -> Table:
@@ -58,6 +58,16 @@ def _cost_rows(document: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
             cells.append(f"{curve['by_length'][-1]:.4g}{turn}")
         rows.append((name, cells))
     return rows
+
+
+def _ratio_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The ratios; those of dispatch with their intervals."""
+    rows = {name: "-" if value is None else str(value) for name, value in document["ratios"].items()}
+    if document["overhead"] is not None:
+        for name, way in (("dispatch_overhead_ms", "by_name"), ("session_overhead_ms", "session")):
+            low, high = document["overhead"]["added_ms"][way]["ci95"]
+            rows[name] += f" [{low}, {high}]"
+    return list(rows.items())
 
 
 def rewrite(path: Path, document: Mapping[str, Any]) -> None:
@@ -94,7 +104,7 @@ def markdown(document: Mapping[str, Any]) -> str:
         "",
         *_grid(
             ["", "value"],
-            [[name, "-" if value is None else str(value)] for name, value in document["ratios"].items()],
+            _ratio_rows(document),
         ),
         "",
     ]
