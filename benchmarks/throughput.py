@@ -13,11 +13,11 @@ Why it is fair.
   are removed.
 * Every session is a tenant of its own: no prefix cache is shared between sessions, repeats or arms.
 * A warm-up is played first and not counted. A run in which a planned turn is missing fails.
-* Costs are seconds times prices. Seconds are processor seconds of each process where engines compute on
-  processors, which other work on the machine changes little, and on GPUs the time an engine had a request
-  running; both are in the report. They hold everything an arm caused: users' turns, held-out answers,
-  training, audits. What the idle server's polling takes is measured before the first block and taken off;
-  Ray's housekeeping is reported and not priced.
+* Costs are seconds times prices. An engine's seconds are those in which it had a request running, users' or
+  background's, because that long its core or GPU was taken; the trainers' and soma-serve's own are processor
+  seconds. They hold everything an arm caused: users' turns, held-out answers, training, audits. Processor
+  seconds of engines are reported beside them and not the default: vLLM's processes poll while they wait for
+  each other and for a second afterwards. Ray's housekeeping is reported and not priced.
 * Latencies are the client's, over HTTP. `dispatch_overhead_ms` compares the same prompts, one at a time in
   random order, between soma-serve and a vLLM server started alike without the plugin.
 * Fidelity is 1 - mean gap to what the arm `original` answered to the same later turn, each arm going on from
@@ -59,12 +59,12 @@ HERE = Path(__file__).parent
 FULL = {
     "arms": ("original", "surrogate", "soma", "history_prefix", "history_ft"),
     "repeats": 3, "sessions": 6, "limit_turns": None, "max_tokens": None, "arrival": 20.0, "think": 4.0,
-    "overhead_rounds": 300,
+    "overhead_rounds": 60,
 }  # fmt: skip
 QUICK = {
     "arms": ("original", "surrogate", "soma"),
     "repeats": 2, "sessions": 2, "limit_turns": 10, "max_tokens": 16, "arrival": 4.0, "think": 1.0,
-    "overhead_rounds": 100,
+    "overhead_rounds": 20,
 }  # fmt: skip
 """What options that were not given stand for."""
 
@@ -93,7 +93,10 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prices", type=Path, default=HERE.parent / "configs" / "prices.yaml")
     parser.add_argument("--tariff", help="the tariff of `net_cost`; default: the first in --prices")
     parser.add_argument(
-        "--seconds", choices=("cpu", "busy"), help="what costs; default: by the engines' device"
+        "--seconds",
+        choices=("busy", "cpu"),
+        default="busy",
+        help="of engines: with a request running, or processor's",
     )
     parser.add_argument("--overhead-config", type=Path, default=HERE.parent / "configs" / "tiny.yaml")
     parser.add_argument(
@@ -147,8 +150,7 @@ def prepared(options: argparse.Namespace) -> Study:
         raise ConfigError("throughput", problems)
     load = Load(options.sessions, options.arrival, options.think)
     blocks = plan(dialogues, options.arms, options.repeats, load, options.seed, secrets.token_hex(3))
-    default = "cpu" if config.original.device == config.surrogate.device == "cpu" else "busy"
-    return Study(options, config, tariffs, dialogues, blocks, (options.seconds or default) == "busy")
+    return Study(options, config, tariffs, dialogues, blocks)
 
 
 def _dialogues(options: argparse.Namespace) -> Dialogues:

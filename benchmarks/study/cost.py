@@ -3,8 +3,8 @@
 An engine's seconds are divided between reading and writing as vLLM's own prefill and decode times are, and
 within each by tokens: prompt tokens that were not cached, and generated ones. So every turn gets its share;
 what is left is what the engine computed for nobody's turn: audits on the original; on the surrogate held-out
-answers, shadows of audits, and the prefill before a switch. Idle polling is in there too: the arms without a
-background show how much.
+answers, shadows of audits, and the prefill before a switch. Errors of measuring are in there too: the arms
+without a background show how much.
 
 A session's bill by turn: its turns as they come; what an adaptation took, when the warm start is over; audits,
 with the turns that the surrogate answers.
@@ -79,17 +79,22 @@ class Spent:
         }
 
 
-def divided(played: Sequence[Played], reading: Reading, by_busy: bool) -> Spent:
-    """A block's seconds, given to its turns and to the background.
+@dataclass(frozen=True)
+class Counting:
+    """Which seconds count."""
 
-    `by_busy` counts the time an engine had a request running, and the trainers' own report, instead of
-    processor seconds.
-    """
-    seconds = {
-        name: (reading.busy_s if by_busy else reading.cpu_s).get(name, 0.0)
-        for name in ("original", "surrogate", "server", "trainer", "baseline")
-    }
-    if by_busy:
+    busy: bool = True
+    """Of engines: the time they had a request running; False: their processor seconds."""
+    trainers_report: bool = False
+    """Of trainers: what they say of themselves, where they compute on a GPU; False: processor seconds."""
+
+
+def divided(played: Sequence[Played], reading: Reading, how: Counting) -> Spent:
+    """A block's seconds, given to its turns and to the background."""
+    engines = reading.busy_s if how.busy else reading.cpu_s
+    seconds = {name: engines.get(name, 0.0) for name in ENGINES}
+    seconds |= {name: reading.cpu_s.get(name, 0.0) for name in ("server", "trainer", "baseline")}
+    if how.trainers_report:
         seconds["trainer"] = sum(map(trained_s, played))
     rates = {name: _Rates.of(seconds[name], reading.engines.get(name, {})) for name in ENGINES}
     turns = tuple(tuple(rates[turn.engine].cost(turn) for turn in one.turns) for one in played)

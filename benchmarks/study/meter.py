@@ -1,9 +1,9 @@
 """What a block took: processor seconds of each part of the server, and what each engine counted.
 
-Processor time is asked of the operating system, process by process, so that other work on a shared machine does
-not enter it. It is an engine's cost where engines compute on processors. Beside it stands the time in which an
-engine had a request running (vLLM's own gauge, looked at every second): its cost where it computes on a GPU.
-Processes that poll while they wait do so for every arm: that much is taken off, at the rate of an idle server.
+Two ways to count. An engine is *busy* while it has a request running (vLLM's own gauge, looked at every
+second): that long its core or GPU is taken. *Processor* time is asked of the operating system, process by
+process, so that other work does not enter it; but vLLM's processes poll, while they wait for each other and
+for a second afterwards, and it counts that as well. What they take at rest is measured first and taken off.
 
 Parts: `original` (API server and EngineCore), `surrogate` (its EngineCore), `server` (soma-serve: HTTP,
 dispatch, the sentence encoder), `trainer`, `baseline` (processes of third-party methods), `ray` (its

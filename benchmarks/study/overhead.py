@@ -2,8 +2,9 @@
 
 The plain server is started with the same arguments, environment, cores and LoRA kernels; only the endpoint
 plugin is missing. One request is under way at a time; in every round each way is asked once, in an order
-drawn anew, so that a slow moment hits all alike. Prompts are new each time: no cache helps anyone. Three
-ways:
+drawn anew, so that a slow moment hits all alike. Between two requests the servers come to rest: vLLM's
+processes poll for a second after each, and would take the core that both share from each other. Prompts are
+new each time: no cache helps anyone. Three ways:
 
 * `plain`: the vLLM server;
 * `by_name`: soma-serve, by the surrogate's own name (routes, access control, no session);
@@ -12,6 +13,7 @@ ways:
 
 from __future__ import annotations
 
+import asyncio
 import random
 import secrets
 import statistics
@@ -34,6 +36,10 @@ from study.ports import free_port
 WAYS = ("plain", "by_name", "session")
 RESAMPLES = 2000
 WORDS = 24
+WARM_UP = 2
+"""Rounds not counted."""
+REST_S = 1.2
+"""Longer than `busy_loop_s` of vLLM's message queues."""
 
 
 @asynccontextmanager
@@ -69,14 +75,15 @@ async def overhead(soma: str, plain: str, surrogate: str, rounds: int, seed: int
     run = secrets.token_hex(3)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     async with httpx.AsyncClient(trust_env=False, timeout=120) as http:
-        for number in range(rounds + 3):
+        for number in range(rounds + WARM_UP):
             prompt = " ".join("".join(draw.choices(SYLLABLES, k=3)) for _ in range(WORDS))
             session = f"overhead-{run}-{number}"
             for way in draw.sample(WAYS, len(WAYS)):
                 root = plain if way == "plain" else soma
                 model = {"plain": "plain", "by_name": surrogate, "session": "soma:surrogate"}[way]
+                await asyncio.sleep(REST_S)
                 taken = await _first_token(http, root, model, prompt, session)
-                if number >= 3:  # the first ones warm up
+                if number >= WARM_UP:
                     seconds[way].append(taken)
             await http.delete(f"{soma}/soma/sessions/{session}", headers=_headers(session))
     return {

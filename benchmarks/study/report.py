@@ -17,7 +17,7 @@ import numpy as np
 
 from soma_vllm.config import Config, Prices
 from study.client import Answered, Played
-from study.cost import Spent, bill, break_even, divided, mean_bill, trained_s
+from study.cost import Counting, Spent, bill, break_even, divided, mean_bill, trained_s
 from study.fidelity import Encode, compare, summary
 from study.meter import ENGINES, Numbers, Reading
 from study.plan import Block
@@ -50,10 +50,10 @@ class Measured:
         wall_s: float,
         reading: Reading,
         idling: Numbers,
-        by_busy: bool,
+        how: Counting,
     ) -> Measured:
         """Divide what it took."""
-        return cls(block, tuple(played), wall_s, reading, idling, divided(played, reading, by_busy))
+        return cls(block, tuple(played), wall_s, reading, idling, divided(played, reading, how))
 
     @property
     def turns(self) -> list[Answered]:

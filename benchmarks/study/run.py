@@ -22,6 +22,7 @@ from soma_vllm.cli.child_server import serve_command, started_server, while_aliv
 from soma_vllm.config import Config, Prices, load_config
 from soma_vllm.errors import EngineUnavailable
 from study.client import Played, Users
+from study.cost import Counting
 from study.meter import Meter, machine, server_process
 from study.overhead import overhead, plain_server
 from study.plan import Block, Dialogues, Visit, order
@@ -29,6 +30,8 @@ from study.ports import free_port
 from study.report import IncompleteRun, Measured, Targets, check, report
 
 Say = Callable[[str], None]
+
+SECONDS = {"busy": "of engines time with a request running", "cpu": "of engines processor seconds"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,6 @@ class Study:
     tariffs: dict[str, Prices]
     dialogues: Dialogues
     blocks: list[Block]
-    by_busy: bool
 
 
 async def served(
@@ -115,6 +117,7 @@ async def played(study: Study, root: str, say: Say) -> list[Measured]:
         say(f"{turns['done']}/{planned}  {where}: {who}, {last.latency_s:.2f} s")
 
     settle_s = study.config.adaptation.train_timeout_s
+    how = Counting(options.seconds == "busy", study.config.training.device == "cuda")
     users = Users(root, options.max_tokens or study.config.max_new_tokens, settle_s, told)
     warming = Users(root, 4, settle_s, lambda one: None)
     measured = []
@@ -129,7 +132,7 @@ async def played(study: Study, root: str, say: Say) -> list[Measured]:
                 before = await meter.read()
                 sessions, seconds = await users.play(block)
                 reading = (await meter.read()).since(before, meter.idling)
-                measured.append(Measured.of(block, sessions, seconds, reading, meter.idling, study.by_busy))
+                measured.append(Measured.of(block, sessions, seconds, reading, meter.idling, how))
                 say(f"block done: {block.arm}, repeat {block.repeat}, {seconds:.0f} s")
                 await users.remove(sessions)
     finally:
@@ -196,7 +199,7 @@ def settings(study: Study) -> dict[str, Any]:
         "order": order(options.arms, options.repeats, options.seed),
         "tariffs": list(study.tariffs),
         "prices": {name: prices.model_dump() for name, prices in study.tariffs.items()},
-        "seconds_are": "time with a request running" if study.by_busy else "processor seconds",
+        "seconds_are": f"{SECONDS[options.seconds]}, of trainers and server processor seconds",
         **{
             name: getattr(options, name)
             for name in ("arms", "repeats", "sessions", "arrival", "think", "seed", "quick", "overhead_rounds")

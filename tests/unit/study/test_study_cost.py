@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from study.client import Answered, Played  # type: ignore[import-not-found]
-from study.cost import bill, break_even, divided, load_prices  # type: ignore[import-not-found]
+from study.cost import Counting, bill, break_even, divided, load_prices  # type: ignore[import-not-found]
 from study.meter import Reading, parsed  # type: ignore[import-not-found]
 from study.plan import Visit  # type: ignore[import-not-found]
 
@@ -17,6 +17,7 @@ from soma_vllm.errors import ConfigError
 
 ROOT = Path(soma_vllm.__file__).parent.parent
 WARM = 2
+CPU = Counting(busy=False)
 
 
 def turn(number: int, engine: str, prompt: int = 100, written: int = 10, cached: int | None = 0) -> Any:
@@ -43,7 +44,7 @@ def reading(original: float, surrogate: float, trainer: float = 0.0, audits: int
 
 def test_a_bill_adds_up_to_all_that_was_spent() -> None:
     played = [session("OOss"), session("OOOs")]
-    spent = divided(played, reading(60.0, 6.0, 8.0, audits=2, turns="OOssOOOs"), by_busy=False)
+    spent = divided(played, reading(60.0, 6.0, 8.0, audits=2, turns="OOssOOOs"), CPU)
     prices = Prices(original_second=2.0, surrogate_second=0.5, trainer_second=0.25)
     total = sum(bill(played, spent, prices, WARM)) * len(played)
     assert total == pytest.approx(60.0 * 2.0 + 6.0 * 0.5 + 8.0 * 0.25 + 1.0 * 0.5)
@@ -51,7 +52,7 @@ def test_a_bill_adds_up_to_all_that_was_spent() -> None:
 
 def test_what_the_original_computed_for_nobody_s_turn_is_its_audits() -> None:
     played = [session("OOss")]
-    spent = divided(played, reading(40.0, 4.0, audits=2, turns="OOss"), by_busy=False)
+    spent = divided(played, reading(40.0, 4.0, audits=2, turns="OOss"), CPU)
     assert spent.seconds["audits"] == pytest.approx(20.0)  # two requests of four
     assert spent.seconds["acceptance"] == pytest.approx(0.0)
     assert spent.background_tokens == {"prompt": 200.0, "generated": 20.0}
@@ -63,14 +64,14 @@ def test_cached_prompt_tokens_cost_nothing() -> None:
     ]
     engine = {"prompt": 200.0, "cached": 100.0, "generated": 20.0, "prefill_s": 1.0, "decode_s": 1.0}
     found = Reading(1.0, {"original": 8.0}, {}, {"original": engine})
-    (costs,) = divided(played, found, by_busy=False).turns
+    (costs,) = divided(played, found, CPU).turns
     assert costs == pytest.approx((4.0 + 2.0, 2.0))
 
 
 def test_training_is_billed_when_the_warm_start_is_over_and_audits_with_the_surrogate_s_turns() -> None:
     played = [session("OOss")]
-    with_both = divided(played, reading(40.0, 4.0, 9.0, audits=2, turns="OOss"), by_busy=False)
-    without = divided(played, reading(20.0, 4.0, 0.0, turns="OOss"), by_busy=False)
+    with_both = divided(played, reading(40.0, 4.0, 9.0, audits=2, turns="OOss"), CPU)
+    without = divided(played, reading(20.0, 4.0, 0.0, turns="OOss"), CPU)
     prices = Prices()
     added = [
         a - b
@@ -81,14 +82,18 @@ def test_training_is_billed_when_the_warm_start_is_over_and_audits_with_the_surr
 
 def test_a_remote_original_is_paid_by_its_tokens() -> None:
     played = [session("OO")]
-    spent = divided(played, reading(99.0, 0.0, turns="OO"), by_busy=False)
+    spent = divided(played, reading(99.0, 0.0, turns="OO"), CPU)
     prices = Prices(original_prompt_thousand=1.0, original_completion_thousand=10.0, surrogate_second=0.0)
     assert bill(played, spent, prices, WARM) == pytest.approx([0.2, 0.2])
 
 
 def test_busy_seconds_take_the_trainer_s_own_word() -> None:
     trained = {"kind": "trained", "data": {"mining_s": 1.0, "finetune_s": 2.0, "scoring_s": 0.5}}
-    spent = divided([session("OOs", (trained,))], reading(60.0, 6.0, 8.0, turns="OOs"), by_busy=True)
+    spent = divided(
+        [session("OOs", (trained,))],
+        reading(60.0, 6.0, 8.0, turns="OOs"),
+        Counting(busy=True, trainers_report=True),
+    )
     assert spent.trainer_s == 3.5
     assert sum(spent.turns[0]) == pytest.approx(9.0)
 

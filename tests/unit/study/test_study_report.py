@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from study.client import Answered, Played  # type: ignore[import-not-found]
+from study.cost import Counting  # type: ignore[import-not-found]
 from study.fidelity import compare, summary  # type: ignore[import-not-found]
 from study.meter import Reading  # type: ignore[import-not-found]
 from study.plan import Block, Visit  # type: ignore[import-not-found]
@@ -26,7 +27,7 @@ def played(*answers: str, engine: str = "original", error: str | None = None) ->
 
 
 def measured(arm: str, one: Any) -> Any:
-    return Measured.of(Block(0, arm, (VISIT,)), [one], 1.0, Reading(1.0, {}, {}, {}), {}, by_busy=False)
+    return Measured.of(Block(0, arm, (VISIT,)), [one], 1.0, Reading(1.0, {}, {}, {}), {}, Counting())
 
 
 def encode(texts: Sequence[str]) -> Any:
