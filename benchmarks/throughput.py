@@ -58,7 +58,7 @@ from soma_vllm.evaluation.report import write
 HERE = Path(__file__).parent
 FULL = {
     "arms": ("original", "surrogate", "soma", "history_prefix", "history_ft"),
-    "repeats": 3, "sessions": 6, "limit_turns": None, "max_tokens": None, "arrival": 20.0, "think": 4.0,
+    "repeats": 3, "sessions": 9, "limit_turns": None, "max_tokens": 32, "arrival": 10.0, "think": 2.0,
     "overhead_rounds": 60,
 }  # fmt: skip
 QUICK = {
@@ -85,7 +85,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--sessions", type=int, help="sessions of a block")
     parser.add_argument("--limit-turns", type=int, help="play the first N turns only")
-    parser.add_argument("--max-tokens", type=int, help="longest answer; default: max_new_tokens")
+    parser.add_argument("--max-tokens", type=int, help="longest answer")
     parser.add_argument("--arrival", type=float, help="mean seconds between two arrivals of sessions")
     parser.add_argument("--think", type=float, help="mean seconds between an answer and the next turn")
     parser.add_argument("--target-ttft", type=float, default=3.0, help="seconds; for goodput")
@@ -206,11 +206,11 @@ def main(arguments: Sequence[str]) -> int:
     table.show(document, console)
     if options.json:
         write(options.json, document)
+    drawn = figures.draw(document, options.out) if options.out else []
+    for path in drawn:
+        console.print(f"figure {path}", highlight=False)
     if options.write:
-        table.rewrite(options.write, document)
-    if options.out:
-        for path in figures.draw(document, options.out):
-            console.print(f"figure {path}", highlight=False)
+        table.rewrite(options.write, document, drawn)
     return 0
 
 

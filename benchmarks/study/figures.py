@@ -65,7 +65,8 @@ def _latency(document: Mapping[str, Any], axes: Any) -> str:
         axes.plot(turns, middle, color=_color(name), linewidth=2, label=name)
         switch = arm["median_switch_turn"]
         if switch is not None and switch > 1:
-            value = middle[min(round(switch), len(middle)) - 1]
+            switch = min(round(switch), len(middle))
+            value = middle[switch - 1]
             axes.plot(switch, value, "o", color=_color(name), markeredgecolor="white", markersize=9)
             axes.annotate(
                 "switch",

@@ -118,7 +118,7 @@ async def played(study: Study, root: str, say: Say) -> list[Measured]:
 
     settle_s = study.config.adaptation.train_timeout_s
     how = Counting(options.seconds == "busy", study.config.training.device == "cuda")
-    users = Users(root, options.max_tokens or study.config.max_new_tokens, settle_s, told)
+    users = Users(root, options.max_tokens, settle_s, told)
     warming = Users(root, 4, settle_s, lambda one: None)
     measured = []
     port = urlsplit(root).port
@@ -204,5 +204,5 @@ def settings(study: Study) -> dict[str, Any]:
             name: getattr(options, name)
             for name in ("arms", "repeats", "sessions", "arrival", "think", "seed", "quick", "overhead_rounds")
         },
-        "max_tokens": options.max_tokens or config.max_new_tokens,
+        "max_tokens": options.max_tokens,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,8 @@ def _ratio_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     return list(rows.items())
 
 
-def rewrite(path: Path, document: Mapping[str, Any]) -> None:
-    """Put the tables into a document, between its two marks.
+def rewrite(path: Path, document: Mapping[str, Any], figures: Sequence[Path] = ()) -> None:
+    """Put the tables, and links to figures, into a document, between its two marks.
 
     Raises:
         ValueError: it has no such marks.
@@ -81,7 +82,11 @@ def rewrite(path: Path, document: Mapping[str, Any]) -> None:
     _, end, tail = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{path}: found no {BEGIN} … {END}; expected both, around what is to be replaced")
-    path.write_text(f"{head}{BEGIN}\n\n{markdown(document)}\n{END}{tail}", encoding="utf-8")
+    links = [
+        f"![{figure.stem.replace('_', ' ')}]({os.path.relpath(figure, path.parent)})" for figure in figures
+    ]
+    made = "\n".join([markdown(document), *(f"{link}\n" for link in links)])
+    path.write_text(f"{head}{BEGIN}\n\n{made}\n{END}{tail}", encoding="utf-8")
 
 
 def markdown(document: Mapping[str, Any]) -> str:

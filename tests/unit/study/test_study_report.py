@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ from study.fidelity import compare, summary  # type: ignore[import-not-found]
 from study.meter import Reading  # type: ignore[import-not-found]
 from study.plan import Block, Visit  # type: ignore[import-not-found]
 from study.report import IncompleteRun, Measured, check, percentiles  # type: ignore[import-not-found]
-from study.table import BEGIN, END, rewrite  # type: ignore[import-not-found]
+from study.table import BEGIN, END, markdown, rewrite  # type: ignore[import-not-found]
+
+import soma_vllm
+
+ROOT = Path(soma_vllm.__file__).parent.parent
 
 VISIT = Visit("v", "d", ("one", "two", "three"), 0.0, (0.0, 0.0))
 
@@ -83,6 +88,13 @@ def test_what_idling_takes_anyway_is_not_an_arm_s() -> None:
 def test_percentiles_of_nothing_are_unknown() -> None:
     assert percentiles([]) == {"p50": None, "p90": None, "p99": None}
     assert percentiles([1.0, 2.0, 3.0])["p50"] == 2.0
+
+
+def test_the_results_that_are_told_are_those_of_the_committed_run() -> None:
+    run = ROOT / "docs" / "results" / "study.json"
+    if not run.exists():
+        pytest.skip("docs/results/study.json: no run is committed yet")
+    assert markdown(json.loads(run.read_text())) in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_a_document_without_the_marks_is_left_alone(tmp_path: Path) -> None:
