@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup models tiny baselines demo smoke evaluate serve test lint bench lock clean
+.PHONY: help setup models tiny baselines demo smoke evaluate serve test lint bench study load-tools load-test lock clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -91,6 +91,26 @@ bench: models
 	@$(BIN)/python benchmarks/lora_kernels.py
 	@mkdir -p out
 	@$(BIN)/python benchmarks/multi_lora.py --quick --json out/multi_lora.json --figure out/multi_lora.png
+
+## make study   latency, cost and fidelity of policies on the embedded pair (10 minutes on 2 cores; STUDY="…" sets options)
+study: models tiny
+	@$(BIN)/python benchmarks/throughput.py --json out/study/study.json --out out/study $(STUDY)
+
+STUDY ?= --quick
+
+## make load-tools  two load generators, each in its own environment under $$SOMA_HOME/tools (2.7 GB on disk, 3 minutes)
+TOOLS := $(or $(SOMA_HOME),$(HOME)/.cache/soma-vllm)/tools
+load-tools: $(TOOLS)/guidellm/.installed $(TOOLS)/aiperf/.installed
+
+$(TOOLS)/%/.installed: requirements/%.lock
+	@echo "[load-tools] installing $* into $(TOOLS)/$*"
+	@rm -rf $(TOOLS)/$* && $(PYTHON) -m venv $(TOOLS)/$*
+	@$(TOOLS)/$*/bin/python requirements/install.py $< $(PIP_ARGS)
+	@touch $@
+
+## make load-test  both of them against a server on tiny random models (docs/load.md, about 3 minutes)
+load-test: load-tools tiny
+	@$(BIN)/python -m pytest tests/integration/test_load_tools.py
 
 ## make lock    resolve requirements/*.in anew (needs the package index)
 lock: setup

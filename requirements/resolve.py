@@ -1,5 +1,5 @@
-"""Resolve requirements/*.in into one lock per device, with uv (part of requirements/build.lock), and into one
-of what the baselines need beside it, in their own directory.
+"""Resolve requirements/*.in into one lock per device, with uv (part of requirements/build.lock), into one of
+what the baselines need beside it, in their own directory, and into one for each load generator.
 
 python requirements/resolve.py [further arguments of `uv pip compile`]
 """
@@ -23,6 +23,12 @@ BASELINES_HEADER = (
     "# cpu.lock.\n"
     "# Installed by `make baselines` with --no-deps, in a directory of its own. litellm is left out: only the\n"
     "# part of routellm that answers requests itself imports it.\n"
+)
+
+TOOLS = ("guidellm", "aiperf")
+TOOL_HEADER = (
+    "# Resolved by `make lock` from {tool}.in for Python 3.11. Installed by `make load-tools` with --no-deps,\n"
+    "# in an environment of its own.\n"
 )
 
 
@@ -59,3 +65,5 @@ if __name__ == "__main__":
         resolve(device, (device, "base", "dev"), LEFT_OUT, HEADER, *sys.argv[1:])
     beside = [*locked("cpu"), "litellm", *LEFT_OUT]
     resolve("baselines", ("llmlingua", "routellm"), beside, BASELINES_HEADER, *sys.argv[1:])
+    for tool in TOOLS:
+        resolve(tool, (tool,), ("setuptools",), TOOL_HEADER.format(tool=tool), *sys.argv[1:])

@@ -14,7 +14,7 @@ from soma_vllm.config import Config, load_config, parse_config
 from soma_vllm.errors import ConfigError
 
 ROOT = Path(soma_vllm.__file__).parent.parent
-SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+SHIPPED = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.name != "prices.yaml")
 
 REFERENCE = """
 original_model: null

@@ -1,0 +1,80 @@
+"""How close an arm's answers stay to the original's: gap and ROUGE-L on later turns.
+
+Every arm is compared with what the arm `original` answered to the same turn of the same session in the same
+repeat. Both are free-running: each goes on from its own answers, as its users would see it, so that an early
+difference carries on. `soma evaluate` asks the stricter question, token by token on the original's own
+history; that takes a prefill of the original per turn, and is left to it. Two plays of the original differ
+too, where batches fall differently: that gap is the floor, and is measured wherever there is more than one
+repeat.
+
+Fidelity is 1 - mean gap; the gate promises 1 - accept_threshold for the turns it gives to the surrogate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from soma_vllm.evaluation.statistics import rouge_l
+from soma_vllm.session.gate import gap
+from study.client import Played
+
+Encode = Callable[[Sequence[str]], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One later turn beside the original's."""
+
+    session: int
+    turn: int
+    engine: str
+    gap: float
+    rouge_l: float
+    same: bool
+    """Word for word."""
+
+
+def compare(theirs: Sequence[Played], originals: Sequence[Played], warm: int, encode: Encode) -> list[Compared]:
+    """Every turn after the warm start that both have."""
+    pairs = [
+        (session, turn, reference)
+        for session, (one, other) in enumerate(zip(theirs, originals, strict=True))
+        for turn, reference in zip(one.turns, other.turns, strict=False)
+        if turn.turn > warm
+    ]
+    vectors = encode([text for _, turn, reference in pairs for text in (turn.answer, reference.answer)])
+    return [
+        Compared(
+            session,
+            turn.turn,
+            turn.engine,
+            gap(vectors[2 * n], vectors[2 * n + 1]),
+            rouge_l(turn.answer, reference.answer),
+            turn.answer == reference.answer,
+        )
+        for n, (session, turn, reference) in enumerate(pairs)
+    ]
+
+
+def summary(compared: Sequence[Compared], promise: float) -> dict[str, Any]:
+    """Means over turns; `promise` is what the gate promises."""
+    served = [one for one in compared if one.engine == "surrogate"]
+    fidelity = _fidelity(compared)
+    return {
+        "fidelity": fidelity,
+        "fidelity_over_promise": None if fidelity is None or promise <= 0 else round(fidelity / promise, 4),
+        "fidelity_of_surrogate_turns": _fidelity(served),
+        "rouge_l": round(fmean(one.rouge_l for one in compared), 4) if compared else None,
+        "same_words": round(fmean(one.same for one in compared), 4) if compared else None,
+        "turns": len(compared),
+    }
+
+
+def _fidelity(compared: Sequence[Compared]) -> float | None:
+    return round(1.0 - fmean(one.gap for one in compared), 4) if compared else None

@@ -1,0 +1,105 @@
+"""What a study must have seen to be reported, how answers are compared, and where its tables go."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from study.client import Answered, Played  # type: ignore[import-not-found]
+from study.cost import Counting  # type: ignore[import-not-found]
+from study.fidelity import compare, summary  # type: ignore[import-not-found]
+from study.meter import Reading  # type: ignore[import-not-found]
+from study.plan import Block, Visit  # type: ignore[import-not-found]
+from study.report import IncompleteRun, Measured, check, percentiles  # type: ignore[import-not-found]
+from study.table import BEGIN, END, markdown, rewrite  # type: ignore[import-not-found]
+
+import soma_vllm
+
+ROOT = Path(soma_vllm.__file__).parent.parent
+
+VISIT = Visit("v", "d", ("one", "two", "three"), 0.0, (0.0, 0.0))
+
+
+def played(*answers: str, engine: str = "original", error: str | None = None) -> Any:
+    turns = tuple(
+        Answered(n, engine, None, "", 0.0, 0.1, 1.0, 10, 5, None, answer) for n, answer in enumerate(answers, 1)
+    )
+    return Played(VISIT, turns, (), error)
+
+
+def measured(arm: str, one: Any) -> Any:
+    return Measured.of(Block(0, arm, (VISIT,)), [one], 1.0, Reading(1.0, {}, {}, {}), {}, Counting())
+
+
+def encode(texts: Sequence[str]) -> Any:
+    """Two axes: equal texts lie together, others apart."""
+    return np.asarray([[1.0, 0.0] if text == "yes" else [0.0, 1.0] for text in texts], dtype=np.float32)
+
+
+def test_a_run_with_all_its_turns_passes() -> None:
+    one = measured("original", played("a", "b", "c"))
+    check([one], [one.block])
+
+
+def test_a_missing_turn_fails_the_run() -> None:
+    one = measured("original", played("a", "b", error="BrokenOff: gone"))
+    with pytest.raises(IncompleteRun) as caught:
+        check([one], [one.block])
+    assert "found 2 turns; expected 3" in str(caught.value)
+    assert "BrokenOff: gone" in str(caught.value)
+
+
+def test_a_missing_block_fails_the_run() -> None:
+    one = measured("original", played("a", "b", "c"))
+    with pytest.raises(IncompleteRun, match="found 1 blocks in their order; expected 2"):
+        check([one], [one.block, Block(0, "soma", (VISIT,))])
+
+
+def test_an_original_s_arm_that_the_surrogate_answered_fails_the_run() -> None:
+    one = measured("original", played("a", "b", "c", engine="surrogate"))
+    with pytest.raises(IncompleteRun, match="was answered by surrogate"):
+        check([one], [one.block])
+
+
+def test_only_turns_after_the_warm_start_are_compared() -> None:
+    found = compare([played("no", "yes", "no", engine="surrogate")], [played("yes", "yes", "yes")], 1, encode)
+    assert [(one.turn, one.gap) for one in found] == [(2, 0.0), (3, 1.0)]
+
+
+def test_fidelity_is_told_relative_to_the_gate_s_promise() -> None:
+    found = compare([played("no", "yes", "no", engine="surrogate")], [played("yes", "yes", "yes")], 1, encode)
+    numbers = summary(found, promise=0.8)
+    assert numbers["fidelity"] == 0.5
+    assert numbers["fidelity_over_promise"] == 0.625
+    assert numbers["fidelity_of_surrogate_turns"] == 0.5
+    assert numbers["same_words"] == 0.5
+
+
+def test_what_idling_takes_anyway_is_not_an_arm_s() -> None:
+    before, after = Reading(1.0, {"server": 1.0}, {}, {}), Reading(11.0, {"server": 4.0}, {}, {})
+    assert after.since(before, {"server": 0.1}).cpu_s == {"server": 2.0}
+    assert after.since(before, {"server": 9.0}).cpu_s == {"server": 0.0}
+
+
+def test_percentiles_of_nothing_are_unknown() -> None:
+    assert percentiles([]) == {"p50": None, "p90": None, "p99": None}
+    assert percentiles([1.0, 2.0, 3.0])["p50"] == 2.0
+
+
+def test_the_results_that_are_told_are_those_of_the_committed_run() -> None:
+    run = ROOT / "docs" / "results" / "study.json"
+    if not run.exists():
+        pytest.skip("docs/results/study.json: no run is committed yet")
+    assert markdown(json.loads(run.read_text())) in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_a_document_without_the_marks_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "results.md"
+    path.write_text(f"before\n{END}\n{BEGIN}\n")
+    with pytest.raises(ValueError, match="expected both"):
+        rewrite(path, {})
+    assert path.read_text() == f"before\n{END}\n{BEGIN}\n"
