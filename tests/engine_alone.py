@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
+import warnings
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from pathlib import Path
@@ -55,6 +57,12 @@ class EngineAlone:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(30)
         self._loop.close()
+        del self._life
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", ResourceWarning
+            )  # of a zmq context that vLLM leaves to the collector
+            gc.collect()
 
     async def _live(self, started: Future[None]) -> None:
         try:

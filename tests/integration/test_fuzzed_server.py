@@ -128,7 +128,7 @@ def test_no_drawn_request_is_a_500(sender: Sender, described: Any, mode: Generat
         requests.append((RESPONSES, {**body, "max_output_tokens": 2}))
         requests.append((RESPONSES, {**body, "max_output_tokens": 2, "model": "soma"}))
     sender.send_all(requests)
-    assert sender.statuses.total() > 1200
+    assert sender.statuses.total() > 1000
     assert sender.statuses[200] > 50
 
 

@@ -310,11 +310,11 @@ REFUSED = [
     ({"messages": []}, openai.BadRequestError, "messages"),
     ({"max_tokens": 10**9}, openai.BadRequestError, "max_tokens"),
     ({"messages": [{"role": "user", "content": "word " * 5000}]}, openai.BadRequestError, "2048"),
-    ({"extra_headers": {"X-SOMA-Policy": "none"}}, openai.BadRequestError, "expected one of original"),
+    ({"extra_headers": {"X-SOMA-Policy": "none"}}, openai.BadRequestError, "expected one of history_ft"),
     ({"extra_headers": {"X-Session-ID": "x" * 1000}}, openai.BadRequestError, "session id"),
     ({"extra_headers": {"Authorization": "Basic eDp5"}}, openai.AuthenticationError, "expected 'Bearer"),
     ({"model": "gpt-4"}, openai.NotFoundError, "expected one of soma"),
-    ({"model": "soma:none"}, openai.BadRequestError, "expected one of original"),
+    ({"model": "soma:none"}, openai.BadRequestError, "expected one of history_ft"),
 ]
 
 

@@ -13,6 +13,7 @@ from surface_house import SurfaceHouse  # type: ignore[import-not-found]
 from soma_vllm.api.surface import KEPT, not_served
 
 OURS = (
+    "/soma/adapters",
     "/soma/sessions",
     "/v1/chat/completions",
     "/v1/completions",

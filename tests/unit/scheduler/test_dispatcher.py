@@ -669,6 +669,7 @@ async def test_an_adapter_that_is_not_served_as_trained_never_serves(house: Hous
         "adapter_published",
         "adapter_rejected",
         "training_failed",
+        "adapter_draining",
         "adapter_retired",
     ]
     (rejected,) = (event for _, event in house.events if event.kind == "adapter_rejected")
