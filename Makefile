@@ -77,7 +77,7 @@ serve: models
 
 ## make test    lint and the whole test suite
 test: lint models tiny baselines
-	@echo "[test] the whole suite, on real engines: about 9 minutes on 2 cores"
+	@echo "[test] the whole suite, on real engines: about 25 minutes on 2 cores"
 	@$(BIN)/python -m pytest
 
 ## make lint    ruff and mypy

@@ -59,9 +59,8 @@ class EngineAlone:
         self._loop.close()
         del self._life
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", ResourceWarning
-            )  # of a zmq context that vLLM leaves to the collector
+            # vLLM leaves its zmq context to the collector.
+            warnings.simplefilter("ignore", ResourceWarning)
             gc.collect()
 
     async def _live(self, started: Future[None]) -> None:
