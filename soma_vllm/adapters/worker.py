@@ -88,8 +88,9 @@ class AdaptersAside:
 
     def _take(self, request: Any) -> Any:
         """vLLM's `_load_adapter`: what was read aside, else what the disk holds."""
-        thread = self._threads.pop(request.lora_int_id, None)
+        thread = self._threads.get(request.lora_int_id)
         if thread is not None:
-            thread.join()
+            thread.join()  # first: what is not waited for any more is not kept
+            self._threads.pop(request.lora_int_id, None)
         lora = self._read.pop(request.lora_int_id, None)
         return self._load(request) if lora is None else lora

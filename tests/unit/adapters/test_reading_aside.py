@@ -83,6 +83,16 @@ def test_the_engine_goes_on_while_an_adapter_is_being_read(worker: Worker, manag
     wait(worker, 7)
 
 
+def test_an_engine_that_asks_too_early_waits_for_the_reader_and_reads_nothing_twice(
+    worker: Worker, manager: Manager
+) -> None:
+    manager.go.clear()
+    worker.soma_read_adapter("a", 7, "/a")
+    threading.Timer(0.2, manager.go.set).start()
+    assert manager._load_adapter(request(7)) == "weights of 7"
+    assert manager.read == [(7, "soma-read-adapter")]
+
+
 def test_an_adapter_that_nobody_read_aside_is_read_by_the_engine_as_ever(
     worker: Worker, manager: Manager
 ) -> None:
