@@ -13,8 +13,8 @@ from starlette.types import Receive, Scope, Send
 from soma_vllm.api.errors import failed
 from soma_vllm.engines.base import Events
 from soma_vllm.engines.vllm_internals import (
-    ChatCompletionRequest,
-    CompletionRequest,
+    ChatBody,
+    CompletionBody,
     validate_json_request,
     with_cancellation,
 )
@@ -44,14 +44,14 @@ class DialogueStream(StreamingResponse):
 
 @router.post("/v1/chat/completions", dependencies=[Depends(validate_json_request)])
 @with_cancellation  # type: ignore[untyped-decorator]
-async def create_chat_completion(request: ChatCompletionRequest, raw_request: Request) -> Response:
+async def create_chat_completion(request: ChatBody, raw_request: Request) -> Response:
     """OpenAI's chat completion, dispatched. `request` is vLLM's own reading: it has validated the body."""
     return await _answered(dispatcher(raw_request).chat, raw_request)
 
 
 @router.post("/v1/completions", dependencies=[Depends(validate_json_request)])
 @with_cancellation  # type: ignore[untyped-decorator]
-async def create_completion(request: CompletionRequest, raw_request: Request) -> Response:
+async def create_completion(request: CompletionBody, raw_request: Request) -> Response:
     """OpenAI's text completion: no dialogue, so the original answers, or the engine that is named."""
     return await _answered(dispatcher(raw_request).complete, raw_request)
 

@@ -5,6 +5,8 @@ vLLM's serving classes have no stability promise. What this module relies on (vL
 * `OpenAIServingChat.create_chat_completion(request, raw_request)` returns an ErrorResponse, a whole
   response, or an async generator of server-sent events, and finds its LoRA in `self.models.lora_requests`.
 * `AsyncLLM.logger_manager.stat_loggers` has the Prometheus logger; it leaves a `gauge_lora_info` of None alone.
+* Its request models look into parameters before these are checked: `structured_outputs: true` is an
+  AttributeError there, not a ValidationError, and would be a 500.
 * `init_app_state` has put both serving objects into the application's state when plugins initialise.
 
 The copy made here has a registry of its own, so that adapters are reachable through soma_vllm's dispatch only
@@ -17,10 +19,11 @@ import asyncio
 import copy
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from jinja2 import TemplateError
 from prometheus_client import REGISTRY
+from pydantic import ValidatorFunctionWrapHandler, WrapValidator
 from vllm.entrypoints.launchers.api_server.entry import run_server
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
@@ -37,8 +40,8 @@ from soma_vllm.types import AdapterRef
 from soma_vllm.versions import SUPPORTED_VLLM, installed_vllm, vllm_is_supported
 
 __all__ = [
-    "ChatCompletionRequest",
-    "CompletionRequest",
+    "ChatBody",
+    "CompletionBody",
     "PrivateChat",
     "run_server",
     "validate_json_request",
@@ -54,6 +57,21 @@ READ_POLL_S = 0.01
 
 REFUSALS = (VLLMClientError, ValueError, TypeError, OverflowError, NotImplementedError, TemplateError)
 """What vLLM raises, rather than returns, for a request that is wrong: too long, or against its template."""
+
+
+def _read(body: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    """A body as vLLM reads it; whatever a parameter of the wrong type makes vLLM raise is a validation error."""
+    try:
+        return read(body)
+    except (AttributeError, LookupError, OverflowError, RecursionError, TypeError) as error:
+        raise ValueError(f"found a parameter of the wrong type ({error})") from error
+
+
+ChatBody = Annotated[ChatCompletionRequest, WrapValidator(_read)]
+"""A chat completion's body, as vLLM reads it."""
+
+CompletionBody = Annotated[CompletionRequest, WrapValidator(_read)]
+"""A text completion's."""
 
 
 def parse_arguments(arguments: Sequence[str]) -> Namespace:

@@ -139,6 +139,30 @@ def test_no_chat_request_is_a_500(fuzzing: Fuzzing, described: Any, mode: Genera
     assert fuzzing.house.sent[CHAT] - before > 550
 
 
+WRONG = (True, 3, -0.5, "x", None, [], {}, [True], [None], [{}], {"x": True}, {"type": True}, [{"type": [1]}])
+"""A value of each of JSON's types, and what looks like a list or an object of something."""
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "x"}]}),
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/responses", {"input": "x"}),
+    ],
+)
+def test_no_parameter_of_a_wrong_type_is_a_500(fuzzing: Fuzzing, path: str, told: dict[str, Any]) -> None:
+    interface = fuzzing.send("GET", "/openapi.json").json()
+    schema = interface["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    if "$ref" in schema:
+        schema = interface["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]
+    assert len(schema["properties"]) > 20
+    for name in schema["properties"]:
+        for value in WRONG:
+            for more in ({}, {"tools": [True], "tool_choice": {"type": "function", "function": {"name": "x"}}}):
+                fuzzing.send("POST", path, "anna", json={"model": "soma", **told, **more, name: value})
+
+
 OTHERS = [
     ("POST", "/v1/completions", 40),
     ("POST", "/v1/responses", 40),
