@@ -10,11 +10,13 @@ implementation keeps:
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from soma_vllm.errors import EngineRefused
 from soma_vllm.types import AdapterRef, Agreement
 
 
@@ -39,6 +41,28 @@ class ChatCall:
     def priority(self) -> int:
         """vLLM's, lower is earlier. Never the client's own, which could overtake other clients."""
         return int(self.background)
+
+
+def error_of(event: str) -> Mapping[str, Any] | None:
+    """The error that an event of a stream reports, if it reports one."""
+    if not event.startswith('data: {"error"'):
+        return None
+    found = json.loads(event.removeprefix("data: ")).get("error")
+    return found if isinstance(found, dict) else {}
+
+
+def refusal(event: str) -> EngineRefused | None:
+    """What a stream's first event refuses: vLLM finds some requests wrong only once their stream is open."""
+    error = error_of(event) or {}
+    status = error.get("code")
+    # Not 5xx: that is a failure, and another engine may make it good.
+    if not isinstance(status, int) or status not in CLIENTS_ERRORS:
+        return None
+    return EngineRefused(status, {"error": error})
+
+
+CLIENTS_ERRORS = range(400, 500)
+"""Statuses that say that the request was wrong."""
 
 
 class Salts:

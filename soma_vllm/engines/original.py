@@ -20,7 +20,7 @@ from typing import Any
 
 import aiohttp
 
-from soma_vllm.engines.base import ChatCall, Reply, Salts
+from soma_vllm.engines.base import ChatCall, Reply, Salts, refusal
 from soma_vllm.engines.supervisor import State, Supervisor
 from soma_vllm.engines.surprise import agreement_from_prompt, scoring_body
 from soma_vllm.errors import EngineError, EngineRefused, EngineUnavailable, PreflightError
@@ -166,6 +166,8 @@ class OriginalEngine:
                     async with contextlib.aclosing(_events(response.content)) as events:
                         first = await anext(events, None)
                         if first is not None:
+                            if (refused := refusal(first)) is not None:
+                                raise refused
                             yield ""
                             yield first
                         async for event in events:

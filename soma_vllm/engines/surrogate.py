@@ -8,12 +8,11 @@ is still an exception that another engine can make good. What lies in the engine
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Protocol
 
-from soma_vllm.engines.base import ChatCall, Reply, Salts
+from soma_vllm.engines.base import ChatCall, Reply, Salts, error_of, refusal
 from soma_vllm.engines.residency import Loading, Residency
 from soma_vllm.engines.signature import compare, logprobs_read, reading_body
 from soma_vllm.errors import AdapterRejected, EngineUnavailable
@@ -126,7 +125,8 @@ async def _begun(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]
     """The same stream, once its first event has arrived.
 
     Raises:
-        EngineUnavailable: the stream ended, or began with an error.
+        EngineRefused: the stream began with a refusal.
+        EngineUnavailable: the stream ended, or began with another error.
     """
     try:
         first = await anext(events, None)
@@ -135,6 +135,9 @@ async def _begun(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]
         raise
     if first is None:
         raise EngineUnavailable("the surrogate's stream ended before its first token")
+    if (refused := refusal(first)) is not None:
+        await events.aclose()
+        raise refused
     if (failure := _failure(first)) is not None:
         await events.aclose()
         raise EngineUnavailable(f"the surrogate failed before its first token: {failure}")
@@ -154,7 +157,5 @@ async def _from(first: str, events: AsyncGenerator[str, None]) -> AsyncGenerator
 
 def _failure(event: str) -> str | None:
     """The type of error an event reports, if it reports one."""
-    if not event.startswith('data: {"error"'):
-        return None
-    error = json.loads(event.removeprefix("data: ")).get("error", {})
-    return str(error.get("type", "unknown"))
+    error = error_of(event)
+    return None if error is None else str(error.get("type", "unknown"))

@@ -6,7 +6,8 @@ vLLM's serving classes have no stability promise. What this module relies on (vL
   response, or an async generator of server-sent events, and finds its LoRA in `self.models.lora_requests`.
 * `AsyncLLM.logger_manager.stat_loggers` has the Prometheus logger; it leaves a `gauge_lora_info` of None alone.
 * Its request models look into parameters before these are checked: `structured_outputs: true` is an
-  AttributeError there, not a ValidationError, and would be a 500.
+  AttributeError there, not a ValidationError, and would be a 500. Integers beyond 64 bits pass, and fail in
+  the engine.
 * `init_app_state` has put both serving objects into the application's state when plugins initialise.
 
 The copy made here has a registry of its own, so that adapters are reachable through soma_vllm's dispatch only
@@ -60,12 +61,28 @@ REFUSALS = (VLLMClientError, ValueError, TypeError, OverflowError, NotImplemente
 
 
 def _read(body: Any, read: ValidatorFunctionWrapHandler) -> Any:
-    """A body as vLLM reads it; whatever a parameter of the wrong type makes vLLM raise is a validation error."""
+    """A body as vLLM reads it; whatever a wrong parameter makes vLLM raise becomes a validation error."""
     try:
+        for name, value in body.items() if isinstance(body, dict) else ():
+            if name != "messages" and (large := _too_large(value)) is not None:
+                bits = large.bit_length()
+                raise ValueError(
+                    f"{name[:100]}: found an integer of {bits} bits; expected at most 64 with its sign"
+                )
         return read(body)
     except (AttributeError, LookupError, OverflowError, RecursionError, TypeError) as error:
         raise ValueError(f"found a parameter of the wrong type ({error})") from error
 
+
+def _too_large(value: Any) -> int | None:
+    """An integer, anywhere in a value, that vLLM cannot send to its engine."""
+    if isinstance(value, dict | list):
+        inside = value.values() if isinstance(value, dict) else value
+        return next((found for each in inside if (found := _too_large(each)) is not None), None)
+    return value if isinstance(value, int) and not INT64.start <= value < INT64.stop else None
+
+
+INT64 = range(-(2**63), 2**63)
 
 ChatBody = Annotated[ChatCompletionRequest, WrapValidator(_read)]
 """A chat completion's body, as vLLM reads it."""

@@ -132,6 +132,21 @@ def test_no_drawn_request_is_a_500(sender: Sender, described: Any, mode: Generat
     assert sender.statuses[200] > 50
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("model", ["soma", "tiny-surrogate"])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"structured_outputs": True}, {"logprobs": -1}, {"allowed_token_ids": []}, {"top_k": 10**30}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_what_vllm_finds_wrong_late_is_a_400_on_both_engines(
+    tiny_server: Running, model: str, stream: bool, wrong: dict[str, Any]
+) -> None:
+    body = {"model": model, "prompt": "x", "max_tokens": 2, "stream": stream, **wrong}
+    answer = httpx.post(f"{tiny_server.root}{TEXT}", json=body, timeout=PATIENCE_S)
+    assert (answer.status_code, "message" in answer.json()["error"]) == (400, True), answer.text[:300]
+
+
 ODD = (
     "session",
     "sessіon",

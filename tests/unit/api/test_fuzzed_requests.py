@@ -139,7 +139,22 @@ def test_no_chat_request_is_a_500(fuzzing: Fuzzing, described: Any, mode: Genera
     assert fuzzing.house.sent[CHAT] - before > 550
 
 
-WRONG = (True, 3, -0.5, "x", None, [], {}, [True], [None], [{}], {"x": True}, {"type": True}, [{"type": [1]}])
+WRONG = (
+    True,
+    3,
+    -0.5,
+    10**30,
+    "x",
+    None,
+    [],
+    {},
+    [True],
+    [None],
+    [{}],
+    {"x": True},
+    {"type": True},
+    [{"type": [1]}],
+)
 """A value of each of JSON's types, and what looks like a list or an object of something."""
 
 

@@ -199,6 +199,15 @@ async def test_a_refusal_of_the_original_keeps_its_status_and_body(
     assert (refusal.value.status, refusal.value.body) == (400, {"error": {"message": "too long"}})
 
 
+async def test_a_refusal_that_comes_as_the_first_event_keeps_its_status(
+    engine: OriginalEngine, upstream: Upstream
+) -> None:
+    upstream.stream(b'data: {"error": {"message": "logprobs", "code": 400}}\n\ndata: [DONE]\n\n', then="end")
+    with pytest.raises(EngineRefused) as refusal:
+        await engine.chat(STREAM)
+    assert (refusal.value.status, refusal.value.body["error"]["message"]) == (400, "logprobs")
+
+
 async def test_a_refusal_without_json_becomes_an_openai_error(
     engine: OriginalEngine, upstream: Upstream
 ) -> None:

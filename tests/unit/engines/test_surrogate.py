@@ -13,7 +13,7 @@ from lora_files import files_of, sign  # type: ignore[import-not-found]
 from soma_vllm.engines.base import ChatCall, Salts
 from soma_vllm.engines.residency import Residency
 from soma_vllm.engines.surrogate import SurrogateEngine
-from soma_vllm.errors import AdapterRejected, EngineUnavailable
+from soma_vllm.errors import AdapterRejected, EngineRefused, EngineUnavailable
 from soma_vllm.types import AdapterRef, Signature
 
 REF = AdapterRef("a", 1, "nowhere")
@@ -145,6 +145,15 @@ async def test_an_error_as_first_event_is_an_exception_and_not_a_reply() -> None
     serving = Serving('data: {"error": {"type": "InternalServerError"}}\n\n')
     with pytest.raises(EngineUnavailable, match="before its first token"):
         await SurrogateEngine("small", serving).chat(ChatCall({"stream": True}))
+    assert serving.closed
+
+
+async def test_a_refusal_as_first_event_is_the_clients_to_read() -> None:
+    serving = Serving('data: {"error": {"type": "BadRequestError", "message": "logprobs", "code": 400}}\n\n')
+    with pytest.raises(EngineRefused) as refused:
+        await SurrogateEngine("small", serving).chat(ChatCall({"stream": True}))
+    assert refused.value.status == 400
+    assert refused.value.body["error"]["message"] == "logprobs"
     assert serving.closed
 
 
