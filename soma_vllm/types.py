@@ -71,6 +71,16 @@ class Teacher:
 
 
 @dataclass(frozen=True)
+class Length:
+    """How long an answer is, and might have been."""
+
+    tokens: int | None = None
+    """As the engine counted that gave it; None where it did not say."""
+    most: int | None = None
+    """The client's own limit, tokens; None without one."""
+
+
+@dataclass(frozen=True)
 class Example:
     """One turn to learn from or to be judged on."""
 
@@ -82,6 +92,7 @@ class Example:
     """What the original answered."""
     teacher: Teacher | None = None
     """How it came to answer that; None where the original shows only its words."""
+    length: Length = Length()
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,9 @@ class OpenMeter:
     def spent(self, tenant: str, usage: Usage) -> None:
         self.spendings.append((tenant, usage))
 
+    def limits_sessions(self, tenant: str) -> bool:
+        return self.sessions is not None
+
     def check_new_session(self, tenant: str, live: int) -> None:
         if self.sessions is not None and live >= self.sessions:
             raise TooManyRequests(f"found {live}", 60.0)

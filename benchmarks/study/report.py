@@ -24,6 +24,12 @@ from study.plan import Block
 
 REFERENCE = "original"
 OURS = "soma"
+OVERHEADS = {
+    "dispatch_overhead_ms": ("added_ms", "session"),
+    "first_turn_overhead_ms": ("added_ms_first_turns", "session"),
+    "bypass_overhead_ms": ("added_ms", "by_name"),
+}
+"""Ratios by where they stand among what `study.overhead` found."""
 ALLOWED = {"original": {"original"}, "surrogate": {"surrogate"}, "speculative": {"original"}}
 """Engines that may answer in an arm whose policy leaves no choice."""
 
@@ -259,8 +265,10 @@ def _ratios(
         "net_cost_soma_over_original": None
         if ours is None or not arms[REFERENCE]["net_cost"]
         else round(ours["net_cost"] / arms[REFERENCE]["net_cost"], 4),
-        "dispatch_overhead_ms": None if overhead is None else overhead["added_ms"]["by_name"]["median"],
-        "session_overhead_ms": None if overhead is None else overhead["added_ms"]["session"]["median"],
+        **{
+            name: None if overhead is None else overhead[over][way]["median"]
+            for name, (over, way) in OVERHEADS.items()
+        },
         "break_even_turn": None if even is None else even["turn"],
         "break_even_extrapolated": None if even is None else even["extrapolated"],
     }

@@ -11,6 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from study.report import OVERHEADS
+
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 """What stands between these lines of a document is made by `rewrite`."""
 
@@ -65,8 +67,8 @@ def _ratio_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The ratios; those of dispatch with their intervals."""
     rows = {name: "-" if value is None else str(value) for name, value in document["ratios"].items()}
     if document["overhead"] is not None:
-        for name, way in (("dispatch_overhead_ms", "by_name"), ("session_overhead_ms", "session")):
-            low, high = document["overhead"]["added_ms"][way]["ci95"]
+        for name, (over, way) in OVERHEADS.items():
+            low, high = document["overhead"][over][way]["ci95"]
             rows[name] += f" [{low}, {high}]"
     return list(rows.items())
 

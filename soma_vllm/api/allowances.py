@@ -171,6 +171,10 @@ class Allowances:
             now = self._clock()
             self._ledger.of(tenant, now).tokens.spend(now, tokens)
 
+    def limits_sessions(self, tenant: str) -> bool:
+        """Whether a tenant's sessions need counting."""
+        return self._limits(tenant).live_sessions is not None
+
     def check_new_session(self, tenant: str, live: int) -> None:
         """Refuse one session more to a tenant that has its share of live ones.
 

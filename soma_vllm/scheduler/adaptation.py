@@ -41,7 +41,7 @@ from soma_vllm.scheduler.book import SessionBook
 from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.scheduler.payback import PaybackWatch
 from soma_vllm.scheduler.ports import AdapterEngine, Encoder, Meter, Shelf, Trainer
-from soma_vllm.scheduler.shadow import adapted_answer, gaps_between
+from soma_vllm.scheduler.shadow import adapted_answer, comparable, gaps_between, shadow_tokens
 from soma_vllm.scheduler.teaching import Teachers
 from soma_vllm.session.adapter_states import AdapterState
 from soma_vllm.session.adapting import Adapting
@@ -291,12 +291,14 @@ class Adaptation:
         self, key: SessionKey, held_out: Sequence[Example], ref: AdapterRef | None
     ) -> tuple[float, ...]:
         """The gap of one candidate on each held-out turn, measured on the engine that would serve."""
-        answers = [await self._answered(key, example, ref) for example in held_out]
-        return await gaps_between(self._encoder, answers, [example.answer for example in held_out])
+        tokens = [shadow_tokens(self._config.max_new_tokens, example.length) for example in held_out]
+        pairs = list(zip(held_out, tokens, strict=True))
+        answers = [await self._answered(key, example, ref, limit) for example, limit in pairs]
+        references = [comparable(example.answer, example.length, limit) for example, limit in pairs]
+        return await gaps_between(self._encoder, answers, references)
 
-    async def _answered(self, key: SessionKey, example: Example, ref: AdapterRef | None) -> str:
-        """What one candidate answers to a held-out turn."""
-        limit = self._config.max_new_tokens
+    async def _answered(self, key: SessionKey, example: Example, ref: AdapterRef | None, limit: int) -> str:
+        """What one candidate answers to a held-out turn, in `limit` tokens at most."""
         try:
             return await adapted_answer(self._surrogate, self._holds, key.tenant, example.messages, limit, ref)
         except EngineRefused as error:

@@ -196,7 +196,7 @@ class Dispatcher:
         named = incoming.session or explicit_id(incoming.headers, incoming.body)
         key = await self._book.place(tenant, named, reading)
         try:
-            if self._book.is_new(key):
+            if self._book.is_new(key) and self._meter.limits_sessions(tenant):
                 self._meter.check_new_session(tenant, await self._book.live(tenant))
         except BaseException:
             self._book.release(key)

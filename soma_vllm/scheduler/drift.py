@@ -27,7 +27,7 @@ from soma_vllm.scheduler.budget import Budget
 from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.scheduler.ports import AdapterEngine, Encoder
 from soma_vllm.scheduler.quiet_times import Dropped, QuietTimes
-from soma_vllm.scheduler.shadow import adapted_answer, gaps_between, shadow_answer
+from soma_vllm.scheduler.shadow import adapted_answer, comparable, gaps_between, shadow_answer, shadow_tokens
 from soma_vllm.session.gate import AuditKind
 from soma_vllm.session.phases import Phase
 from soma_vllm.session.session import Session, Turn
@@ -102,7 +102,7 @@ class DriftWatch:
         self, key: SessionKey, turn: Turn, shown: tuple[Message, ...], adapter: AdapterRef | None
     ) -> Finding:
         """The gap of what the surrogate would have answered in place of the original."""
-        limit = self._config.max_new_tokens
+        limit = self._limit(turn)
         shadow = await adapted_answer(self._surrogate, self._holds, key.tenant, shown, limit, adapter)
         return await self._gap(turn, shadow)
 
@@ -112,15 +112,19 @@ class DriftWatch:
         """What the original makes of the surrogate's turn; it may be cancelled at any moment."""
         self._require_same(key, before)  # it may have waited long
         if self._config.gate.audit == "generate":
-            limit = self._config.max_new_tokens
+            limit = self._limit(turn)
             return await self._gap(turn, await shadow_answer(self._original, key.tenant, asked, limit))
         call = ChatCall({"messages": list(asked)}, None, key.tenant, background=True)
         agreement = await self._original.score(call, turn.answer)
         return Finding("surprise", agreement.nll, agreement.top1)
 
     async def _gap(self, turn: Turn, shadow: str) -> Finding:
-        (value,) = await gaps_between(self._encoder, [turn.answer], [shadow])
+        answer = comparable(turn.answer, turn.length, self._limit(turn))
+        (value,) = await gaps_between(self._encoder, [answer], [shadow])
         return Finding("gap", value)
+
+    def _limit(self, turn: Turn) -> int:
+        return shadow_tokens(self._config.max_new_tokens, turn.length)
 
     def _require_budget(self) -> None:
         if not self._budget.take():

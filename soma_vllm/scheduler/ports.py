@@ -108,6 +108,10 @@ class Meter(Protocol):
         """Count the tokens of a reply."""
         ...
 
+    def limits_sessions(self, tenant: str) -> bool:
+        """Whether a tenant's sessions need counting."""
+        ...
+
     def check_new_session(self, tenant: str, live: int) -> None:
         """Raise TooManyRequests where a tenant with `live` sessions may not open another."""
         ...

@@ -7,8 +7,9 @@ gone on meanwhile begins a branch; of several requests at once the first whose a
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from soma_vllm.config import Config
 from soma_vllm.scheduler.adaptation import Adaptation
@@ -97,6 +98,7 @@ class Recorder:
             usage=heard.usage,
             ttft_s=heard.ttft_s,
             latency_s=heard.latency_s,
+            most_tokens=most_tokens(asked.body),
             complete=heard.complete,
             calls=heard.choices[0].calls,
             chain=said.asked,
@@ -128,6 +130,12 @@ class Recorder:
             if turn.engine is Role.ORIGINAL:
                 self._book.note(key, "locality_miss", turn=turn.number, distance=asked.distance)
             self._background.spawn(key, self._drift.audit(key, turn, asked.messages, shown))
+
+
+def most_tokens(body: Mapping[str, Any]) -> int | None:
+    """The longest answer that a request allows; None where it does not say."""
+    given = [body.get(name) for name in ("max_completion_tokens", "max_tokens")]
+    return next((found for found in given if isinstance(found, int)), None)
 
 
 def _events(turn: Turn, builds_on: int, others: Sequence[Choice], tenant: str, asked: Asked) -> list[Event]:

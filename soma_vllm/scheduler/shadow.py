@@ -1,7 +1,12 @@
-"""Answers that no user sees: what an engine would have said, for acceptance and audits."""
+"""Answers that no user sees: what an engine would have said, for acceptance and audits.
+
+Guarantee: what is compared is equally long. A shadow is given no more tokens than the client allowed for the
+answer it stands beside; of an answer longer than a shadow may be (`max_new_tokens`) the beginning is compared.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +14,19 @@ from soma_vllm.engines.base import ChatCall, Engine
 from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.scheduler.ports import AdapterEngine, Encoder
 from soma_vllm.session.gate import gap
-from soma_vllm.types import AdapterRef, Message
+from soma_vllm.types import AdapterRef, Length, Message
+
+
+def shadow_tokens(most: int, length: Length) -> int:
+    """Tokens for the shadow of an answer, where a shadow may have `most`."""
+    return most if length.most is None else min(most, length.most)
+
+
+def comparable(answer: str, length: Length, tokens: int) -> str:
+    """As much of an answer as a shadow of so many tokens has."""
+    if length.tokens is None or length.tokens <= tokens:
+        return answer
+    return answer[: math.ceil(len(answer) * tokens / length.tokens)]
 
 
 async def shadow_answer(

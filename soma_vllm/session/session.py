@@ -21,7 +21,7 @@ from soma_vllm.session.phases import Phase, after, may_happen
 from soma_vllm.session.prefix import compress
 from soma_vllm.session.transcript import Reading, preamble, spoken, text_of
 from soma_vllm.session.trimming import Overlap, trimmed
-from soma_vllm.types import AdapterRef, Candidate, Event, Example, Message, Role, SessionKey, Usage
+from soma_vllm.types import AdapterRef, Candidate, Event, Example, Length, Message, Role, SessionKey, Usage
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Turn:
     """Filled by the audit of this turn, where there was one that generated."""
     surprise: float | None = None
     """Filled by the audit of this turn, where there was one that only read: nats per token."""
+    most_tokens: int | None = None
+    """The longest answer that the client wanted; None where it did not say."""
     complete: bool = True
     """False when generation was cut off: such a turn is neither learned from nor judged on."""
     calls: tuple[Mapping[str, Any], ...] = ()
@@ -64,6 +66,11 @@ class Turn:
     """False where `messages`, `answer` and `calls` were erased, or never kept, and are empty."""
     skip: str | None = None
     """What `unteachable` said while the text was there; filled by the record."""
+
+    @property
+    def length(self) -> Length:
+        """How long the answer is, and might have been."""
+        return Length(self.usage.completion_tokens, self.most_tokens)
 
     def teaches(self) -> bool:
         """Whether this is a whole answer of the original to a query of the user's."""
@@ -244,6 +251,7 @@ class Session:
                     config.compressed_prefix_turns,
                 ),
                 turn.answer,
+                length=turn.length,
             )
             for turn in chosen
         )
@@ -315,6 +323,7 @@ def _read_turn(data: Mapping[str, Any], text: Mapping[str, Any] | None) -> Turn:
         usage=Usage(**data["usage"]),
         ttft_s=data["ttft_s"],
         latency_s=data["latency_s"],
+        most_tokens=data.get("most_tokens"),
         complete=data["complete"],
         calls=tuple(said["calls"]),
         chain=data["chain"],

@@ -89,6 +89,7 @@ async def test_a_keys_own_limits_come_first_and_null_lifts_one() -> None:
 async def test_the_dispatcher_is_told_a_keys_own_limits_by_its_tenant() -> None:
     found = allowances(Limits(live_sessions=1), own=Limits(live_sessions=3, adapters=2))
     tenant = (await found.caller(f"Bearer {KEY}")).tenant
+    assert found.limits_sessions(tenant)
     found.check_new_session(tenant, 2)
     assert found.may_adapt(tenant, 1)
     assert not found.may_adapt(tenant, 2)
@@ -100,6 +101,7 @@ def test_it_is_the_schedulers_meter() -> None:
     meter: Meter = allowances()
     meter.spent("t", Usage(1, None, 1))
     meter.check_new_session("t", 10_000)
+    assert not meter.limits_sessions("t")
     assert meter.may_adapt("t", 10_000)
 
 
