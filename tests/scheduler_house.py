@@ -18,7 +18,7 @@ from soma_vllm.adapters.manifest import FileFacts, PublishedAdapter
 from soma_vllm.config import Config
 from soma_vllm.engines.base import ChatCall, Salts
 from soma_vllm.engines.fake import FakeEngine
-from soma_vllm.errors import AdapterRejected, NotFound, TooManyRequests, TrainingError
+from soma_vllm.errors import AdapterRejected, EngineError, NotFound, TooManyRequests, TrainingError
 from soma_vllm.scheduler.adaptation import Adaptation
 from soma_vllm.scheduler.adapter_custody import AdapterCustody
 from soma_vllm.scheduler.adapter_notices import AdapterNotices
@@ -32,6 +32,7 @@ from soma_vllm.scheduler.payback import PaybackWatch
 from soma_vllm.scheduler.policies.base import Policies
 from soma_vllm.scheduler.quiet_times import QuietTimes
 from soma_vllm.scheduler.recorder import Recorder
+from soma_vllm.scheduler.rehearsals import Rehearsals
 from soma_vllm.scheduler.teaching import Teachers, why_text
 from soma_vllm.session.session import Session
 from soma_vllm.storage.sessions import SessionStore
@@ -94,7 +95,14 @@ class FakeSurrogate(Versatile):
         self.loaded: dict[str, AdapterRef] = {}
         self.log: list[str] = []
         self.prefetched: list[str] = []
+        self.finds: Agreement | None = None
+        """How it finds every answer; None where it cannot read."""
         self.rejection: AdapterRejected | None = None
+
+    async def score(self, call: ChatCall, answer: str) -> Agreement:
+        if self.finds is None:
+            raise EngineError("found another prompt")
+        return self.finds
 
     def prefetch(self, ref: AdapterRef) -> None:
         self.prefetched.append(ref.name)
@@ -274,7 +282,8 @@ class House:
         self.meter = OpenMeter()
         self.events: list[tuple[SessionKey, Event]] = []
         self.payback = PaybackWatch(config, store)
-        watch = [self.teachers, self.notices, self.payback]
+        self.rehearsals = Rehearsals(config, self.surrogate)
+        watch = [self.teachers, self.notices, self.payback, self.rehearsals]
         observers = [lambda key, event: self.events.append((key, event)), *watch]
         self.book = SessionBook(config, store, observers)
         slots = config.surrogate
@@ -292,6 +301,7 @@ class House:
             self.teachers,
             self.meter,
             self.payback,
+            self.rehearsals,
         )
         self.background = Background(self.book)
         self.quiet = QuietTimes(config.gate.audit_yields, config.gate.audit_wait_s)
@@ -318,6 +328,7 @@ class House:
             recorder,
             self.teachers,
             self.meter,
+            self.rehearsals,
         )
         self.salts = Salts()
         self.adapters = AdapterCustody(

@@ -57,8 +57,10 @@ from soma_vllm.scheduler.encoding import ThreadedEncoder
 from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.scheduler.payback import PaybackWatch
 from soma_vllm.scheduler.policies.base import Policies
+from soma_vllm.scheduler.ports import Observer
 from soma_vllm.scheduler.quiet_times import QuietTimes
 from soma_vllm.scheduler.recorder import Recorder
+from soma_vllm.scheduler.rehearsals import Rehearsals
 from soma_vllm.scheduler.teaching import Teachers, why_text
 from soma_vllm.storage.connections import identity
 from soma_vllm.storage.keys import KeyStore
@@ -170,12 +172,15 @@ class SomaServer:
         teachers = await self._engage_teachers(original.speaks_vllm)
         meter = self.allowances
         payback = PaybackWatch(self._config, store)
-        book = SessionBook(self._config, store, [SessionMetrics(), stock, notices, teachers, payback])
+        rehearsals = Rehearsals(self._config, surrogate)
+        observers: list[Observer] = [SessionMetrics(), stock, notices, teachers, payback, rehearsals]
+        book = SessionBook(self._config, store, observers)
         await book.start()
         self._cleanup.push_async_callback(book.stop)
         adaptation = Adaptation(
-            self._config, book, surrogate, trainer, shelf, encoder, holds, teachers, meter, payback
+            self._config, book, surrogate, trainer, shelf, encoder, holds, teachers, meter, payback, rehearsals
         )
+        self._cleanup.push_async_callback(rehearsals.stop)
         background = Background(book)
         self._cleanup.push_async_callback(background.stop)
         quiet = QuietTimes(self._config.gate.audit_yields, self._config.gate.audit_wait_s)
@@ -192,6 +197,7 @@ class SomaServer:
             recorder,
             teachers,
             meter,
+            rehearsals,
         )
         adapters = AdapterCustody(self._config, book, store, adaptation, shelf, notices, stock)
         custody = Custody(

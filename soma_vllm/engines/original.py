@@ -22,7 +22,7 @@ import aiohttp
 
 from soma_vllm.engines.base import ChatCall, Reply, Salts, refusal
 from soma_vllm.engines.supervisor import State, Supervisor
-from soma_vllm.engines.surprise import agreement_from_prompt, scoring_body
+from soma_vllm.engines.surprise import agreement_from_prompt, question_body, scoring_body
 from soma_vllm.errors import EngineError, EngineRefused, EngineUnavailable, PreflightError
 from soma_vllm.types import Agreement
 
@@ -113,7 +113,7 @@ class OriginalEngine:
             raise EngineError("found an original that does not speak vLLM; expected one, to score an answer")
         self._require_child()
         messages = call.body["messages"]
-        question = {"model": self.name, "messages": list(messages), "add_generation_prompt": True}
+        question = {"model": self.name, **question_body(messages)}
         url = f"{self._url.removesuffix('/v1')}/tokenize"
         opening = await self._read(self._client().post(url, json=question))
         tokens = opening.get("tokens")

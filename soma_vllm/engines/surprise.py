@@ -1,4 +1,4 @@
-"""How a vLLM original is asked to read an answer instead of giving one, and how its reply is read. Pure.
+"""How a vLLM is asked to read an answer instead of giving one, and how its reply is read. Pure.
 
 The prompt ends with the answer, its log-probabilities are asked for, and nothing is decoded but the one token
 that vLLM cannot do without. vLLM reads such a prompt without its prefix cache: a log-probability needs a pass.
@@ -12,6 +12,11 @@ from typing import Any
 
 from soma_vllm.errors import EngineError
 from soma_vllm.types import Agreement, Message
+
+
+def question_body(messages: Sequence[Message]) -> dict[str, Any]:
+    """The chat request that `scoring_body` answers: its prompt are the tokens before the answer's first."""
+    return {"messages": list(messages), "add_generation_prompt": True}
 
 
 def scoring_body(messages: Sequence[Message], answer: str) -> dict[str, Any]:
@@ -54,7 +59,8 @@ def agreement_from_prompt(reply: Mapping[str, Any], opening: Sequence[int]) -> A
 
 def _entry(found: Any, token: int) -> Mapping[str, Any]:
     """What was said of the prompt's own token at one position (beside it stand the likeliest ones)."""
-    entry = found.get(str(token)) if isinstance(found, dict) else None
+    # JSON has no keys but text; in our own process they are still numbers.
+    entry = found.get(str(token), found.get(token)) if isinstance(found, dict) else None
     if not isinstance(entry, dict) or not isinstance(entry.get("logprob"), int | float):
         raise EngineError("found no log-probability of one of the answer's tokens; expected one for each")
     return entry

@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from soma_vllm.engines.base import ChatCall, Reply, Salts, error_of, refusal
 from soma_vllm.engines.residency import Loading, Residency
 from soma_vllm.engines.signature import compare, logprobs_read, reading_body
+from soma_vllm.engines.surprise import agreement_from_prompt, question_body, scoring_body
 from soma_vllm.errors import AdapterRejected, EngineUnavailable
-from soma_vllm.types import AdapterRef, Signature
+from soma_vllm.types import AdapterRef, Agreement, Signature
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ class ChatServing(Loading, Protocol):
     async def complete_text(
         self, body: Mapping[str, Any], http: Any
     ) -> Mapping[str, Any] | AsyncGenerator[str, None]: ...
+    async def prompt_tokens(self, body: Mapping[str, Any]) -> list[int]: ...
 
 
 class SurrogateEngine:
@@ -65,6 +68,19 @@ class SurrogateEngine:
         if isinstance(answer, Mapping):
             return Reply(body={**answer, "model": self.name})
         return Reply(events=await _begun(answer))
+
+    async def score(self, call: ChatCall, answer: str) -> Agreement:
+        """How likely the surrogate finds an answer to the call's messages; see `ScoringEngine.score`.
+
+        Raises:
+            EngineUnavailable, EngineRefused: as in `chat`.
+            EngineError: it cannot be told which tokens are the answer's.
+        """
+        messages = call.body["messages"]
+        opening = await self._serving.prompt_tokens({**question_body(messages), "model": self.name})
+        reply = await self.chat(replace(call, body=scoring_body(messages, answer)))
+        assert reply.body is not None, "a request without stream=true is answered whole"
+        return agreement_from_prompt(reply.body, opening)
 
     async def load(self, ref: AdapterRef) -> None:
         """Make an adapter servable; the caller holds it. Its first load since the process began is proven.

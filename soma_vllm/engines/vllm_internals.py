@@ -3,7 +3,8 @@
 vLLM's serving classes have no stability promise. What this module relies on (vLLM 0.32):
 
 * `OpenAIServingChat.create_chat_completion(request, raw_request)` returns an ErrorResponse, a whole
-  response, or an async generator of server-sent events, and finds its LoRA in `self.models.lora_requests`.
+  response, or an async generator of server-sent events, and finds its LoRA in `self.models.lora_requests`;
+  `render_chat_request(request)` returns the conversation and its tokenised prompts, or an ErrorResponse.
 * `AsyncLLM.logger_manager.stat_loggers` has the Prometheus logger; it leaves a `gauge_lora_info` of None alone.
 * Its request models look into parameters before these are checked: `structured_outputs: true` is an
   AttributeError there, not a ValidationError, and would be a 500. Integers beyond 64 bits pass, and fail in
@@ -130,6 +131,21 @@ class PrivateChat:
     ) -> Mapping[str, Any] | AsyncGenerator[str, None]:
         """The same for a text completion."""
         return await _answered(CompletionRequest, self._completion.create_completion, body, http)
+
+    async def prompt_tokens(self, body: Mapping[str, Any]) -> list[int]:
+        """The prompt that a chat request comes to; the engine is not asked.
+
+        Raises:
+            EngineRefused: vLLM found the request wrong.
+        """
+        try:
+            rendered = await self._chat.render_chat_request(ChatCompletionRequest.model_validate(body))
+        except REFUSALS as error:
+            raise EngineRefused(400, _error_body(str(error))) from error
+        if isinstance(rendered, ErrorResponse):
+            raise EngineRefused(rendered.error.code, rendered.model_dump())
+        _, (prompt, *_) = rendered
+        return list(prompt["prompt_token_ids"])
 
     async def add(self, ref: AdapterRef) -> None:
         """Load an adapter into the engine and make it servable by its name.

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from soma_vllm.config import Config, Lora, Mining
+from soma_vllm.engines.base import ChatCall
 from soma_vllm.errors import (
     AdapterError,
     AdapterRejected,
@@ -41,6 +42,7 @@ from soma_vllm.scheduler.book import SessionBook
 from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.scheduler.payback import PaybackWatch
 from soma_vllm.scheduler.ports import AdapterEngine, Encoder, Meter, Shelf, Trainer
+from soma_vllm.scheduler.rehearsals import Rehearsals
 from soma_vllm.scheduler.shadow import adapted_answer, comparable, gaps_between, shadow_tokens
 from soma_vllm.scheduler.teaching import Teachers
 from soma_vllm.session.adapter_states import AdapterState
@@ -83,6 +85,7 @@ class Adaptation:
         teachers: Teachers,
         meter: Meter,
         payback: PaybackWatch,
+        rehearsals: Rehearsals,
     ) -> None:
         self._config = config
         self._book = book
@@ -94,6 +97,7 @@ class Adaptation:
         self._teachers = teachers
         self._meter = meter
         self._payback = payback
+        self._rehearsals = rehearsals
         self._retiring: set[str] = set()
 
     def begin(
@@ -232,7 +236,7 @@ class Adaptation:
         plain_gaps = await self._gaps(key, held_out, None)
         so_far = None
         if Candidate.PLAIN in allowed and forced is not Candidate.ADAPTER:
-            agreement = _finite(await self._trainer.score(ScoreRequest(held_out)))
+            agreement = await self._plain_agreement(key.tenant, held_out)
             evidence = [_evidence(Candidate.PLAIN, held_out, plain_gaps, agreement)]
             so_far = self._judge(key, evidence, forced)
             self._still_adapting(key)
@@ -252,6 +256,22 @@ class Adaptation:
             _evidence(Candidate.ADAPTER, held_out, gaps, result.adapted),
         ]
         return self._judge(key, evidence, forced)
+
+    async def _plain_agreement(self, tenant: str, held_out: tuple[Example, ...]) -> Agreement:
+        """How likely the plain surrogate finds the held-out answers.
+
+        Its engine reads them, which takes a prefill and no place in the trainers' queue; a trainer does where
+        the engine cannot tell an answer's tokens from its prompt's.
+        """
+        reading = []
+        for example in held_out:
+            call = ChatCall({"messages": list(example.messages)}, None, tenant, background=True)
+            reading.append(self._surrogate.score(call, example.answer))
+        try:
+            return _finite(pooled(await asyncio.gather(*reading)))
+        except EngineError as error:
+            logger.info("a trainer reads what the engine could not: %s", error)
+            return _finite(await self._trainer.score(ScoreRequest(held_out)))
 
     async def _too_dear(self, key: SessionKey) -> str | None:
         """Why an adapter of this session would not be worth its cost; None where it would."""
@@ -299,6 +319,10 @@ class Adaptation:
 
     async def _answered(self, key: SessionKey, example: Example, ref: AdapterRef | None, limit: int) -> str:
         """What one candidate answers to a held-out turn, in `limit` tokens at most."""
+        if ref is None:
+            rehearsed = await self._rehearsals.answer(key, example.messages, limit)
+            if rehearsed is not None:
+                return rehearsed
         try:
             return await adapted_answer(self._surrogate, self._holds, key.tenant, example.messages, limit, ref)
         except EngineRefused as error:
@@ -405,6 +429,16 @@ def _evidence(
     candidate: Candidate, held_out: Sequence[Example], gaps: tuple[float, ...], agreement: Agreement
 ) -> Evidence:
     return Evidence(candidate, gaps, tuple(example.turn for example in held_out), agreement)
+
+
+def pooled(agreements: Sequence[Agreement]) -> Agreement:
+    """The agreement over all tokens of several answers."""
+    tokens = sum(one.tokens for one in agreements)
+    return Agreement(
+        math.fsum(one.nll * one.tokens for one in agreements) / tokens,
+        math.fsum(one.top1 * one.tokens for one in agreements) / tokens,
+        tokens,
+    )
 
 
 def _finite(agreement: Agreement) -> Agreement:

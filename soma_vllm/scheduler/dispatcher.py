@@ -35,6 +35,7 @@ from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.scheduler.policies.base import Asked, Policies, Policy, prepared
 from soma_vllm.scheduler.ports import AdapterEngine, Encoder, Meter
 from soma_vllm.scheduler.recorder import Recorder
+from soma_vllm.scheduler.rehearsals import Rehearsals
 from soma_vllm.scheduler.replies import Ended, Heard, Listened, heard_whole
 from soma_vllm.scheduler.slots import Ticket
 from soma_vllm.scheduler.teaching import Lesson, Teachers, without_logprobs
@@ -98,6 +99,7 @@ class Dispatcher:
         recorder: Recorder,
         teachers: Teachers,
         meter: Meter,
+        rehearsals: Rehearsals,
     ) -> None:
         self._config = config
         self._policies = policies
@@ -109,6 +111,7 @@ class Dispatcher:
         self._recorder = recorder
         self._teachers = teachers
         self._meter = meter
+        self._rehearsals = rehearsals
 
     async def chat(self, incoming: Incoming) -> Answer:
         """Answer one chat completion.
@@ -271,6 +274,7 @@ class Dispatcher:
                 route = _instead(route, asked, f"surrogate failed: {error}")
         if reply is None:
             learns = policy.adapting is not None
+            self._rehearsals.begin(session, asked, policy.adapting)
             more = self._teachers.fields(session, incoming.body) if learns else {}
             shown = _showing(incoming, route, asked)
             route, reply, lesson = await self._ask_original(key, more, asked, route, shown)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from soma_vllm.adapters.budgets import Reason
 from soma_vllm.adapters.manifest import PublishedAdapter
-from soma_vllm.engines.base import Engine
+from soma_vllm.engines.base import ScoringEngine
 from soma_vllm.storage.records import AdapterRecord, Found, LengthCount, Standing, Summary, TurnMark
 from soma_vllm.training.messages import ScoreRequest, TrainRequest, TrainResult
 from soma_vllm.types import AdapterRef, Agreement, Event, SessionKey, Usage
@@ -32,8 +32,9 @@ class Trainer(Protocol):
     async def score(self, request: ScoreRequest) -> Agreement: ...
 
 
-class AdapterEngine(Engine, Protocol):
-    """An engine that serves adapters. Whoever loads one holds it first, so that it is not evicted."""
+class AdapterEngine(ScoringEngine, Protocol):
+    """An engine that serves adapters, and reads answers. Whoever loads an adapter holds it first, so that it is
+    not evicted."""
 
     def prefetch(self, ref: AdapterRef) -> None: ...
     async def load(self, ref: AdapterRef) -> None: ...

@@ -7,9 +7,8 @@ gone on meanwhile begins a branch; of several requests at once the first whose a
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from soma_vllm.config import Config
 from soma_vllm.scheduler.adaptation import Adaptation
@@ -18,6 +17,7 @@ from soma_vllm.scheduler.book import SessionBook
 from soma_vllm.scheduler.drift import DriftWatch
 from soma_vllm.scheduler.policies.base import Asked
 from soma_vllm.scheduler.replies import Choice, Heard
+from soma_vllm.scheduler.shadow import most_tokens
 from soma_vllm.scheduler.teaching import Lesson, Teachers
 from soma_vllm.session.adapting import Adapting
 from soma_vllm.session.phases import Phase
@@ -130,12 +130,6 @@ class Recorder:
             if turn.engine is Role.ORIGINAL:
                 self._book.note(key, "locality_miss", turn=turn.number, distance=asked.distance)
             self._background.spawn(key, self._drift.audit(key, turn, asked.messages, shown))
-
-
-def most_tokens(body: Mapping[str, Any]) -> int | None:
-    """The longest answer that a request allows; None where it does not say."""
-    given = [body.get(name) for name in ("max_completion_tokens", "max_tokens")]
-    return next((found for found in given if isinstance(found, int)), None)
 
 
 def _events(turn: Turn, builds_on: int, others: Sequence[Choice], tenant: str, asked: Asked) -> list[Event]:

@@ -7,7 +7,7 @@ answer it stands beside; of an answer longer than a shadow may be (`max_new_toke
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from soma_vllm.engines.base import ChatCall, Engine
@@ -15,6 +15,12 @@ from soma_vllm.scheduler.holds import AdapterHolds
 from soma_vllm.scheduler.ports import AdapterEngine, Encoder
 from soma_vllm.session.gate import gap
 from soma_vllm.types import AdapterRef, Length, Message
+
+
+def most_tokens(body: Mapping[str, Any]) -> int | None:
+    """The longest answer that a request allows; None where it does not say."""
+    given = [body.get(name) for name in ("max_completion_tokens", "max_tokens")]
+    return next((found for found in given if isinstance(found, int)), None)
 
 
 def shadow_tokens(most: int, length: Length) -> int:

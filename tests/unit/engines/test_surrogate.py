@@ -14,7 +14,7 @@ from soma_vllm.engines.base import ChatCall, Salts
 from soma_vllm.engines.residency import Residency
 from soma_vllm.engines.surrogate import SurrogateEngine
 from soma_vllm.errors import AdapterRejected, EngineRefused, EngineUnavailable
-from soma_vllm.types import AdapterRef, Signature
+from soma_vllm.types import AdapterRef, Agreement, Signature
 
 REF = AdapterRef("a", 1, "nowhere")
 
@@ -38,6 +38,10 @@ class Serving:
         self.reads: dict[str, list[float]] = {}
         """By model: log-probabilities of a prompt's tokens but the first."""
 
+    async def prompt_tokens(self, body: Mapping[str, Any]) -> list[int]:
+        self.bodies.append(body)
+        return [1, 2]
+
     async def complete_text(self, body: Mapping[str, Any], http: Any) -> Any:
         self.bodies.append(body)
         tokens = body["prompt"][1:]
@@ -46,6 +50,10 @@ class Serving:
 
     async def complete(self, body: Mapping[str, Any], http: Any) -> Any:
         self.bodies.append(body)
+        if body.get("prompt_logprobs"):
+            # As vLLM's own response object holds them: token ids are numbers.
+            found = [{token: {"logprob": -0.5, "rank": token - 6}} for token in (7, 8)]
+            return {"choices": [], "prompt_token_ids": [1, 2, 7, 8], "prompt_logprobs": [None, {}, *found]}
         return self._stream() if body.get("stream") else {"model": body["model"], "choices": []}
 
     async def _stream(self) -> AsyncGenerator[str, None]:
@@ -177,6 +185,15 @@ async def test_users_come_before_the_background_whatever_a_client_asks_for() -> 
     await engine.chat(ChatCall({"messages": [], "priority": -5}))
     await engine.chat(ChatCall({"messages": []}, background=True))
     assert [body["priority"] for body in serving.bodies] == [0, 1]
+
+
+async def test_an_answer_is_read_behind_all_users_and_only_its_own_tokens_count() -> None:
+    serving = Serving()
+    call = ChatCall({"messages": [{"role": "user", "content": "why?"}]}, tenant="t", background=True)
+    assert await SurrogateEngine("small", serving).score(call, "so") == Agreement(0.5, 0.5, 2)
+    asked, read = serving.bodies
+    assert (asked["add_generation_prompt"], len(asked["messages"])) == (True, 1)
+    assert (read["priority"], read["cache_salt"], read["messages"][-1]["content"]) == (1, "t", "so")
 
 
 SIGNATURE = Signature((5, 6, 7, 8), (-1.0, -2.0, -3.0), (-0.5, -3.0, -1.0))

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from scheduler_house import Build, HashEncoder, House  # type: ignore[import-not-found]
 
-from soma_vllm.scheduler.recorder import most_tokens
-from soma_vllm.scheduler.shadow import comparable, shadow_tokens
+from soma_vllm.scheduler.shadow import comparable, most_tokens, shadow_tokens
 from soma_vllm.session.phases import Phase
 from soma_vllm.types import Length
 

@@ -1,0 +1,114 @@
+"""Rehearsals: the plain surrogate answers a held-out turn while the original answers it for the user.
+
+Nobody hears a rehearsal; it is evidence. Begun with the user's request it is there when the warm start is
+complete, so that a verdict needs no further answer and a session may switch before its next turn.
+
+Guarantees: a rehearsal is used only for the very prompt and length that it was made for; one that failed, or
+was never made, is as good as none (whoever needs that answer asks for it then); of a session only the turns it
+will be judged on are rehearsed; nothing of one stays once its session is judged or removed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from soma_vllm.config import Config
+from soma_vllm.engines.base import Engine
+from soma_vllm.errors import EngineError
+from soma_vllm.scheduler.policies.base import Asked
+from soma_vllm.scheduler.shadow import most_tokens, shadow_answer, shadow_tokens
+from soma_vllm.session.adapting import Adapting
+from soma_vllm.session.phases import Phase
+from soma_vllm.session.prefix import compress
+from soma_vllm.session.session import Session
+from soma_vllm.types import Candidate, Event, Length, Message, SessionKey
+
+logger = logging.getLogger(__name__)
+
+MOST_SESSIONS = 2_000
+"""Sessions whose rehearsals are kept. Those of older ones, without a verdict yet, are made again if need be."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """One answer under way, or given."""
+
+    messages: tuple[Message, ...]
+    tokens: int
+    answer: asyncio.Task[str]
+
+
+class Rehearsals:
+    """By session. An observer of events."""
+
+    def __init__(self, config: Config, surrogate: Engine) -> None:
+        self._config = config
+        self._surrogate = surrogate
+        self._of: OrderedDict[SessionKey, list[Rehearsal]] = OrderedDict()
+
+    def __call__(self, key: SessionKey, event: Event) -> None:
+        """Forget a session that was judged or removed."""
+        if event.kind in ("judged", "closed"):
+            self.forget(key)
+
+    def begin(self, session: Session, asked: Asked, adapting: Adapting | None) -> None:
+        """Have a turn that the original is about to answer rehearsed, if the session will be judged on it."""
+        if adapting is None or not adapting.gate or not self._will_be_judged_on(session):
+            return
+        messages = compress(asked.messages, self._config.prefix, self._config.compressed_prefix_turns)
+        tokens = shadow_tokens(self._config.max_new_tokens, Length(None, most_tokens(asked.body)))
+        mine = self._of.setdefault(session.key, [])
+        self._of.move_to_end(session.key)
+        answer = asyncio.create_task(
+            shadow_answer(self._surrogate, session.key.tenant, messages, tokens), name="soma-rehearsal"
+        )
+        answer.add_done_callback(_told)
+        mine.append(Rehearsal(messages, tokens, answer))
+        while len(mine) > self._config.acceptance_min_turns:
+            mine.pop(0).answer.cancel()
+        while len(self._of) > MOST_SESSIONS:
+            self.forget(next(iter(self._of)))
+
+    async def answer(self, key: SessionKey, messages: Sequence[Message], tokens: int) -> str | None:
+        """What the plain surrogate answered to this prompt in so many tokens; None without a rehearsal."""
+        for rehearsal in self._of.get(key, ()):
+            if rehearsal.tokens == tokens and rehearsal.messages == tuple(messages):
+                await asyncio.wait([rehearsal.answer])
+                done = rehearsal.answer
+                return None if done.cancelled() or done.exception() is not None else done.result()
+        return None
+
+    def forget(self, key: SessionKey) -> None:
+        """Drop a session's rehearsals, and end those under way."""
+        for rehearsal in self._of.pop(key, ()):
+            rehearsal.answer.cancel()
+
+    async def stop(self) -> None:
+        """End everything."""
+        tasks = [rehearsal.answer for mine in self._of.values() for rehearsal in mine]
+        for key in list(self._of):
+            self.forget(key)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _will_be_judged_on(self, session: Session) -> bool:
+        """Whether the turn that comes is among those held out, if all goes on as it did."""
+        if session.phase is not Phase.WARM_START or session.pinned is not None:
+            return False
+        if Candidate.PLAIN not in self._config.adaptation.candidates:
+            return False
+        number = len(session.warm_turns()) + 1
+        return number > self._config.warm_window - self._config.acceptance_min_turns
+
+
+def _told(answer: asyncio.Task[str]) -> None:
+    """Say why a rehearsal came to nothing; what it was about is not said."""
+    if answer.cancelled() or (error := answer.exception()) is None:
+        return
+    if isinstance(error, EngineError):
+        logger.info("a rehearsal came to nothing: %s", type(error).__name__)
+    else:
+        logger.error("a rehearsal failed", exc_info=error)

@@ -1,0 +1,130 @@
+"""The surrogate answers held-out turns while the original does: what is rehearsed, and what is made of it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from scheduler_house import Build, House  # type: ignore[import-not-found]
+
+from soma_vllm.errors import EngineUnavailable
+from soma_vllm.session.phases import Phase
+from soma_vllm.types import Agreement, SessionKey
+
+
+async def started(build: Build, **changes: Any) -> House:
+    house = build(**{"warm_window": 4, "acceptance_min_turns": 2, **changes})
+    await house.book.start()
+    return house
+
+
+def asked(house: House) -> list[str]:
+    """The queries that the surrogate answered for nobody."""
+    calls = [call.body for call in house.surrogate.calls if call.background]
+    return [body["messages"][-1]["content"] for body in calls if body["max_tokens"] != 1]
+
+
+async def test_a_held_out_turn_is_answered_beside_the_original_and_never_again(build: Build) -> None:
+    house = await started(build)
+    history: list[dict[str, Any]] = []
+    for number in (1, 2, 3):
+        await house.say(history, f"question {number}")
+    house.original.go.clear()
+    house.original.called.clear()
+    waiting = asyncio.create_task(house.say(history, "question 4"))
+    await house.original.called.wait()
+    await asyncio.sleep(0)
+    assert asked(house) == ["question 3", "question 4"]  # the original is still silent
+    house.original.go.set()
+    await waiting
+    await house.settled()
+    assert house.session().phase is Phase.SWITCHED
+    assert asked(house) == ["question 3", "question 4"]
+
+
+async def test_a_rehearsal_is_evidence_only(build: Build) -> None:
+    house = await started(build)
+    house.surrogate.answers = ["different"]
+    history: list[dict[str, Any]] = []
+    engines = [
+        (await house.say(history, f"question {number}")).headers["X-SOMA-Engine"] for number in range(1, 5)
+    ]
+    assert engines == ["original"] * 4
+    assert {message["content"] for message in history if message["role"] == "assistant"} == {"same"}
+    await house.settled()
+    (judged,) = [event.data for _, event in house.events if event.kind == "judged"]
+    assert judged["numbers"]["candidates"]["plain"]["gaps"] == [1.0, 1.0]
+
+
+async def test_a_rewritten_turn_is_judged_on_what_was_really_asked(build: Build) -> None:
+    house = await started(build)
+    history: list[dict[str, Any]] = []
+    for number in (1, 2, 3):
+        await house.say(history, f"question {number}")
+    del history[-2:]
+    await house.say(history, "question 3, put otherwise")
+    await house.say(history, "question 4")
+    await house.settled()
+    (branch,) = [key for key, event in house.events if event.kind == "switched"]
+    assert branch != house.session().key  # which has the turn as it was
+    assert asked(house) == ["question 3", "question 3, put otherwise", "question 4"]
+
+
+async def test_a_rehearsal_that_failed_is_made_again(build: Build) -> None:
+    house = await started(build)
+    history: list[dict[str, Any]] = []
+    house.surrogate.refusal = EngineUnavailable("not yet")
+    for number in (1, 2, 3):
+        await house.say(history, f"question {number}")
+    await asyncio.sleep(0)
+    house.surrogate.refusal = None
+    await house.say(history, "question 4")
+    await house.settled()
+    assert house.session().phase is Phase.SWITCHED
+    assert asked(house) == ["question 3", "question 4", "question 3"]
+
+
+async def test_nothing_is_rehearsed_where_nothing_will_be_judged(build: Build) -> None:
+    house = await started(build)
+    history: list[dict[str, Any]] = []
+    for number in range(1, 5):
+        await house.say(history, f"question {number}", headers={"x-soma-policy": "history_ft"})
+    assert asked(house) == []
+
+
+async def test_what_is_removed_is_forgotten_and_what_runs_is_ended(build: Build) -> None:
+    house = await started(build)
+    house.surrogate.go.clear()
+    history: list[dict[str, Any]] = []
+    for number in (1, 2, 3):
+        await house.say(history, f"question {number}")
+    key: SessionKey = house.session().key
+    await asyncio.sleep(0)
+    assert house.rehearsals._of.keys() == {key}
+    await house.custody.remove(key)
+    await asyncio.wait_for(house.surrogate.closed_early.wait(), 5)
+    assert not house.rehearsals._of
+
+
+async def test_stopping_ends_every_rehearsal(build: Build) -> None:
+    house = await started(build)
+    house.surrogate.go.clear()
+    history: list[dict[str, Any]] = []
+    for number in (1, 2, 3):
+        await house.say(history, f"question {number}")
+    await asyncio.sleep(0)
+    await house.rehearsals.stop()
+    assert house.surrogate.closed_early.is_set()
+
+
+async def test_the_engine_reads_the_held_out_answers_and_no_trainer_is_asked(build: Build) -> None:
+    house = await started(build, gate={"min_agreement": 0.8})
+    house.surrogate.finds = Agreement(0.25, 0.9, 10)
+    history: list[dict[str, Any]] = []
+    for number in range(1, 5):
+        await house.say(history, f"question {number}")
+    await house.settled()
+    (judged,) = [event.data for _, event in house.events if event.kind == "judged"]
+    plain = judged["numbers"]["candidates"]["plain"]
+    assert (plain["nll"], plain["top1"]) == (0.25, 0.9)
+    assert house.trainer.requests == []
