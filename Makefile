@@ -54,7 +54,10 @@ demo: models
 	@echo "[demo] nine dialogues through a real pair: about 9 minutes on 2 cores"
 	@$(BIN)/soma replay --config configs/cpu_demo.yaml --dialogues dialogues/demo.json --out out/demo \
 	  --concurrency 3 --think-time 2 --pause-after-warm-start 240 --force-adapter $(FORCED) \
-	  --expect switch --expect adapter --expect rollback
+	  $(TO_SEE) --expect switch --expect adapter --expect rollback
+
+# Ten turns are few: adapters whether they pay or not, and a watch that is nervous enough to roll back.
+TO_SEE := --set adaptation.payback=always --set gate.audit_rate=0.5 --set gate.drift_window=2
 
 ## make smoke   the same loop on tiny random models, nothing to download (about 3 minutes)
 smoke: tiny

@@ -117,7 +117,8 @@ class Gate(Section):
     """eps: the mean gap over held-out turns, plus `accept_margin`, may be at most this."""
     accept_margin: Annotated[float, Field(ge=0, le=2)] = 0.0
     min_agreement: Ratio = 0.0
-    """Least share of held-out answer tokens that are the candidate's own first choice."""
+    """Least share of held-out answer tokens that are the candidate's own first choice. 0: the plain surrogate
+    is judged by its gaps alone and does not read the answers, which on a CPU takes some seconds."""
     min_gain: Ratio = 0.1
     """Share by which an adapter's held-out NLL must be less than the plain surrogate's."""
     locality_threshold: Annotated[float, Field(ge=0, le=2)] = 0.35

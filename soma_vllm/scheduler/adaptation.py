@@ -236,7 +236,9 @@ class Adaptation:
         plain_gaps = await self._gaps(key, held_out, None)
         so_far = None
         if Candidate.PLAIN in allowed and forced is not Candidate.ADAPTER:
-            agreement = await self._plain_agreement(key.tenant, held_out)
+            # A gate that asks for no agreement is not kept waiting for one.
+            asked = self._config.gate.min_agreement > 0
+            agreement = await self._plain_agreement(key.tenant, held_out) if asked else None
             evidence = [_evidence(Candidate.PLAIN, held_out, plain_gaps, agreement)]
             so_far = self._judge(key, evidence, forced)
             self._still_adapting(key)
@@ -426,7 +428,7 @@ _NEXT = {"role": "user", "content": "…"}
 
 
 def _evidence(
-    candidate: Candidate, held_out: Sequence[Example], gaps: tuple[float, ...], agreement: Agreement
+    candidate: Candidate, held_out: Sequence[Example], gaps: tuple[float, ...], agreement: Agreement | None
 ) -> Evidence:
     return Evidence(candidate, gaps, tuple(example.turn for example in held_out), agreement)
 
