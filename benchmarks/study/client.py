@@ -64,11 +64,15 @@ Told = Callable[[Played], None]
 class Users:
     """Plays blocks against one server."""
 
-    def __init__(self, root: str, max_tokens: int, settle_s: float, told: Told) -> None:
-        """`settle_s`: longest wait for what a session left to the background; `told` hears of every turn."""
+    def __init__(
+        self, root: str, max_tokens: int, settle_s: float, told: Told, ignore_eos: bool = False
+    ) -> None:
+        """`settle_s`: longest wait for what a session left to the background; `told` hears of every turn;
+        `ignore_eos`: answers have `max_tokens` whatever they say."""
         self._client = AsyncOpenAI(base_url=f"{root}/v1", api_key="none", max_retries=0, timeout=1800)
         self._root = root
         self._max_tokens = max_tokens
+        self._extra = {"ignore_eos": True} if ignore_eos else None
         self._settle_s = settle_s
         self._told = told
 
@@ -122,6 +126,7 @@ class Users:
             stream=True,
             stream_options={"include_usage": True},
             extra_headers={"X-Session-ID": visit.session},
+            extra_body=self._extra,
         )
         pieces: list[str] = []
         first = usage = None

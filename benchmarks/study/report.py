@@ -140,11 +140,21 @@ def report(
         "settings": {**settings, "warm_window": warm, "promise": promise, "targets": asdict(targets)},
         "arms": arms,
         "ratios": _ratios(arms, bills[first], overhead, warm),
+        "rankings": rankings(arms, settings["order"]),
         "overhead": overhead,
         "idle_cpu_s_per_s": measured[0].idling,
         "costs": {name: _curves(of, arms, warm) for name, of in bills.items()},
         "blocks": [_block(one) for one in measured],
     }
+
+
+def rankings(arms: Mapping[str, Mapping[str, Any]], order: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """The order in which each repeat played the arms, and that in which it ranks them by their later turns."""
+    medians = {arm: found["later_latency_p50_by_repeat"] for arm, found in arms.items()}
+    return [
+        {"played": list(played), "ranked": sorted(medians, key=lambda arm: medians[arm][repeat])}
+        for repeat, played in enumerate(order)
+    ]
 
 
 def _service(blocks: Sequence[Measured], warm: int, targets: Targets) -> dict[str, Any]:

@@ -118,7 +118,8 @@ async def played(study: Study, root: str, say: Say) -> list[Measured]:
 
     settle_s = study.config.adaptation.train_timeout_s
     how = Counting(options.seconds == "busy", study.config.training.device == "cuda")
-    users = Users(root, options.max_tokens, settle_s, told)
+    # Where only lengths matter, answers have theirs.
+    users = Users(root, options.max_tokens, settle_s, told, ignore_eos=bool(options.synthetic))
     warming = Users(root, 4, settle_s, lambda one: None)
     measured = []
     port = urlsplit(root).port

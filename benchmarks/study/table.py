@@ -36,6 +36,8 @@ def show(document: Mapping[str, Any], console: Console) -> None:
     console.print(f"fidelity: the gate promises {promise:.2f} for what it gives to the surrogate")
     console.print(f"net cost: per session, tariff {tariff}; seconds are {settings['seconds_are']}")
     console.print(_costs(document))
+    for line in _ranking_lines(document):
+        console.print(line, highlight=False)
     for name, value in _ratio_rows(document):
         console.print(f"{name:34} {value}", highlight=False)
 
@@ -71,6 +73,15 @@ def _ratio_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
             low, high = document["overhead"][over][way]["ci95"]
             rows[name] += f" [{low}, {high}]"
     return list(rows.items())
+
+
+def _ranking_lines(document: Mapping[str, Any]) -> list[str]:
+    """What each repeat, with its own order of arms, says of their later turns."""
+    return [
+        f"repeat {number}, played {', '.join(found['played'])}: later turns fastest under "
+        f"{', then '.join(found['ranked'])}"
+        for number, found in enumerate(document["rankings"], start=1)
+    ]
 
 
 def rewrite(path: Path, document: Mapping[str, Any], figures: Sequence[Path] = ()) -> None:
@@ -113,6 +124,8 @@ def markdown(document: Mapping[str, Any]) -> str:
             ["", "value"],
             _ratio_rows(document),
         ),
+        "",
+        *(f"* {line}" for line in _ranking_lines(document)),
         "",
     ]
     return "\n".join(lines)

@@ -14,7 +14,13 @@ from study.cost import Counting  # type: ignore[import-not-found]
 from study.fidelity import compare, summary  # type: ignore[import-not-found]
 from study.meter import Reading  # type: ignore[import-not-found]
 from study.plan import Block, Visit  # type: ignore[import-not-found]
-from study.report import IncompleteRun, Measured, check, percentiles  # type: ignore[import-not-found]
+from study.report import (  # type: ignore[import-not-found]
+    IncompleteRun,
+    Measured,
+    check,
+    percentiles,
+    rankings,
+)
 from study.table import BEGIN, END, markdown, rewrite  # type: ignore[import-not-found]
 
 import soma_vllm
@@ -83,6 +89,14 @@ def test_what_idling_takes_anyway_is_not_an_arm_s() -> None:
     before, after = Reading(1.0, {"server": 1.0}, {}, {}), Reading(11.0, {"server": 4.0}, {}, {})
     assert after.since(before, {"server": 0.1}).cpu_s == {"server": 2.0}
     assert after.since(before, {"server": 9.0}).cpu_s == {"server": 0.0}
+
+
+def test_each_repeat_ranks_the_arms_by_its_own_later_turns() -> None:
+    arms = {"a": {"later_latency_p50_by_repeat": [2.0, 1.0]}, "b": {"later_latency_p50_by_repeat": [1.0, 3.0]}}
+    assert rankings(arms, [["a", "b"], ["b", "a"]]) == [
+        {"played": ["a", "b"], "ranked": ["b", "a"]},
+        {"played": ["b", "a"], "ranked": ["a", "b"]},
+    ]
 
 
 def test_percentiles_of_nothing_are_unknown() -> None:
