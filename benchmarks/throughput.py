@@ -58,7 +58,7 @@ from soma_vllm.evaluation.report import write
 HERE = Path(__file__).parent
 FULL = {
     "arms": ("original", "surrogate", "soma", "history_prefix", "history_ft"),
-    "repeats": 3, "sessions": 9, "limit_turns": None, "max_tokens": 32, "arrival": 10.0, "think": 4.0,
+    "repeats": 3, "sessions": 9, "limit_turns": None, "max_tokens": 32, "arrival": 8.0, "think": 3.0,
     "overhead_rounds": 60,
 }  # fmt: skip
 QUICK = {

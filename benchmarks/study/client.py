@@ -16,6 +16,7 @@ import httpx
 from openai import AsyncOpenAI, OpenAIError
 from openai.types.chat import ChatCompletionMessageParam
 
+from study.connections import fresh_client
 from study.plan import Block, Visit
 
 
@@ -69,7 +70,13 @@ class Users:
     ) -> None:
         """`settle_s`: longest wait for what a session left to the background; `told` hears of every turn;
         `ignore_eos`: answers have `max_tokens` whatever they say."""
-        self._client = AsyncOpenAI(base_url=f"{root}/v1", api_key="none", max_retries=0, timeout=1800)
+        self._client = AsyncOpenAI(
+            base_url=f"{root}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=1800,
+            http_client=fresh_client(timeout=1800),
+        )
         self._root = root
         self._max_tokens = max_tokens
         self._extra = {"ignore_eos": True} if ignore_eos else None
@@ -172,7 +179,7 @@ class Users:
 
     async def _session(self, method: str, visit: Visit) -> dict[str, Any] | None:
         """The server's report of a session; None where there is none."""
-        async with httpx.AsyncClient(trust_env=False, timeout=120) as http:
+        async with fresh_client(timeout=120) as http:
             answer = await http.request(
                 method,
                 f"{self._root}/soma/sessions/{visit.session}",

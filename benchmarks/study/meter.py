@@ -23,6 +23,8 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from study.connections import NOT_KEPT, fresh_client
+
 LOOK_S = 1.0
 IDLE_S = 5.0
 """How long an idle server is watched."""
@@ -92,7 +94,7 @@ class Meter:
         self._seconds: dict[tuple[int, float], tuple[str, float]] = {}
         self._busy: defaultdict[str, float] = defaultdict(float)
         self._begun = self._looked = time.perf_counter()
-        self._clients = {"surrogate": httpx.AsyncClient(base_url=root, trust_env=False, timeout=30)}
+        self._clients = {"surrogate": fresh_client(base_url=root, timeout=30)}
         self._looking: asyncio.Task[None] | None = None
         self.idling = dict.fromkeys(PARTS, 0.0)
         """Processor seconds per second of each part while nobody asks anything."""
@@ -101,9 +103,9 @@ class Meter:
         self._look_at_processes()
         socket = self._original_socket()
         if socket is not None:
-            transport = httpx.AsyncHTTPTransport(uds=str(socket))
-            self._clients["original"] = httpx.AsyncClient(
-                base_url="http://original", transport=transport, trust_env=False, timeout=30
+            transport = httpx.AsyncHTTPTransport(uds=str(socket), limits=NOT_KEPT)
+            self._clients["original"] = fresh_client(
+                base_url="http://original", transport=transport, timeout=30
             )
         self._looking = asyncio.create_task(self._keep_looking())
         return self

@@ -33,6 +33,7 @@ from soma_vllm.cli.child_server import started_server
 from soma_vllm.config import Config
 from soma_vllm.engines.command import child_environment, surrogate_arguments
 from soma_vllm.models.hub import local_path
+from study.connections import fresh_client
 from study.plan import SYLLABLES
 from study.ports import free_port
 
@@ -80,7 +81,7 @@ async def overhead(soma: str, plain: str, surrogate: str, rounds: int, seed: int
     roots = {way: plain if way == "plain" else soma for way in WAYS}
     models = {"plain": "plain", "by_name": surrogate, "session": "soma:surrogate"}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    async with httpx.AsyncClient(trust_env=False, timeout=120) as http:
+    async with fresh_client(timeout=120) as http:
         for dialogue in range(-WARM_UP, math.ceil(rounds / TURNS)):
             run = secrets.token_hex(6)
             told = {way: Told(http, roots[way], models[way], f"overhead-{run}-{way}") for way in WAYS}
