@@ -57,8 +57,8 @@ demo: models
 	  $(TO_SEE) --expect switch --expect adapter --expect rollback
 
 # Ten turns are few: adapters whether they pay or not, and a watch that is nervous enough to roll back.
-TO_SEE := --set adaptation.payback=always --set acceptance_min_turns=2 \
-  --set gate.audit_rate=0.5 --set gate.drift_window=2
+TO_SEE := --set adaptation.payback=always --set gate.audit_rate=0.5 --set gate.drift_window=2 \
+  --set gate.locality_threshold=0.85
 
 ## make smoke   the same loop on tiny random models, nothing to download (about 3 minutes)
 smoke: tiny
