@@ -131,6 +131,7 @@ def report(
             **_service(blocks, warm, targets),
             **_faithful(blocks, by_arm[REFERENCE], warm, encode, promise),
             **_work(blocks),
+            "switched_latency_over_original": switched_latency(blocks, by_arm[REFERENCE], warm),
             "net_cost": round(sum(bills[first][arm]), 4),
             "net_cost_by_tariff": {name: round(sum(of[arm]), 4) for name, of in bills.items()},
         }
@@ -146,6 +147,19 @@ def report(
         "costs": {name: _curves(of, arms, warm) for name, of in bills.items()},
         "blocks": [_block(one) for one in measured],
     }
+
+
+def switched_latency(blocks: Sequence[Measured], originals: Sequence[Measured], warm: int) -> float | None:
+    """Median, over the later turns that the surrogate answered, of their latency over that of the same turn
+    under the original; None where it answered none."""
+    ratios = [
+        turn.latency_s / reference.latency_s
+        for block, other in zip(blocks, originals, strict=True)
+        for one, theirs in zip(block.played, other.played, strict=True)
+        for turn, reference in zip(one.turns, theirs.turns, strict=True)
+        if turn.turn > warm and turn.engine == "surrogate"
+    ]
+    return round(median(ratios), 4) if ratios else None
 
 
 def rankings(arms: Mapping[str, Mapping[str, Any]], order: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
@@ -272,6 +286,7 @@ def _ratios(
         "later_latency_soma_over_original": None
         if ours is None
         else round(ours["later_turn_latency_p50"] / arms[REFERENCE]["later_turn_latency_p50"], 4),
+        "switched_latency_soma_over_original": None if ours is None else ours["switched_latency_over_original"],
         "net_cost_soma_over_original": None
         if ours is None or not arms[REFERENCE]["net_cost"]
         else round(ours["net_cost"] / arms[REFERENCE]["net_cost"], 4),

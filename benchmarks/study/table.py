@@ -174,6 +174,7 @@ ROWS = (
     ("between tokens, s", lambda arm: _three(arm["token_s"], 3)),
     ("turn, s", lambda arm: _three(arm["latency_s"])),
     ("later turn, s", lambda arm: _three(arm["later_latency_s"])),
+    ("  switched ones over the original's", lambda arm: _number(arm["switched_latency_over_original"])),
     ("turns a second", lambda arm: _number(arm["turns_per_s"], 3)),
     ("  of these within the target", lambda arm: _number(arm["goodput_turns_per_s"], 3)),
     ("share of the surrogate", lambda arm: f"{arm['share_surrogate']:.0%}"),

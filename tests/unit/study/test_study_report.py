@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from study.report import (  # type: ignore[import-not-found]
     check,
     percentiles,
     rankings,
+    switched_latency,
 )
 from study.table import BEGIN, END, markdown, rewrite  # type: ignore[import-not-found]
 
@@ -89,6 +91,14 @@ def test_what_idling_takes_anyway_is_not_an_arm_s() -> None:
     before, after = Reading(1.0, {"server": 1.0}, {}, {}), Reading(11.0, {"server": 4.0}, {}, {})
     assert after.since(before, {"server": 0.1}).cpu_s == {"server": 2.0}
     assert after.since(before, {"server": 9.0}).cpu_s == {"server": 0.0}
+
+
+def test_switched_turns_are_compared_with_the_same_turns_of_the_original() -> None:
+    quick = replace(played("a", "b", "c", engine="surrogate"))
+    quick = replace(quick, turns=tuple(replace(turn, latency_s=0.25 * turn.turn) for turn in quick.turns))
+    ours, theirs = measured("soma", quick), measured("original", played("a", "b", "c"))
+    assert switched_latency([ours], [theirs], warm=1) == 0.625  # of .5 and .75: turn 1 is no later one
+    assert switched_latency([theirs], [theirs], warm=1) is None
 
 
 def test_each_repeat_ranks_the_arms_by_its_own_later_turns() -> None:
