@@ -6,7 +6,8 @@ Under a policy without a gate it is: train -> publish -> load -> switch.
 
 Guarantees:
 
-* With a gate, candidates are judged on turns not trained on, against answers the original already gave.
+* With a gate, candidates are judged on turns not trained on, against answers the original already gave: the
+  plain surrogate on the whole warm start, and beside an adapter both on what that was not trained on.
 * The adapter that was judged is the adapter that serves: same files, same name, same engine.
 * Whatever goes wrong ends in one event, `refused` or `training_failed`, and the original keeps the session.
 * A session that was closed, or rewritten by its client, meanwhile gets no adapter: `adaptation_abandoned`.
@@ -233,13 +234,14 @@ class Adaptation:
         An adapter is put into `made` as soon as there is one.
         """
         allowed = await self._allowed(key.tenant)
-        plain_gaps = await self._gaps(key, held_out, None)
+        warm = (*examples, *held_out)  # the plain surrogate learned from none of them
+        plain_gaps = await self._gaps(key, warm, None)
         so_far = None
         if Candidate.PLAIN in allowed and forced is not Candidate.ADAPTER:
             # A gate that asks for no agreement is not kept waiting for one.
             asked = self._config.gate.min_agreement > 0
-            agreement = await self._plain_agreement(key.tenant, held_out) if asked else None
-            evidence = [_evidence(Candidate.PLAIN, held_out, plain_gaps, agreement)]
+            agreement = await self._plain_agreement(key.tenant, warm) if asked else None
+            evidence = [_evidence(Candidate.PLAIN, warm, plain_gaps, agreement)]
             so_far = self._judge(key, evidence, forced)
             self._still_adapting(key)
             if so_far.candidate is Candidate.PLAIN or Candidate.ADAPTER not in allowed:
@@ -254,26 +256,28 @@ class Adaptation:
         gaps = await self._gaps(key, held_out, ref)
         self._still_adapting(key)
         evidence = [
-            _evidence(Candidate.PLAIN, held_out, plain_gaps, result.plain),
+            _evidence(Candidate.PLAIN, held_out, plain_gaps[-len(held_out) :], result.plain),
             _evidence(Candidate.ADAPTER, held_out, gaps, result.adapted),
         ]
-        return self._judge(key, evidence, forced)
+        # What fell short on the whole warm start is not let through by a part of it.
+        left = allowed if so_far is None else (Candidate.ADAPTER,)
+        return self._judge(key, evidence, forced, left)
 
-    async def _plain_agreement(self, tenant: str, held_out: tuple[Example, ...]) -> Agreement:
-        """How likely the plain surrogate finds the held-out answers.
+    async def _plain_agreement(self, tenant: str, warm: tuple[Example, ...]) -> Agreement:
+        """How likely the plain surrogate finds the original's answers.
 
         Its engine reads them, which takes a prefill and no place in the trainers' queue; a trainer does where
         the engine cannot tell an answer's tokens from its prompt's.
         """
         reading = []
-        for example in held_out:
+        for example in warm:
             call = ChatCall({"messages": list(example.messages)}, None, tenant, background=True)
             reading.append(self._surrogate.score(call, example.answer))
         try:
             return _finite(pooled(await asyncio.gather(*reading)))
         except EngineError as error:
             logger.info("a trainer reads what the engine could not: %s", error)
-            return _finite(await self._trainer.score(ScoreRequest(held_out)))
+            return _finite(await self._trainer.score(ScoreRequest(warm)))
 
     async def _too_dear(self, key: SessionKey) -> str | None:
         """Why an adapter of this session would not be worth its cost; None where it would."""
@@ -299,12 +303,18 @@ class Adaptation:
             return candidates
         return tuple(candidate for candidate in candidates if candidate is not Candidate.ADAPTER)
 
-    def _judge(self, key: SessionKey, evidence: list[Evidence], forced: Candidate | None) -> Verdict:
+    def _judge(
+        self,
+        key: SessionKey,
+        evidence: list[Evidence],
+        forced: Candidate | None,
+        allowed: Sequence[Candidate] | None = None,
+    ) -> Verdict:
         return judge(
             evidence,
             self._config.gate,
             self._config.acceptance_min_turns,
-            self._config.adaptation.candidates,
+            self._config.adaptation.candidates if allowed is None else allowed,
             forced,
             self._book.session(key).rollbacks,
         )

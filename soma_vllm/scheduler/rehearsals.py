@@ -1,11 +1,12 @@
-"""Rehearsals: the plain surrogate answers a held-out turn while the original answers it for the user.
+"""Rehearsals: the plain surrogate answers a warm turn while the original answers it for the user.
 
 Nobody hears a rehearsal; it is evidence. Begun with the user's request it is there when the warm start is
-complete, so that a verdict needs no further answer and a session may switch before its next turn.
+complete, so that a verdict needs no further answer and a session may switch before its next turn. Sessions that
+end early cost nothing: rehearsals begin with the first held-out turn, and those of the turns before it follow.
 
 Guarantees: a rehearsal is used only for the very prompt and length that it was made for; one that failed, or
-was never made, is as good as none (whoever needs that answer asks for it then); of a session only the turns it
-will be judged on are rehearsed; nothing of one stays once its session is judged or removed.
+was never made, is as good as none (whoever needs that answer asks for it then); nothing of one stays once its
+session is judged or removed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from soma_vllm.config import Config
@@ -56,31 +57,30 @@ class Rehearsals:
             self.forget(key)
 
     def begin(self, session: Session, asked: Asked, adapting: Adapting | None) -> None:
-        """Have a turn that the original is about to answer rehearsed, if the session will be judged on it."""
-        if adapting is None or not adapting.gate or not self._will_be_judged_on(session):
+        """If a verdict is near, have the turn rehearsed that the original will answer now, and those before."""
+        if adapting is None or not adapting.gate or not self._is_near_its_verdict(session):
             return
-        messages = compress(asked.messages, self._config.prefix, self._config.compressed_prefix_turns)
-        tokens = shadow_tokens(self._config.max_new_tokens, Length(None, most_tokens(asked.body)))
+        before = [(example.messages, example.length) for example in session.warm_examples(self._config)]
+        now = compress(asked.messages, self._config.prefix, self._config.compressed_prefix_turns)
         mine = self._of.setdefault(session.key, [])
         self._of.move_to_end(session.key)
-        answer = asyncio.create_task(
-            shadow_answer(self._surrogate, session.key.tenant, messages, tokens), name="soma-rehearsal"
-        )
-        answer.add_done_callback(_told)
-        mine.append(Rehearsal(messages, tokens, answer))
-        while len(mine) > self._config.acceptance_min_turns:
+        for messages, length in ((now, Length(None, most_tokens(asked.body))), *before):
+            tokens = shadow_tokens(self._config.max_new_tokens, length)
+            if _among(mine, messages, tokens) is None:
+                mine.append(Rehearsal(messages, tokens, self._rehearse(session.key.tenant, messages, tokens)))
+        while len(mine) > self._config.warm_window:
             mine.pop(0).answer.cancel()
         while len(self._of) > MOST_SESSIONS:
             self.forget(next(iter(self._of)))
 
     async def answer(self, key: SessionKey, messages: Sequence[Message], tokens: int) -> str | None:
         """What the plain surrogate answered to this prompt in so many tokens; None without a rehearsal."""
-        for rehearsal in self._of.get(key, ()):
-            if rehearsal.tokens == tokens and rehearsal.messages == tuple(messages):
-                await asyncio.wait([rehearsal.answer])
-                done = rehearsal.answer
-                return None if done.cancelled() or done.exception() is not None else done.result()
-        return None
+        found = _among(self._of.get(key, ()), messages, tokens)
+        if found is None:
+            return None
+        await asyncio.wait([found.answer])
+        failed = found.answer.cancelled() or found.answer.exception() is not None
+        return None if failed else found.answer.result()
 
     def forget(self, key: SessionKey) -> None:
         """Drop a session's rehearsals, and end those under way."""
@@ -94,7 +94,14 @@ class Rehearsals:
             self.forget(key)
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _will_be_judged_on(self, session: Session) -> bool:
+    def _rehearse(self, tenant: str, messages: tuple[Message, ...], tokens: int) -> asyncio.Task[str]:
+        answer = asyncio.create_task(
+            shadow_answer(self._surrogate, tenant, messages, tokens), name="soma-rehearsal"
+        )
+        answer.add_done_callback(_told)
+        return answer
+
+    def _is_near_its_verdict(self, session: Session) -> bool:
         """Whether the turn that comes is among those held out, if all goes on as it did."""
         if session.phase is not Phase.WARM_START or session.pinned is not None:
             return False
@@ -102,6 +109,12 @@ class Rehearsals:
             return False
         number = len(session.warm_turns()) + 1
         return number > self._config.warm_window - self._config.acceptance_min_turns
+
+
+def _among(rehearsals: Iterable[Rehearsal], messages: Sequence[Message], tokens: int) -> Rehearsal | None:
+    """The rehearsal of this prompt in so many tokens."""
+    prompt = tuple(messages)
+    return next((one for one in rehearsals if one.tokens == tokens and one.messages == prompt), None)
 
 
 def _told(answer: asyncio.Task[str]) -> None:

@@ -235,14 +235,10 @@ class Session:
             return self.trainings < config.adaptation.max_trainings and len(self.warm_turns()) >= enough
         return False
 
-    def examples(self, config: Config) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-        """(to train on, held out to judge on): the last `acceptance_min_turns` warm turns are never trained on,
-        where there is a gate to judge on them.
-
-        Each example's messages are what the surrogate would have been shown under the configured prefix.
-        """
-        chosen = self.warm_turns()[-config.warm_window :]
-        examples = tuple(
+    def warm_examples(self, config: Config) -> tuple[Example, ...]:
+        """The latest warm turns, `warm_window` at most. Each one's messages are what the surrogate would have
+        been shown under the configured prefix."""
+        return tuple(
             Example(
                 turn.number,
                 compress(
@@ -253,8 +249,13 @@ class Session:
                 turn.answer,
                 length=turn.length,
             )
-            for turn in chosen
+            for turn in self.warm_turns()[-config.warm_window :]
         )
+
+    def examples(self, config: Config) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+        """(to train on, held out to judge on): the last `acceptance_min_turns` warm turns are never trained on,
+        where there is a gate to judge on them."""
+        examples = self.warm_examples(config)
         if self.adapting is not None and not self.adapting.gate:
             return examples, ()
         held_out = config.acceptance_min_turns

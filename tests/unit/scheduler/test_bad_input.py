@@ -72,15 +72,14 @@ async def test_turns_of_one_word_are_learned_from(house: House) -> None:
     assert house.session().adapter is not None
 
 
-async def test_a_held_out_turn_too_long_for_the_surrogate_is_named_with_its_lengths(house: House) -> None:
+async def test_a_warm_turn_too_long_for_the_surrogate_is_named_with_its_lengths(house: House) -> None:
     house.surrogate.refusal = EngineRefused(400, {"error": {"message": "longer than the context"}})
     history: History = []
     for query in ("a" * 10, "b" * 20):
         await house.say(history, query)
     await house.settled()
     (refused,) = events(house, "refused")
-    # Both queries and the first answer, "same".
-    for part in ("turn 2", "34 characters", "200 tokens", "context of 4096 tokens"):
+    for part in ("turn 1", "10 characters", "200 tokens", "context of 4096 tokens"):
         assert part in refused["reason"]
     assert house.session().phase is Phase.ORIGINAL_ONLY
     assert await served_by(house, history) == "original"

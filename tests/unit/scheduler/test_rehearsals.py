@@ -1,4 +1,4 @@
-"""The surrogate answers held-out turns while the original does: what is rehearsed, and what is made of it."""
+"""The surrogate answers warm turns while the original does: what is rehearsed, and what is made of it."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ async def test_a_held_out_turn_is_answered_beside_the_original_and_never_again(b
     waiting = asyncio.create_task(house.say(history, "question 4"))
     await house.original.called.wait()
     await asyncio.sleep(0)
-    assert asked(house) == ["question 3", "question 4"]  # the original is still silent
+    assert asked(house) == [f"question {number}" for number in (3, 1, 2, 4)]  # the original is still silent
     house.original.go.set()
     await waiting
     await house.settled()
     assert house.session().phase is Phase.SWITCHED
-    assert asked(house) == ["question 3", "question 4"]
+    assert len(asked(house)) == 4
 
 
 async def test_a_rehearsal_is_evidence_only(build: Build) -> None:
@@ -67,7 +67,11 @@ async def test_a_rewritten_turn_is_judged_on_what_was_really_asked(build: Build)
     await house.settled()
     (branch,) = [key for key, event in house.events if event.kind == "switched"]
     assert branch != house.session().key  # which has the turn as it was
-    assert asked(house) == ["question 3", "question 3, put otherwise", "question 4"]
+    assert [query for query in asked(house) if query not in ("question 1", "question 2")] == [
+        "question 3",
+        "question 3, put otherwise",
+        "question 4",
+    ]
 
 
 async def test_a_rehearsal_that_failed_is_made_again(build: Build) -> None:
@@ -81,7 +85,33 @@ async def test_a_rehearsal_that_failed_is_made_again(build: Build) -> None:
     await house.say(history, "question 4")
     await house.settled()
     assert house.session().phase is Phase.SWITCHED
-    assert asked(house) == ["question 3", "question 4", "question 3"]
+    again = ["question 3", "question 1", "question 2", "question 4", "question 1", "question 2", "question 3"]
+    assert asked(house) == again
+
+
+async def test_the_plain_surrogate_is_judged_on_the_whole_warm_start(build: Build) -> None:
+    house = await started(build, gate={"accept_threshold": 0.3}, adaptation={"payback": "never"})
+    # Wrong on one of the two held-out turns: too much for a half, not for a quarter.
+    house.surrogate.answers = ["different", "same"]
+    history: list[dict[str, Any]] = []
+    for number in range(1, 5):
+        await house.say(history, f"question {number}")
+    await house.settled()
+    (judged,) = [event.data for _, event in house.events if event.kind == "judged"]
+    plain = judged["numbers"]["candidates"]["plain"]
+    assert (plain["turns"], plain["gaps"]) == ([1, 2, 3, 4], [0.0, 0.0, 1.0, 0.0])
+    assert house.session().phase is Phase.SWITCHED
+
+
+async def test_what_fell_short_on_the_whole_is_not_let_through_by_its_held_out_part(build: Build) -> None:
+    house = await started(build, adaptation={"payback": "always"})
+    # Wrong on turn 2 alone, which is not held out; the adapter is right.
+    house.surrogate.answers = ["same", "same", "different", "same"]
+    history: list[dict[str, Any]] = []
+    for number in range(1, 5):
+        await house.say(history, f"question {number}")
+    await house.settled()
+    assert house.session().serving == "adapter"
 
 
 async def test_nothing_is_rehearsed_where_nothing_will_be_judged(build: Build) -> None:
