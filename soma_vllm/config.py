@@ -439,7 +439,6 @@ class Config(Section):
     acceptance_min_turns: Positive = 1
     """Latest warm turns that no adapter is trained on, to judge it on them. The plain surrogate, which learned
     from none, is judged on the whole warm start."""
-    """Warm turns held out of training, at the end of the warm start, to judge the candidates on."""
     policy: str = "soma"
     """Entry point of group `soma_vllm.policies`."""
     mining: Mining = Mining()
