@@ -19,23 +19,24 @@ async def test_a_client_that_leaves_stops_the_generation(
     tiny_server: Running, engine: str, stream: bool
 ) -> None:
     # On busy cores a tiny model may be done before its first words reach the client; another try shows it.
-    for attempt in range(5):
+    for attempt in range(8):
         session = f"left-{engine}-{stream}-{attempt}"
         before = await counted(tiny_server, engine, "vllm:generation_tokens_total")
-        await ask_and_leave(tiny_server, engine, session, stream)
+        await ask_and_leave(tiny_server, engine, session, stream, 0.1 * 1.5**attempt)
         async with asyncio.timeout(60):
             while await counted(tiny_server, engine, "vllm:num_requests_running") > 0:
                 await asyncio.sleep(0.05)
-        if await counted(tiny_server, engine, "vllm:generation_tokens_total") - before < TOKENS - 300:
+        generated = await counted(tiny_server, engine, "vllm:generation_tokens_total") - before
+        if 0 < generated < TOKENS - 300:
             if stream:
                 (turn,) = tiny_server.session(session)["turns"]
                 assert turn["engine"] == engine
             return
-    raise AssertionError("every generation went on to its end")
+    raise AssertionError("every generation went on to its end, or never began")
 
 
-async def ask_and_leave(server: Running, engine: str, session: str, stream: bool) -> None:
-    """Leave at the first words of a stream, or once the engine works at a whole answer."""
+async def ask_and_leave(server: Running, engine: str, session: str, stream: bool, after_s: float) -> None:
+    """Leave at the first words of a stream, or some time into a whole answer."""
     async with openai.AsyncOpenAI(base_url=f"{server.root}/v1", api_key="key", max_retries=0) as client:
         asked: dict[str, Any] = {
             "model": "soma",
@@ -52,9 +53,8 @@ async def ask_and_leave(server: Running, engine: str, session: str, stream: bool
             await events.close()
             return
         waiting = asyncio.create_task(client.chat.completions.create(**asked))
-        async with asyncio.timeout(60):
-            while await counted(server, engine, "vllm:num_requests_running") == 0 and not waiting.done():
-                await asyncio.sleep(0.02)
+        # Not once the engine says that it works at it: on a busy core that may be heard when it is done.
+        await asyncio.wait([waiting], timeout=after_s)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
 

@@ -30,7 +30,13 @@ from soma_vllm.storage.sessions import SessionStore
 from soma_vllm.types import Agreement, Candidate, Event, Evidence, SessionKey
 
 SECRET = "a private question"
-GATE = {**SETTINGS["gate"], "audit_rate": 1.0, "drift_window": 9, "consecutive_to_rollback": 9}
+GATE = {
+    "min_agreement": 0.4,  # so that the plain surrogate reads the answers too
+    **SETTINGS["gate"],
+    "audit_rate": 1.0,
+    "drift_window": 9,
+    "consecutive_to_rollback": 9,
+}
 
 Soma = Callable[..., Result]
 
@@ -133,7 +139,7 @@ async def test_the_command_prints_the_curve_and_writes_json_and_figure(tmp_path:
     assert (last["false_accepts"]["count"], last["false_accepts"]["total"]) == (1, 3)
     assert last["false_accepts"]["ci95"] == pytest.approx([0.0615, 0.7923], abs=1e-4)
     assert (last["moved"]["count"], last["moved"]["total"]) == (4, 5)
-    assert {p["threshold"] for p in document["min_agreement"]["curve"]} == {0.8, 0.5, 0.0}
+    assert {p["threshold"] for p in document["min_agreement"]["curve"]} == {0.8, 0.5, 0.4}
     assert sum(document["cases"]["left_out"].values()) == 4
     assert (tmp_path / "out" / "calibration.png").read_bytes().startswith(b"\x89PNG")
     assert SECRET not in result.output + json.dumps(document)
