@@ -18,6 +18,14 @@ async def started(build: Build, **changes: Any) -> House:
     return house
 
 
+async def talked(house: House, turns: int, **extra: Any) -> list[dict[str, Any]]:
+    """The history of a dialogue of so many turns."""
+    history: list[dict[str, Any]] = []
+    for number in range(1, turns + 1):
+        await house.say(history, f"question {number}", **extra)
+    return history
+
+
 def asked(house: House) -> list[str]:
     """The queries that the surrogate answered for nobody."""
     calls = [call.body for call in house.surrogate.calls if call.background]
@@ -26,9 +34,7 @@ def asked(house: House) -> list[str]:
 
 async def test_a_held_out_turn_is_answered_beside_the_original_and_never_again(build: Build) -> None:
     house = await started(build)
-    history: list[dict[str, Any]] = []
-    for number in (1, 2, 3):
-        await house.say(history, f"question {number}")
+    history = await talked(house, 3)
     house.original.go.clear()
     house.original.called.clear()
     waiting = asyncio.create_task(house.say(history, "question 4"))
@@ -58,9 +64,7 @@ async def test_a_rehearsal_is_evidence_only(build: Build) -> None:
 
 async def test_a_rewritten_turn_is_judged_on_what_was_really_asked(build: Build) -> None:
     house = await started(build)
-    history: list[dict[str, Any]] = []
-    for number in (1, 2, 3):
-        await house.say(history, f"question {number}")
+    history = await talked(house, 3)
     del history[-2:]
     await house.say(history, "question 3, put otherwise")
     await house.say(history, "question 4")
@@ -93,9 +97,7 @@ async def test_the_plain_surrogate_is_judged_on_the_whole_warm_start(build: Buil
     house = await started(build, gate={"accept_threshold": 0.3}, adaptation={"payback": "never"})
     # Wrong on one of the two held-out turns: too much for a half, not for a quarter.
     house.surrogate.answers = ["different", "same"]
-    history: list[dict[str, Any]] = []
-    for number in range(1, 5):
-        await house.say(history, f"question {number}")
+    await talked(house, 4)
     await house.settled()
     (judged,) = [event.data for _, event in house.events if event.kind == "judged"]
     plain = judged["numbers"]["candidates"]["plain"]
@@ -107,27 +109,21 @@ async def test_what_fell_short_on_the_whole_is_not_let_through_by_its_held_out_p
     house = await started(build, adaptation={"payback": "always"})
     # Wrong on turn 2 alone, which is not held out; the adapter is right.
     house.surrogate.answers = ["same", "same", "different", "same"]
-    history: list[dict[str, Any]] = []
-    for number in range(1, 5):
-        await house.say(history, f"question {number}")
+    await talked(house, 4)
     await house.settled()
     assert house.session().serving == "adapter"
 
 
 async def test_nothing_is_rehearsed_where_nothing_will_be_judged(build: Build) -> None:
     house = await started(build)
-    history: list[dict[str, Any]] = []
-    for number in range(1, 5):
-        await house.say(history, f"question {number}", headers={"x-soma-policy": "history_ft"})
+    await talked(house, 4, headers={"x-soma-policy": "history_ft"})
     assert asked(house) == []
 
 
 async def test_what_is_removed_is_forgotten_and_what_runs_is_ended(build: Build) -> None:
     house = await started(build)
     house.surrogate.go.clear()
-    history: list[dict[str, Any]] = []
-    for number in (1, 2, 3):
-        await house.say(history, f"question {number}")
+    await talked(house, 3)
     key: SessionKey = house.session().key
     await asyncio.sleep(0)
     assert house.rehearsals._of.keys() == {key}
@@ -139,9 +135,7 @@ async def test_what_is_removed_is_forgotten_and_what_runs_is_ended(build: Build)
 async def test_stopping_ends_every_rehearsal(build: Build) -> None:
     house = await started(build)
     house.surrogate.go.clear()
-    history: list[dict[str, Any]] = []
-    for number in (1, 2, 3):
-        await house.say(history, f"question {number}")
+    await talked(house, 3)
     await asyncio.sleep(0)
     await house.rehearsals.stop()
     assert house.surrogate.closed_early.is_set()
@@ -150,9 +144,7 @@ async def test_stopping_ends_every_rehearsal(build: Build) -> None:
 async def test_the_engine_reads_the_held_out_answers_and_no_trainer_is_asked(build: Build) -> None:
     house = await started(build, gate={"min_agreement": 0.8})
     house.surrogate.finds = Agreement(0.25, 0.9, 10)
-    history: list[dict[str, Any]] = []
-    for number in range(1, 5):
-        await house.say(history, f"question {number}")
+    await talked(house, 4)
     await house.settled()
     (judged,) = [event.data for _, event in house.events if event.kind == "judged"]
     plain = judged["numbers"]["candidates"]["plain"]
