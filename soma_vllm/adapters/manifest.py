@@ -56,6 +56,20 @@ class PublishedAdapter:
         """What has to be there for an engine, by file name."""
         return {CONFIG: self.config, WEIGHTS: self.weights}
 
+    def view(self) -> dict[str, Any]:
+        """As JSON, for people. Where it lies is the server's business."""
+        return {
+            "name": self.ref.name,
+            "number": self.ref.number,
+            "tenant": self.key.tenant,
+            "session": self.key.session,
+            "version": self.version,
+            "base_model": self.base_model,
+            "rank": self.rank,
+            "bytes": self.size_bytes,
+            "created": self.created,
+        }
+
 
 def plain_json(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What a training reports, as JSON has it.

@@ -182,15 +182,7 @@ def _beyond_budgets(store: AnyAdapterStore, config: Path | None) -> Any:
 
 def _row(adapter: PublishedAdapter, used: dict[str, float], pinned: bool) -> dict[str, Any]:
     return {
-        "name": adapter.ref.name,
-        "number": adapter.ref.number,
-        "tenant": adapter.key.tenant,
-        "session": adapter.key.session,
-        "version": adapter.version,
-        "base_model": adapter.base_model,
-        "rank": adapter.rank,
-        "bytes": adapter.size_bytes,
-        "created": adapter.created,
+        **adapter.view(),
         "last_used": used.get(adapter.ref.name),
         "pinned": pinned,
     }

@@ -271,17 +271,9 @@ class AdapterCustody:
 def adapter_view(
     adapter: PublishedAdapter, used: float | None, state: str | None, pinned: bool
 ) -> dict[str, Any]:
-    """One adapter as JSON. Where it lies is the server's business."""
+    """One adapter and what is made of it, as JSON."""
     return {
-        "name": adapter.ref.name,
-        "number": adapter.ref.number,
-        "tenant": adapter.key.tenant,
-        "session": adapter.key.session,
-        "version": adapter.version,
-        "base_model": adapter.base_model,
-        "rank": adapter.rank,
-        "bytes": adapter.size_bytes,
-        "created": adapter.created,
+        **adapter.view(),
         "last_used": max(adapter.created, used or 0.0),
         "state": state,
         "pinned": pinned,
