@@ -130,7 +130,8 @@ class Gate(Section):
     """m_cons: breaches in a row that roll the session back."""
     encoder_max_tokens: Positive = 256
     readmit_factor: Annotated[float, Field(gt=0, le=1)] = 0.8
-    """`accept_threshold` is multiplied by this for every rollback the session has had: hysteresis."""
+    """`accept_threshold` is multiplied by this for every rollback and refusal that the session has had:
+    hysteresis."""
     audit: Literal["generate", "score"] = "generate"
     """How the original audits a turn of the surrogate's. generate: it answers too, and the gap is taken.
     score: it only reads the surrogate's answer, one prefill, and says how surprising it is."""
@@ -174,8 +175,8 @@ class Adaptation(Section):
     allow_force_header: bool = False
     """Let a request's `X-SOMA-Force: plain|adapter` overrule the gate's verdict for its session (studies)."""
     cool_down_turns: Positive = 3
-    """New turns answered by the original after a rollback before the session is adapted again; twice as many
-    after every further one."""
+    """New turns answered by the original after a rollback or a refusal before the session is adapted again;
+    twice as many after every further one."""
     max_trainings: Positive = 3
     """Trainings a session may have in its life."""
     train_timeout_s: Seconds = 900.0
@@ -198,7 +199,8 @@ class Payback(Section):
     admitted: Ratio = 0.5
     """Share of trained adapters that the gate lets serve."""
     original_turn_s: Seconds = 5.0
-    """Time of the original per turn; also per audit that generates."""
+    """Time that the original is busy per turn, turns beside each other sharing it; also per audit that
+    generates."""
     surrogate_turn_s: Seconds = 1.0
     training_s: Seconds = 10.0
     """Time of a trainer per adapter: mining, fine-tuning and scoring. Where this says that adapters never pay,
@@ -209,7 +211,7 @@ class Prices(Section):
     """What things cost, in any one currency: only ratios matter."""
 
     original_second: Annotated[float, Field(ge=0)] = 1.0
-    """A second in which the original answers one turn."""
+    """A second in which the original is busy, with however many turns."""
     surrogate_second: Annotated[float, Field(ge=0)] = 1.0
     trainer_second: Annotated[float, Field(ge=0)] = 1.0
     original_prompt_thousand: Annotated[float, Field(ge=0)] | None = None
@@ -368,7 +370,8 @@ class Retention(Section):
 
     text: Literal["until_adapted", "session", "never"] = "session"
     """What the store keeps of the conversation itself. session: all, as long as the session. until_adapted:
-    while the session may still be learned from. never: nothing; memory holds it meanwhile."""
+    while the session may still be learned from, which ends when it is switched or refused (and a refused one
+    is then not judged again). never: nothing; memory holds it meanwhile."""
     text_ttl_s: Seconds | None = None
     """Stored text older than this is erased, whatever its session does; null: no limit of its own."""
     session_ttl_s: Seconds | None = 30 * 86400.0

@@ -316,7 +316,7 @@ class Adaptation:
             self._config.acceptance_min_turns,
             self._config.adaptation.candidates if allowed is None else allowed,
             forced,
-            self._book.session(key).rollbacks,
+            self._book.session(key).setbacks,
         )
 
     async def _gaps(

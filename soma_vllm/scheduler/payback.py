@@ -1,8 +1,10 @@
 """The payback decision of a running server: its own sessions' lengths, and what its turns and trainings took.
 
-Guarantees: lengths come from the session store's record, so that a restart loses none of them; they are read at
-most once in `REFRESH_S`, by one grouped query; while the store is away the last ones stand. What turns and
-trainings took is learned from events, from the configuration's expectations on, anew after every start.
+Guarantees: lengths come from the session store's record, so that a restart loses none of them; they are read
+at most once in `REFRESH_S`, by grouped queries; while the store is away the last ones stand. What turns and
+trainings took is learned from events, from the configuration's expectations on, anew after every start. A turn
+takes what its engine is busy for, not what its user waits, which would count an engine's second once for each
+turn in it.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -19,6 +20,7 @@ from soma_vllm.config import Config
 from soma_vllm.scheduler.ports import Store
 from soma_vllm.session.payback import (
     NOBODY,
+    BusyTime,
     Costs,
     Judgement,
     Lengths,
@@ -46,7 +48,8 @@ class PaybackWatch:
         self._costs = Costs.expected(config.payback)
         self._lengths: Mapping[str, Lengths] = {}
         self._read_at: float | None = None
-        self._on: Mapping[str, Callable[[Mapping[str, Any]], Costs]] = {
+        self._busy = {role: BusyTime() for role in Role}
+        self._on: Mapping[str, Callable[[Event], Costs]] = {
             "turn": self._turn,
             "trained": self._trained,
             "judged": self._judged,
@@ -55,7 +58,7 @@ class PaybackWatch:
     def __call__(self, key: SessionKey, event: Event) -> None:
         """Learn from one event what things take."""
         if (learn := self._on.get(event.kind)) is not None:
-            self._costs = learn(event.data)
+            self._costs = learn(event)
 
     async def judge(self, session: Session) -> Judgement:
         """Whether an adapter of this session is expected to pay."""
@@ -83,28 +86,31 @@ class PaybackWatch:
             return
         self._lengths, self._read_at = by_tenant(found), now
 
-    def _turn(self, data: Mapping[str, Any]) -> Costs:
-        costs, latency = self._costs, data["latency_s"]
+    def _turn(self, event: Event) -> Costs:
+        costs, data, latency = self._costs, event.data, event.data["latency_s"]
+        role = Role(data["engine"])
+        took = self._busy[role].add(event.at - latency, event.at)
         if not data["complete"]:
             return costs
-        if data["engine"] == Role.SURROGATE:
-            return replace(costs, surrogate_turn_s=costs.surrogate_turn_s.with_one(latency))
-        usage = data["usage"]
+        if role is Role.SURROGATE:
+            return replace(costs, surrogate_turn_s=costs.surrogate_turn_s.with_one(took))
+        usage, ttft = data["usage"], data["ttft_s"]
+        prefill = None if ttft is None or not latency else took * ttft / latency
         return replace(
             costs,
-            original_turn_s=costs.original_turn_s.with_one(latency),
-            original_prefill_s=_with(costs.original_prefill_s, data["ttft_s"]),
+            original_turn_s=costs.original_turn_s.with_one(took),
+            original_prefill_s=_with(costs.original_prefill_s, prefill),
             original_prompt_tokens=_with(costs.original_prompt_tokens, usage["prompt_tokens"]),
             original_completion_tokens=_with(costs.original_completion_tokens, usage["completion_tokens"]),
         )
 
-    def _trained(self, data: Mapping[str, Any]) -> Costs:
-        took = sum(data[f"{stage}_s"] for stage in ("mining", "finetune", "scoring"))
+    def _trained(self, event: Event) -> Costs:
+        took = sum(event.data[f"{stage}_s"] for stage in ("mining", "finetune", "scoring"))
         return replace(self._costs, training_s=self._costs.training_s.with_one(took))
 
-    def _judged(self, data: Mapping[str, Any]) -> Costs:
+    def _judged(self, event: Event) -> Costs:
         """An adapter was trained where the gate has its numbers; what a study forced does not count."""
-        found = data["numbers"].get("candidates", {}).get(Candidate.ADAPTER)
+        found = event.data["numbers"].get("candidates", {}).get(Candidate.ADAPTER)
         if found is None:
             return self._costs
         return replace(self._costs, admitted=self._costs.admitted.with_one(float(found["passes"])))

@@ -1,8 +1,9 @@
 """Rehearsals: the plain surrogate answers a warm turn while the original answers it for the user.
 
-Nobody hears a rehearsal; it is evidence. Begun with the user's request it is there when the warm start is
-complete, so that a verdict needs no further answer and a session may switch before its next turn. Sessions that
-end early cost nothing: rehearsals begin with the first held-out turn, and those of the turns before it follow.
+Nobody hears a rehearsal; it is evidence. Begun with the user's request it is there when the warm start, or a
+cool-down, is complete, so that a verdict needs no further answer and a session may switch before its next
+turn. Sessions that end early cost nothing: rehearsals begin with the first held-out turn, and those of the
+turns before it follow.
 
 Guarantees: a rehearsal is used only for the very prompt and length that it was made for; one that failed, or
 was never made, is as good as none (whoever needs that answer asks for it then); nothing of one stays once its
@@ -16,6 +17,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from soma_vllm.config import Config
 from soma_vllm.engines.base import Engine
@@ -23,7 +25,6 @@ from soma_vllm.errors import EngineError
 from soma_vllm.scheduler.policies.base import Asked
 from soma_vllm.scheduler.shadow import most_tokens, shadow_answer, shadow_tokens
 from soma_vllm.session.adapting import Adapting
-from soma_vllm.session.phases import Phase
 from soma_vllm.session.prefix import compress
 from soma_vllm.session.session import Session
 from soma_vllm.types import Candidate, Event, Length, Message, SessionKey
@@ -58,9 +59,11 @@ class Rehearsals:
 
     def begin(self, session: Session, asked: Asked, adapting: Adapting | None) -> None:
         """If a verdict is near, have the turn rehearsed that the original will answer now, and those before."""
-        if adapting is None or not adapting.gate or not self._is_near_its_verdict(session):
+        missing = session.turns_to_adaptation(self._config)
+        if adapting is None or not adapting.gate or not self._is_near_its_verdict(missing):
             return
-        before = [(example.messages, example.length) for example in session.warm_examples(self._config)]
+        judged = session.warm_examples(self._config)[-(self._config.warm_window - missing) :]
+        before = [(example.messages, example.length) for example in judged]
         now = compress(asked.messages, self._config.prefix, self._config.compressed_prefix_turns)
         mine = self._of.setdefault(session.key, [])
         self._of.move_to_end(session.key)
@@ -101,14 +104,13 @@ class Rehearsals:
         answer.add_done_callback(_told)
         return answer
 
-    def _is_near_its_verdict(self, session: Session) -> bool:
+    def _is_near_its_verdict(self, missing: int | None) -> TypeGuard[int]:
         """Whether the turn that comes is among those held out, if all goes on as it did."""
-        if session.phase is not Phase.WARM_START or session.pinned is not None:
-            return False
-        if Candidate.PLAIN not in self._config.adaptation.candidates:
-            return False
-        number = len(session.warm_turns()) + 1
-        return number > self._config.warm_window - self._config.acceptance_min_turns
+        return (
+            missing is not None
+            and missing <= self._config.acceptance_min_turns
+            and Candidate.PLAIN in self._config.adaptation.candidates
+        )
 
 
 def _among(rehearsals: Iterable[Rehearsal], messages: Sequence[Message], tokens: int) -> Rehearsal | None:

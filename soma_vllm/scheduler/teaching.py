@@ -30,7 +30,6 @@ from soma_vllm.engines.base import Events, Reply
 from soma_vllm.engines.teacher import teacher_from_logprobs, teaching_fields
 from soma_vllm.errors import EngineError
 from soma_vllm.scheduler.replies import Heard
-from soma_vllm.session.phases import Phase
 from soma_vllm.session.session import Session
 from soma_vllm.types import Candidate, Event, Example, SessionKey, Teacher
 
@@ -306,10 +305,9 @@ class Teachers:
 
 
 def _may_be_adapted(session: Session, config: Config) -> bool:
-    """Whether a turn of the original may be trained on."""
-    if session.phase is Phase.ROLLED_BACK:
-        return session.trainings < config.adaptation.max_trainings
-    return session.phase is Phase.WARM_START
+    """Whether the turn that comes may be trained on."""
+    missing = session.turns_to_adaptation(config)
+    return missing is not None and missing <= config.warm_window
 
 
 def _is_more_than_content(message: Mapping[str, Any]) -> bool:

@@ -55,7 +55,7 @@ def judge(
     min_turns: int,
     allowed: Sequence[Candidate] = COST_ORDER,
     forced: Candidate | None = None,
-    rollbacks: int = 0,
+    setbacks: int = 0,
 ) -> Verdict:
     """The cheapest candidate that passes, else the original (Cor. 4.3, with token agreement beside the gap).
 
@@ -63,10 +63,10 @@ def judge(
     eps, and its token agreement is at least `min_agreement`. The adapter must besides undercut the
     plain surrogate's NLL on the same held-out answers by the share `min_gain`: it costs more, and a difference
     within the noise of a turn or two is no gain. A candidate that is not `allowed` is compared with but never
-    chosen; `forced` overrules the verdict, not the numbers. Every rollback the session has had multiplies eps
-    by `readmit_factor`: what failed before must be better to come back.
+    chosen; `forced` overrules the verdict, not the numbers. Every setback the session has had, a rollback or a
+    refusal, multiplies eps by `readmit_factor`: what failed before must be better to pass.
     """
-    eps = gate.accept_threshold * gate.readmit_factor**rollbacks
+    eps = gate.accept_threshold * gate.readmit_factor**setbacks
     by_candidate = {item.candidate: item for item in evidence}
     plain = by_candidate.get(Candidate.PLAIN)
     failures = {
@@ -77,7 +77,7 @@ def judge(
     numbers = {
         "candidates": {c.value: _numbers(by_candidate[c], failure) for c, failure in failures.items()},
         "accept_threshold": eps,
-        "rollbacks": rollbacks,
+        "setbacks": setbacks,
         "accept_margin": gate.accept_margin,
         "min_agreement": gate.min_agreement,
         "min_gain": gate.min_gain,

@@ -6,8 +6,10 @@ that a logged decision can be replayed with other prices.
 Remaining turns: a session's length is a discrete survival time. The hazard h_t is the chance that a session
 that has t turns gets no further one. Each hazard has a Beta posterior whose prior is a coarser hazard: for one
 tenant the same turn of all tenants, for all tenants their mean over all turns, for that mean the configuration.
-A session that may still go on is censored: it counts as having survived every turn but its last, and says
-nothing of that one. Beyond the longest session the mean hazard goes on for ever, a geometric tail.
+A session that may still go on is censored: it tells of those turns alone after which a further one came or
+would count as missing by now. A turn of a moment ago tells nothing: counting the sessions that went on at
+once, but not yet those that did not, would have them all last for ever. Beyond the longest session the mean
+hazard goes on for ever, a geometric tail.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ class Lengths:
     over: Mapping[int, int]
     """How many ended after so many turns."""
     live: Mapping[int, int]
-    """How many have so many turns and may still go on."""
+    """How many may still go on, by the turns that they are known to have gone on to."""
 
     def longest(self) -> int:
         """Most turns that any of them has; 0 without sessions."""
@@ -110,10 +112,35 @@ class Mean:
         return Mean(self.value + (observed - self.value) / weight, weight)
 
 
+class BusyTime:
+    """How long one engine was busy, from the spans of its turns in the order in which they end."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[float, float]] = []
+
+    def add(self, begin: float, end: float) -> float:
+        """What a turn adds: its seconds in which none of the turns before it was answered.
+
+        Of turns beside each other the first to end has all the seconds that it shares with others, so that only
+        a mean over turns says what one takes.
+        """
+        added, first = end - begin, begin
+        while self._spans and self._spans[-1][1] > begin:
+            earlier, until = self._spans.pop()
+            added -= min(until, end) - max(earlier, begin)
+            first = min(first, earlier)
+        self._spans = [*self._spans[-MOST_SPANS:], (first, end)]
+        return max(0.0, added)
+
+
+MOST_SPANS = 64
+"""Spans of an engine's busy time that are remembered: no turn lasts as long as those before them are past."""
+
+
 @dataclass(frozen=True)
 class Costs:
     """What this server has seen things take, each from the configuration's expectation on. Seconds and
-    tokens."""
+    tokens; an engine's are those in which it was busy."""
 
     original_turn_s: Mean
     original_prompt_tokens: Mean

@@ -21,7 +21,7 @@ class Phase(StrEnum):
     ROLLED_BACK = "ROLLED_BACK"
     """Drift was seen, or the adapter was evicted; the original answers again, for a cool-down at least."""
     ORIGINAL_ONLY = "ORIGINAL_ONLY"
-    """No candidate passed, or training failed; the original keeps the session."""
+    """No candidate passed, or training failed; the original keeps the session, for a cool-down at least."""
     CLOSED = "CLOSED"
     """It is being removed."""
 
@@ -29,6 +29,7 @@ class Phase(StrEnum):
 TRANSITIONS: Mapping[tuple[Phase, str], Phase] = {
     (Phase.WARM_START, "adaptation_started"): Phase.ADAPTING,
     (Phase.ROLLED_BACK, "adaptation_started"): Phase.ADAPTING,
+    (Phase.ORIGINAL_ONLY, "adaptation_started"): Phase.ADAPTING,
     # A server that was stopped meanwhile starts an unfinished adaptation again.
     (Phase.ADAPTING, "adaptation_started"): Phase.ADAPTING,
     (Phase.ADAPTING, "switched"): Phase.SWITCHED,
@@ -44,6 +45,9 @@ TRANSITIONS: Mapping[tuple[Phase, str], Phase] = {
     **{(phase, "closed"): Phase.CLOSED for phase in Phase},
 }
 """(phase, event) -> next phase. Every other event leaves the phase as it is, or may not happen in it."""
+
+COOLING_DOWN = frozenset({Phase.ROLLED_BACK, Phase.ORIGINAL_ONLY})
+"""Phases after a setback: the surrogate is judged again once enough turns are new."""
 
 MOVING = frozenset(kind for _, kind in TRANSITIONS)
 """Events that move a session; one that is not in the table for the session's phase is void."""

@@ -17,7 +17,7 @@ import numpy as np
 from soma_vllm.config import Config
 from soma_vllm.session.adapting import Adapting, adapting_of
 from soma_vllm.session.gate import AuditKind, Drift, Vector
-from soma_vllm.session.phases import Phase, after, may_happen
+from soma_vllm.session.phases import COOLING_DOWN, Phase, after, may_happen
 from soma_vllm.session.prefix import compress
 from soma_vllm.session.transcript import Reading, preamble, spoken, text_of
 from soma_vllm.session.trimming import Overlap, trimmed
@@ -123,6 +123,8 @@ class Session:
     trainings: int = 0
     switches: int = 0
     rollbacks: int = 0
+    refusals: int = 0
+    """Verdicts, and failed trainings, that left it with the original."""
     adapting: Adapting | None = None
     """By which rules the present or latest adaptation goes; None before the first."""
     forced: Candidate | None = None
@@ -222,18 +224,33 @@ class Session:
         """Turns of the present warm start that can be learned from."""
         return tuple(turn for turn in self.turns[self.warm_from :] if turn.teaches())
 
+    @property
+    def setbacks(self) -> int:
+        """How often the surrogate was found wanting, before it served or while it did."""
+        return self.rollbacks + self.refusals
+
     def wants_adaptation(self, config: Config) -> bool:
-        """True once the warm start, or the cool-down after a rollback, is complete, with text to learn from."""
+        """True once the warm start, or a cool-down, is complete, with text to learn from."""
+        missing = self.turns_to_adaptation(config)
+        return missing is not None and missing <= 0
+
+    def turns_to_adaptation(self, config: Config) -> int | None:
+        """Turns that teach, and that are missing until the session is to be adapted; None: it is not to be.
+
+        After a rollback the surrogate is judged on what came since; after a refusal on the latest turns, once
+        enough of them are new. A cool-down is twice as long after every setback, so that a session that comes
+        and goes, or never passes, is tried ever more rarely.
+        """
         if self.pinned is not None or not self.kept():
-            return False
+            return None
+        warm = len(self.warm_turns())
         if self.phase is Phase.WARM_START:
-            return len(self.warm_turns()) >= config.warm_window
-        if self.phase is Phase.ROLLED_BACK:
-            # Doubled every time, so that a session that comes and goes does it ever more rarely.
-            cool_down = config.adaptation.cool_down_turns * 2 ** max(0, self.rollbacks - 1)
-            enough = max(cool_down, config.acceptance_min_turns + 1)
-            return self.trainings < config.adaptation.max_trainings and len(self.warm_turns()) >= enough
-        return False
+            return config.warm_window - warm
+        if self.phase not in COOLING_DOWN or self.trainings >= config.adaptation.max_trainings:
+            return None
+        cool_down: int = config.adaptation.cool_down_turns * 2 ** max(0, self.setbacks - 1)
+        since = sum(turn.teaches() for turn in self.turns[max(self.warm_from, self.learned) :])
+        return max(cool_down - since, config.acceptance_min_turns + 1 - warm)
 
     def warm_examples(self, config: Config) -> tuple[Example, ...]:
         """The latest warm turns, `warm_window` at most. Each one's messages are what the surrogate would have
@@ -344,6 +361,7 @@ def branch_event(parent: Session, turns: Sequence[Turn], at: float) -> Event:
         "of": parent.key.session,
         "family": parent.family,
         "rollbacks": parent.rollbacks,
+        "refusals": parent.refusals,
         "turns": [event.data for event in events],
     }
     texts = [event.text for event in events]
@@ -377,7 +395,8 @@ def _branched(session: Session, event: Event, config: Config) -> Session:
     data = event.data
     texts = (event.text or {}).get("turns") or [None] * len(data["turns"])
     turns = tuple(_read_turn(turn, text) for turn, text in zip(data["turns"], texts, strict=True))
-    return replace(session, family=data["family"], turns=turns, rollbacks=data["rollbacks"])
+    setbacks = {"rollbacks": data["rollbacks"], "refusals": data.get("refusals", 0)}
+    return replace(session, family=data["family"], turns=turns, **setbacks)
 
 
 def _inherited(session: Session, event: Event, config: Config) -> Session:
@@ -425,6 +444,10 @@ def _audited(session: Session, event: Event, config: Config) -> Session:
     return replace(session, drift=session.drift.observe(kind, data[kind], config.gate))
 
 
+def _refused(session: Session, event: Event, config: Config) -> Session:
+    return replace(session, refusals=session.refusals + 1)
+
+
 def _rolled_back(session: Session, event: Event, config: Config) -> Session:
     return replace(_adapter_evicted(session, event, config), rollbacks=session.rollbacks + 1)
 
@@ -469,6 +492,8 @@ _APPLY = {
     "training_submitted": _training_submitted,
     "switched": _switched,
     "audited": _audited,
+    "refused": _refused,
+    "training_failed": _refused,
     "rolled_back": _rolled_back,
     "adapter_evicted": _adapter_evicted,
     "branched": _branched,

@@ -15,7 +15,7 @@ from soma_vllm.storage.connections import connect
 from soma_vllm.storage.finding import Turn, by_chains, by_link, by_response
 from soma_vllm.storage.records import AdapterRecord, Found, LengthCount, Summary
 from soma_vllm.storage.schema import missing_tables, refuse_other_versions
-from soma_vllm.storage.tables import CLOSED, RETIRED, AdapterRow, EventRow, SessionRow, TextRow
+from soma_vllm.storage.tables import CLOSED, RETIRED, AdapterRow, EventRow, SessionRow, TextRow, TurnRow
 from soma_vllm.types import Event, SessionKey
 
 _KEYS = select(SessionRow.tenant, SessionRow.session)
@@ -108,21 +108,33 @@ class SessionReader:
         return [Summary(SessionKey(*row[:2]), *row[2:]) for row in await self._rows(wanted)]
 
     async def lengths(self, over_before: float) -> list[LengthCount]:
-        """Dialogues of every tenant by their number of turns; over are those without an append since a Unix
-        time."""
+        """Dialogues of every tenant by their number of turns.
+
+        Over are those without an append since a Unix time. Of the others, those of more turns than they had
+        then count, with one turn more than that: what came after the turns of since then is not known yet.
+        """
         dialogue = case((SessionRow.family == "", SessionRow.session), else_=SessionRow.family)
-        over = case((func.max(SessionRow.updated_at) < over_before, 1), else_=0)
-        one = (
-            select(SessionRow.tenant, func.max(SessionRow.turns).label("turns"), over.label("over"))
+        over = (
+            select(SessionRow.tenant, func.max(SessionRow.turns).label("turns"))
             .where(SessionRow.turns > 0)
             .group_by(SessionRow.tenant, dialogue)
-            .subquery()
+            .having(func.max(SessionRow.updated_at) < over_before)
         )
-        wanted = select(one.c.tenant, one.c.turns, one.c.over, func.count()).group_by(
-            one.c.tenant, one.c.turns, one.c.over
+        then = func.max(case((TurnRow.at < over_before, TurnRow.number), else_=0))
+        live = (
+            select(SessionRow.tenant, (then + 1).label("turns"))
+            .join(TurnRow, (TurnRow.tenant == SessionRow.tenant) & (TurnRow.session == SessionRow.session))
+            .where(SessionRow.updated_at >= over_before)
+            .group_by(SessionRow.tenant, dialogue)
+            .having((then > 0) & (func.max(TurnRow.number) > then))
         )
-        rows = await self._rows(wanted)
-        return [LengthCount(tenant, turns, bool(ended), count) for tenant, turns, ended, count in rows]
+        return [*await self._counted(over, over=True), *await self._counted(live, over=False)]
+
+    async def _counted(self, dialogues: Select[str, int], *, over: bool) -> list[LengthCount]:
+        """Dialogues of so many turns each, counted."""
+        one = dialogues.subquery()
+        wanted = select(one.c.tenant, one.c.turns, func.count()).group_by(one.c.tenant, one.c.turns)
+        return [LengthCount(tenant, turns, over, count) for tenant, turns, count in await self._rows(wanted)]
 
     async def live(self, tenant: str) -> int:
         """A tenant's sessions that are not closed."""

@@ -70,8 +70,8 @@ class Summary:
 
 @dataclass(frozen=True)
 class LengthCount:
-    """How many dialogues of a tenant have so many turns; branches of one dialogue count once, by the
-    longest."""
+    """How many dialogues of a tenant have so many turns, or have gone on to so many; branches of one dialogue
+    count once, by the longest."""
 
     tenant: str
     turns: int

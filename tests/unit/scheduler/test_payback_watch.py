@@ -14,6 +14,7 @@ from soma_vllm.types import Candidate, Event
 
 AUTO = {"payback": "auto"}
 LONG = {"remaining_turns": 1000.0, "training_s": 1.0}
+USAGE = {"prompt_tokens": 100, "completion_tokens": 10}
 SHORT = {"remaining_turns": 0.01, "training_s": 100.0}
 
 
@@ -109,6 +110,31 @@ async def test_a_restarted_server_still_knows_how_long_its_sessions_are(build: B
     assert early.remaining_turns > judged.remaining_turns
 
 
+async def test_sessions_of_this_moment_do_not_promise_that_all_will_last(build: Build) -> None:
+    house = build(payback={"remaining_turns": 5.0})
+    await house.book.start()
+    for number in range(20):
+        history: list[dict[str, Any]] = []
+        for question in range(4):
+            await house.say(history, f"question {question}", f"s-{number}", model="soma:original")
+    await house.book.written()
+    judged = await PaybackWatch(house.config, house.store).judge(house.session("s-0"))
+    assert judged.remaining_turns == pytest.approx(5.0)  # which of them are over is not known yet
+
+
+async def test_turns_beside_each_other_share_their_engines_time(build: Build) -> None:
+    house = build(payback={"original_turn_s": 1.0, "surrogate_turn_s": 0.001})
+    await house.book.start()
+    await house.say([], "question")
+    alone, crowded = (PaybackWatch(house.config, house.store) for _ in range(2))
+    data = {"engine": "original", "latency_s": 8.0, "ttft_s": 4.0, "usage": USAGE, "complete": True}
+    for number in range(400):
+        alone(house.session().key, Event("turn", 10.0 * number, data))
+        crowded(house.session().key, Event("turn", 2.0 * number, data))  # four at a time
+    saving = [(await watch.judge(house.session())).saving_per_turn for watch in (alone, crowded)]
+    assert saving == pytest.approx([8.0, 2.0], rel=0.05)
+
+
 async def test_the_record_is_read_at_most_once_a_minute_and_outages_leave_the_last_reading(
     build: Build,
 ) -> None:
@@ -140,16 +166,15 @@ async def test_costs_are_learned_from_turns_trainings_and_verdicts(build: Build)
     await house.book.start()
     await house.say([], "question")
     before = await watch.judge(house.session())
-    usage = {"prompt_tokens": 100, "completion_tokens": 10}
 
-    def turn(engine: str, latency: float) -> Event:
-        data = {"engine": engine, "latency_s": latency, "ttft_s": None, "usage": usage, "complete": True}
-        return Event("turn", 0.0, data)
+    def turn(engine: str, latency: float, at: float) -> Event:
+        data = {"engine": engine, "latency_s": latency, "ttft_s": None, "usage": USAGE, "complete": True}
+        return Event("turn", at, data)
 
     key = house.session().key
-    for _ in range(100):
-        watch(key, turn("original", 30.0))
-        watch(key, turn("surrogate", 3.0))
+    for number in range(100):
+        watch(key, turn("original", 30.0, 100.0 * number))
+        watch(key, turn("surrogate", 3.0, 100.0 * number))
         watch(key, Event("trained", 0.0, {"mining_s": 1.0, "finetune_s": 2.0, "scoring_s": 3.0}))
         numbers = {"candidates": {"plain": {"passes": False}, "adapter": {"passes": True}}}
         watch(key, Event("judged", 0.0, {"candidate": "adapter", "numbers": numbers}))

@@ -150,3 +150,19 @@ async def test_the_engine_reads_the_held_out_answers_and_no_trainer_is_asked(bui
     plain = judged["numbers"]["candidates"]["plain"]
     assert (plain["nll"], plain["top1"]) == (0.25, 0.9)
     assert house.trainer.requests == []
+
+
+async def test_a_refused_session_is_rehearsed_again_where_its_next_verdict_is_near(build: Build) -> None:
+    house = await started(build, adaptation={"cool_down_turns": 4, "candidates": ["plain"]})
+    house.surrogate.answers = ["different"]
+    history = await talked(house, 4)
+    await house.settled()
+    assert house.session().phase is Phase.ORIGINAL_ONLY
+    house.surrogate.answers = ["same"]
+    before = len(asked(house))
+    for number in range(5, 9):
+        await house.say(history, f"question {number}")
+    await house.settled()
+    # 7 is the first that will be held out.
+    assert asked(house)[before:] == [f"question {number}" for number in (7, 5, 6, 8)]
+    assert house.session().phase is Phase.SWITCHED

@@ -154,7 +154,7 @@ def test_under_a_threshold_of_nothing_any_drift_breaches_and_none_does_not(value
 def test_every_rollback_makes_the_gate_stricter() -> None:
     gate = Gate(accept_threshold=0.1, readmit_factor=0.5)
     item = [evidence(Candidate.PLAIN, 0.04)]
-    judged = [judge(item, gate, 1, rollbacks=count) for count in range(3)]
+    judged = [judge(item, gate, 1, setbacks=count) for count in range(3)]
     assert [v.candidate for v in judged] == [Candidate.PLAIN, Candidate.PLAIN, Candidate.ORIGINAL]
     assert [v.numbers["accept_threshold"] for v in judged] == pytest.approx([0.1, 0.05, 0.025])
     assert "0.040 above 0.025" in judged[-1].reason

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from soma_vllm.config import Payback, Prices
 from soma_vllm.session.payback import (
     NOBODY,
+    BusyTime,
     Costs,
     Lengths,
     Mean,
@@ -172,3 +173,21 @@ def test_adapters_that_the_gate_seldom_admits_must_save_more() -> None:
     doubtful = replace(COSTS, admitted=Mean(0.1, 4.0))
     assert judge_payback(10, COSTS, Prices(), audit_rate=0.0, audit_reads=False, held_out=1).pays
     assert not judge_payback(10, doubtful, Prices(), audit_rate=0.0, audit_reads=False, held_out=1).pays
+
+
+@given(st.lists(st.tuples(st.floats(0, 1000), st.floats(0, 50)), max_size=40))
+def test_an_engine_is_busy_for_as_long_as_any_of_its_turns_lasts(turns: list[tuple[float, float]]) -> None:
+    spans = sorted((end - length, end) for end, length in turns)
+    union, reached = 0.0, float("-inf")
+    for begin, end in spans:
+        union += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    busy = BusyTime()
+    added = [busy.add(begin, end) for begin, end in sorted(spans, key=lambda span: span[1])]
+    assert sum(added) == pytest.approx(union, abs=1e-6)
+
+
+def test_turns_one_after_the_other_take_their_own_time_and_are_forgotten() -> None:
+    busy = BusyTime()
+    assert [busy.add(10.0 * n, 10.0 * n + 4.0) for n in range(1000)] == [4.0] * 1000
+    assert busy.add(0.0, 10_000.0) < 10_000.0

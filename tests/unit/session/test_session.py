@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import pytest
 
@@ -111,6 +111,45 @@ def test_a_rolled_back_session_is_adapted_again_only_after_new_turns() -> None:
     assert session.wants_adaptation(CONFIG)
     train, held_out = session.examples(CONFIG)
     assert [e.turn for e in train + held_out] == [4, 5, 6]
+
+
+def test_a_refused_session_is_judged_again_on_its_latest_turns_once_enough_of_them_are_new() -> None:
+    session = readmitted(warm(), Candidate.PLAIN, held_out_gap=1.0)
+    assert (session.phase, session.refusals) == (Phase.ORIGINAL_ONLY, 1)
+    cool_down = CONFIG.adaptation.cool_down_turns
+    for _ in range(cool_down - 1):
+        session = answered(session)
+        assert not session.wants_adaptation(CONFIG)
+    session = answered(session)
+    assert session.wants_adaptation(CONFIG)
+    train, held_out = session.examples(CONFIG)
+    assert [e.turn for e in train + held_out] == [4, 5, 6][-CONFIG.warm_window :]
+    session = readmitted(session, Candidate.PLAIN, held_out_gap=0.0)
+    assert session.phase is Phase.SWITCHED
+
+
+def test_a_session_that_never_passes_is_judged_ever_more_rarely() -> None:
+    states = dialogue(200, 1.0)
+    refused = [len(after.turns) for before, after in pairwise(states) if after.refusals > before.refusals]
+    spans = [second - first for first, second in pairwise(refused)]
+    assert spans == [CONFIG.adaptation.cool_down_turns * 2**count for count in range(len(spans))]
+    assert len(refused) >= 5
+
+
+def test_what_was_refused_must_be_better_to_pass() -> None:
+    session = readmitted(warm(), Candidate.PLAIN, held_out_gap=1.0)
+    for _ in range(CONFIG.adaptation.cool_down_turns):
+        session = answered(session)
+    eps = CONFIG.gate.accept_threshold
+    assert readmitted(session, Candidate.PLAIN, eps * 0.99).phase is Phase.ORIGINAL_ONLY
+    assert readmitted(session, Candidate.PLAIN, eps * CONFIG.gate.readmit_factor).phase is Phase.SWITCHED
+
+
+def test_a_refused_session_whose_words_were_erased_is_left_alone() -> None:
+    session = readmitted(warm(), Candidate.PLAIN, held_out_gap=1.0).without_text()
+    for _ in range(20):
+        session = answered(session)
+    assert not session.wants_adaptation(CONFIG)
 
 
 def test_trainings_are_bounded() -> None:
@@ -236,7 +275,7 @@ def readmitted(session: Session, candidate: Candidate, held_out_gap: float) -> S
     """The session after the adaptation it wants: judged by the gate, switched or refused."""
     session = fold(session, Event("adaptation_started", 0.0, {"forced": None}), CONFIG)
     found = [Evidence(candidate, (held_out_gap,), (1,), None)]
-    verdict = judge(found, CONFIG.gate, 1, rollbacks=session.rollbacks)
+    verdict = judge(found, CONFIG.gate, 1, setbacks=session.setbacks)
     if verdict.candidate is Candidate.ORIGINAL:
         return fold(session, Event("refused", 0.0, {}), CONFIG)
     ref = asdict(REF) if candidate is Candidate.ADAPTER else None
@@ -288,6 +327,8 @@ def test_within_the_cool_down_nothing_is_adapted_whatever_the_client_repeats() -
 def test_a_branch_does_not_wash_rollbacks_away() -> None:
     parent = fold(switched(warm()), Event("rolled_back", 0.0, {}), CONFIG)
     assert branch(parent, ()).rollbacks == 1
+    refused = readmitted(warm(), Candidate.PLAIN, held_out_gap=1.0)
+    assert branch(refused, ()).refusals == 1
 
 
 @pytest.mark.parametrize("phase", list(Phase))

@@ -69,18 +69,23 @@ async def test_dialogues_are_counted_by_length_and_branches_of_one_only_once(sto
     await put(store, "root~1", ["e", "g", "h"], family="root")
     await store.append(SessionKey("u", "theirs"), 0, [turn()], STANDING)
     await store.append(SessionKey("t", "silent"), 0, [Event("closed", 0.0, {})], replace(STANDING, turns=0))
-    live = await store.lengths(0.0)
-    assert set(live) == {
-        LengthCount("t", 1, False, 1),
-        LengthCount("t", 3, False, 2),
-        LengthCount("u", 1, False, 1),
-    }
     over = await store.lengths(time.time() + 60.0)
-    assert {(count.tenant, count.turns, count.sessions) for count in over if count.over} == {
-        ("t", 1, 1),
-        ("t", 3, 2),
-        ("u", 1, 1),
+    assert set(over) == {
+        LengthCount("t", 1, True, 1),
+        LengthCount("t", 3, True, 2),
+        LengthCount("u", 1, True, 1),
     }
+
+
+async def test_a_live_dialogue_counts_as_far_as_it_is_known_to_have_gone_on(store: SessionStore) -> None:
+    await put(store, "one", ["a"])
+    await put(store, "three", ["b", "c", "d"])  # turns at 1, 2 and 3 s
+    await put(store, "root", ["e", "f"], family="root")
+    await put(store, "root~1", ["e", "g", "h"], family="root")
+    assert await store.lengths(0.5) == []  # nobody could have gone on since
+    assert await store.lengths(1.5) == [LengthCount("t", 2, False, 2)]
+    assert await store.lengths(2.5) == [LengthCount("t", 3, False, 2)]
+    assert await store.lengths(3.5) == []  # whether there will be a fourth turn is not known
 
 
 async def test_numbers_that_json_has_no_word_for_come_back(store: SessionStore) -> None:
