@@ -289,7 +289,7 @@ class House:
         slots = config.surrogate
         limit = slots.queue_limit if slots.overflow == "wait" else 0
         self.holds = AdapterHolds(slots.max_loras, limit, slots.queue_wait_s)
-        encoder = HashEncoder()
+        self.encoder = encoder = HashEncoder()
         self.adaptation = Adaptation(
             config,
             self.book,

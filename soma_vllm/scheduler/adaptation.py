@@ -1,6 +1,6 @@
 """One session's adaptation, from complete warm start to verdict. Runs in the background; no user waits for it.
 
-    judge the plain surrogate -> (worth it? train -> publish -> load -> judge the adapter) -> prefill -> switch
+    judge the plain surrogate -> (worth it? train -> publish -> load -> judge the adapter) -> switch -> prefill
 
 Under a policy without a gate it is: train -> publish -> load -> switch.
 
@@ -410,16 +410,10 @@ class Adaptation:
     async def _switch(
         self, key: SessionKey, session: Session, verdict: Verdict, ref: AdapterRef | None
     ) -> None:
-        """Warm the engine's cache with the session's history, then let the surrogate take over."""
+        """Let the surrogate take over, then warm its cache with the session's history: a user who is quicker
+        than that waits for the surrogate's prefill, and not for a whole answer of the original."""
         queries = [text_of(turn.messages[-1]) for turn in session.warm_turns()]
         vectors = await self._encoder.encode(queries)
-        history = self._book.session(key).seen_last()
-        shown = compress([*history, _NEXT], self._config.prefix, self._config.compressed_prefix_turns)
-        try:
-            await adapted_answer(self._surrogate, self._holds, key.tenant, shown, 1, ref)
-        except EngineError as error:
-            # A cold cache makes the next turn slower, not wrong (the history may be longer than the context).
-            logger.info("the surrogate's cache was not prefilled: %s", error)
         if (phase := self._book.session(key).phase) is not Phase.ADAPTING:
             self._book.note(key, "adaptation_abandoned", phase=phase)
             return
@@ -431,6 +425,13 @@ class Adaptation:
             adapter=None if ref is None else asdict(ref),
             centroid=[round(float(x), 6) for x in centroid(list(vectors))],
         )
+        history = self._book.session(key).seen_last()
+        shown = compress([*history, _NEXT], self._config.prefix, self._config.compressed_prefix_turns)
+        try:
+            await adapted_answer(self._surrogate, self._holds, key.tenant, shown, 1, ref)
+        except (EngineError, AdapterError) as error:
+            # A cold cache makes the next turn slower, not wrong (the history may be longer than the context).
+            logger.info("the surrogate's cache was not prefilled: %s", error)
 
 
 _NEXT = {"role": "user", "content": "…"}

@@ -3,11 +3,11 @@
 Nobody hears a rehearsal; it is evidence. Begun with the user's request it is there when the warm start, or a
 cool-down, is complete, so that a verdict needs no further answer and a session may switch before its next
 turn. Sessions that end early cost nothing: rehearsals begin with the first held-out turn, and those of the
-turns before it follow.
+turns before it are made up for first: one after the other, so that each finds the last one's prompt cached.
 
 Guarantees: a rehearsal is used only for the very prompt and length that it was made for; one that failed, or
 was never made, is as good as none (whoever needs that answer asks for it then); nothing of one stays once its
-session is judged or removed.
+session is switched or removed. A refused session keeps its own: they are evidence of its next verdict too.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Rehearsals:
         self._of: OrderedDict[SessionKey, list[Rehearsal]] = OrderedDict()
 
     def __call__(self, key: SessionKey, event: Event) -> None:
-        """Forget a session that was judged or removed."""
-        if event.kind in ("judged", "closed"):
+        """Forget a session that was switched or removed."""
+        if event.kind in ("switched", "closed"):
             self.forget(key)
 
     def begin(self, session: Session, asked: Asked, adapting: Adapting | None) -> None:
@@ -67,10 +67,12 @@ class Rehearsals:
         now = compress(asked.messages, self._config.prefix, self._config.compressed_prefix_turns)
         mine = self._of.setdefault(session.key, [])
         self._of.move_to_end(session.key)
-        for messages, length in ((now, Length(None, most_tokens(asked.body))), *before):
+        for messages, length in (*before, (now, Length(None, most_tokens(asked.body)))):
             tokens = shadow_tokens(self._config.max_new_tokens, length)
             if _among(mine, messages, tokens) is None:
-                mine.append(Rehearsal(messages, tokens, self._rehearse(session.key.tenant, messages, tokens)))
+                last = mine[-1].answer if mine else None
+                answer = self._rehearse(session.key.tenant, messages, tokens, last)
+                mine.append(Rehearsal(messages, tokens, answer))
         while len(mine) > self._config.warm_window:
             mine.pop(0).answer.cancel()
         while len(self._of) > MOST_SESSIONS:
@@ -97,10 +99,15 @@ class Rehearsals:
             self.forget(key)
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _rehearse(self, tenant: str, messages: tuple[Message, ...], tokens: int) -> asyncio.Task[str]:
-        answer = asyncio.create_task(
-            shadow_answer(self._surrogate, tenant, messages, tokens), name="soma-rehearsal"
-        )
+    def _rehearse(
+        self, tenant: str, messages: tuple[Message, ...], tokens: int, after: asyncio.Task[str] | None
+    ) -> asyncio.Task[str]:
+        async def in_its_turn() -> str:
+            if after is not None:
+                await asyncio.wait([after])
+            return await shadow_answer(self._surrogate, tenant, messages, tokens)
+
+        answer = asyncio.create_task(in_its_turn(), name="soma-rehearsal")
         answer.add_done_callback(_told)
         return answer
 

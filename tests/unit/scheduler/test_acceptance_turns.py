@@ -13,7 +13,7 @@ async def test_the_gate_judges_on_as_many_held_out_turns_as_configured(build: Bu
     house = build(warm_window=4, acceptance_min_turns=2)
     await house.book.start()
     # Right on one held-out turn and wrong on the other: one turn alone would accept it.
-    house.surrogate.answers = ["different", "same", "same"]
+    house.surrogate.answers = ["same", "same", "different", "same"]
     history: list[dict[str, Any]] = []
     for number in range(1, 5):
         await house.say(history, f"question {number}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,15 @@ async def test_an_adapter_published_before_its_session_ended_is_deleted(build: B
         await house.surrogate.go.wait()
         await load(ref)
 
+    encode = house.encoder.encode
+
+    async def encode_when_told(texts: Sequence[str]) -> Any:
+        if "judged" in house.kinds():
+            await house.surrogate.go.wait()
+        return await encode(texts)
+
     house.surrogate.load = load_when_told
+    house.encoder.encode = encode_when_told
     house.book._observers = (*house.book._observers, stop_there)
     await house.book.start()
     house.surrogate.answers = ["different", "same"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from scheduler_house import Build, House  # type: ignore[import-not-found]
@@ -32,6 +33,13 @@ def asked(house: House) -> list[str]:
     return [body["messages"][-1]["content"] for body in calls if body["max_tokens"] != 1]
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Let others run until this holds."""
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0)
+
+
 async def test_a_held_out_turn_is_answered_beside_the_original_and_never_again(build: Build) -> None:
     house = await started(build)
     history = await talked(house, 3)
@@ -39,8 +47,8 @@ async def test_a_held_out_turn_is_answered_beside_the_original_and_never_again(b
     house.original.called.clear()
     waiting = asyncio.create_task(house.say(history, "question 4"))
     await house.original.called.wait()
-    await asyncio.sleep(0)
-    assert asked(house) == [f"question {number}" for number in (3, 1, 2, 4)]  # the original is still silent
+    await until(lambda: len(asked(house)) == 4)
+    assert asked(house) == [f"question {number}" for number in (1, 2, 3, 4)]  # the original is still silent
     house.original.go.set()
     await waiting
     await house.settled()
@@ -84,19 +92,18 @@ async def test_a_rehearsal_that_failed_is_made_again(build: Build) -> None:
     house.surrogate.refusal = EngineUnavailable("not yet")
     for number in (1, 2, 3):
         await house.say(history, f"question {number}")
-    await asyncio.sleep(0)
+    await until(lambda: len(asked(house)) == 3)
     house.surrogate.refusal = None
     await house.say(history, "question 4")
     await house.settled()
     assert house.session().phase is Phase.SWITCHED
-    again = ["question 3", "question 1", "question 2", "question 4", "question 1", "question 2", "question 3"]
-    assert asked(house) == again
+    assert asked(house) == [f"question {number}" for number in (1, 2, 3, 4, 1, 2, 3)]
 
 
 async def test_the_plain_surrogate_is_judged_on_the_whole_warm_start(build: Build) -> None:
     house = await started(build, gate={"accept_threshold": 0.3}, adaptation={"payback": "never"})
     # Wrong on one of the two held-out turns: too much for a half, not for a quarter.
-    house.surrogate.answers = ["different", "same"]
+    house.surrogate.answers = ["same", "same", "different", "same"]
     await talked(house, 4)
     await house.settled()
     (judged,) = [event.data for _, event in house.events if event.kind == "judged"]
@@ -108,7 +115,7 @@ async def test_the_plain_surrogate_is_judged_on_the_whole_warm_start(build: Buil
 async def test_what_fell_short_on_the_whole_is_not_let_through_by_its_held_out_part(build: Build) -> None:
     house = await started(build, adaptation={"payback": "always"})
     # Wrong on turn 2 alone, which is not held out; the adapter is right.
-    house.surrogate.answers = ["same", "same", "different", "same"]
+    house.surrogate.answers = ["same", "different", "same"]
     await talked(house, 4)
     await house.settled()
     assert house.session().serving == "adapter"
@@ -163,6 +170,28 @@ async def test_a_refused_session_is_rehearsed_again_where_its_next_verdict_is_ne
     for number in range(5, 9):
         await house.say(history, f"question {number}")
     await house.settled()
-    # 7 is the first that will be held out.
-    assert asked(house)[before:] == [f"question {number}" for number in (7, 5, 6, 8)]
+    assert asked(house)[before:] == [f"question {number}" for number in (5, 6, 7, 8)]
     assert house.session().phase is Phase.SWITCHED
+
+
+async def test_what_was_rehearsed_for_one_verdict_serves_the_next(build: Build) -> None:
+    house = await started(build, adaptation={"cool_down_turns": 2, "candidates": ["plain"]})
+    house.surrogate.answers = ["different", "different", "same"]
+    history = await talked(house, 4)
+    await house.settled()
+    assert house.session().phase is Phase.ORIGINAL_ONLY
+    for number in (5, 6):
+        await house.say(history, f"question {number}")
+    await house.settled()
+    assert house.session().phase is Phase.SWITCHED  # on turns 3 to 6
+    assert asked(house) == [f"question {number}" for number in range(1, 7)]
+
+
+async def test_a_user_who_is_quicker_than_the_prefill_is_answered_by_the_surrogate(build: Build) -> None:
+    house = await started(build)
+    history = await talked(house, 3)
+    await house.say(history, "question 4")
+    await until(lambda: house.session().phase is Phase.SWITCHED)
+    assert house.book.holds(house.session().key) > 0  # the prefill is under way
+    assert (await house.say(history, "question 5")).headers["X-SOMA-Engine"] == "surrogate"
+    await house.settled()
