@@ -1,0 +1,56 @@
+"""The configuration: one strict model, read from YAML, with every mistake reported at once.
+
+Guarantees: unknown keys are refused; values are never converted silently between types; a configuration
+written for the reference implementation of SOMA loads unchanged (its keys keep their names and places); no
+key exists that nothing reads. A threshold lives here and nowhere else.
+"""
+
+from soma_vllm.config.baselines import Baselines, Llmlingua2, Routellm
+from soma_vllm.config.deciding import Adaptation, Gate, Lora, Mining, Payback, Prefix, Prices
+from soma_vllm.config.reading import load_config, parse_config
+from soma_vllm.config.section import Positive, Ratio, Seconds, Section
+from soma_vllm.config.serving import (
+    Access,
+    Adapters,
+    Encoder,
+    Engine,
+    Limits,
+    Original,
+    Retention,
+    Server,
+    Storage,
+    Surrogate,
+    Training,
+)
+from soma_vllm.config.whole import Config
+
+__all__ = [
+    "Access",
+    "Adaptation",
+    "Adapters",
+    "Baselines",
+    "Config",
+    "Encoder",
+    "Engine",
+    "Gate",
+    "Limits",
+    "Llmlingua2",
+    "Lora",
+    "Mining",
+    "Original",
+    "Payback",
+    "Positive",
+    "Prefix",
+    "Prices",
+    "Ratio",
+    "Retention",
+    "Routellm",
+    "Seconds",
+    "Section",
+    "Server",
+    "Storage",
+    "Surrogate",
+    "Training",
+    "load_config",
+    "parse_config",
+]

@@ -1,0 +1,17 @@
+"""What every section of the configuration is made of."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+Seconds = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, closed to unknown keys, strict about types (an int passes for a float)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

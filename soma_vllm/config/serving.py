@@ -1,0 +1,179 @@
+"""What runs, and on what: engines, trainers, the server, and what is kept of sessions and adapters."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from soma_vllm.config.section import Positive, Seconds, Section
+
+
+class Engine(Section):
+    """What both engines have in common. Devices are named here and nowhere else."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    gpu: str | None = None
+    """CUDA_VISIBLE_DEVICES of this engine, e.g. "0" or "0,1"; null leaves the environment as it is."""
+    cpu_cores: str | None = None
+    """Cores of this engine's threads on a CPU, e.g. "0" or "0-3"; null lets vLLM choose."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    max_model_len: Positive = 4096
+    max_num_seqs: Positive = 16
+    kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
+    """Memory of the KV cache on a CPU."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.45
+    """Share of the GPU that this engine may take."""
+    enforce_eager: bool = True
+    extra_args: tuple[str, ...] = ()
+    """Further arguments of `vllm serve`, verbatim."""
+
+
+class Original(Engine):
+    """The large model: a child vLLM server, or any OpenAI-compatible endpoint."""
+
+    url: str | None = None
+    """Base URL of an external endpoint (".../v1"); null starts a vLLM server as a child process."""
+    api: Literal["openai", "vllm"] = "openai"
+    """What the endpoint at `url` speaks: vllm allows vLLM's own extensions (token ids, scoring, priorities), as
+    our own child always does."""
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 20
+    """Log-probabilities per token that a vLLM original is asked for during the warm start; 0 asks for none."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the external endpoint's key."""
+    draft_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens that the surrogate's weights draft for the child, which verifies them in one step: speculative
+    decoding (policy `speculative`). 0: none. Both models must have one vocabulary."""
+    name: str | None = None
+    """Model name in requests; null takes `original_model`'s own."""
+    when_down: Literal["refuse", "surrogate"] = "refuse"
+    """While the original is down: answer 503, or let the plain surrogate answer."""
+    connect_timeout_s: Seconds = 5.0
+    start_timeout_s: Seconds = 600.0
+
+
+class Surrogate(Engine):
+    """The small model: a vLLM engine with multi-LoRA inside soma-serve."""
+
+    name: str | None = None
+    max_loras: Positive = 4
+    """Adapters that one engine step can mix: slots. The background uses one of them at times."""
+    max_cpu_loras: Positive = 64
+    """Adapters the engine keeps in memory; those of further sessions are read again when they return."""
+    overflow: Literal["original", "wait"] = "original"
+    """Who answers when `max_loras` other adapters are answering: the original at once, or the surrogate after a
+    wait in a fair queue. After the wait, or where the queue is full, the original."""
+    queue_limit: Annotated[int, Field(ge=0)] = 32
+    """Most requests in that queue."""
+    queue_wait_s: Seconds = 10.0
+    """Longest wait in it."""
+    tools: bool = False
+    """Whether it may answer requests that define tools. Give it `--enable-auto-tool-choice` and a
+    `--tool-call-parser` by `extra_args` then."""
+
+
+class Training(Section):
+    """The Ray actors that train."""
+
+    workers: Positive = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
+    """Asked of Ray when device is cuda; a fraction shares a GPU."""
+    threads: Positive = 1
+    """Torch threads of a worker on a CPU."""
+    nice: Annotated[int, Field(ge=0, le=19)] = 10
+    """Scheduling niceness of a worker, so that training yields to the engines."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    ray_address: str | None = None
+    """An existing Ray cluster; null starts a private one."""
+    seed: int = 0
+
+
+class Encoder(Section):
+    """The gate's sentence encoder: fixed, never the adapted surrogate."""
+
+    model: str = "all-minilm-l6-v2"
+    threads: Positive = 1
+
+
+class Server(Section):
+    """Where soma-serve listens."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Of soma_vllm's own lines in the run folder's surrogate.log. No level writes what was said."""
+    run_dir: str | None = None
+    """Logs and sockets of a running server; null takes a fresh folder under $SOMA_HOME/run."""
+    extra_routes: bool = False
+    """true: vLLM's further routes (`/v1/messages`, `/inference/…`, …) are served too. They ask the surrogate,
+    without sessions, dispatch or counting of tokens. false: they answer 404."""
+
+
+class Storage(Section):
+    """Where sessions live."""
+
+    url: str = "sqlite+aiosqlite:///{soma_home}/sessions.db"
+    """SQLAlchemy URL; {soma_home} and {run_dir} are filled in."""
+
+
+class Retention(Section):
+    """How long what was said, and what was learned from it, is kept."""
+
+    text: Literal["until_adapted", "session", "never"] = "session"
+    """What the store keeps of the conversation itself. session: all, as long as the session. until_adapted:
+    while the session may still be learned from, which ends when it is switched or refused (and a refused one
+    is then not judged again). never: nothing; memory holds it meanwhile."""
+    text_ttl_s: Seconds | None = None
+    """Stored text older than this is erased, whatever its session does; null: no limit of its own."""
+    session_ttl_s: Seconds | None = 30 * 86400.0
+    """A session unused for this long is removed with all it has; null: never."""
+
+
+class Access(Section):
+    """Who may ask. `soma keys` issues API keys."""
+
+    mode: Literal["open", "keys"] = "open"
+    """open: any bearer token is a tenant of its own. keys: only keys issued with `soma keys add` are served."""
+    admin_key_env: str = "SOMA_ADMIN_KEY"
+    """Name of the environment variable that holds the admin key; while it is unset nobody is an admin."""
+    max_body_mib: Positive = 16
+    """Largest request body."""
+    cache_s: Annotated[float, Field(ge=0)] = 5.0
+    """Seconds that a key looked up in the database is trusted: a revoked key is refused after at most that.
+    While the database is away, a key seen earlier stays good."""
+
+
+class Limits(Section):
+    """How much one API key may ask; null: no limit. A key's own values, from `soma keys add`, come first."""
+
+    requests_per_minute: Positive | None = None
+    """In any 60 seconds."""
+    tokens_per_minute: Positive | None = None
+    """Prompt and completion, in any 60 seconds. Counted after each reply: the reply that passes the limit is
+    still given, the next request is refused."""
+    live_sessions: Positive | None = None
+    """Sessions held at the same time."""
+    adapters: Annotated[int, Field(ge=0)] | None = None
+    """Adapters held at the same time; the original serves the sessions beyond. 0: none is ever trained."""
+
+
+class Adapters(Section):
+    """Where adapters live, and how many. Beyond a budget the least recently used is evicted and its session
+    goes back to the original; pinned ones (`soma adapters pin`) stay. null: no limit."""
+
+    root: str = "adapters_store"
+    """Directory, relative to the working directory, or a URL that fsspec knows (s3://…, gs://…; its package
+    has to be installed); {soma_home} and {run_dir} are filled in."""
+    cache: str = "{soma_home}/adapters_cache"
+    """Directory of this machine that holds what the engine reads, where root is a URL."""
+    max_count: Positive | None = None
+    """Adapters in all."""
+    max_bytes: Positive | None = None
+    """Bytes of adapters in all."""
+    tenant_max_count: Positive | None = None
+    """Adapters of one tenant. Unlike limits.adapters, which trains none beyond it, this one makes room."""
+    tenant_max_bytes: Positive | None = None
+    """Bytes of one tenant's adapters."""
+    ttl_s: Seconds | None = None
+    """Seconds without an append to its session after which an adapter is evicted."""
