@@ -59,7 +59,7 @@ async def measured(root: str, options: argparse.Namespace, tokenizer: Path, say:
             if name == OURS:
                 found[name] = await ours(root, options, number)
             else:
-                found[name] = await asyncio.to_thread(theirs, name, root, options, tokenizer)
+                found[name] = await asyncio.to_thread(theirs, name, root, options, tokenizer, number)
             say(f"round {number + 1} of {options.rounds}, {name}: a turn takes {found[name].latency_s:.2f} s")
         rounds.append(found)
     return rounds
@@ -91,10 +91,10 @@ async def ours(root: str, options: argparse.Namespace, seed: int) -> Seen:
     )
 
 
-def theirs(tool: str, root: str, options: argparse.Namespace, tokenizer: Path) -> Seen:
+def theirs(tool: str, root: str, options: argparse.Namespace, tokenizer: Path, seed: int) -> Seen:
     """A load generator, one request at a time."""
     requests = options.sessions * options.turns
-    alone = {"PROFILE": "kind=synchronous", "LOAD": "--concurrency 1"}
+    alone = {"PROFILE": "kind=synchronous", "LOAD": "--concurrency 1", "SEED": str(seed)}
     with tempfile.TemporaryDirectory() as folder:
         run_tool(
             tool, root, tokenizer, Path(folder), Workload(options.model, options.turns, requests, 0, alone)

@@ -3,11 +3,11 @@
 An engine's seconds are divided between reading and writing as vLLM's own prefill and decode times are, and
 within each by tokens: prompt tokens that were not cached, and generated ones. So every turn gets its share;
 what is left is what the engine computed for nobody's turn: audits on the original; on the surrogate held-out
-answers, shadows of audits, and the prefill before a switch. Errors of measuring are in there too: the arms
+answers, shadows of audits, and the prefill after a switch. Errors of measuring are in there too: the arms
 without a background show how much.
 
-A session's bill by turn: its turns as they come; what an adaptation took, when the warm start is over; audits,
-with the turns that the surrogate answers.
+A session's bill by turn: its turns as they come; what adaptations took, when the warm start is over, those
+of refused sessions that were judged again too; audits, with the turns that the surrogate answers.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ class Original(Engine):
     """What the endpoint at `url` speaks: vllm allows vLLM's own extensions (token ids, scoring, priorities), as
     our own child always does."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 20
-    """Log-probabilities per token that a vLLM original is asked for during the warm start; 0 asks for none."""
+    """Log-probabilities per token that a vLLM original is asked for in turns that may be learned from; 0: none
+    are."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the external endpoint's key."""
     draft_tokens: Annotated[int, Field(ge=0)] = 0
@@ -122,8 +123,8 @@ class Retention(Section):
 
     text: Literal["until_adapted", "session", "never"] = "session"
     """What the store keeps of the conversation itself. session: all, as long as the session. until_adapted:
-    while the session may still be learned from, which ends when it is switched or refused (and a refused one
-    is then not judged again). never: nothing; memory holds it meanwhile."""
+    while the session may still be learned from. never: nothing; memory holds it meanwhile. Under both that ends
+    when the session is switched or refused, and a refused one is not judged again."""
     text_ttl_s: Seconds | None = None
     """Stored text older than this is erased, whatever its session does; null: no limit of its own."""
     session_ttl_s: Seconds | None = 30 * 86400.0

@@ -1,4 +1,4 @@
-"""One session's adaptation, from complete warm start to verdict. Runs in the background; no user waits for it.
+"""One session's adaptation, from a complete warm start or cool-down to the verdict. No user waits for it.
 
     judge the plain surrogate -> (worth it? train -> publish -> load -> judge the adapter) -> switch -> prefill
 
@@ -64,7 +64,7 @@ RECORD_S = 10.0
 
 
 class TooMuch(EngineError):
-    """The surrogate does not take a held-out turn, and would not take the turns after it."""
+    """The surrogate does not take a warm turn, and would take no longer one."""
 
 
 class Abandoned(SomaError):
@@ -123,7 +123,8 @@ class Adaptation:
                 key, "judged", candidate=verdict.candidate, reason=verdict.reason, numbers=verdict.numbers
             )
             if verdict.candidate is Candidate.ORIGINAL:
-                self._book.note(key, "refused", reason=verdict.reason)
+                wanting = bool(verdict.numbers["candidates"])
+                self._book.note(key, "refused", reason=verdict.reason, found_wanting=wanting)
             else:
                 serving = made[0] if verdict.candidate is Candidate.ADAPTER else None
                 await self._switch(key, session, verdict, serving)
@@ -171,7 +172,7 @@ class Adaptation:
         if phase is not Phase.ADAPTING:
             self._book.note(key, "adaptation_abandoned", phase=phase)
         elif isinstance(error, TooMuch):
-            self._book.note(key, "refused", reason=str(error))
+            self._book.note(key, "refused", reason=str(error), found_wanting=False)
         else:
             logger.warning("adaptation failed: %s", error)
             self._book.note(key, "training_failed", error=type(error).__name__, message=str(error))
@@ -417,6 +418,8 @@ class Adaptation:
         if (phase := self._book.session(key).phase) is not Phase.ADAPTING:
             self._book.note(key, "adaptation_abandoned", phase=phase)
             return
+        # Taken now: what was said may be erased with the switch.
+        history = self._book.session(key).seen_last()
         self._book.note(
             key,
             "switched",
@@ -425,7 +428,6 @@ class Adaptation:
             adapter=None if ref is None else asdict(ref),
             centroid=[round(float(x), 6) for x in centroid(list(vectors))],
         )
-        history = self._book.session(key).seen_last()
         shown = compress([*history, _NEXT], self._config.prefix, self._config.compressed_prefix_turns)
         try:
             await adapted_answer(self._surrogate, self._holds, key.tenant, shown, 1, ref)

@@ -418,7 +418,8 @@ class SessionBook:
     def recall(self, key: SessionKey, reading: Reading) -> None:
         """Take what the turns said from a request's history, where it is yet to be learned from."""
         entry = self._entries[key]
-        if entry.session.phase in LEARNING:
+        refused = entry.session.phase is Phase.ORIGINAL_ONLY and self._config.retention.text == "session"
+        if entry.session.phase in LEARNING or refused:
             entry.session = entry.session.with_text(reading)
 
     def _moved(self, events: Iterable[Event]) -> Iterable[AdapterRecord]:

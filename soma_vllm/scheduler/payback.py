@@ -89,7 +89,7 @@ class PaybackWatch:
     def _turn(self, event: Event) -> Costs:
         costs, data, latency = self._costs, event.data, event.data["latency_s"]
         role = Role(data["engine"])
-        took = self._busy[role].add(event.at - latency, event.at)
+        took = self._busy[role].add(event.at - latency, event.at, data["complete"])
         if not data["complete"]:
             return costs
         if role is Role.SURROGATE:

@@ -20,7 +20,7 @@ from soma_vllm.scheduler.replies import Choice, Heard
 from soma_vllm.scheduler.shadow import most_tokens
 from soma_vllm.scheduler.teaching import Lesson, Teachers
 from soma_vllm.session.adapting import Adapting
-from soma_vllm.session.phases import COOLING_DOWN, Phase
+from soma_vllm.session.phases import Phase
 from soma_vllm.session.prefix import compress
 from soma_vllm.session.session import Session, Turn, turn_event
 from soma_vllm.session.transcript import Reading, read, spoken
@@ -75,7 +75,8 @@ class Recorder:
             session = self._book.record(key, *_events(turn, builds_on, heard.choices[1:], key.tenant, asked))
             self._teachers.keep(key, turn.number, heard, lesson)
             if adapting is not None:
-                if session.phase in (Phase.WARM_START, *COOLING_DOWN) and (why := turn.unteachable()):
+                may_teach = session.turns_to_adaptation(self._config) is not None
+                if may_teach and (why := turn.unteachable()):
                     self._book.note(key, "turn_skipped", turn=turn.number, why=why)
                 self._follow_up(key, session, turn, asked, adapting, forced)
         finally:

@@ -7,12 +7,15 @@ turns before it are made up for first: one after the other, so that each finds t
 
 Guarantees: a rehearsal is used only for the very prompt and length that it was made for; one that failed, or
 was never made, is as good as none (whoever needs that answer asks for it then); nothing of one stays once its
-session is switched or removed. A refused session keeps its own: they are evidence of its next verdict too.
+session is switched or removed, nor, where retention has its words erased then, once it is refused. Otherwise
+they are evidence of its next verdict too. Of a prompt no more than a digest is kept.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -39,7 +42,8 @@ MOST_SESSIONS = 2_000
 class Rehearsal:
     """One answer under way, or given."""
 
-    messages: tuple[Message, ...]
+    prompt: bytes
+    """Its digest."""
     tokens: int
     answer: asyncio.Task[str]
 
@@ -53,8 +57,10 @@ class Rehearsals:
         self._of: OrderedDict[SessionKey, list[Rehearsal]] = OrderedDict()
 
     def __call__(self, key: SessionKey, event: Event) -> None:
-        """Forget a session that was switched or removed."""
-        if event.kind in ("switched", "closed"):
+        """Forget a session that was switched or removed, or that will not be judged again."""
+        over = event.kind in ("switched", "closed")
+        silent = event.kind in ("refused", "training_failed") and self._config.retention.text != "session"
+        if over or silent:
             self.forget(key)
 
     def begin(self, session: Session, asked: Asked, adapting: Adapting | None) -> None:
@@ -72,7 +78,7 @@ class Rehearsals:
             if _among(mine, messages, tokens) is None:
                 last = mine[-1].answer if mine else None
                 answer = self._rehearse(session.key.tenant, messages, tokens, last)
-                mine.append(Rehearsal(messages, tokens, answer))
+                mine.append(Rehearsal(_digest(messages), tokens, answer))
         while len(mine) > self._config.warm_window:
             mine.pop(0).answer.cancel()
         while len(self._of) > MOST_SESSIONS:
@@ -122,8 +128,12 @@ class Rehearsals:
 
 def _among(rehearsals: Iterable[Rehearsal], messages: Sequence[Message], tokens: int) -> Rehearsal | None:
     """The rehearsal of this prompt in so many tokens."""
-    prompt = tuple(messages)
-    return next((one for one in rehearsals if one.tokens == tokens and one.messages == prompt), None)
+    prompt = _digest(messages)
+    return next((one for one in rehearsals if one.tokens == tokens and one.prompt == prompt), None)
+
+
+def _digest(messages: Sequence[Message]) -> bytes:
+    return hashlib.sha256(json.dumps(list(messages), sort_keys=True).encode()).digest()
 
 
 def _told(answer: asyncio.Task[str]) -> None:

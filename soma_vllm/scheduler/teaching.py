@@ -1,4 +1,4 @@
-"""What the original shows of its own distribution while it warms a session up, and where that is kept.
+"""What the original shows of its own distribution in turns that may be learned from, and where that is kept.
 
 On a turn that may be trained on, a vLLM original is asked for its likeliest tokens in the user's own request;
 they are taken off the reply on its way to the client.
@@ -30,6 +30,7 @@ from soma_vllm.engines.base import Events, Reply
 from soma_vllm.engines.teacher import teacher_from_logprobs, teaching_fields
 from soma_vllm.errors import EngineError
 from soma_vllm.scheduler.replies import Heard
+from soma_vllm.session.phases import Phase
 from soma_vllm.session.session import Session
 from soma_vllm.types import Candidate, Event, Example, SessionKey, Teacher
 
@@ -74,8 +75,12 @@ ABSENT: Mapping[str, Any] = {
 }
 """Values of other fields that say the same as leaving them out; null always does."""
 
-OVER = frozenset({"switched", "refused", "training_failed", "adaptation_abandoned", "closed"})
+OVER = frozenset({"switched", "adaptation_abandoned", "closed"})
 """Events after which a session's teachers have done their work."""
+
+REFUSED = frozenset({"refused", "training_failed"})
+"""Events after which they have where retention has what was said erased; else a later training may use
+them."""
 
 Spelling = Callable[[Sequence[int], str], int | None]
 """How many of an answer's tokens, from the first, spell its text; None where they do not."""
@@ -246,7 +251,7 @@ class Teachers:
 
     def __call__(self, key: SessionKey, event: Event) -> None:
         """Drop what an event makes useless; hand a branch what was heard with the turns it begins with."""
-        if event.kind in OVER:
+        if event.kind in OVER or (event.kind in REFUSED and self._config.retention.text != "session"):
             self._drop(key, 1)
         elif event.kind == "branched":
             self._share(SessionKey(key.tenant, event.data["of"]), key, len(event.data["turns"]))
@@ -264,9 +269,12 @@ class Teachers:
         if teacher is None:
             return
         kept = Kept(heard.text, teacher)
-        self._kept.setdefault(key, {})[turn] = kept
+        mine = self._kept.setdefault(key, {})
+        mine[turn] = kept
         self._kept.move_to_end(key)
         self._bytes += kept.size
+        while len(mine) > self._config.warm_window:  # no training looks further back
+            self._bytes -= mine.pop(min(mine)).size
         while self._bytes > self._kept_bytes:
             self._drop(next(iter(self._kept)), 1)
 
@@ -306,6 +314,8 @@ class Teachers:
 
 def _may_be_adapted(session: Session, config: Config) -> bool:
     """Whether the turn that comes may be trained on."""
+    if session.phase is Phase.ADAPTING and session.pinned is None:
+        return session.trainings < config.adaptation.max_trainings  # if this one comes to nothing
     missing = session.turns_to_adaptation(config)
     return missing is not None and missing <= config.warm_window
 

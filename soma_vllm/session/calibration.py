@@ -16,14 +16,14 @@ is given. At a threshold, of the cases with an outcome:
 A case is accepted on one axis when its evidence passes that axis' threshold and everything else the gate
 asked of it, as it was in force. Every rate carries its Wilson interval of 95 %.
 
-Censoring: a session that was refused is never audited, so a log knows nothing of candidates beyond the
+Censoring: what was refused is never audited, so a log knows nothing of candidates beyond the
 threshold in force. At each threshold only those cases count whose gate would have accepted up to it, or whose
 outcome was measured whatever the gate decided (`free`); the others would show the good side of their sessions
 alone. Further limits: a session that was rolled back has outcomes up to its rollback only, and a mean over
 few audits is noisy. The interval is that of one threshold; taking the loosest of many that pass is
 optimistic: in simulated populations of 250 cases, 6 % of recommendations miss the target instead of 2.5 %. A
-session that returns after a rollback is judged by a stricter eps, and counts with that one as the threshold
-in force.
+session that is judged again, after a rollback or a refusal, is held to a stricter eps, and counts with that one
+as the threshold in force; its cases are taken for independent, which they are not quite.
 """
 
 from __future__ import annotations

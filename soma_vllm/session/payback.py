@@ -14,6 +14,7 @@ hazard goes on for ever, a geometric tail.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -116,25 +117,33 @@ class BusyTime:
     """How long one engine was busy, from the spans of its turns in the order in which they end."""
 
     def __init__(self) -> None:
-        self._spans: list[tuple[float, float]] = []
+        self._spans: deque[tuple[float, float]] = deque(maxlen=MOST_SPANS)
+        self._owed = 0.0
 
-    def add(self, begin: float, end: float) -> float:
-        """What a turn adds: its seconds in which none of the turns before it was answered.
+    def add(self, begin: float, end: float, counts: bool = True) -> float:
+        """What a turn adds: its seconds in which none of the turns before it was answered; with those of the
+        turns before it that do not count, whose own result is 0.
 
         Of turns beside each other the first to end has all the seconds that it shares with others, so that only
         a mean over turns says what one takes.
         """
+        if self._spans and end < self._spans[-1][1]:
+            self._spans.clear()  # the clock was put back
         added, first = end - begin, begin
         while self._spans and self._spans[-1][1] > begin:
             earlier, until = self._spans.pop()
-            added -= min(until, end) - max(earlier, begin)
+            added -= until - max(earlier, begin)
             first = min(first, earlier)
-        self._spans = [*self._spans[-MOST_SPANS:], (first, end)]
-        return max(0.0, added)
+        self._spans.append((first, end))
+        self._owed += max(0.0, added)
+        if not counts:
+            return 0.0
+        added, self._owed = self._owed, 0.0
+        return added
 
 
-MOST_SPANS = 64
-"""Spans of an engine's busy time that are remembered: no turn lasts as long as those before them are past."""
+MOST_SPANS = 1024
+"""Spans of an engine's busy time that are remembered; idle times lie between them."""
 
 
 @dataclass(frozen=True)

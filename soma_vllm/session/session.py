@@ -124,7 +124,10 @@ class Session:
     switches: int = 0
     rollbacks: int = 0
     refusals: int = 0
-    """Verdicts, and failed trainings, that left it with the original."""
+    """Verdicts that found every candidate wanting."""
+    cool_downs: int = 0
+    """How often it was left with the original for a while: rolled back, refused for whatever reason, or not
+    trained because that failed. An administrator who asks for an adaptation has them forgotten."""
     adapting: Adapting | None = None
     """By which rules the present or latest adaptation goes; None before the first."""
     forced: Candidate | None = None
@@ -226,7 +229,8 @@ class Session:
 
     @property
     def setbacks(self) -> int:
-        """How often the surrogate was found wanting, before it served or while it did."""
+        """How often the surrogate was found wanting, before it served or while it did: for that, not for a
+        trainer that broke down, must it be better the next time."""
         return self.rollbacks + self.refusals
 
     def wants_adaptation(self, config: Config) -> bool:
@@ -238,18 +242,18 @@ class Session:
         """Turns that teach, and that are missing until the session is to be adapted; None: it is not to be.
 
         After a rollback the surrogate is judged on what came since; after a refusal on the latest turns, once
-        enough of them are new. A cool-down is twice as long after every setback, so that a session that comes
-        and goes, or never passes, is tried ever more rarely.
+        enough of them are new. Each cool-down is twice as long as the last, so that a session that comes and
+        goes, or never passes, is tried ever more rarely; so are its branches.
         """
         if self.pinned is not None or not self.kept():
             return None
         warm = len(self.warm_turns())
+        since = sum(turn.teaches() for turn in self.turns[max(self.warm_from, self.learned) :])
+        cool_down: int = config.adaptation.cool_down_turns * 2 ** max(0, self.cool_downs - 1)
         if self.phase is Phase.WARM_START:
-            return config.warm_window - warm
+            return max(config.warm_window - warm, cool_down - since if self.cool_downs else 0)
         if self.phase not in COOLING_DOWN or self.trainings >= config.adaptation.max_trainings:
             return None
-        cool_down: int = config.adaptation.cool_down_turns * 2 ** max(0, self.setbacks - 1)
-        since = sum(turn.teaches() for turn in self.turns[max(self.warm_from, self.learned) :])
         return max(cool_down - since, config.acceptance_min_turns + 1 - warm)
 
     def warm_examples(self, config: Config) -> tuple[Example, ...]:
@@ -362,6 +366,8 @@ def branch_event(parent: Session, turns: Sequence[Turn], at: float) -> Event:
         "family": parent.family,
         "rollbacks": parent.rollbacks,
         "refusals": parent.refusals,
+        "cool_downs": parent.cool_downs,
+        "learned": min(parent.learned, len(turns)),
         "turns": [event.data for event in events],
     }
     texts = [event.text for event in events]
@@ -395,8 +401,8 @@ def _branched(session: Session, event: Event, config: Config) -> Session:
     data = event.data
     texts = (event.text or {}).get("turns") or [None] * len(data["turns"])
     turns = tuple(_read_turn(turn, text) for turn, text in zip(data["turns"], texts, strict=True))
-    setbacks = {"rollbacks": data["rollbacks"], "refusals": data.get("refusals", 0)}
-    return replace(session, family=data["family"], turns=turns, **setbacks)
+    inherited = {name: data.get(name, 0) for name in ("rollbacks", "refusals", "cool_downs", "learned")}
+    return replace(session, family=data["family"], turns=turns, **inherited)
 
 
 def _inherited(session: Session, event: Event, config: Config) -> Session:
@@ -445,11 +451,13 @@ def _audited(session: Session, event: Event, config: Config) -> Session:
 
 
 def _refused(session: Session, event: Event, config: Config) -> Session:
-    return replace(session, refusals=session.refusals + 1)
+    wanting = bool(event.data.get("found_wanting"))
+    return replace(session, refusals=session.refusals + wanting, cool_downs=session.cool_downs + 1)
 
 
 def _rolled_back(session: Session, event: Event, config: Config) -> Session:
-    return replace(_adapter_evicted(session, event, config), rollbacks=session.rollbacks + 1)
+    again = {"rollbacks": session.rollbacks + 1, "cool_downs": session.cool_downs + 1}
+    return replace(_adapter_evicted(session, event, config), **again)
 
 
 def _adapter_evicted(session: Session, event: Event, config: Config) -> Session:
@@ -474,6 +482,7 @@ def _restarted(session: Session, event: Event, config: Config) -> Session:
         drift=Drift(),
         warm_from=0,
         learned=0,
+        cool_downs=0,
     )
 
 

@@ -110,8 +110,8 @@ class SessionReader:
     async def lengths(self, over_before: float) -> list[LengthCount]:
         """Dialogues of every tenant by their number of turns.
 
-        Over are those without an append since a Unix time. Of the others, those of more turns than they had
-        then count, with one turn more than that: what came after the turns of since then is not known yet.
+        Over are those without an append since a Unix time. The others count with the turns that they had then,
+        and with one more where one came since: what follows the turns since then is not known yet.
         """
         dialogue = case((SessionRow.family == "", SessionRow.session), else_=SessionRow.family)
         over = (
@@ -120,13 +120,20 @@ class SessionReader:
             .group_by(SessionRow.tenant, dialogue)
             .having(func.max(SessionRow.updated_at) < over_before)
         )
-        then = func.max(case((TurnRow.at < over_before, TurnRow.number), else_=0))
-        live = (
-            select(SessionRow.tenant, (then + 1).label("turns"))
-            .join(TurnRow, (TurnRow.tenant == SessionRow.tenant) & (TurnRow.session == SessionRow.session))
-            .where(SessionRow.updated_at >= over_before)
+        going = (
+            select(SessionRow.tenant, dialogue.label("dialogue"))
             .group_by(SessionRow.tenant, dialogue)
-            .having((then > 0) & (func.max(TurnRow.number) > then))
+            .having(func.max(SessionRow.updated_at) >= over_before)
+            .subquery()
+        )
+        then = func.max(case((TurnRow.at < over_before, TurnRow.number), else_=0))
+        known = case((func.max(TurnRow.number) > then, then + 1), else_=then)
+        live = (
+            select(SessionRow.tenant, known.label("turns"))
+            .join(going, (going.c.tenant == SessionRow.tenant) & (going.c.dialogue == dialogue))
+            .join(TurnRow, (TurnRow.tenant == SessionRow.tenant) & (TurnRow.session == SessionRow.session))
+            .group_by(SessionRow.tenant, dialogue)
+            .having(then > 0)
         )
         return [*await self._counted(over, over=True), *await self._counted(live, over=False)]
 

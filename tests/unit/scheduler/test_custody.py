@@ -161,6 +161,22 @@ async def test_a_request_under_way_ends_before_its_session_is_removed(house: Hou
     assert house.book._entries == {}
 
 
+async def test_a_refused_session_whose_old_words_were_erased_has_them_from_its_client(build: Build) -> None:
+    house = await started(build, adaptation={"candidates": ["plain"], "cool_down_turns": 2})
+    house.surrogate.answers = ["different", "different", "same"]
+    history: History = []
+    for number in (1, 2):
+        await house.say(history, f"question {number}")
+    await house.settled()
+    assert house.session().phase is Phase.ORIGINAL_ONLY
+    house.book.forget_texts_before(4.0e9)
+    assert not house.session().kept()
+    for number in (3, 4):
+        await house.say(history, f"question {number}")
+    await house.settled()
+    assert house.session().phase is Phase.SWITCHED
+
+
 @pytest.mark.parametrize("keep", ["until_adapted", "never"])
 async def test_text_is_kept_no_longer_than_configured(build: Build, tmp_path: Path, keep: str) -> None:
     house = await started(build, retention={"text": keep})

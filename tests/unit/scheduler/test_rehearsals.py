@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from scheduler_house import Build, House  # type: ignore[import-not-found]
 
+from soma_vllm.engines.base import ChatCall, Reply
 from soma_vllm.errors import EngineUnavailable
 from soma_vllm.session.phases import Phase
-from soma_vllm.types import Agreement, SessionKey
+from soma_vllm.types import Agreement, Message, SessionKey
 
 
 async def started(build: Build, **changes: Any) -> House:
@@ -187,11 +190,70 @@ async def test_what_was_rehearsed_for_one_verdict_serves_the_next(build: Build) 
     assert asked(house) == [f"question {number}" for number in range(1, 7)]
 
 
+@dataclass
+class Prefills:
+    """What is read into the surrogate's cache after a switch, and when that ends."""
+
+    prompts: list[list[Message]] = field(default_factory=list)
+    go: asyncio.Event = field(default_factory=asyncio.Event)
+    failure: EngineUnavailable | None = None
+
+    def at(self, house: House) -> Prefills:
+        chat = house.surrogate.chat
+
+        async def watched(call: ChatCall) -> Reply:
+            if call.background and call.body["max_tokens"] == 1:
+                self.prompts.append(list(call.body["messages"]))
+                await self.go.wait()
+                if self.failure is not None:
+                    raise self.failure
+            answer: Reply = await chat(call)
+            return answer
+
+        house.surrogate.chat = watched
+        return self
+
+
 async def test_a_user_who_is_quicker_than_the_prefill_is_answered_by_the_surrogate(build: Build) -> None:
     house = await started(build)
-    history = await talked(house, 3)
-    await house.say(history, "question 4")
-    await until(lambda: house.session().phase is Phase.SWITCHED)
-    assert house.book.holds(house.session().key) > 0  # the prefill is under way
+    prefills = Prefills().at(house)
+    history = await talked(house, 4)
+    await until(lambda: bool(prefills.prompts))
     assert (await house.say(history, "question 5")).headers["X-SOMA-Engine"] == "surrogate"
+    assert not prefills.go.is_set()
+    prefills.go.set()
     await house.settled()
+
+
+async def test_a_cache_that_could_not_be_warmed_does_not_undo_the_switch(build: Build) -> None:
+    house = await started(build)
+    prefills = Prefills(failure=EngineUnavailable("busy")).at(house)
+    prefills.go.set()
+    await talked(house, 4)
+    await house.settled()
+    assert prefills.prompts
+    assert house.session().phase is Phase.SWITCHED
+    assert "training_failed" not in house.kinds()
+
+
+@pytest.mark.parametrize("text", ["session", "until_adapted", "never"])
+async def test_the_cache_is_warmed_with_what_was_said_however_long_that_is_kept(
+    build: Build, text: str
+) -> None:
+    house = await started(build, retention={"text": text})
+    prefills = Prefills().at(house)
+    prefills.go.set()
+    history = await talked(house, 4)
+    await house.settled()
+    (prompt,) = prefills.prompts
+    assert prompt[:-1] == history
+
+
+@pytest.mark.parametrize(("text", "kept"), [("session", 4), ("until_adapted", 0), ("never", 0)])
+async def test_no_rehearsal_outlives_the_words_it_answers(build: Build, text: str, kept: int) -> None:
+    house = await started(build, adaptation={"candidates": ["plain"]}, retention={"text": text})
+    house.surrogate.answers = ["different"]
+    await talked(house, 4)
+    await house.settled()
+    assert house.session().phase is Phase.ORIGINAL_ONLY
+    assert sum(len(mine) for mine in house.rehearsals._of.values()) == kept

@@ -231,12 +231,41 @@ def test_a_turn_that_is_replaced_takes_its_teacher_and_the_later_ones_with_it() 
     assert [item.teacher is not None for item in found] == [True, False, False]
 
 
-@pytest.mark.parametrize("kind", ["switched", "refused", "training_failed", "adaptation_abandoned", "closed"])
-def test_what_an_adaptation_no_longer_needs_is_dropped(kind: str) -> None:
-    teachers = Teachers(Config(), None)
+OVER = ["switched", "adaptation_abandoned", "closed"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "kept"),
+    [
+        *((text, kind, False) for text in ("session", "until_adapted", "never") for kind in OVER),
+        *(("session", kind, True) for kind in ("refused", "training_failed")),
+        *(
+            (text, kind, False)
+            for text in ("until_adapted", "never")
+            for kind in ("refused", "training_failed")
+        ),
+    ],
+)
+def test_what_no_adaptation_needs_any_more_is_dropped(text: str, kind: str, kept: bool) -> None:
+    teachers = Teachers(parse_config({"retention": {"text": text}}, "test"), None)
     teachers.keep(KEY, 1, heard(), lesson_of(1))
     teachers(KEY, Event(kind, 0.0, {}))
-    assert teachers.attach(KEY, [example(1)])[0].teacher is None
+    assert (teachers.attach(KEY, [example(1)])[0].teacher is not None) is kept
+
+
+def test_no_more_is_kept_of_a_session_than_a_training_takes() -> None:
+    teachers = Teachers(Config(), None)  # a window of four turns
+    for turn in range(1, 8):
+        teachers.keep(KEY, turn, heard(), lesson_of(turn))
+    found = teachers.attach(KEY, [example(turn) for turn in range(1, 8)])
+    assert [item.teacher is not None for item in found] == [False] * 3 + [True] * 4
+
+
+def test_a_session_in_training_is_heard_in_case_it_comes_to_nothing() -> None:
+    teachers = Teachers(Config(), None)
+    adapting = Session(KEY, phase=Phase.ADAPTING, trainings=1)
+    assert teachers.fields(adapting, {"messages": []})
+    assert not teachers.fields(replace(adapting, trainings=3), {"messages": []})
 
 
 def test_a_branch_has_the_teachers_of_the_turns_it_begins_with() -> None:

@@ -189,5 +189,17 @@ def test_an_engine_is_busy_for_as_long_as_any_of_its_turns_lasts(turns: list[tup
 
 def test_turns_one_after_the_other_take_their_own_time_and_are_forgotten() -> None:
     busy = BusyTime()
-    assert [busy.add(10.0 * n, 10.0 * n + 4.0) for n in range(1000)] == [4.0] * 1000
-    assert busy.add(0.0, 10_000.0) < 10_000.0
+    assert [busy.add(10.0 * n, 10.0 * n + 4.0) for n in range(3000)] == [4.0] * 3000
+    assert busy.add(29_000.0, 29_999.0) == pytest.approx(999.0 - 100 * 4.0)
+
+
+def test_what_a_broken_turn_took_falls_to_the_next_whole_one() -> None:
+    busy = BusyTime()
+    assert busy.add(0.0, 4.0, counts=False) == 0.0
+    assert busy.add(2.0, 5.0) == 5.0
+
+
+def test_a_clock_that_is_put_back_makes_no_engine_busier() -> None:
+    busy = BusyTime()
+    busy.add(0.0, 10_000.0)
+    assert busy.add(4_000.0, 4_002.0) == 2.0

@@ -145,6 +145,33 @@ def test_what_was_refused_must_be_better_to_pass() -> None:
     assert readmitted(session, Candidate.PLAIN, eps * CONFIG.gate.readmit_factor).phase is Phase.SWITCHED
 
 
+def test_a_trainer_that_broke_down_is_waited_for_and_held_against_nobody() -> None:
+    session = fold(warm(), Event("adaptation_started", 0.0, {"forced": None}), CONFIG)
+    session = fold(session, Event("training_failed", 0.0, {"error": "TrainingError", "message": "x"}), CONFIG)
+    assert (session.cool_downs, session.setbacks) == (1, 0)
+    assert not session.wants_adaptation(CONFIG)
+    for _ in range(CONFIG.adaptation.cool_down_turns):
+        session = answered(session)
+    assert session.wants_adaptation(CONFIG)
+
+
+def test_a_branch_of_a_refused_session_waits_out_its_cool_down() -> None:
+    refused = readmitted(warm(), Candidate.PLAIN, held_out_gap=1.0)
+    session = branch(refused, refused.turns)
+    assert len(session.turns) == 3  # as many as a warm start has
+    for _ in range(CONFIG.adaptation.cool_down_turns):
+        assert not session.wants_adaptation(CONFIG)
+        session = answered(session)
+    assert session.wants_adaptation(CONFIG)
+
+
+def test_an_administrator_need_not_wait_for_a_cool_down() -> None:
+    session = readmitted(warm(), Candidate.PLAIN, held_out_gap=1.0)
+    session = fold(session, Event("restarted", 0.0, {}), CONFIG)
+    assert session.wants_adaptation(CONFIG)
+    assert session.setbacks == 1
+
+
 def test_a_refused_session_whose_words_were_erased_is_left_alone() -> None:
     session = readmitted(warm(), Candidate.PLAIN, held_out_gap=1.0).without_text()
     for _ in range(20):
@@ -277,7 +304,7 @@ def readmitted(session: Session, candidate: Candidate, held_out_gap: float) -> S
     found = [Evidence(candidate, (held_out_gap,), (1,), None)]
     verdict = judge(found, CONFIG.gate, 1, setbacks=session.setbacks)
     if verdict.candidate is Candidate.ORIGINAL:
-        return fold(session, Event("refused", 0.0, {}), CONFIG)
+        return fold(session, Event("refused", 0.0, {"found_wanting": True}), CONFIG)
     ref = asdict(REF) if candidate is Candidate.ADAPTER else None
     data = {"candidate": verdict.candidate, "adapter": ref, "centroid": [0.1]}
     return fold(session, Event("switched", 0.0, data), CONFIG)

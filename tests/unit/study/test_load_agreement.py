@@ -22,7 +22,7 @@ def guidellm(folder: Path, answered: int) -> None:
         "output_token_count": 16.0,
     }
     metrics = {name: {"successful": {"median": value}} for name, value in values.items()}
-    metrics["request_totals"] = {"successful": answered}  # type: ignore[dict-item]
+    metrics["request_totals"] = {"successful": answered, "errored": 0}  # type: ignore[dict-item]
     (folder / "guidellm.json").write_text(json.dumps({"benchmarks": [{"metrics": metrics}]}))
 
 
@@ -43,7 +43,7 @@ def aiperf(folder: Path, answered: int) -> None:
 def test_each_tools_units_are_brought_to_seconds(tool: str, write: object, tmp_path: Path) -> None:
     write(tmp_path, 8)  # type: ignore[operator]
     assert seen(tool, tmp_path, 8) == OURS
-    with pytest.raises(LoadFailed, match="found 8 answers; expected 9"):
+    with pytest.raises(LoadFailed, match="found 8 answers and 0 errors; expected 9 and none"):
         seen(tool, tmp_path, 9)
 
 
