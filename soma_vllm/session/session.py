@@ -456,8 +456,8 @@ def _refused(session: Session, event: Event, config: Config) -> Session:
 
 
 def _rolled_back(session: Session, event: Event, config: Config) -> Session:
-    again = {"rollbacks": session.rollbacks + 1, "cool_downs": session.cool_downs + 1}
-    return replace(_adapter_evicted(session, event, config), **again)
+    back = _adapter_evicted(session, event, config)
+    return replace(back, rollbacks=session.rollbacks + 1, cool_downs=session.cool_downs + 1)
 
 
 def _adapter_evicted(session: Session, event: Event, config: Config) -> Session:
