@@ -1,8 +1,8 @@
 """Do our own figures agree with those of other load generators? All against one server, in one run.
 
 One soma-serve; the same workload by `benchmarks/throughput.py`'s own users, by guidellm and by aiperf:
-dialogues of made-up words, one after the other, without time to think, answers of a fixed length. Each round
-runs all three, in an order that turns. Prints what each saw (medians of a round) and ours over theirs.
+dialogues of made-up words, one after the other, a second to think, answers of a fixed length. Each round runs
+all three, in an order that turns. Prints what each saw (medians of a round) and ours over theirs.
 
     make load-tools && python benchmarks/load_agreement.py [--rounds N] [--json FILE]
     python benchmarks/load_agreement.py --url http://127.0.0.1:8000 --model soma:original
@@ -34,6 +34,8 @@ from soma_vllm.models.hub import local_path
 
 HERE = Path(__file__).parent
 OURS = "ours"
+THINK_S = 1
+"""guidellm takes no 0."""
 WORDS, ANSWER = 13, 16
 """Words of a query, which are about the 24 tokens of docs/load.md's, and tokens of an answer."""
 FIGURES = {
@@ -53,6 +55,7 @@ async def measured(root: str, options: argparse.Namespace, tokenizer: Path, say:
     """
     rounds = []
     names = [OURS, *READERS]
+    await ours(root, options, -1)  # warms up, not counted
     for number in range(options.rounds):
         found = {}
         for name in names[number % len(names) :] + names[: number % len(names)]:
@@ -74,7 +77,7 @@ async def ours(root: str, options: argparse.Namespace, seed: int) -> Seen:
     try:
         run = f"agreement-{secrets.token_hex(3)}"
         for name, queries in dialogues.items():
-            (block,) = plan({name: queries}, (arm,), 1, Load(1, 0.0, 0.0), seed, f"{run}-{name}")
+            (block,) = plan({name: queries}, (arm,), 1, Load(1, 0.0, THINK_S), seed, f"{run}-{name}")
             sessions, _ = await users.play(block)
             if sessions[0].error:
                 raise LoadFailed(f"{OURS}: {sessions[0].error}")
@@ -97,7 +100,7 @@ def theirs(tool: str, root: str, options: argparse.Namespace, tokenizer: Path, s
     alone = {"PROFILE": "kind=synchronous", "LOAD": "--concurrency 1", "SEED": str(seed)}
     with tempfile.TemporaryDirectory() as folder:
         run_tool(
-            tool, root, tokenizer, Path(folder), Workload(options.model, options.turns, requests, 0, alone)
+            tool, root, tokenizer, Path(folder), Workload(options.model, options.turns, requests, THINK_S, alone)
         )
         return seen(tool, Path(folder), requests)
 

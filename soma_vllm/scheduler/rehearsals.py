@@ -35,7 +35,7 @@ from soma_vllm.types import Candidate, Event, Length, Message, SessionKey
 logger = logging.getLogger(__name__)
 
 MOST_SESSIONS = 2_000
-"""Sessions whose rehearsals are kept. Those of older ones, without a verdict yet, are made again if need be."""
+"""Sessions whose rehearsals are kept; those of older ones are made again if need be."""
 
 
 @dataclass(frozen=True)
