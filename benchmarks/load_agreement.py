@@ -99,9 +99,8 @@ def theirs(tool: str, root: str, options: argparse.Namespace, tokenizer: Path, s
     requests = options.sessions * options.turns
     alone = {"PROFILE": "kind=synchronous", "LOAD": "--concurrency 1", "SEED": str(seed)}
     with tempfile.TemporaryDirectory() as folder:
-        run_tool(
-            tool, root, tokenizer, Path(folder), Workload(options.model, options.turns, requests, THINK_S, alone)
-        )
+        load = Workload(options.model, options.turns, requests, THINK_S, alone)
+        run_tool(tool, root, tokenizer, Path(folder), load)
         return seen(tool, Path(folder), requests)
 
 

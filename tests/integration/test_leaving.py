@@ -10,8 +10,8 @@ import pytest
 from running import Running, engine_metric  # type: ignore[import-not-found]
 
 CHOICES, TOKENS = 8, 1500
-"""What is asked for, and its length; whoever leaves early gets a part of it. Many choices make it last for seconds
-even on a tiny model."""
+"""What is asked for, and its length; whoever leaves early gets a part of it. Many choices make it last for
+seconds even on a tiny model."""
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
