@@ -345,6 +345,7 @@ class House:
             self.meter,
             self.adapters,
             self.notices,
+            self.rehearsals,
         )
 
     async def say(

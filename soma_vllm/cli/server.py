@@ -201,7 +201,17 @@ class SomaServer:
         )
         adapters = AdapterCustody(self._config, book, store, adaptation, shelf, notices, stock)
         custody = Custody(
-            self._config, book, store, adaptation, background, shelf, self._salts, meter, adapters, notices
+            self._config,
+            book,
+            store,
+            adaptation,
+            background,
+            shelf,
+            self._salts,
+            meter,
+            adapters,
+            notices,
+            rehearsals,
         )
         await custody.start()
         self._cleanup.push_async_callback(custody.stop)

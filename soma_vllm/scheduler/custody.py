@@ -26,6 +26,7 @@ from soma_vllm.scheduler.background import Background
 from soma_vllm.scheduler.book import Entry, SessionBook
 from soma_vllm.scheduler.ports import Meter, Shelf, Store
 from soma_vllm.scheduler.recovery import Recovery
+from soma_vllm.scheduler.rehearsals import Rehearsals
 from soma_vllm.session.phases import Phase
 from soma_vllm.session.session import Session
 from soma_vllm.storage.records import Summary
@@ -62,6 +63,7 @@ class Custody:
         meter: Meter,
         adapters: AdapterCustody,
         notices: AdapterNotices,
+        rehearsals: Rehearsals,
         sweep_every_s: float = SWEEP_EVERY_S,
     ) -> None:
         self._config = config
@@ -74,6 +76,7 @@ class Custody:
         self._meter = meter
         self.adapters = adapters
         self._notices = notices
+        self._rehearsals = rehearsals
         self._sweep_every_s = sweep_every_s
         self._sweeper: asyncio.Task[None] | None = None
         self._removals: dict[SessionKey, asyncio.Task[None]] = {}
@@ -236,6 +239,7 @@ class Custody:
         if retention.text_ttl_s is not None:
             await self._store.erase_texts_before(now - retention.text_ttl_s)
             self._book.forget_texts_before(now - retention.text_ttl_s)
+            self._rehearsals.forget_before(now - retention.text_ttl_s)
         if retention.session_ttl_s is None:
             return 0
         removed = 0

@@ -17,6 +17,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ class Rehearsal:
     """Its digest."""
     tokens: int
     answer: asyncio.Task[str]
+    begun: float
+    """Unix time."""
 
 
 class Rehearsals:
@@ -78,7 +81,7 @@ class Rehearsals:
             if _among(mine, messages, tokens) is None:
                 last = mine[-1].answer if mine else None
                 answer = self._rehearse(session.key.tenant, messages, tokens, last)
-                mine.append(Rehearsal(_digest(messages), tokens, answer))
+                mine.append(Rehearsal(_digest(messages), tokens, answer, time.time()))
         while len(mine) > self._config.warm_window:
             mine.pop(0).answer.cancel()
         while len(self._of) > MOST_SESSIONS:
@@ -97,6 +100,12 @@ class Rehearsals:
         """Drop a session's rehearsals, and end those under way."""
         for rehearsal in self._of.pop(key, ()):
             rehearsal.answer.cancel()
+
+    def forget_before(self, at: float) -> None:
+        """Drop what was begun before a Unix time."""
+        for key, mine in list(self._of.items()):
+            if any(rehearsal.begun < at for rehearsal in mine):
+                self.forget(key)
 
     async def stop(self) -> None:
         """End everything."""

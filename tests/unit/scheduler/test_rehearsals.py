@@ -257,3 +257,12 @@ async def test_no_rehearsal_outlives_the_words_it_answers(build: Build, text: st
     await house.settled()
     assert house.session().phase is Phase.ORIGINAL_ONLY
     assert sum(len(mine) for mine in house.rehearsals._of.values()) == kept
+
+
+async def test_a_sweep_forgets_rehearsals_as_old_as_the_words_it_erases(build: Build) -> None:
+    house = await started(build, retention={"text_ttl_s": 0.01})
+    await talked(house, 3)
+    assert house.rehearsals._of
+    await asyncio.sleep(0.02)
+    await house.custody.sweep()
+    assert not house.rehearsals._of
