@@ -16,8 +16,8 @@ def requirements(name: str) -> list[str]:
 # Optional: without a C++ compiler the LoRA products are torch's. Python's own headers are all it includes, and
 # the instructions it uses are looked up when it runs, so that one build serves every x86 machine.
 LORA_KERNEL = Extension(
-    "soma_vllm.adapters._lora_cpu",
-    sources=["soma_vllm/adapters/_lora_cpu.cpp"],
+    "soma_vllm.kernels._lora_cpu",
+    sources=["soma_vllm/kernels/_lora_cpu.cpp"],
     language="c++",
     extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-w"],
     extra_link_args=["-fopenmp"],
@@ -34,7 +34,7 @@ setup(
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["soma_vllm", "soma_vllm.*"]),
     ext_modules=[LORA_KERNEL],
-    package_data={"soma_vllm": ["py.typed"], "soma_vllm.adapters": ["_lora_cpu.cpp"]},
+    package_data={"soma_vllm": ["py.typed"], "soma_vllm.kernels": ["_lora_cpu.cpp"]},
     install_requires=requirements("base"),
     extras_require={name: requirements(name) for name in ("cpu", "cuda", "dev", "llmlingua", "routellm")},
     entry_points={
@@ -43,7 +43,7 @@ setup(
             "soma-serve = soma_vllm.cli.serve:app",
         ],
         "vllm.endpoint_plugins": ["soma = soma_vllm.api.plugin:SomaEndpointPlugin"],
-        "vllm.general_plugins": ["soma_engine = soma_vllm.adapters.engine_hook:install"],
+        "vllm.general_plugins": ["soma_engine = soma_vllm.kernels.engine_hook:install"],
         "soma_vllm.policies": [
             "soma = soma_vllm.scheduler.policies.soma:SomaPolicy",
             "original = soma_vllm.scheduler.policies.fixed:OriginalPolicy",

@@ -27,8 +27,8 @@ import torch
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from soma_vllm.adapters.fused import KERNEL_ENV, compiled_kernel
-from soma_vllm.adapters.lora_kernels import GroupedPunicaWrapperCPU
+from soma_vllm.kernels.fused import KERNEL_ENV, compiled_kernel
+from soma_vllm.kernels.lora_kernels import GroupedPunicaWrapperCPU
 from soma_vllm.versions import installed_vllm
 
 HIDDEN, INNER, KEYS = 896, 4864, 128

@@ -13,8 +13,8 @@ import soma_vllm
 
 PACKAGE = Path(soma_vllm.__file__).parent
 
-FOUNDATION = frozenset({"errors", "types", "config", "versions"})
-ROOMS = ("method", "adapters", "engines", "storage", "models", "baselines")
+FOUNDATION = frozenset({"errors", "types", "config", "versions", "machine"})
+ROOMS = ("method", "adapters", "kernels", "engines", "storage", "models", "baselines")
 BELOW: dict[str, frozenset[str]] = {
     "session": FOUNDATION,
     **{room: FOUNDATION | {"session"} for room in ROOMS},
@@ -28,14 +28,15 @@ BELOW["cli"] = BELOW["telemetry"] | {"telemetry", "evaluation", "api"}
 BELOW |= {
     "errors": frozenset(),
     "versions": frozenset(),
+    "machine": frozenset(),
     "types": frozenset({"errors"}),
     "config": frozenset({"errors", "types"}),
 }
 
 HEAVY = {
     "ray": {"training"},
-    "vllm": {"engines", "adapters"},
-    "torch": {"method", "adapters", "models"},
+    "vllm": {"engines", "adapters", "kernels"},
+    "torch": {"method", "adapters", "kernels", "models"},
     "transformers": {"method", "models"},
     "peft": {"method"},
     "fastapi": {"api"},
@@ -53,9 +54,9 @@ HEAVY = {
 }
 VLLM_INTERNALS = {
     "engines/vllm_internals.py",
-    "adapters/lora_kernels.py",
+    "kernels/lora_kernels.py",
     "adapters/worker.py",
-    "adapters/engine_hook.py",
+    "kernels/engine_hook.py",
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from vllm.platforms.cpu import CpuPlatform
 
-from soma_vllm.adapters.engine_hook import GROUPED_WRAPPER, die_with_parent, use_grouped_kernels
+from soma_vllm.kernels.engine_hook import GROUPED_WRAPPER, die_with_parent, use_grouped_kernels
 
 STOCK = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
 
@@ -60,7 +60,7 @@ def test_vllm_itself_builds_the_grouped_wrapper_after_loading_its_plugins() -> N
         run("""
         import os, sys
         os.environ["VLLM_PLUGINS"] = "soma_engine"
-        from soma_vllm.adapters.engine_hook import install
+        from soma_vllm.kernels.engine_hook import install
         from vllm.lora.punica_wrapper.punica_selector import get_punica_wrapper
         from vllm.plugins import load_general_plugins
 
@@ -72,7 +72,7 @@ def test_vllm_itself_builds_the_grouped_wrapper_after_loading_its_plugins() -> N
         names = [built()]
         del os.environ["SOMA_LORA_KERNELS"]
         load_general_plugins()
-        assert "soma_vllm.adapters.lora_kernels" not in sys.modules
+        assert "soma_vllm.kernels.lora_kernels" not in sys.modules
         install()
         names.append(built())
         print(*names)
@@ -85,7 +85,7 @@ def test_the_hook_itself_imports_neither_torch_nor_vllm() -> None:
     assert (
         run("""
         import sys
-        import soma_vllm.adapters.engine_hook
+        import soma_vllm.kernels.engine_hook
         print(sorted({"torch", "vllm"} & set(sys.modules)))
         """)
         == "[]"
@@ -103,7 +103,7 @@ def test_a_child_ends_when_its_parent_is_killed(method: str, tmp_path: Path) -> 
     script.write_text(
         textwrap.dedent(f"""
         import multiprocessing, signal
-        from soma_vllm.adapters.engine_hook import _tie_forked_children, die_with_parent
+        from soma_vllm.kernels.engine_hook import _tie_forked_children, die_with_parent
 
         def child():
             if {method!r} == "spawn":

@@ -19,7 +19,7 @@ KERNEL_ENV = "SOMA_LORA_CPU"
 
 _COMPILED: ModuleType | None
 try:
-    _COMPILED = importlib.import_module("soma_vllm.adapters._lora_cpu")
+    _COMPILED = importlib.import_module("soma_vllm.kernels._lora_cpu")
 except ImportError:  # setup.py builds it where there is a C++ compiler
     _COMPILED = None
 

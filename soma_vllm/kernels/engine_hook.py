@@ -27,7 +27,7 @@ from soma_vllm.versions import SUPPORTED_VLLM, installed_vllm, vllm_is_supported
 KERNELS_ENV = "SOMA_LORA_KERNELS"
 """Set to "stock" to keep vLLM's own kernels, for comparisons."""
 
-GROUPED_WRAPPER = "soma_vllm.adapters.lora_kernels.GroupedPunicaWrapperCPU"
+GROUPED_WRAPPER = "soma_vllm.kernels.lora_kernels.GroupedPunicaWrapperCPU"
 
 # A child of vLLM's own logger, which vLLM has given its handlers by the time plugins load.
 logger = logging.getLogger("vllm.soma")

@@ -9,8 +9,8 @@ import torch
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from soma_vllm.adapters.fused import KERNEL_ENV, Fused, compiled_kernel
-from soma_vllm.adapters.lora_kernels import FewRowsEach, GroupedPunicaWrapperCPU, OneAdapter, plan
+from soma_vllm.kernels.fused import KERNEL_ENV, Fused, compiled_kernel
+from soma_vllm.kernels.lora_kernels import FewRowsEach, GroupedPunicaWrapperCPU, OneAdapter, plan
 
 SLOTS, RANK, WIDTH, VOCABULARY = 4, 8, 64, 96
 QKV = (48, 16, 16)
@@ -241,7 +241,7 @@ def test_the_plan_spends_no_product_on_base_tokens_and_one_on_a_crowd_of_small_a
 
 
 def test_the_kernel_was_compiled_and_computes_what_it_fits() -> None:
-    from soma_vllm.adapters import _lora_cpu
+    from soma_vllm.kernels import _lora_cpu
 
     wrapper, (a, b) = wrapper_of(GroupedPunicaWrapperCPU), weights(QKV)
     step(wrapper, [1, 2])

@@ -269,11 +269,11 @@ void destroy(PyObject* capsule) {
 }
 
 struct PlanBox : Plan {
-  static constexpr const char* kName = "soma_vllm.adapters._lora_cpu.Plan";
+  static constexpr const char* kName = "soma_vllm.kernels._lora_cpu.Plan";
 };
 
 struct ModuleBox : Module {
-  static constexpr const char* kName = "soma_vllm.adapters._lora_cpu.Module";
+  static constexpr const char* kName = "soma_vllm.kernels._lora_cpu.Module";
 };
 
 template <typename T>

@@ -10,7 +10,7 @@ copies A and B once per token. `GroupedPunicaWrapperCPU` takes its place and gua
   Everything else takes torch's products: an adapter with many rows one pair, those with a few rows share one
   batched pair. No weights are copied while the active slots are neighbours.
 
-`adapters/engine_hook.py` puts it in place. It leans on vLLM internals that `versions.py` pins.
+`kernels/engine_hook.py` puts it in place. It leans on vLLM internals that `versions.py` pins.
 
 Vocabulary: *slot*, an adapter's place in the stacked weights, whose shapes are (slots, 1, rank, in) for A and
 (slots, 1, out, rank) for B; *row*, one token of the step (or one sampled position, for logits).
@@ -26,7 +26,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from soma_vllm.adapters.fused import Fused, compiled_kernel
+from soma_vllm.kernels.fused import Fused, compiled_kernel
 
 logger = init_logger(__name__)
 

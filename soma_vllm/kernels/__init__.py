@@ -1,0 +1,1 @@
+"""Products of vLLM engines on a CPU, and the plugin that puts them in place."""
