@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 
 from many_adapters.workload import ADAPTERS, PROJECTIONS, RANK
-from soma_vllm.kernels.engine_hook import KERNELS_ENV
 from soma_vllm.engines.command import WORKER_EXTENSION
+from soma_vllm.kernels.engine_hook import KERNELS_ENV
 from soma_vllm.scheduler.holds import AdapterHolds
 
 WAIT_S = 3600.0
