@@ -6,11 +6,12 @@ the same model and cores, one with the plugin's products and blocks of 32 tokens
 same seeded prompts: prefill of 256 tokens, decode of one request alone, decode of 16 at once.
 
 Fair because both sides are in one run on the same cores and take turns round by round; a ratio is the geometric
-mean of the rounds' own ratios, with a 95 % bootstrap interval over rounds (six or more). Above 1: ours is faster.
+mean of the rounds' own ratios, with a 95 % bootstrap interval over rounds (six or more). Above 1: ours takes
+less.
 
 A machine with AVX-512 is measured twice, the second time with AVX-512 switched off by
-`machine.lowered_environment`: torch, oneDNN and this package then use AVX2. vLLM's own attention kernels do not;
-they are chosen by the processor.
+`machine.lowered_environment`: torch, oneDNN and this package then use AVX2. vLLM's own attention kernels do
+not; they are chosen by the processor.
 
     python benchmarks/cpu_products.py [--rounds 7] [--engine MODEL] [--cores 0] [--json FILE]
 """
@@ -187,9 +188,7 @@ async def engines(model: str, cores: str, rounds: int) -> dict[str, Ratio]:
             print(f"[cpu_products] round {turn} of {rounds}", file=sys.stderr, flush=True)
     results = {name: ratio(*times) for name, times in found.items()}
     for name, result in results.items():
-        print(
-            f"{name:28} {result['stock'] * 1e3:9.1f} {result['ours'] * 1e3:9.1f} ms {told(result)}", flush=True
-        )
+        line(name, result)
     return results
 
 
