@@ -15,9 +15,11 @@ def requirements(name: str) -> list[str]:
 
 # Optional: without a C++ compiler the LoRA products are torch's. Python's own headers are all it includes, and
 # the instructions it uses are looked up when it runs, so that one build serves every x86 machine.
+LORA_HEADERS = ("_lora.h", "_lora_avx2.h", "_lora_avx512.h")
 LORA_KERNEL = Extension(
     "soma_vllm.kernels._lora_cpu",
     sources=["soma_vllm/kernels/_lora_cpu.cpp"],
+    depends=[f"soma_vllm/kernels/{name}" for name in LORA_HEADERS],
     language="c++",
     extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-w"],
     extra_link_args=["-fopenmp"],
@@ -34,7 +36,7 @@ setup(
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["soma_vllm", "soma_vllm.*"]),
     ext_modules=[LORA_KERNEL],
-    package_data={"soma_vllm": ["py.typed"], "soma_vllm.kernels": ["_lora_cpu.cpp"]},
+    package_data={"soma_vllm": ["py.typed"], "soma_vllm.kernels": ["_lora_cpu.cpp", *LORA_HEADERS]},
     install_requires=requirements("base"),
     extras_require={name: requirements(name) for name in ("cpu", "cuda", "dev", "llmlingua", "routellm")},
     entry_points={
