@@ -1,11 +1,11 @@
 // The nouns of `_lora_cpu.cpp`: which rows are whose, and one layer's stacked weights.
 //
 // Guarantees: nothing here needs more than plain x86-64. An instruction set is a class with
-//   Low         what a low-rank value is kept as between the halves
-//   kBlockRows  rows of one slot that are computed together, at most kMostBlockRows
-//   runs()      whether this CPU has it
-//   shrink()    low[r][0:8] = bf16(scale * A[0:8] . x[r]) for some rows; A's rows are `in` apart
-//   expand()    y[r][0:outs] += B[0:outs] . low[r] for some rows; B's rows are `rank` apart
+//   Low        what a low-rank value is kept as between the halves
+//   runs()     whether this CPU has it
+//   shrink()   low[r][0:8] = bf16(scale * A[0:8] . x[r]) for up to 8 rows; A's rows are `in` apart. `next` is the tile
+//              of A that the same thread reads afterwards, if it wants to fetch it
+//   expand()   y[r][0:outs] += B[0:outs] . low[r] for up to 8 rows; B's rows are `rank` apart
 
 #pragma once
 
@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr int kMostBlockRows = 16;
+constexpr int kBlockRows = 8;
 constexpr int kMaxSlices = 4;
 constexpr int kRankTile = 8;
 constexpr int64_t kMostRanks = 512;

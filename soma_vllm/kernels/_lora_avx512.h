@@ -59,7 +59,7 @@ void shrink_rows(const bf16* a, int64_t in, const bf16* const* x, bf16* const* l
   }
 }
 
-void shrink(const bf16* a, int64_t in, const bf16* const* x, bf16* const* low, int rows, float scale) {
+void shrink(const bf16* a, const bf16*, int64_t in, const bf16* const* x, bf16* const* low, int rows, float scale) {
   const __m256 scales = _mm256_set1_ps(scale);
   int r = 0;
   for (; r + 3 <= rows; r += 3) shrink_rows<3>(a, in, x + r, low + r, scales);
@@ -138,7 +138,6 @@ namespace {
 
 struct Avx512Bf16 {
   using Low = bf16;
-  static constexpr int kBlockRows = 8;
   static constexpr auto shrink = avx512::shrink;
   static constexpr auto expand = avx512::expand;
 

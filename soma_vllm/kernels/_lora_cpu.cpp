@@ -58,26 +58,43 @@ void refresh(Module& m) {
       m.active[s * m.slots + slot] = any_nonzero(m.a[s] + slot * m.rank * m.in, m.rank * m.in);
 }
 
+// Task number `task` of the first half is one tile of 8 ranks, of one slice, for one block.
+struct Tile {
+  const Block* block;
+  int slice;
+  int64_t number;
+  const bf16* a;
+};
+
+Tile tile_of(const Module& m, const Plan& plan, int64_t task) {
+  const int64_t tiles = m.rank / kRankTile;
+  const Block& block = plan.blocks[task / (m.slices * tiles)];
+  const int slice = static_cast<int>(task / tiles % m.slices);
+  const int64_t number = task % tiles;
+  return {&block, slice, number, m.a[slice] + (block.slot * m.rank + number * kRankTile) * m.in};
+}
+
 template <class Isa>
-void shrink_block(const Module& m, Plan& plan, const Block& block, int slice, int64_t tile, const Operands& io) {
+void shrink_block(const Module& m, Plan& plan, const Tile& tile, const bf16* next, const Operands& io) {
   auto* low = reinterpret_cast<typename Isa::Low*>(plan.scratch.data());
-  const bf16* xs[kMostBlockRows];
-  typename Isa::Low* lows[kMostBlockRows];
+  const Block& block = *tile.block;
+  const bf16* xs[kBlockRows];
+  typename Isa::Low* lows[kBlockRows];
   for (int r = 0; r < block.count; ++r) {
     xs[r] = io.x + plan.rows[block.begin + r] * io.x_stride;
-    lows[r] = low + (static_cast<int64_t>(slice) * plan.rows.size() + block.begin + r) * m.rank + tile * kRankTile;
+    lows[r] = low + (tile.slice * plan.rows.size() + block.begin + r) * m.rank + tile.number * kRankTile;
   }
-  Isa::shrink(m.a[slice] + (block.slot * m.rank + tile * kRankTile) * m.in, m.in, xs, lows, block.count, io.scale);
+  Isa::shrink(tile.a, next, m.in, xs, lows, block.count, io.scale);
 }
 
 template <class Isa>
 void expand_block(const Module& m, Plan& plan, const Block& block, int slice, int64_t from, const Operands& io) {
   const auto* low = reinterpret_cast<const typename Isa::Low*>(plan.scratch.data());
-  bf16* ys[kMostBlockRows];
-  const typename Isa::Low* lows[kMostBlockRows];
+  bf16* ys[kBlockRows];
+  const typename Isa::Low* lows[kBlockRows];
   for (int r = 0; r < block.count; ++r) {
     ys[r] = io.y + plan.rows[block.begin + r] * io.y_stride + m.start[slice] + from;
-    lows[r] = low + (static_cast<int64_t>(slice) * plan.rows.size() + block.begin + r) * m.rank;
+    lows[r] = low + (slice * plan.rows.size() + block.begin + r) * m.rank;
   }
   const int64_t outs = std::min(kOutChunk, m.out[slice] - from);
   Isa::expand(m.b[slice] + (block.slot * m.out[slice] + from) * m.rank, m.rank, outs, ys, lows, block.count);
@@ -85,9 +102,8 @@ void expand_block(const Module& m, Plan& plan, const Block& block, int slice, in
 
 template <class Isa>
 void add(const Module& m, Plan& plan, const Operands& io) {
-  static_assert(Isa::kBlockRows <= kMostBlockRows);
   const int64_t blocks = static_cast<int64_t>(plan.blocks.size());
-  const int64_t tiles = m.rank / kRankTile;
+  const int64_t all_tiles = blocks * m.slices * (m.rank / kRankTile);
   plan.scratch.resize(static_cast<size_t>(m.slices) * plan.rows.size() * m.rank * sizeof(typename Isa::Low));
   int64_t chunks[kMaxSlices], all_chunks = 0;
   for (int s = 0; s < m.slices; ++s) all_chunks += chunks[s] = (m.out[s] + kOutChunk - 1) / kOutChunk;
@@ -95,10 +111,10 @@ void add(const Module& m, Plan& plan, const Operands& io) {
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < blocks * m.slices * tiles; ++task) {
-      const Block& block = plan.blocks[task / (m.slices * tiles)];
-      const int slice = static_cast<int>(task / tiles % m.slices);
-      if (m.is_active(slice, block.slot)) shrink_block<Isa>(m, plan, block, slice, task % tiles, io);
+    for (int64_t task = 0; task < all_tiles; ++task) {
+      const Tile tile = tile_of(m, plan, task);
+      const bf16* next = tile_of(m, plan, std::min(task + 1, all_tiles - 1)).a;
+      if (m.is_active(tile.slice, tile.block->slot)) shrink_block<Isa>(m, plan, tile, next, io);
     }
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < blocks * all_chunks; ++task) {
@@ -114,17 +130,16 @@ void add(const Module& m, Plan& plan, const Operands& io) {
 struct Kernel {
   const char* name;
   bool (*runs)();
-  int block_rows;
   void (*add)(const Module&, Plan&, const Operands&);
 };
 
 // The best first; the last one has no name.
 constexpr Kernel kKernels[] = {
 #ifdef SOMA_X86
-    {"avx512_bf16", Avx512Bf16::runs, Avx512Bf16::kBlockRows, add<Avx512Bf16>},
-    {"avx2", Avx2::runs, Avx2::kBlockRows, add<Avx2>},
+    {"avx512_bf16", Avx512Bf16::runs, add<Avx512Bf16>},
+    {"avx2", Avx2::runs, add<Avx2>},
 #endif
-    {nullptr, nullptr, 0, nullptr}};
+    {nullptr, nullptr, nullptr}};
 
 const Kernel* kernel_named(const char* name) {
   for (const Kernel* k = kKernels; k->name; ++k)
@@ -183,8 +198,8 @@ PyObject* py_plan(PyObject*, PyObject* args) {
     if (slots[i] >= 0) of_slot[slots[i]].push_back(static_cast<int32_t>(i)), plan->last_row = i;
   for (int64_t slot = 0; slot <= most; ++slot) {
     const auto& mine = of_slot[slot];
-    for (size_t i = 0; i < mine.size(); i += kernel->block_rows) {
-      const int32_t count = static_cast<int32_t>(std::min<size_t>(kernel->block_rows, mine.size() - i));
+    for (size_t i = 0; i < mine.size(); i += kBlockRows) {
+      const int32_t count = static_cast<int32_t>(std::min<size_t>(kBlockRows, mine.size() - i));
       plan->blocks.push_back({static_cast<int32_t>(slot), static_cast<int32_t>(plan->rows.size()), count});
       plan->rows.insert(plan->rows.end(), mine.begin() + i, mine.begin() + i + count);
     }
