@@ -41,7 +41,7 @@ class Kernel:
 
 
 def compiled_kernel() -> Kernel | None:
-    """The compiled kernel at the best level that may be used here; None where it was not built or there is none."""
+    """The compiled kernel at the best level that may be used here; None where there is none."""
     if _COMPILED is None or os.environ.get(KERNEL_ENV) == "torch":
         return None
     levels = list(InstructionSet)
@@ -72,7 +72,7 @@ class Fused:
 
     @staticmethod
     def fits(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], outs: Sequence[int]) -> bool:
-        """Whether the kernel computes such a layer: bf16, whole slots, ranks that are multiples of 8, to 512."""
+        """Whether the kernel computes such a layer: bf16, whole slots, ranks of 8, 16 .. 512."""
         weights = (*a, *b)
         return (
             len(a) == len(b) == len(outs) <= 4
