@@ -19,6 +19,7 @@ KERNELS = [
     Extension(
         f"soma_vllm.kernels.{name}",
         sources=[f"soma_vllm/kernels/{name}.cpp"],
+        depends=[str(header.relative_to(HERE)) for header in HERE.glob("soma_vllm/kernels/*.h")],
         language="c++",
         extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-w"],
         extra_link_args=["-fopenmp"],
@@ -37,7 +38,7 @@ setup(
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["soma_vllm", "soma_vllm.*"]),
     ext_modules=KERNELS,
-    package_data={"soma_vllm": ["py.typed"], "soma_vllm.kernels": ["*.cpp"]},
+    package_data={"soma_vllm": ["py.typed"], "soma_vllm.kernels": ["*.cpp", "*.h"]},
     install_requires=requirements("base"),
     extras_require={name: requirements(name) for name in ("cpu", "cuda", "dev", "llmlingua", "routellm")},
     entry_points={

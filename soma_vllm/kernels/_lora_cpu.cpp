@@ -1,56 +1,43 @@
-// LoRA products of one engine step on x86 CPUs with AVX-512 bf16, fused: y += B (A x) for every row, each under
-// its own adapter. `lora_kernels.py` calls it, and takes torch's products instead where `supported()` is false or
-// this file was not compiled.
+// LoRA products of one engine step on x86 CPUs, fused: y += B (A x) for every row, each under its own adapter.
+// `fused.py` calls it with the best instruction set that this CPU has and that `machine.py` allows; with none, or
+// where this file was not compiled, `lora_kernels.py` takes torch's products instead.
 //
 // Guarantees:
 //   * Only rows that the plan gives an adapter are written; nothing else of y is touched.
+//   * A plan that reaches past x, y or the module's slots is a ValueError, and nothing is written.
 //   * No weights are copied. A slot whose A is all zero in a slice (a module that its adapter leaves alone) costs
 //     nothing: which those are is looked up only when the weights' version changes.
-//   * No global state; plans and modules are freed with their Python objects. The GIL is released meanwhile.
+//   * No global state; plans and modules are freed with their Python objects. The GIL is released meanwhile; threads
+//     that share a plan or a module take turns.
+//   * The build asks nothing of the CPU: what needs an instruction set is compiled for it alone, and asked before.
 //
-// How: rows are sorted by slot into blocks of at most 8 rows of one slot. Shrink: A's rows are dot products along
-// contiguous memory, 8 ranks by up to 3 rows at once. Expand: 16 outputs by 8 ranks of B are transposed in
-// registers into pairs of ranks, then every row of the block costs 4 instructions per 16 outputs. Both halves share
-// one OpenMP region; torch's own thread pool runs it, since both link libgomp.so.1. Low-rank values are rounded to
-// bf16 between the halves, as vLLM's GPU kernels do; sums are fp32, and y is rounded once.
+// How: rows are sorted by slot into blocks of a few rows of one slot, and both halves, each in the form that suits its
+// instruction set (`_lora_avx512.h`, `_lora_avx2.h`), share one OpenMP region; torch's own thread pool runs it, since
+// both link libgomp.so.1. Low-rank values are rounded to bf16 between the halves, as vLLM's GPU kernels do; sums are
+// fp32, and y is rounded once.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include "_lora.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SOMA_X86
+#include "_lora_avx2.h"
+#include "_lora_avx512.h"
+#endif
 
 namespace {
 
-constexpr int kBlockRows = 8;
-constexpr int kMaxSlices = 4;
-constexpr int kRankTile = 8;
 constexpr int64_t kOutChunk = 256;
 
-using bf16 = uint16_t;
-
-struct Block {
-  int32_t slot, begin, count;  // rows[begin : begin + count] of the plan
-};
-
-struct Plan {
-  std::vector<int32_t> rows;  // row numbers, those of one slot together
-  std::vector<Block> blocks;
-  std::vector<bf16> low;  // (slices, rows, rank), scratch
-};
-
-struct Module {
-  int slices = 0;
-  int64_t slots = 0, in = 0, rank = 0;
-  const bf16* a[kMaxSlices] = {};  // (slots, rank, in)
-  const bf16* b[kMaxSlices] = {};  // (slots, out, rank)
-  int64_t out[kMaxSlices] = {}, start[kMaxSlices] = {};
-  int64_t version = -1;
-  std::vector<uint8_t> active;  // (slices, slots)
-
-  bool is_active(int slice, int32_t slot) const { return active[slice * slots + slot] != 0; }
+// One call's tensors; strides in elements.
+struct Operands {
+  bf16* y;
+  int64_t y_rows, y_width, y_stride;
+  const bf16* x;
+  int64_t x_rows, x_width, x_stride;
+  float scale;
 };
 
 bool any_nonzero(const bf16* values, int64_t count) {
@@ -71,163 +58,63 @@ void refresh(Module& m) {
       m.active[s * m.slots + slot] = any_nonzero(m.a[s] + slot * m.rank * m.in, m.rank * m.in);
 }
 
-}  // namespace
+// Task number `task` of the first half is one tile of 8 ranks, of one slice, for one block.
+struct Tile {
+  const Block* block;
+  int slice;
+  int64_t number;
+  const bf16* a;
+};
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define SOMA_HAS_KERNEL 1
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
-
-namespace {
-
-inline __m512bh pairs(__m512i v) { return (__m512bh)v; }
-
-// Sums of 8 vectors, in order.
-inline __m256 reduce8(const __m512* v) {
-  __m256 h[8];
-  for (int i = 0; i < 8; ++i)
-    h[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
-  const __m256 p = _mm256_hadd_ps(_mm256_hadd_ps(h[0], h[1]), _mm256_hadd_ps(h[2], h[3]));
-  const __m256 q = _mm256_hadd_ps(_mm256_hadd_ps(h[4], h[5]), _mm256_hadd_ps(h[6], h[7]));
-  const __m128 lower = _mm_add_ps(_mm256_castps256_ps128(p), _mm256_extractf128_ps(p, 1));
-  const __m128 upper = _mm_add_ps(_mm256_castps256_ps128(q), _mm256_extractf128_ps(q, 1));
-  return _mm256_set_m128(upper, lower);
-}
-
-// low[r][0:8] = scale * A[0:8] . x[r] for ROWS rows. A's rows are `in` apart.
-template <int ROWS>
-void shrink_rows(const bf16* a, int64_t in, const bf16* const* x, bf16* const* low, __m256 scale) {
-  __m512 sums[ROWS][kRankTile];
-  for (int r = 0; r < ROWS; ++r)
-    for (int j = 0; j < kRankTile; ++j) sums[r][j] = _mm512_setzero_ps();
-  int64_t k = 0;
-  for (; k + 32 <= in; k += 32) {
-    __m512bh xs[ROWS];
-    for (int r = 0; r < ROWS; ++r) xs[r] = pairs(_mm512_loadu_si512(x[r] + k));
-#pragma GCC unroll 8
-    for (int j = 0; j < kRankTile; ++j) {
-      const __m512bh weights = pairs(_mm512_loadu_si512(a + j * in + k));
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], xs[r], weights);
-    }
-  }
-  if (k < in) {
-    const __mmask32 rest = (__mmask32)((1ull << (in - k)) - 1);
-    for (int j = 0; j < kRankTile; ++j) {
-      const __m512bh weights = pairs(_mm512_maskz_loadu_epi16(rest, a + j * in + k));
-      for (int r = 0; r < ROWS; ++r)
-        sums[r][j] = _mm512_dpbf16_ps(sums[r][j], pairs(_mm512_maskz_loadu_epi16(rest, x[r] + k)), weights);
-    }
-  }
-  for (int r = 0; r < ROWS; ++r) {
-    const __m128bh rounded = _mm256_cvtneps_pbh(_mm256_mul_ps(reduce8(sums[r]), scale));
-    _mm_storeu_si128((__m128i*)low[r], (__m128i)rounded);
-  }
-}
-
-void shrink(const Module& m, const Plan& plan, const Block& block, int slice, int64_t tile, const bf16* x,
-            int64_t x_stride, bf16* low, float scale) {
-  const bf16* a = m.a[slice] + (block.slot * m.rank + tile * kRankTile) * m.in;
-  const __m256 scales = _mm256_set1_ps(scale);
-  const bf16* xs[kBlockRows];
-  bf16* lows[kBlockRows];
-  for (int r = 0; r < block.count; ++r) {
-    xs[r] = x + plan.rows[block.begin + r] * x_stride;
-    lows[r] = low + (static_cast<int64_t>(slice) * plan.rows.size() + block.begin + r) * m.rank + tile * kRankTile;
-  }
-  int r = 0;
-  for (; r + 3 <= block.count; r += 3) shrink_rows<3>(a, m.in, xs + r, lows + r, scales);
-  if (r + 2 == block.count) shrink_rows<2>(a, m.in, xs + r, lows + r, scales);
-  if (r + 1 == block.count) shrink_rows<1>(a, m.in, xs + r, lows + r, scales);
-}
-
-// Ranks tile*8 .. +8 of outputs o .. o+16 as four vectors, one per pair of ranks; lane i holds output o+i.
-inline void load_b(const bf16* b, int64_t rank, int count, __m512bh* out) {
-  __m512i v[4];
-  if (rank == kRankTile && count == 16) {
-    for (int j = 0; j < 4; ++j) v[j] = _mm512_loadu_si512(b + j * 32);
-  } else {
-    for (int j = 0; j < 4; ++j) {
-      alignas(64) bf16 four[32] = {};
-      for (int i = 0; i < 4 && 4 * j + i < count; ++i) std::memcpy(four + 8 * i, b + (4 * j + i) * rank, 16);
-      v[j] = _mm512_load_si512(four);
-    }
-  }
-  const __m512i ab0 = _mm512_unpacklo_epi32(v[0], v[1]), ab1 = _mm512_unpackhi_epi32(v[0], v[1]);
-  const __m512i cd0 = _mm512_unpacklo_epi32(v[2], v[3]), cd1 = _mm512_unpackhi_epi32(v[2], v[3]);
-  // Lane L of vector j held output 4j + L; after the transpose it is at 4L + j.
-  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-  out[0] = pairs(_mm512_permutexvar_epi32(order, _mm512_unpacklo_epi64(ab0, cd0)));
-  out[1] = pairs(_mm512_permutexvar_epi32(order, _mm512_unpackhi_epi64(ab0, cd0)));
-  out[2] = pairs(_mm512_permutexvar_epi32(order, _mm512_unpacklo_epi64(ab1, cd1)));
-  out[3] = pairs(_mm512_permutexvar_epi32(order, _mm512_unpackhi_epi64(ab1, cd1)));
-}
-
-inline __m512 widened(__m256i v) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
-}
-
-// y[r][o] += B[o] . low[r] for ROWS rows and outputs `from` .. `to` of a slice. B's rows are `rank` apart.
-template <int ROWS>
-void expand_rows(const bf16* b, int64_t rank, int64_t from, int64_t to, bf16* const* y, const bf16* const* low) {
-  const int64_t tiles = rank / kRankTile;
-  for (int64_t o = from; o < to; o += 16) {
-    const int count = static_cast<int>(std::min<int64_t>(16, to - o));
-    const __mmask16 mask = (__mmask16)((1u << count) - 1);
-    __m512 sums[ROWS];
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) sums[r] = widened(_mm256_maskz_loadu_epi16(mask, y[r] + o));
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      __m512bh weights[4];
-      load_b(b + o * rank + tile * kRankTile, rank, count, weights);
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 4
-        for (int p = 0; p < 4; ++p) {
-          int32_t pair;
-          std::memcpy(&pair, low[r] + tile * kRankTile + 2 * p, sizeof pair);
-          sums[r] = _mm512_dpbf16_ps(sums[r], pairs(_mm512_set1_epi32(pair)), weights[p]);
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r)
-      _mm256_mask_storeu_epi16(y[r] + o, mask, (__m256i)_mm512_cvtneps_pbh(sums[r]));
-  }
-}
-
-void expand(const Module& m, const Plan& plan, const Block& block, int slice, int64_t from, int64_t to, bf16* y,
-            int64_t y_stride, const bf16* low) {
-  const bf16* b = m.b[slice] + block.slot * m.out[slice] * m.rank;
-  bf16* ys[kBlockRows];
-  const bf16* lows[kBlockRows];
-  for (int r = 0; r < block.count; ++r) {
-    ys[r] = y + plan.rows[block.begin + r] * y_stride + m.start[slice];
-    lows[r] = low + (static_cast<int64_t>(slice) * plan.rows.size() + block.begin + r) * m.rank;
-  }
-  int r = 0;
-  if (block.count == 8) expand_rows<8>(b, m.rank, from, to, ys, lows), r = 8;
-  if (block.count & 4) expand_rows<4>(b, m.rank, from, to, ys + r, lows + r), r += 4;
-  if (block.count & 2) expand_rows<2>(b, m.rank, from, to, ys + r, lows + r), r += 2;
-  if (block.count & 1) expand_rows<1>(b, m.rank, from, to, ys + r, lows + r);
-}
-
-void add(const Module& m, Plan& plan, bf16* y, int64_t y_stride, const bf16* x, int64_t x_stride, float scale) {
-  const int64_t blocks = static_cast<int64_t>(plan.blocks.size());
+Tile tile_of(const Module& m, const Plan& plan, int64_t task) {
   const int64_t tiles = m.rank / kRankTile;
-  plan.low.resize(static_cast<size_t>(m.slices) * plan.rows.size() * m.rank);
-  bf16* low = plan.low.data();
+  const Block& block = plan.blocks[task / (m.slices * tiles)];
+  const int slice = static_cast<int>(task / tiles % m.slices);
+  const int64_t number = task % tiles;
+  return {&block, slice, number, m.a[slice] + (block.slot * m.rank + number * kRankTile) * m.in};
+}
+
+template <class Isa>
+void shrink_block(const Module& m, Plan& plan, const Tile& tile, const bf16* next, const Operands& io) {
+  auto* low = reinterpret_cast<typename Isa::Low*>(plan.scratch.data());
+  const Block& block = *tile.block;
+  const bf16* xs[kBlockRows];
+  typename Isa::Low* lows[kBlockRows];
+  for (int r = 0; r < block.count; ++r) {
+    xs[r] = io.x + plan.rows[block.begin + r] * io.x_stride;
+    lows[r] = low + (tile.slice * plan.rows.size() + block.begin + r) * m.rank + tile.number * kRankTile;
+  }
+  Isa::shrink(tile.a, next, m.in, xs, lows, block.count, io.scale);
+}
+
+template <class Isa>
+void expand_block(const Module& m, Plan& plan, const Block& block, int slice, int64_t from, const Operands& io) {
+  const auto* low = reinterpret_cast<const typename Isa::Low*>(plan.scratch.data());
+  bf16* ys[kBlockRows];
+  const typename Isa::Low* lows[kBlockRows];
+  for (int r = 0; r < block.count; ++r) {
+    ys[r] = io.y + plan.rows[block.begin + r] * io.y_stride + m.start[slice] + from;
+    lows[r] = low + (slice * plan.rows.size() + block.begin + r) * m.rank;
+  }
+  const int64_t outs = std::min(kOutChunk, m.out[slice] - from);
+  Isa::expand(m.b[slice] + (block.slot * m.out[slice] + from) * m.rank, m.rank, outs, ys, lows, block.count);
+}
+
+template <class Isa>
+void add(const Module& m, Plan& plan, const Operands& io) {
+  const int64_t blocks = static_cast<int64_t>(plan.blocks.size());
+  const int64_t all_tiles = blocks * m.slices * (m.rank / kRankTile);
+  plan.scratch.resize(static_cast<size_t>(m.slices) * plan.rows.size() * m.rank * sizeof(typename Isa::Low));
   int64_t chunks[kMaxSlices], all_chunks = 0;
   for (int s = 0; s < m.slices; ++s) all_chunks += chunks[s] = (m.out[s] + kOutChunk - 1) / kOutChunk;
 
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < blocks * m.slices * tiles; ++task) {
-      const Block& block = plan.blocks[task / (m.slices * tiles)];
-      const int slice = static_cast<int>(task / tiles % m.slices);
-      if (m.is_active(slice, block.slot)) shrink(m, plan, block, slice, task % tiles, x, x_stride, low, scale);
+    for (int64_t task = 0; task < all_tiles; ++task) {
+      const Tile tile = tile_of(m, plan, task);
+      const bf16* next = tile_of(m, plan, std::min(task + 1, all_tiles - 1)).a;
+      if (m.is_active(tile.slice, tile.block->slot)) shrink_block<Isa>(m, plan, tile, next, io);
     }
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < blocks * all_chunks; ++task) {
@@ -235,33 +122,30 @@ void add(const Module& m, Plan& plan, bf16* y, int64_t y_stride, const bf16* x, 
       int64_t chunk = task % all_chunks;
       int slice = 0;
       while (chunk >= chunks[slice]) chunk -= chunks[slice++];
-      const int64_t from = chunk * kOutChunk;
-      if (m.is_active(slice, block.slot))
-        expand(m, plan, block, slice, from, std::min(m.out[slice], from + kOutChunk), y, y_stride, low);
+      if (m.is_active(slice, block.slot)) expand_block<Isa>(m, plan, block, slice, chunk * kOutChunk, io);
     }
   }
 }
 
-bool cpu_has_kernel() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512bf16");
-}
+struct Kernel {
+  const char* name;
+  bool (*runs)();
+  void (*add)(const Module&, Plan&, const Operands&);
+};
 
-}  // namespace
-
-#pragma GCC pop_options
-#else
-
-namespace {
-void add(const Module&, Plan&, bf16*, int64_t, const bf16*, int64_t, float) {}
-bool cpu_has_kernel() { return false; }
-}  // namespace
-
+// The best first; the last one has no name.
+constexpr Kernel kKernels[] = {
+#ifdef SOMA_X86
+    {"avx512_bf16", Avx512Bf16::runs, add<Avx512Bf16>},
+    {"avx2", Avx2::runs, add<Avx2>},
 #endif
+    {nullptr, nullptr, nullptr}};
 
-namespace {
+const Kernel* kernel_named(const char* name) {
+  for (const Kernel* k = kKernels; k->name; ++k)
+    if (!std::strcmp(k->name, name) && k->runs()) return k;
+  return nullptr;
+}
 
 template <typename T>
 void destroy(PyObject* capsule) {
@@ -269,6 +153,7 @@ void destroy(PyObject* capsule) {
 }
 
 struct PlanBox : Plan {
+  const Kernel* kernel = nullptr;
   static constexpr const char* kName = "soma_vllm.kernels._lora_cpu.Plan";
 };
 
@@ -281,21 +166,36 @@ T* unboxed(PyObject* capsule) {
   return static_cast<T*>(PyCapsule_GetPointer(capsule, T::kName));
 }
 
-PyObject* py_supported(PyObject*, PyObject*) { return PyBool_FromLong(cpu_has_kernel()); }
+// instruction_sets() -> names, the best first
+PyObject* py_instruction_sets(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  for (const Kernel* k = kKernels; names && k->name; ++k) {
+    if (!k->runs()) continue;
+    PyObject* name = PyUnicode_FromString(k->name);
+    if (!name || PyList_Append(names, name) != 0) Py_CLEAR(names);
+    Py_XDECREF(name);
+  }
+  return names;
+}
 
-// plan(slots_pointer, rows) -> capsule, or None where no row has an adapter
+// plan(instruction_set, slots_pointer, rows) -> capsule, or None where no row has an adapter
 PyObject* py_plan(PyObject*, PyObject* args) {
+  const char* name;
   unsigned long long pointer;
   long long rows;
-  if (!PyArg_ParseTuple(args, "KL", &pointer, &rows)) return nullptr;
+  if (!PyArg_ParseTuple(args, "sKL", &name, &pointer, &rows)) return nullptr;
+  const Kernel* kernel = kernel_named(name);
+  if (!kernel) return PyErr_Format(PyExc_ValueError, "plan: found '%s', expected one of instruction_sets()", name);
   const int64_t* slots = reinterpret_cast<const int64_t*>(pointer);
   int64_t most = -1;
   for (int64_t i = 0; i < rows; ++i) most = std::max(most, slots[i]);
   if (most < 0) Py_RETURN_NONE;
   auto* plan = new PlanBox;
+  plan->kernel = kernel;
+  plan->last_slot = most;
   std::vector<std::vector<int32_t>> of_slot(most + 1);
   for (int64_t i = 0; i < rows; ++i)
-    if (slots[i] >= 0) of_slot[slots[i]].push_back(static_cast<int32_t>(i));
+    if (slots[i] >= 0) of_slot[slots[i]].push_back(static_cast<int32_t>(i)), plan->last_row = i;
   for (int64_t slot = 0; slot <= most; ++slot) {
     const auto& mine = of_slot[slot];
     for (size_t i = 0; i < mine.size(); i += kBlockRows) {
@@ -316,10 +216,10 @@ PyObject* py_module(PyObject*, PyObject* args) {
     return nullptr;
   const Py_ssize_t slices = PyTuple_GET_SIZE(a);
   if (slices < 1 || slices > kMaxSlices || PyTuple_GET_SIZE(b) != slices || PyTuple_GET_SIZE(outs) != slices ||
-      slots < 1 || in < 1 || rank < kRankTile || rank % kRankTile != 0) {
-    PyErr_SetString(PyExc_ValueError, "module: expected 1 to 4 slices and a rank that is a multiple of 8");
-    return nullptr;
-  }
+      slots < 1 || in < 1 || rank < kRankTile || rank > kMostRanks || rank % kRankTile != 0)
+    return PyErr_Format(PyExc_ValueError,
+                        "module: found %zd slices of rank %lld, expected 1 to %d of a multiple of %d up to %lld", slices,
+                        rank, kMaxSlices, kRankTile, static_cast<long long>(kMostRanks));
   auto* m = new ModuleBox;
   m->slices = static_cast<int>(slices);
   m->slots = slots, m->in = in, m->rank = rank;
@@ -337,38 +237,62 @@ PyObject* py_module(PyObject*, PyObject* args) {
   return PyCapsule_New(m, ModuleBox::kName, destroy<ModuleBox>);
 }
 
-// add(module, plan, y_pointer, y_stride, x_pointer, x_stride, scale, version); strides in elements
+// Whether the plan's rows and slots are all there; if not, a ValueError is set.
+bool fits(const Module& m, const Plan& plan, const Operands& io) {
+  const auto last_row = static_cast<long long>(plan.last_row), last_slot = static_cast<long long>(plan.last_slot);
+  if (plan.last_row >= io.x_rows || plan.last_row >= io.y_rows)
+    PyErr_Format(PyExc_ValueError, "add: found x of %lld rows and y of %lld, expected more than %lld, the plan's last",
+                 static_cast<long long>(io.x_rows), static_cast<long long>(io.y_rows), last_row);
+  else if (io.x_width != m.in || io.y_width != m.width())
+    PyErr_Format(PyExc_ValueError, "add: found x of width %lld and y of width %lld, expected %lld and %lld",
+                 static_cast<long long>(io.x_width), static_cast<long long>(io.y_width),
+                 static_cast<long long>(m.in), static_cast<long long>(m.width()));
+  else if (plan.last_slot >= m.slots)
+    PyErr_Format(PyExc_ValueError, "add: found a plan for slot %lld, expected less than the module's %lld", last_slot,
+                 static_cast<long long>(m.slots));
+  else
+    return true;
+  return false;
+}
+
+// add(module, plan, y_pointer, y_rows, y_width, y_stride, x_pointer, x_rows, x_width, x_stride, scale, version);
+// strides in elements
 PyObject* py_add(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 8) {
-    PyErr_SetString(PyExc_TypeError, "add: expected 8 arguments");
-    return nullptr;
-  }
+  if (count != 12) return PyErr_Format(PyExc_TypeError, "add: found %zd arguments, expected 12", count);
   auto* m = unboxed<ModuleBox>(args[0]);
   auto* plan = unboxed<PlanBox>(args[1]);
   if (!m || !plan) return nullptr;
-  auto* y = static_cast<bf16*>(PyLong_AsVoidPtr(args[2]));
-  const int64_t y_stride = PyLong_AsLongLong(args[3]);
-  const auto* x = static_cast<const bf16*>(PyLong_AsVoidPtr(args[4]));
-  const int64_t x_stride = PyLong_AsLongLong(args[5]);
-  const double scale = PyFloat_AsDouble(args[6]);
-  const int64_t version = PyLong_AsLongLong(args[7]);
-  if (PyErr_Occurred()) return nullptr;
+  int64_t numbers[8];
+  for (int i = 0; i < 4; ++i) {
+    numbers[i] = PyLong_AsLongLong(args[2 + i]);
+    numbers[4 + i] = PyLong_AsLongLong(args[6 + i]);
+  }
+  Operands io;
+  io.y = reinterpret_cast<bf16*>(numbers[0]);
+  io.y_rows = numbers[1], io.y_width = numbers[2], io.y_stride = numbers[3];
+  io.x = reinterpret_cast<const bf16*>(numbers[4]);
+  io.x_rows = numbers[5], io.x_width = numbers[6], io.x_stride = numbers[7];
+  io.scale = static_cast<float>(PyFloat_AsDouble(args[10]));
+  const int64_t version = PyLong_AsLongLong(args[11]);
+  if (PyErr_Occurred() || !fits(*m, *plan, io)) return nullptr;
   Py_BEGIN_ALLOW_THREADS
+  const std::scoped_lock lock(m->busy, plan->busy);
   if (version != m->version) {
     refresh(*m);
     m->version = version;
   }
-  add(*m, *plan, y, y_stride, x, x_stride, static_cast<float>(scale));
+  plan->kernel->add(*m, *plan, io);
   Py_END_ALLOW_THREADS
   Py_RETURN_NONE;
 }
 
 PyMethodDef kMethods[] = {
-    {"supported", py_supported, METH_NOARGS, "Whether this CPU runs the kernel."},
-    {"plan", py_plan, METH_VARARGS, "plan(slots_pointer, rows): blocks of rows by slot; None without adapters."},
+    {"instruction_sets", py_instruction_sets, METH_NOARGS, "Names of those that this CPU has, the best first."},
+    {"plan", py_plan, METH_VARARGS,
+     "plan(instruction_set, slots_pointer, rows): blocks of rows by slot; None without adapters."},
     {"module", py_module, METH_VARARGS, "module(a_pointers, b_pointers, outs, slots, in, rank): stacked weights."},
     {"add", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(py_add)), METH_FASTCALL,
-     "add(module, plan, y, y_stride, x, x_stride, scale, version): y += B A x, in place."},
+     "add(module, plan, y, rows, width, stride, x, rows, width, stride, scale, version): y += B A x, in place."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_lora_cpu", "Fused LoRA products for x86 CPUs.", -1, kMethods,

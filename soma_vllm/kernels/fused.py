@@ -2,6 +2,7 @@
 
 Guarantees: without a compiled kernel, or on a CPU that does not run it, `compiled_kernel` is None and nothing
 here is used; a layer of another shape or type than the kernel computes is told apart before the kernel sees it.
+Every call tells the kernel the sizes of its tensors: what does not belong together is a `ValueError`.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from soma_vllm.machine import InstructionSet, instruction_set
 
 KERNEL_ENV = "SOMA_LORA_CPU"
 """Set to "torch" to leave the compiled kernel out, for comparisons."""
@@ -24,11 +28,26 @@ except ImportError:  # setup.py builds it where there is a C++ compiler
     _COMPILED = None
 
 
-def compiled_kernel() -> Any:
-    """The compiled kernel's module; None where it was not built, or this CPU does not run it."""
-    if _COMPILED is None or os.environ.get(KERNEL_ENV) == "torch" or not _COMPILED.supported():
+@dataclass(frozen=True)
+class Kernel:
+    """The compiled kernel as one instruction set computes it."""
+
+    isa: InstructionSet
+    module: Any
+
+    def plan(self, slots: torch.Tensor) -> Any:
+        """What a step needs to know of its rows, given the slot of each (int64; -1: none); None without any."""
+        return self.module.plan(self.isa.value, slots.data_ptr(), len(slots))
+
+
+def compiled_kernel() -> Kernel | None:
+    """The compiled kernel at the best level that may be used here; None where there is none."""
+    if _COMPILED is None or os.environ.get(KERNEL_ENV) == "torch":
         return None
-    return _COMPILED
+    levels = list(InstructionSet)
+    allowed = levels[levels.index(instruction_set()) :]
+    isa = next((level for level in allowed if level in _COMPILED.instruction_sets()), None)
+    return Kernel(isa, _COMPILED) if isa else None
 
 
 class Fused:
@@ -37,12 +56,12 @@ class Fused:
     vLLM allocates them once per layer and writes adapters into them in place.
     """
 
-    def __init__(self, kernel: Any, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> None:
+    def __init__(self, kernel: Kernel, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> None:
         self._weights = (a, b)  # kept alive: the kernel has their addresses
         self._first = a[0]
         slots, _, rank, width = a[0].shape
-        self._add = kernel.add
-        self._module = kernel.module(
+        self._add = kernel.module.add
+        self._module = kernel.module.module(
             tuple(part.data_ptr() for part in a),
             tuple(part.data_ptr() for part in b),
             tuple(part.shape[-2] for part in b),
@@ -53,7 +72,7 @@ class Fused:
 
     @staticmethod
     def fits(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], outs: Sequence[int]) -> bool:
-        """Whether the kernel computes such a layer: bf16, whole slots, ranks that are multiples of 8."""
+        """Whether the kernel computes such a layer: bf16, whole slots, ranks of 8, 16 .. 512."""
         weights = (*a, *b)
         return (
             len(a) == len(b) == len(outs) <= 4
@@ -63,6 +82,7 @@ class Fused:
             and all(part.shape[2] == out for part, out in zip(b, outs, strict=True))
             and all(part.shape[3] == a[0].shape[2] for part in b)
             and a[0].shape[2] % 8 == 0
+            and 0 < a[0].shape[2] <= 512
         )
 
     def add(self, plan: Any, y: torch.Tensor, x: torch.Tensor, scale: float) -> None:
@@ -72,8 +92,10 @@ class Fused:
             self._module,
             plan,
             y.data_ptr(),
+            *y.shape,
             y.stride(0),
             x.data_ptr(),
+            *x.shape,
             x.stride(0),
             scale,
             self._first._version,

@@ -203,7 +203,7 @@ class GroupedPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
         self._token_plans, self._sampler_plans = {}, {}
         self.no_lora = max(self._token_slots, default=-1) < 0
         if self._kernel is not None:
-            self._fused_plan = self._kernel.plan(slots.data_ptr(), len(slots))
+            self._fused_plan = self._kernel.plan(slots)
 
     def add_shrink(
         self,
@@ -217,7 +217,7 @@ class GroupedPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
         x = _flat(x)
         for product in self._plan_for(x.shape[0]):
             gathered = product.gather(x)
-            for target, a in zip(y, lora_a_stacked, strict=False):
+            for target, a in zip(y, lora_a_stacked, strict=True):
                 low = _shrink(product, gathered, _stacked(a), scale)
                 product.put(_flat(target)[:, : low.shape[-1]], low)
 

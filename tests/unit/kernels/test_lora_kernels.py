@@ -1,16 +1,23 @@
-"""The grouped LoRA products against the plainest possible reference, and vLLM's stock ones against the same."""
+"""The grouped LoRA products against the plainest possible reference, and vLLM's stock ones against the same.
+
+Everything holds for each instruction set of the compiled kernel, and for torch's products; those that this
+CPU lacks are skipped.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from soma_vllm.kernels.fused import KERNEL_ENV, Fused, compiled_kernel
+from soma_vllm.kernels import _lora_cpu
+from soma_vllm.kernels.fused import KERNEL_ENV, Fused, Kernel, compiled_kernel
 from soma_vllm.kernels.lora_kernels import FewRowsEach, GroupedPunicaWrapperCPU, OneAdapter, plan
+from soma_vllm.machine import ISA_ENV, InstructionSet
 
 SLOTS, RANK, WIDTH, VOCABULARY = 4, 8, 64, 96
 QKV = (48, 16, 16)
@@ -31,12 +38,30 @@ BATCHES = {
 }
 
 
-@pytest.fixture(autouse=True, params=["compiled", "torch"])
-def _kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything holds for the compiled kernel and without it."""
-    monkeypatch.setenv(KERNEL_ENV, request.param)
-    if request.param == "compiled" and compiled_kernel() is None:
-        pytest.skip("this CPU has no AVX-512 bf16")
+COMPILED = [InstructionSet.AVX512_BF16, InstructionSet.AVX2]
+
+
+@pytest.fixture(autouse=True, params=[*COMPILED, "torch"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel | None:
+    """The products that a wrapper made in this test takes; None for torch's."""
+    return choose(request.param, monkeypatch)
+
+
+def choose(name: str, monkeypatch: pytest.MonkeyPatch) -> Kernel | None:
+    """Have wrappers take these products from here on, or skip the test where this CPU cannot compute them."""
+    monkeypatch.setenv(KERNEL_ENV, "torch" if name == "torch" else "")
+    monkeypatch.setenv(ISA_ENV, "avx2" if name == InstructionSet.AVX2 else "")
+    if name != "torch" and name not in _lora_cpu.instruction_sets():
+        pytest.skip(f"this CPU has no {name}")
+    return compiled_kernel()
+
+
+@pytest.fixture
+def compiled(kernel: Kernel | None) -> Kernel:
+    """The compiled kernel; torch's products are skipped."""
+    if kernel is None:
+        pytest.skip("about the compiled kernel")
+    return kernel
 
 
 def step(wrapper: PunicaWrapperCPU, ids: Sequence[int], sampled: Sequence[int] | None = None) -> None:
@@ -63,21 +88,23 @@ def inputs(rows: int, width: int = WIDTH) -> torch.Tensor:
 def reference(
     x: torch.Tensor, ids: Sequence[int], a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """The delta, token by token, in fp32. Adapter id n lives in slot n - 1."""
-    delta = torch.zeros(x.shape[0], sum(part.shape[2] for part in b))
+    """The delta, token by token, in float64. Adapter id n lives in slot n - 1."""
+    delta = torch.zeros(x.shape[0], sum(part.shape[2] for part in b), dtype=torch.float64)
     for row, adapter in enumerate(ids):
         if adapter == BASE:
             continue
         start = 0
         for down, up in zip(a, b, strict=True):
             end = start + up.shape[2]
-            delta[row, start:end] = up[adapter - 1, 0].float() @ (down[adapter - 1, 0].float() @ x[row].float())
+            delta[row, start:end] = up[adapter - 1, 0].double() @ (
+                down[adapter - 1, 0].double() @ x[row].double()
+            )
             start = end
     return delta
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found.float(), expected, rtol=0.03, atol=0.15)
+    torch.testing.assert_close(found.double(), expected.double(), rtol=0.03, atol=0.15)
 
 
 def base_delta(kind: type[PunicaWrapperCPU]) -> float:
@@ -218,7 +245,7 @@ def test_mixed_types_are_computed_in_the_wider_one() -> None:
     step(wrapper, ids)
     y = torch.zeros(3, sum(QKV))
     wrapper.add_lora_linear(y, x, a, b, 1.0, QKV)
-    torch.testing.assert_close(y, reference(x, ids, a, b), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y.double(), reference(x, ids, a, b), rtol=1e-5, atol=1e-5)
 
 
 def test_a_batched_input_of_three_dimensions_is_folded() -> None:
@@ -240,19 +267,26 @@ def test_the_plan_spends_no_product_on_base_tokens_and_one_on_a_crowd_of_small_a
     assert [type(product) for product in plan([0, 1] + [2] * 20)] == [OneAdapter, FewRowsEach]
 
 
-def test_the_kernel_was_compiled_and_computes_what_it_fits() -> None:
-    from soma_vllm.kernels import _lora_cpu
-
+def test_the_chosen_kernel_computes_what_it_fits(kernel: Kernel | None) -> None:
     wrapper, (a, b) = wrapper_of(GroupedPunicaWrapperCPU), weights(QKV)
     step(wrapper, [1, 2])
     wrapper.add_lora_linear(torch.zeros(2, sum(QKV)).bfloat16(), inputs(2), a, b, 1.0, QKV)
     fused = [layer for _, layer in wrapper._fused.values()]
-    assert [type(layer) for layer in fused] == ([Fused] if compiled_kernel() is _lora_cpu else [])
+    assert [type(layer) for layer in fused] == ([Fused] if kernel else [])
 
 
-@pytest.mark.parametrize("rank", [8, 16, 64])
-@pytest.mark.parametrize(("width", "outs"), [(64, (48,)), (50, (33, 7)), (31, (1,)), (896, (300, 128, 128))])
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 13])
+def test_each_variable_brings_the_instruction_set_that_it_names(
+    request: pytest.FixtureRequest, kernel: Kernel | None
+) -> None:
+    asked = request.node.callspec.params["kernel"]
+    assert (kernel.isa if kernel else "torch") == asked
+
+
+@pytest.mark.parametrize("rank", [8, 24, 64])
+@pytest.mark.parametrize(
+    ("width", "outs"), [(64, (48,)), (50, (33, 7)), (31, (1,)), (15, (9, 264)), (896, (300, 128, 128))]
+)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 13])
 def test_every_rank_width_and_number_of_rows_agrees_with_the_reference(
     rank: int, width: int, outs: tuple[int, ...], rows: int
 ) -> None:
@@ -260,14 +294,112 @@ def test_every_rank_width_and_number_of_rows_agrees_with_the_reference(
     a = tuple((torch.randn(SLOTS, 1, rank, width, generator=random) / 8).bfloat16() for _ in outs)
     b = tuple((torch.randn(SLOTS, 1, out, rank, generator=random) / 8).bfloat16() for out in outs)
     ids = [2] * rows + [BASE] + [4] * (rows // 2)
-    wrapper, x = wrapper_of(GroupedPunicaWrapperCPU), inputs(len(ids), width)
+    wrapper, total = wrapper_of(GroupedPunicaWrapperCPU), sum(outs)
     step(wrapper, ids)
-    y = torch.full((len(ids), sum(outs) + 3), 5.0).bfloat16()
-    wrapper.add_lora_linear(y[:, : sum(outs)], x, a, b, 0.5, outs)
-    torch.testing.assert_close(
-        y[:, : sum(outs)].float(), 5.0 + 0.5 * reference(x, ids, a, b), rtol=0.02, atol=0.04
-    )
-    assert torch.equal(y[:, sum(outs) :], torch.full((len(ids), 3), 5.0).bfloat16())
+    x = inputs(len(ids), width + 5)[:, 2 : 2 + width]  # rows further apart than they are wide
+    around = torch.full((len(ids) + 2, total + 4), 5.0).bfloat16()
+    wrapper.add_lora_linear(around[1:-1, 1 : 1 + total], x, a, b, 0.5, outs)
+    expected = torch.full((len(ids) + 2, total + 4), 5.0, dtype=torch.float64)
+    expected[1:-1, 1 : 1 + total] += 0.5 * reference(x, ids, a, b)
+    torch.testing.assert_close(around.double(), expected, rtol=0.02, atol=0.04)
+    rim = expected == 5.0
+    assert torch.equal(around[rim], torch.full_like(around[rim], 5.0))
+
+
+@pytest.mark.parametrize("rank", [8, 64])
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+def test_sums_are_kept_in_float32_and_rounded_once(compiled: Kernel, rank: int, rows: int) -> None:
+    wrapper, width, out = wrapper_of(GroupedPunicaWrapperCPU), 70, 83
+    random = torch.Generator().manual_seed(rows)
+    step(wrapper, [1] * rows)
+    a, b = torch.zeros(SLOTS, 1, rank, width), torch.zeros(SLOTS, 1, out, rank)
+    a[0, 0, 5, 67] = 1.0  # the low-rank value is one input, unrounded
+    b[0, 0, :, 5] = 2.0 ** -torch.randint(
+        6, 12, (out,), generator=random
+    )  # many sums lie halfway between two values
+    x, before = torch.zeros(rows, width).bfloat16(), torch.randn(rows, out, generator=random).bfloat16()
+    x[:, 67] = torch.tensor([1.0, -1.0, 3.0]).repeat(3)[:rows].bfloat16()
+    y = before.clone()
+    wrapper.add_lora_linear(y, x, (a.bfloat16(),), (b.bfloat16(),), 1.0, (out,))
+    assert torch.equal(y, (before.float() + x[:, 67:68].float() * b[0, 0, :, 5]).bfloat16())
+
+
+def test_infinities_and_values_that_are_no_number_keep_their_places(compiled: Kernel) -> None:
+    wrapper, (a, b), x = wrapper_of(GroupedPunicaWrapperCPU), weights(QKV), inputs(2)
+    step(wrapper, [1, 2])
+    y = torch.zeros(2, sum(QKV)).bfloat16()
+    strange = torch.tensor([0x7FFF, -1, 0x7F80, -0x80, 0x7FC0, 0x7F81], dtype=torch.int16).view(torch.bfloat16)
+    y[0, 30:36] = strange
+    wrapper.add_lora_linear(y, x, a, b, 1.0, QKV)
+    expected = reference(x, [1, 2], a, b)
+    expected[0, 30:36] = strange.double()
+    torch.testing.assert_close(y.double(), expected, rtol=0.03, atol=0.15, equal_nan=True)
+
+
+@pytest.fixture
+def layer(compiled: Kernel) -> Iterator[tuple[Fused, torch.Tensor]]:
+    """A layer of 64 to 80 with 4 slots, and an output of 3 rows that must be as it was after the test."""
+    y = torch.full((3, sum(QKV)), 7.0).bfloat16()
+    yield Fused(compiled, *weights(QKV)), y
+    assert torch.equal(y, torch.full_like(y, 7.0))
+
+
+def planned(compiled: Kernel, *slots: int) -> object:
+    return compiled.plan(torch.tensor(slots))
+
+
+def test_rows_past_the_tensors_are_refused(compiled: Kernel, layer: tuple[Fused, torch.Tensor]) -> None:
+    fused, y = layer
+    with pytest.raises(ValueError, match="found x of 4 rows and y of 3, expected more than 3"):
+        fused.add(planned(compiled, 0, 0, 0, 1), y, inputs(4), 1.0)
+    with pytest.raises(ValueError, match="found x of 2 rows and y of 3, expected more than 2"):
+        fused.add(planned(compiled, -1, -1, 0), y, inputs(2), 1.0)
+
+
+def test_other_widths_than_the_layers_are_refused(compiled: Kernel, layer: tuple[Fused, torch.Tensor]) -> None:
+    fused, y = layer
+    with pytest.raises(ValueError, match="found x of width 63 and y of width 80, expected 64 and 80"):
+        fused.add(planned(compiled, 0), y, inputs(3, 63), 1.0)
+    with pytest.raises(ValueError, match="found x of width 64 and y of width 79, expected 64 and 80"):
+        fused.add(planned(compiled, 0), y[:, 1:], inputs(3), 1.0)
+
+
+def test_a_slot_past_the_layers_is_refused(compiled: Kernel, layer: tuple[Fused, torch.Tensor]) -> None:
+    fused, y = layer
+    with pytest.raises(ValueError, match="found a plan for slot 4, expected less than the module's 4"):
+        fused.add(planned(compiled, 0, 4), y, inputs(3), 1.0)
+
+
+def test_an_unknown_instruction_set_is_refused(compiled: Kernel) -> None:
+    slots = torch.zeros(1, dtype=torch.long)
+    with pytest.raises(ValueError, match="found 'mmx', expected one of"):
+        compiled.module.plan("mmx", slots.data_ptr(), 1)
+
+
+@pytest.mark.parametrize("rank", [4, 12, 520])
+def test_a_rank_that_no_kernel_computes_is_refused(compiled: Kernel, rank: int) -> None:
+    a, b = torch.zeros(1, 1, rank, 8).bfloat16(), torch.zeros(1, 1, 8, rank).bfloat16()
+    assert not Fused.fits((a,), (b,), (8,))
+    with pytest.raises(ValueError, match=f"found 1 slices of rank {rank}, expected 1 to 4 of a multiple of 8"):
+        Fused(compiled, (a,), (b,))
+
+
+def test_threads_that_share_a_layer_and_a_plan_do_not_disturb_each_other(compiled: Kernel) -> None:
+    fused, shared = Fused(compiled, *weights(QKV)), planned(compiled, 0, 1, 2, 3, 0)
+    scales = [0.25, 0.5, 1.0, 2.0]
+    found = [torch.zeros(5, sum(QKV)).bfloat16() for _ in scales]
+
+    def work(y: torch.Tensor, scale: float) -> None:
+        for _ in range(200):
+            fused.add(shared, y.zero_(), inputs(5), scale)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(found, scales, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for y, scale in zip(found, scales, strict=True):
+        assert_close(y, scale * reference(inputs(5), [1, 2, 3, 4, 1], *weights(QKV)))
 
 
 def test_what_is_written_into_a_slot_is_served_at_once_and_what_is_taken_out_is_not() -> None:
@@ -304,18 +436,18 @@ def test_a_value_that_is_no_number_stays_with_its_own_adapter() -> None:
     assert not y[1:].isnan().any()
 
 
-@pytest.mark.skipif(compiled_kernel() is None, reason="this CPU has no AVX-512 bf16")
-def test_the_compiled_kernel_and_torch_agree_on_mixed_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    (a, b), results = weights(QKV), []
-    for ids in BATCHES.values():
-        for kernel in ("compiled", "torch"):
-            monkeypatch.setenv(KERNEL_ENV, kernel)
-            wrapper = wrapper_of(GroupedPunicaWrapperCPU)
+def test_the_compiled_kernel_and_torch_agree_on_mixed_batches(
+    compiled: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (a, b), found, expected = weights(QKV), {}, {}
+    for results, name in ((found, compiled.isa.value), (expected, "torch")):
+        choose(name, monkeypatch)
+        wrapper = wrapper_of(GroupedPunicaWrapperCPU)
+        for batch, ids in BATCHES.items():
             step(wrapper, ids)
-            y = torch.zeros(len(ids), sum(QKV), dtype=torch.bfloat16)
+            y = results[batch] = torch.zeros(len(ids), sum(QKV), dtype=torch.bfloat16)
             wrapper.add_lora_linear(y, inputs(len(ids)), a, b, 1.0, QKV)
-            results.append(y)
-        torch.testing.assert_close(results[-1], results[-2], rtol=0.02, atol=0.05)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.05)
 
 
 @pytest.mark.parametrize("spoilt", ["three slices of four", "rank 4", "a float32 slot", "strided"])
