@@ -34,7 +34,7 @@ setup(
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["soma_vllm", "soma_vllm.*"]),
     ext_modules=[LORA_KERNEL],
-    package_data={"soma_vllm": ["py.typed"], "soma_vllm.kernels": ["_lora_cpu.cpp"]},
+    package_data={"soma_vllm": ["py.typed"], "soma_vllm.kernels": ["*.cpp"]},
     install_requires=requirements("base"),
     extras_require={name: requirements(name) for name in ("cpu", "cuda", "dev", "llmlingua", "routellm")},
     entry_points={
