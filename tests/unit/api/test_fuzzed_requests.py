@@ -19,12 +19,12 @@ import httpx
 import pytest
 import schemathesis
 import uvloop
+from guard import GUARD_S  # type: ignore[import-not-found]
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from surface_house import (  # type: ignore[import-not-found]
     MARKER,
-    PATIENCE_S,
     SurfaceHouse,
     heard,
     marker,
@@ -86,8 +86,8 @@ def fuzzing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzing]:
         pytest.MonkeyPatch.context() as patch,
     ):
         # On a machine with more to do than this the store is slow, and not away.
-        patch.setattr(book, "LOOKUP_S", PATIENCE_S)
-        patch.setattr(custody, "WRITTEN_S", PATIENCE_S)
+        patch.setattr(book, "LOOKUP_S", GUARD_S)
+        patch.setattr(custody, "WRITTEN_S", GUARD_S)
         house = runner.run(SurfaceHouse.built(tmp_path_factory.mktemp("fuzzing")))
         yield Fuzzing(runner, house)
         runner.run(house.close())
