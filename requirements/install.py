@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "soma_vllm" / "kernels"
 PIP = (sys.executable, "-m", "pip")
 QUIET = ("--disable-pip-version-check", "--root-user-action=ignore", "--no-input", "--no-deps")
-ANSWER_S = 15
+ANSWER_S = 10
 """What one look at the index may take."""
 SLOW_S = 5
 SOURCES = {
@@ -72,16 +72,16 @@ def index(pip_arguments: tuple[str, ...]) -> str | None:
     began = time.monotonic()
     try:
         done = subprocess.run(
-            [*PIP, *look, "--retries", "0", "--timeout", str(ANSWER_S), *sources(pip_arguments)],
+            [*PIP, *look, "--retries", "1", "--timeout", str(ANSWER_S), *sources(pip_arguments)],
             capture_output=True,
             text=True,
             check=False,
-            timeout=2 * ANSWER_S,
+            timeout=3 * ANSWER_S,
         )
         why = "\n".join(line for line in done.stderr.splitlines() if not line.startswith("WARNING: pip index"))
         answered = done.returncode == 0
     except subprocess.TimeoutExpired:
-        answered, why = False, f"no answer within {2 * ANSWER_S} s"
+        answered, why = False, f"no answer within {3 * ANSWER_S} s"
     took = time.monotonic() - began
     if answered:
         if took > SLOW_S:
