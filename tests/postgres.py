@@ -55,7 +55,7 @@ class Postgres:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        self.stop(clean=False)
         shutil.rmtree(self._folder)
 
     def start(self) -> None:

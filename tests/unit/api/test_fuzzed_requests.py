@@ -1,4 +1,4 @@
-"""Ten thousand requests that nobody means: none is a 500, none hangs, none reaches another tenant.
+"""Thousands of requests that nobody means: none is a 500, none hangs, none reaches another tenant.
 
 Bodies come from the server's own description of its interface, histories from a small language of what clients
 do to them. Each history is gone through twice, once by a tenant alone and once by one beside whom another does
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from itertools import zip_longest
@@ -35,6 +36,9 @@ from soma_vllm.scheduler import book, custody
 
 CHAT = "/v1/chat/completions"
 Message = dict[str, Any]
+HISTORIES = int(os.environ.get("SOMA_FUZZED_HISTORIES", "150"))
+
+pytestmark = pytest.mark.slow
 
 
 def fuzzed(examples: int) -> settings:
@@ -384,7 +388,7 @@ class Client:
     way=ways,
     extra=extras,
 )
-@fuzzed(500)
+@fuzzed(HISTORIES)
 def histories(fuzzing: Fuzzing, moved: list[Any], beside: list[Any], way: str, extra: Any) -> None:
     fuzzing.examples += 1
     number = fuzzing.examples

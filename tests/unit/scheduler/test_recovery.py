@@ -21,9 +21,9 @@ from soma_vllm.types import AdapterRef
 History = list[dict[str, Any]]
 PLAY = Path(__file__).parents[2] / "killed_play.py"
 PROCESSES = 2
-LIMIT_S = 300.0
 
 
+@pytest.mark.slow
 def test_whatever_step_a_server_is_killed_at_nothing_that_was_written_is_lost_and_nothing_is_left_over(
     tmp_path: Path,
 ) -> None:
