@@ -15,22 +15,29 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup models tiny baselines demo smoke evaluate serve test lint bench study load-tools load-test lock clean
+.PHONY: help setup models tiny baselines demo smoke evaluate serve check test lint fast-services fast-rest bench study load-tools load-test lock clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
-## make setup   create .venv from the pinned lock (about 2-4 minutes; seconds when it is there)
+## make setup   create .venv from the pinned lock (3 to 6 minutes; seconds when it is there)
 setup: $(STAMP)
 
-$(STAMP): $(LOCK) setup.py $(wildcard soma_vllm/kernels/*.cpp soma_vllm/kernels/*.h) requirements/build.lock
-	@echo "[setup] $(DEVICE): installing $$(grep -vc '^#' $(LOCK)) pinned packages into $(VENV), about 2-4 minutes"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/build.lock
+$(STAMP): $(LOCK) setup.py $(wildcard soma_vllm/kernels/*.cpp soma_vllm/kernels/*.h) requirements/build.lock | $(BIN)/python
+	@$(BIN)/python requirements/check_machine.py $(DEVICE)
+	@echo "[setup] $(DEVICE): installing $$(grep -vc '^#' $(LOCK)) pinned packages into $(VENV)"
+	@$(BIN)/python requirements/install.py requirements/build.lock $(PIP_ARGS)
 	@$(BIN)/python requirements/install.py $(LOCK) $(PIP_ARGS)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python requirements/install.py --project
 	@rm -f $(VENV)/.installed-* && touch $@
 	@echo "[setup] done"
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "[setup] found no $(PYTHON): install Python 3.11 (Debian, Ubuntu:" \
+	  "apt install python3.11-venv python3.11-dev), or say where it is: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) requirements/check_machine.py $(DEVICE) >/dev/null
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "[setup] $(PYTHON) lacks its venv module" \
+	  "(Debian, Ubuntu: apt install python3.11-venv)" >&2; exit 1; }
 
 ## make models  fetch the embedded pair and the encoder (about 2.5 GB of downloads, 3-5 minutes; once)
 models: setup
@@ -83,6 +90,18 @@ serve: models
 test: lint models tiny baselines
 	@echo "[test] the whole suite, on real engines: about 25 minutes on 2 cores"
 	@$(BIN)/python -m pytest
+
+## make check   lint, types and the fast tests: nothing is downloaded, no engine is started (3 minutes on 2 cores)
+check: setup
+	@$(MAKE) --no-print-directory -j2 --output-sync=target lint fast-services fast-rest
+
+SERVICES := tests/unit/scheduler tests/unit/api tests/unit/storage tests/unit/adapters
+FAST := $(BIN)/python -m pytest -q -m "not slow"
+fast-services: setup
+	@$(FAST) $(SERVICES)
+
+fast-rest: setup
+	@$(FAST) tests/unit $(addprefix --ignore=,$(SERVICES))
 
 ## make lint    ruff and mypy
 lint: setup

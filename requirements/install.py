@@ -1,23 +1,48 @@
-"""Install a lock file as it stands (`--no-deps`), and say what to do when the CPU build of torch is not found.
+"""Install with pip: in silence where it works, and with all of pip's words where it does not.
 
-python requirements/install.py requirements/cpu.lock [pip arguments]
+python requirements/install.py requirements/cpu.lock [pip arguments]   a lock file as it stands (`--no-deps`)
+python requirements/install.py --project                               this project, editable
+
+Guarantees: an index that does not answer is told within half a minute, not after pip's retries of each package;
+warnings and notices of pip and setuptools are not shown; a C++ source that did not compile is told with the
+compiler's first error, and is no failure.
 """
 
 import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "soma_vllm" / "kernels"
+PIP = (sys.executable, "-m", "pip")
+QUIET = ("--disable-pip-version-check", "--root-user-action=ignore", "--no-input", "--no-deps")
+ANSWER_S = 10
+"""What one look at the index may take."""
+SLOW_S = 5
+SOURCES = {
+    "--index-url",
+    "-i",
+    "--extra-index-url",
+    "--find-links",
+    "-f",
+    "--trusted-host",
+    "--proxy",
+    "--cert",
+}
+"""Of pip's arguments, those that say where packages are."""
 
 
-def main(lock: str, *pip_arguments: str) -> int:
+def main(what: str, *pip_arguments: str) -> int:
     """Exit code of pip."""
-    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "-q"]
-    done = subprocess.run(
-        [*command, *pip_arguments, "-r", lock], stderr=subprocess.PIPE, text=True, check=False
-    )
-    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-    print("\n".join(errors), file=sys.stderr, end="\n" if errors else "")
+    if what == "--project":
+        return project()
+    if no_answer := index(pip_arguments):
+        print(no_answer, file=sys.stderr)
+        return 1
+    done = pip("install", *QUIET, "--quiet", *pip_arguments, "-r", what)
     if done.returncode and re.search(r"torch==\S*\+cpu", done.stderr):
         print(
             "\nThe package index at hand does not carry torch's CPU build. PyTorch's own wheel index does:\n"
@@ -26,6 +51,71 @@ def main(lock: str, *pip_arguments: str) -> int:
             file=sys.stderr,
         )
     return done.returncode
+
+
+def pip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run it; where it fails, print everything that it said."""
+    done = subprocess.run([*PIP, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(done.stdout + done.stderr, file=sys.stderr, end="")
+    return done
+
+
+def index(pip_arguments: tuple[str, ...]) -> str | None:
+    """Why nothing can be installed; None where the index knows a package that every lock needs.
+
+    Asked through pip, so that its configuration, proxies and certificates are those of the installation.
+    """
+    if "--no-index" in pip_arguments:
+        return None
+    look = ["index", "versions", "setuptools", "--disable-pip-version-check", "--no-input"]
+    began = time.monotonic()
+    try:
+        done = subprocess.run(
+            [*PIP, *look, "--retries", "1", "--timeout", str(ANSWER_S), *sources(pip_arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=3 * ANSWER_S,
+        )
+        why = "\n".join(line for line in done.stderr.splitlines() if not line.startswith("WARNING: pip index"))
+        answered = done.returncode == 0
+    except subprocess.TimeoutExpired:
+        answered, why = False, f"no answer within {3 * ANSWER_S} s"
+    took = time.monotonic() - began
+    if answered:
+        if took > SLOW_S:
+            print(f"[setup] the package index is slow ({took:.0f} s for one page): this may take half an hour")
+        return None
+    return (
+        f"[setup] the package index does not answer, so nothing was installed:\n{why}\n"
+        "[setup] choose another with PIP_INDEX_URL, or a proxy with HTTPS_PROXY; what pip uses: pip config list"
+    )
+
+
+def sources(pip_arguments: tuple[str, ...]) -> list[str]:
+    """Those of pip's arguments that say where packages are."""
+    found, value_follows = [], False
+    for argument in pip_arguments:
+        name = argument.partition("=")[0]
+        if value_follows or name in SOURCES:
+            found.append(argument)
+        value_follows = name in SOURCES and "=" not in argument
+    return found
+
+
+def project() -> int:
+    """Install this project; say what is slower where its C++ sources did not compile."""
+    done = pip("install", *QUIET, "--verbose", "--no-build-isolation", "--editable", str(ROOT))
+    if done.returncode:
+        return done.returncode
+    for source in sorted(KERNELS.glob("_*.cpp")):
+        built = list(KERNELS.glob(f"{source.stem}.*.so"))
+        if not any(one.stat().st_mtime >= source.stat().st_mtime for one in built):
+            error = re.search(r"^.*\berror:.*$", done.stdout + done.stderr, re.MULTILINE | re.IGNORECASE)
+            said = f": {error[0].strip()}" if error else ""
+            print(f"[setup] {source.name} was not compiled, torch computes its products, slower{said}")
+    return 0
 
 
 if __name__ == "__main__":

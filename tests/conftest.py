@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 from postgres import PACKAGE, Postgres, binaries  # type: ignore[import-not-found]
+
+# An example may take as long as a slow machine makes it.
+SLOWNESS_IS_NO_FAULT = hypothesis.settings(
+    deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile("suite", SLOWNESS_IS_NO_FAULT)
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

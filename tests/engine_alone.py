@@ -13,6 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self, TypeVar
 
+from guard import GUARD_S  # type: ignore[import-not-found]
+
 from soma_vllm.config import Config
 from soma_vllm.engines.command import surrogate_arguments, vllm_environment
 
@@ -32,7 +34,7 @@ class EngineAlone:
         self.client: Any = None
         self.state = SimpleNamespace()
 
-    def run(self, work: Coroutine[Any, Any, T], limit_s: float = 120) -> T:
+    def run(self, work: Coroutine[Any, Any, T], limit_s: float = GUARD_S) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(limit_s)
 
     def __enter__(self) -> Self:
@@ -44,7 +46,7 @@ class EngineAlone:
         started: Future[None] = Future()
         self._life = asyncio.run_coroutine_threadsafe(self._live(started), self._loop)
         try:
-            started.result(240)
+            started.result(GUARD_S)
         finally:
             os.environ.clear()
             os.environ.update(before)
@@ -52,10 +54,10 @@ class EngineAlone:
 
     def __exit__(self, *exc: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._life.result(60)
+        self._life.result(GUARD_S)
         self.client = self.state = None
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(30)
+        self._thread.join(GUARD_S)
         self._loop.close()
         del self._life
         with warnings.catch_warnings():

@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from guard import GUARD_S  # type: ignore[import-not-found]
+
 PACKAGE = "postgresql"
-START_LIMIT_S = 30.0
 QUICK = ("fsync=off", "full_page_writes=off", "shared_buffers=16MB")
 """A commit survives the end of the server, not of the machine."""
 
@@ -54,7 +55,7 @@ class Postgres:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        self.stop(clean=False)
         shutil.rmtree(self._folder)
 
     def start(self) -> None:
@@ -63,7 +64,7 @@ class Postgres:
         command = [self._programs / "postgres", "-D", self._data, "-k", self._folder, "-h", "", *settings]
         with (self._folder / "log").open("ab") as log:
             self._server = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder, **self._as)
-        until = time.monotonic() + START_LIMIT_S
+        until = time.monotonic() + GUARD_S
         while not self._takes_connections():
             if self._server.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"PostgreSQL did not start:\n{(self._folder / 'log').read_text()}")

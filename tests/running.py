@@ -15,13 +15,13 @@ from typing import Any
 
 import httpx
 import yaml
+from guard import GUARD_S  # type: ignore[import-not-found]
 from openai import OpenAI
 
 import soma_vllm
 
 ROOT = Path(soma_vllm.__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
-START_LIMIT_S = 240.0
 
 
 def free_port() -> int:
@@ -43,7 +43,7 @@ class Running:
 
     def client(self, key: str = "key") -> OpenAI:
         if key not in self._clients:
-            self._clients[key] = OpenAI(base_url=f"{self.root}/v1", api_key=key, max_retries=0, timeout=120)
+            self._clients[key] = OpenAI(base_url=f"{self.root}/v1", api_key=key, max_retries=0, timeout=GUARD_S)
         return self._clients[key]
 
     def close(self) -> None:
@@ -51,22 +51,26 @@ class Running:
             client.close()
 
     def session(self, name: str, key: str = "key") -> dict[str, Any]:
-        headers = {"Authorization": f"Bearer {key}"}
-        answer = httpx.get(f"{self.root}/soma/sessions/{name}", headers=headers, timeout=30)
+        answer = self.get(f"/soma/sessions/{name}", key)
         answer.raise_for_status()
         found: dict[str, Any] = answer.json()
         return found
 
-    def until(self, name: str, *phases: str, limit_s: float = 180, key: str = "key") -> dict[str, Any]:
+    def get(self, path: str, key: str = "key", **more: Any) -> httpx.Response:
+        """GET a path of the server."""
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.get(f"{self.root}{path}", headers=headers, follow_redirects=True, timeout=GUARD_S, **more)
+
+    def until(self, name: str, *phases: str, key: str = "key") -> dict[str, Any]:
         """The session once it is idle in one of these phases."""
-        deadline = time.monotonic() + limit_s
+        deadline = time.monotonic() + GUARD_S
         found = self.session(name, key)
         while time.monotonic() < deadline:
             if found["phase"] in phases and found["idle"]:
                 return found
             time.sleep(0.2)
             found = self.session(name, key)
-        raise AssertionError(f"{name} is {found['phase']} after {limit_s:g} s, not {phases}")
+        raise AssertionError(f"{name} is {found['phase']} after {GUARD_S:g} s, not {phases}")
 
     def said(self) -> str:
         return self.output.read_text()
@@ -118,11 +122,11 @@ def engine_metric(running: Running, engine: str, name: str) -> float:
     """A series of an engine's own, summed over labels: the original's server, or the surrogate in ours."""
     if engine == "original":
         transport = httpx.HTTPTransport(uds=str(running.run_dir / "original.sock"))
-        client = httpx.Client(transport=transport, base_url="http://original", follow_redirects=True)
+        client = httpx.Client(transport=transport, base_url="http://original", timeout=GUARD_S)
     else:
-        client = httpx.Client(base_url=running.root, follow_redirects=True)
+        client = httpx.Client(base_url=running.root, timeout=GUARD_S)
     with client:
-        lines = client.get("/metrics").text.splitlines()
+        lines = client.get("/metrics", follow_redirects=True).text.splitlines()
     values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} "))]
     assert values, f"the {engine} has no series {name}"
     return sum(values)
@@ -152,9 +156,9 @@ def alive(pids: set[int]) -> set[int]:
     return running
 
 
-def gone(pids: set[int], limit_s: float = 30) -> set[int]:
-    """Those still alive after waiting."""
-    deadline = time.monotonic() + limit_s
+def gone(pids: set[int]) -> set[int]:
+    """Those still alive after waiting: Ray's own helpers notice a loss by a missed heartbeat."""
+    deadline = time.monotonic() + GUARD_S
     while (left := alive(pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left
@@ -164,8 +168,8 @@ def kill(running: Running) -> None:
     """`kill -9`; returns when everything that the server had started has ended too."""
     everybody = {pid: Path(f"/proc/{pid}/cmdline").read_text()[:80] for pid in descendants(running.process.pid)}
     os.kill(running.process.pid, signal.SIGKILL)
-    running.process.wait(30)
-    assert not [everybody[pid] for pid in gone(set(everybody), 90)]
+    running.process.wait(GUARD_S)
+    assert not [everybody[pid] for pid in gone(set(everybody))]
 
 
 @contextlib.contextmanager
@@ -198,18 +202,18 @@ def serving(
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(60)
+                process.wait(GUARD_S)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
 
 def _wait_until_said(running: Running, words: str) -> None:
-    deadline = time.monotonic() + START_LIMIT_S
+    deadline = time.monotonic() + GUARD_S
     while time.monotonic() < deadline:
         if running.process.poll() is not None:
             raise AssertionError(f"soma-serve ended with {running.process.returncode}:\n{running.said()}")
         if words in running.said():
             return
         time.sleep(0.2)
-    raise AssertionError(f"soma-serve has not said {words!r} after {START_LIMIT_S:g} s:\n{running.said()}")
+    raise AssertionError(f"soma-serve has not said {words!r} after {GUARD_S:g} s:\n{running.said()}")

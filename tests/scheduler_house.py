@@ -376,3 +376,6 @@ class House:
 
 
 Build = Callable[..., House]
+
+Later = Callable[[float], None]
+"""Moves the clock on by so many seconds."""

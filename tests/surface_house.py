@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from guard import GUARD_S  # type: ignore[import-not-found]
 from prometheus_client import CollectorRegistry
 from scheduler_house import (  # type: ignore[import-not-found]
     SETTINGS,
@@ -40,7 +41,6 @@ ADMIN = "the-admin-of-this-house"
 MARKER = re.compile(r"marker-(\w+)-of-a-tenant")
 """What tenants say, so that it is known whose words they are."""
 
-PATIENCE_S = 30.0
 """A request that takes longer hangs."""
 
 
@@ -133,7 +133,7 @@ class SurfaceHouse:
             headers["Content-Type"] = "application/json"
         headers |= more.pop("headers", {})
         self.sent[path] += 1
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(GUARD_S):
             return await self._client.request(method, path, headers=headers, **more)
 
     async def settled(self) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from guard import GUARD_S, until  # type: ignore[import-not-found]
 from postgres import Postgres  # type: ignore[import-not-found]
 from running import TINY, Dialogue, Running, kill, serving  # type: ignore[import-not-found]
 
@@ -18,8 +18,6 @@ from soma_vllm.storage.records import Summary
 from soma_vllm.storage.sessions import reading
 
 FORCED = {"X-SOMA-Force": "adapter"}
-LIMIT_S = 20.0
-"""Longest time that a request may take while the database is away: a lookup's limit, twice, and the answer."""
 
 
 def on_record(url: str) -> dict[str, Summary]:
@@ -30,13 +28,6 @@ def on_record(url: str) -> dict[str, Summary]:
             return {summary.key.session: summary for summary in await store.summaries(None, 1000)}
 
     return asyncio.run(read())
-
-
-def until(true: Callable[[], bool], limit_s: float = 60.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -81,20 +72,19 @@ def outage(folder: Path, settings: dict[str, Any], url: str, postgres: Postgres)
     return seen
 
 
-def _while_it_is_away(server: Running, live: Dialogue) -> list[tuple[str, int, float, dict[str, str]]]:
-    """(who asked, status, seconds, headers) of each request."""
-    found = []
+def _while_it_is_away(server: Running, live: Dialogue) -> list[tuple[str, int, dict[str, str]]]:
+    """(who asked, status, headers) of each request; the database comes back after the last answer."""
+    found: list[tuple[str, int, dict[str, str]]] = []
 
     def ask(who: str, messages: list[dict[str, str]], **headers: str) -> str:
         body = {"model": "soma", "messages": messages, "max_tokens": 8, "temperature": 0}
-        started = time.monotonic()
         answer = httpx.post(
             f"{server.root}/v1/chat/completions",
             json=body,
             headers={"Authorization": "Bearer key", **headers},
-            timeout=120,
+            timeout=GUARD_S,
         )
-        found.append((who, answer.status_code, time.monotonic() - started, dict(answer.headers)))
+        found.append((who, answer.status_code, dict(answer.headers)))
         return str(answer.json()["choices"][0]["message"]["content"]) if answer.status_code == 200 else ""
 
     query = {"role": "user", "content": "a question during the outage"}
@@ -105,11 +95,8 @@ def _while_it_is_away(server: Running, live: Dialogue) -> list[tuple[str, int, f
     ask("new", [query], **{"X-Session-ID": "begun during the outage"})
     ask("unnamed", [query])
     ask("branch", [*live.messages[:4], query], **{"X-Session-ID": "live"})
-    for path in ("/soma/sessions", "/soma/sessions/unknown", "/health"):
-        started = time.monotonic()
-        answer = httpx.get(f"{server.root}{path}", headers={"Authorization": "Bearer key"}, timeout=120)
-        found.append((path, answer.status_code, time.monotonic() - started, {}))
-    return found
+    paths = ("/soma/sessions", "/soma/sessions/unknown", "/health")
+    return [*found, *((path, server.get(path).status_code, {}) for path in paths)]
 
 
 def _killed_at_work(server: Running, url: str) -> None:
@@ -140,7 +127,7 @@ def _killed_at_work(server: Running, url: str) -> None:
 def _delete(url: str) -> int:
     """The status; 0 where the connection broke."""
     try:
-        return httpx.delete(url, headers={"Authorization": "Bearer key"}, timeout=120).status_code
+        return httpx.delete(url, headers={"Authorization": "Bearer key"}, timeout=GUARD_S).status_code
     except httpx.HTTPError:
         return 0
 
@@ -151,12 +138,11 @@ def again(folder: Path, settings: dict[str, Any], outage: dict[str, Any]) -> Ite
         yield second
 
 
-def test_while_the_database_is_away_every_request_is_answered_in_time(outage: dict[str, Any]) -> None:
-    for who, status, seconds, _ in outage["away"]:
+def test_every_request_is_answered_while_the_database_is_away(outage: dict[str, Any]) -> None:
+    for who, status, _ in outage["away"]:
         # What only the database knows is not there; nothing else is refused, and nothing fails.
         assert status == (503 if who.startswith("/soma") else 200), outage["away"]
-        assert seconds < LIMIT_S, outage["away"]
-    headers = {who: headers for who, _, _, headers in outage["away"]}
+    headers = {who: headers for who, _, headers in outage["away"]}
     for who in ("new", "unnamed", "branch"):
         assert headers[who]["x-soma-engine"] == "original"
         assert headers[who]["x-soma-reason"] == "session store unavailable"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from guard import GUARD_S  # type: ignore[import-not-found]
 from running import TINY  # type: ignore[import-not-found]
 
 DIALOGUES = {
@@ -30,7 +31,7 @@ def test_an_adapter_of_many_sessions_is_made_and_a_session_can_start_from_it(
             [sys.executable, "-m", "soma_vllm.cli.main", *arguments],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=GUARD_S,
             check=False,
             env={**os.environ, "SOMA_HOME": str(home)},
         )
@@ -72,7 +73,7 @@ def test_what_is_to_be_pooled_has_to_be_said(tmp_path: Path) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=GUARD_S,
         check=False,
     )
     assert done.returncode == 2

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from guard import GUARD_S, until  # type: ignore[import-not-found]
 from running import TINY, Dialogue, Running, kill, serving  # type: ignore[import-not-found]
 
 ADMIN = "the-admin-key-of-the-tests"
@@ -69,11 +70,7 @@ def killed(folder: Path, keys: list[str]) -> Iterator[Path]:
         training = Dialogue(first, "training", keys[0], **FORCED)
         for number in range(4):
             training.say(f"question {number} about mountains")
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            if any(e["kind"] == "training_submitted" for e in first.session("training", keys[0])["events"]):
-                break
-            time.sleep(0.05)
+        until(lambda: "training_submitted" in kinds(first, "training", keys[0]))
         time.sleep(0.1)  # records are written behind the answers
         late = Dialogue(first, "late", keys[0])
         late.say("a first question")
@@ -84,6 +81,11 @@ def killed(folder: Path, keys: list[str]) -> Iterator[Path]:
     (folder / "late").write_text(json.dumps(late.messages))
     yield folder
     del os.environ["SOMA_ADMIN_KEY"]
+
+
+def kinds(server: Running, session: str, key: str) -> list[str]:
+    """What has happened to a session."""
+    return [event["kind"] for event in server.session(session, key)["events"]]
 
 
 @contextlib.contextmanager
@@ -110,17 +112,19 @@ def _refuses_strangers(server: Running, keys: list[str]) -> None:
     with pytest.raises(openai.AuthenticationError):
         server.client("sk-soma-000000000000-" + "x" * 43).models.list()
     for path in ("/v1/models", "/soma/sessions", "/soma/sessions/switched", "/tokenize"):
-        assert httpx.get(f"{server.root}{path}", timeout=30).status_code == 401, path
-    assert httpx.get(f"{server.root}/health", timeout=30).status_code == 200
+        assert httpx.get(f"{server.root}{path}", timeout=GUARD_S).status_code == 401, path
+    assert httpx.get(f"{server.root}/health", timeout=GUARD_S).status_code == 200
     Dialogue(server, "theirs", keys[1]).say("hello")
     with pytest.raises(openai.RateLimitError) as refused:
         Dialogue(server, "another", keys[1]).say("hello")
     assert int(refused.value.response.headers["Retry-After"]) > 0
     with pytest.raises(httpx.HTTPStatusError, match="404"):
         server.session("switched", keys[1])
-    listed = httpx.get(f"{server.root}/soma/sessions", headers=_bearer(keys[1]), timeout=30).json()["data"]
+    listed = server.get("/soma/sessions", keys[1]).json()["data"]
     assert [row["session"] for row in listed] == ["theirs"]
-    order = httpx.post(f"{server.root}/soma/sessions/theirs/rollback", headers=_bearer(keys[1]), timeout=30)
+    order = httpx.post(
+        f"{server.root}/soma/sessions/theirs/rollback", headers=_bearer(keys[1]), timeout=GUARD_S
+    )
     assert order.status_code == 403
 
 
@@ -193,7 +197,7 @@ def test_a_request_that_the_kill_cut_off_is_asked_again_in_its_session(again: Ru
 
 
 def test_no_session_was_forked_by_the_kill(again: Running, keys: list[str]) -> None:
-    listed = httpx.get(f"{again.root}/soma/sessions", headers=_bearer(keys[0]), timeout=30).json()["data"]
+    listed = again.get("/soma/sessions", keys[0]).json()["data"]
     assert [row["session"] for row in listed if "~" in row["session"]] == []
 
 
@@ -240,10 +244,7 @@ def on_record(database: Path, session: str) -> int:
 
 
 def _until_on_record(database: Path, session: str, turns: int) -> None:
-    deadline = time.monotonic() + 30
-    while on_record(database, session) != turns and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert on_record(database, session) == turns
+    until(lambda: on_record(database, session) == turns)
 
 
 def test_a_removed_session_is_not_found_by_a_server_started_later(again: Running, keys: list[str]) -> None:
@@ -257,8 +258,8 @@ def test_an_owner_removes_its_own_session_and_its_adapter(again: Running, keys: 
     found = list((again.run_dir / "adapters").rglob("soma.json"))
     assert any(name in path.read_text() for path in found)
     url = f"{again.root}/soma/sessions/switched"
-    assert httpx.delete(url, headers=_bearer(keys[0]), timeout=60).status_code == 204
-    assert httpx.delete(url, headers=_bearer(keys[0]), timeout=60).status_code == 404
+    assert httpx.delete(url, headers=_bearer(keys[0]), timeout=GUARD_S).status_code == 204
+    assert httpx.delete(url, headers=_bearer(keys[0]), timeout=GUARD_S).status_code == 404
     left = list((again.run_dir / "adapters").rglob("soma.json"))
     assert not any(name in path.read_text() for path in left)
 
@@ -276,12 +277,14 @@ def test_an_adapter_is_evicted_under_the_running_engine_and_its_session_goes_bac
     assert removed.stdout == f"removed    {name}\n", removed.stderr
     assert again.session("training", keys[0])["phase"] == "ROLLED_BACK"
     assert soma("adapters", "show", name, *root).returncode == 1
-    assert "soma_adapters_retired_total" in httpx.get(f"{again.root}/metrics", timeout=30).text
+    assert "soma_adapters_retired_total" in again.get("/metrics").text
 
 
 def test_a_body_that_is_too_large_is_refused(again: Running, keys: list[str]) -> None:
     body = b'{"model": "soma", "messages": "' + b"x" * (17 << 20) + b'"}'
-    answer = httpx.post(f"{again.root}/v1/chat/completions", content=body, headers=_bearer(keys[0]), timeout=60)
+    answer = httpx.post(
+        f"{again.root}/v1/chat/completions", content=body, headers=_bearer(keys[0]), timeout=GUARD_S
+    )
     assert answer.status_code == 413
     assert answer.json()["error"]["code"] == "body_too_large"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from guard import GUARD_S  # type: ignore[import-not-found]
 from marker_original import MarkerOriginal  # type: ignore[import-not-found]
 from running import TINY  # type: ignore[import-not-found]
 
@@ -38,7 +39,12 @@ def evaluate(tiny_models: Path, tmp_path: Path) -> Evaluate:
         command += ["--dialogues", str(tmp_path / "dialogues.json"), "--out", str(tmp_path / "out")]
         environment = {**os.environ, "SOMA_HOME": str(home)}
         return subprocess.run(
-            [*command, *arguments], capture_output=True, text=True, timeout=300, check=False, env=environment
+            [*command, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=GUARD_S,
+            check=False,
+            env=environment,
         )
 
     return run

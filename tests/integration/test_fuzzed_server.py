@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
+from guard import GUARD_S  # type: ignore[import-not-found]
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from running import Running  # type: ignore[import-not-found]
@@ -30,9 +31,6 @@ FIELDS = settings(
     phases=(Phase.generate,),
     suppress_health_check=tuple(HealthCheck),
 )
-PATIENCE_S = 60.0
-"""A request that takes longer hangs."""
-
 BRIEF = {"max_tokens": 2, "max_completion_tokens": None, "min_tokens": 0, "stream_options": None}
 """Over what was drawn: a random model does not stop by itself."""
 
@@ -66,7 +64,7 @@ class Sender:
     def __init__(self, running: Running) -> None:
         self._running = running
         limits = httpx.Limits(max_connections=16)
-        self._client = httpx.Client(base_url=running.root, timeout=PATIENCE_S, limits=limits)
+        self._client = httpx.Client(base_url=running.root, timeout=GUARD_S, limits=limits)
         self.statuses: Counter[int] = Counter()
 
     def send_all(self, requests: Iterable[Asked]) -> None:
@@ -91,7 +89,7 @@ class Sender:
 def sender(tiny_server: Running) -> Any:
     built = Sender(tiny_server)
     yield built
-    assert httpx.get(f"{tiny_server.root}/health", timeout=30).status_code == 200
+    assert tiny_server.get("/health").status_code == 200
     for engine in ("original", "surrogate"):
         raw = tiny_server.client().chat.completions.with_raw_response.create(
             model=f"soma:{engine}", messages=[{"role": "user", "content": "still there?"}], max_tokens=2
@@ -143,7 +141,7 @@ def test_what_vllm_finds_wrong_late_is_a_400_on_both_engines(
     tiny_server: Running, model: str, stream: bool, wrong: dict[str, Any]
 ) -> None:
     body = {"model": model, "prompt": "x", "max_tokens": 2, "stream": stream, **wrong}
-    answer = httpx.post(f"{tiny_server.root}{TEXT}", json=body, timeout=PATIENCE_S)
+    answer = httpx.post(f"{tiny_server.root}{TEXT}", json=body, timeout=GUARD_S)
     assert (answer.status_code, "message" in answer.json()["error"]) == (400, True), answer.text[:300]
 
 
@@ -199,8 +197,7 @@ def test_no_drawn_history_is_a_500_and_none_is_anothers(sender: Sender, tiny_ser
     assert sender.statuses[200] > 50
     tenants = []
     for key in KEYS:
-        headers = {"Authorization": f"Bearer {key}"}
-        listed = httpx.get(f"{tiny_server.root}/soma/sessions?limit=1000", headers=headers, timeout=30).json()
+        listed = tiny_server.get("/soma/sessions?limit=1000", key).json()
         tenants.append({row["tenant"] for row in listed["data"]})
     assert [len(found) for found in tenants] == [1, 1]
     assert tenants[0] != tenants[1]

@@ -8,7 +8,6 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import pytest
 from running import Dialogue, Running  # type: ignore[import-not-found]
 
@@ -16,7 +15,7 @@ MARKERS = ("house", "music", "river")
 
 
 def series(running: Running) -> str:
-    return httpx.get(f"{running.root}/metrics", follow_redirects=True, timeout=30).text
+    return running.get("/metrics").text
 
 
 def value(metrics: str, name: str) -> float:
@@ -106,7 +105,7 @@ def test_a_session_whose_files_are_lost_is_answered_by_the_original_and_others_a
     for marker in others:
         assert marker in dialogues[marker].say("still there?", max_tokens=32)
         assert dialogues[marker].headers["X-SOMA-Engine"] == "surrogate"
-    assert httpx.get(f"{marker_server.root}/health").status_code == 200
+    assert marker_server.get("/health").status_code == 200
 
 
 def test_the_first_turn_under_an_adapter_finds_the_history_in_the_cache(marker_server: Running) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import openai
 import pytest
+from guard import GUARD_S  # type: ignore[import-not-found]
 from running import Running, engine_metric  # type: ignore[import-not-found]
 
 CHOICES, TOKENS = 8, 1500
@@ -24,7 +25,7 @@ async def test_a_client_that_leaves_stops_the_generation(
         session = f"left-{engine}-{stream}-{attempt}"
         before = await counted(tiny_server, engine, "vllm:generation_tokens_total")
         await ask_and_leave(tiny_server, engine, session, stream, 0.1 * 1.5**attempt)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(GUARD_S):
             while await counted(tiny_server, engine, "vllm:num_requests_running") > 0:
                 await asyncio.sleep(0.05)
         generated = await counted(tiny_server, engine, "vllm:generation_tokens_total") - before

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from guard import GUARD_S  # type: ignore[import-not-found]
 from running import Running  # type: ignore[import-not-found]
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "llm-comply"
@@ -68,7 +69,7 @@ def checked(server: Running, form: str, checks: list[str]) -> list[dict[str, Any
         [*command, "--json", "--filter", ",".join(checks)],
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=GUARD_S,
         check=False,
     )
     found: list[dict[str, Any]] = json.loads(done.stdout)["results"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
+from guard import GUARD_S  # type: ignore[import-not-found]
 from running import Running  # type: ignore[import-not-found]
 from study.load_tools import TOOLS, Seen, Workload, installed, run_tool, seen  # type: ignore[import-not-found]
 
@@ -20,14 +20,13 @@ def load(tool: str, running: Running, out: Path) -> Seen:
     """Run it with a small workload; skipped where it is not installed."""
     if not installed(tool):
         pytest.skip(f"{tool} is not installed in {TOOLS / tool}; make load-tools does it")
-    run_tool(tool, running.root, models_dir() / "tiny-surrogate", out, LOAD, limit_s=240)
+    run_tool(tool, running.root, models_dir() / "tiny-surrogate", out, LOAD, limit_s=GUARD_S)
     return seen(tool, out, REQUESTS)
 
 
 def sessions(running: Running, key: str) -> list[dict[str, Any]]:
     """What the server has of a tool's sessions."""
-    headers = {"Authorization": f"Bearer {key}"}
-    answer = httpx.get(f"{running.root}/soma/sessions", headers=headers, timeout=30)
+    answer = running.get("/soma/sessions", key)
     answer.raise_for_status()
     found: list[dict[str, Any]] = answer.json()["data"]
     return found

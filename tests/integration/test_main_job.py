@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from guard import GUARD_S  # type: ignore[import-not-found]
 from running import Dialogue, Running, adapted, descendants  # type: ignore[import-not-found]
 
 
@@ -61,7 +62,7 @@ def test_an_adapters_name_serves_on_no_route(tiny_server: Running, path: str) ->
         "messages": [{"role": "user", "content": "x"}],
         "prompt": "x",
     }
-    answer = httpx.post(f"{tiny_server.root}/v1/{path}", json=body, timeout=30)
+    answer = httpx.post(f"{tiny_server.root}/v1/{path}", json=body, timeout=GUARD_S)
     assert answer.status_code in (400, 404)
 
 
@@ -76,8 +77,8 @@ def test_the_models_own_names_bypass_dispatch(tiny_server: Running, model: str) 
 
 def test_health_and_metrics_answer(tiny_server: Running) -> None:
     Dialogue(tiny_server, "counted").say("hello")
-    assert httpx.get(f"{tiny_server.root}/health").status_code == 200
-    metrics = httpx.get(f"{tiny_server.root}/metrics", follow_redirects=True).text
+    assert tiny_server.get("/health").status_code == 200
+    metrics = tiny_server.get("/metrics").text
     assert 'soma_turns_total{adapter="no",engine="original",phase="WARM_START"}' in metrics
     assert "vllm:" in metrics
 
@@ -88,7 +89,7 @@ def test_an_unknown_model_is_an_openai_error(tiny_server: Running) -> None:
 
 
 def test_a_malformed_request_is_refused_before_any_engine_sees_it(tiny_server: Running) -> None:
-    answer = httpx.post(f"{tiny_server.root}/v1/chat/completions", json={"model": "soma"}, timeout=30)
+    answer = httpx.post(f"{tiny_server.root}/v1/chat/completions", json={"model": "soma"}, timeout=GUARD_S)
     assert answer.status_code == 400
     assert "messages" in answer.json()["error"]["message"]
 
@@ -145,7 +146,7 @@ def until_refused(running: Running) -> openai.APIStatusError:
 
 def until_answered(running: Running) -> str:
     """The first answer after the restart."""
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + GUARD_S
     while time.monotonic() < deadline:
         try:
             return Dialogue(running, "back").say("hello again")

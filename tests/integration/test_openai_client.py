@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import openai
 import pytest
+from guard import GUARD_S  # type: ignore[import-not-found]
 from openai import AsyncOpenAI
 from pydantic import BaseModel
 from running import Dialogue, Running, adapted  # type: ignore[import-not-found]
@@ -44,7 +45,7 @@ class Client:
 
     def __init__(self, running: Running, kind: str, key: str) -> None:
         self._sync = running.client(key)
-        self._async = AsyncOpenAI(base_url=f"{running.root}/v1", api_key=key, max_retries=0, timeout=120)
+        self._async = AsyncOpenAI(base_url=f"{running.root}/v1", api_key=key, max_retries=0, timeout=GUARD_S)
         self._kind = kind
 
     async def chat(self, **request: Any) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import httpx
+from guard import GUARD_S  # type: ignore[import-not-found]
 from running import Dialogue, Running  # type: ignore[import-not-found]
 
 from soma_vllm.engines.teacher import teacher_from_logprobs, teaching_fields
@@ -17,7 +18,7 @@ QUERY = [{"role": "user", "content": "tell me something"}]
 def posted(running: Running, model: str, session: str, **more: Any) -> httpx.Response:
     body = {"model": model, "messages": QUERY, "max_tokens": 12, "temperature": 0, **more}
     headers = {"X-Session-ID": session, "Authorization": "Bearer key"}
-    answer = httpx.post(f"{running.root}/v1/chat/completions", json=body, headers=headers, timeout=60)
+    answer = httpx.post(f"{running.root}/v1/chat/completions", json=body, headers=headers, timeout=GUARD_S)
     answer.raise_for_status()
     return answer
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from guard import GUARD_S  # type: ignore[import-not-found]
 from running import ROOT, TINY, Running  # type: ignore[import-not-found]
 
 TURN_KEYS = {
@@ -30,7 +31,7 @@ def replay(running: Running, out: Path, *arguments: str) -> subprocess.Completed
     command = [sys.executable, "-m", "soma_vllm.cli.main", "replay", "--config", str(TINY)]
     command += ["--dialogues", str(ROOT / "dialogues" / "demo.json"), "--out", str(out)]
     command += ["--url", f"{running.root}/v1", "--limit-turns", "5", "--pause-after-warm-start", "60"]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=GUARD_S, check=False)
 
 
 def test_a_replay_writes_its_log_and_its_figure(tiny_server: Running, tmp_path: Path) -> None:

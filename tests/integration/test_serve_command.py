@@ -13,12 +13,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from guard import GUARD_S  # type: ignore[import-not-found]
 from running import TINY, Dialogue, Running, descendants, free_port, gone, serving  # type: ignore[import-not-found]
 
 from soma_vllm.models.home import models_dir
 
 
-def soma_serve(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def soma_serve(*arguments: str, timeout: float = GUARD_S) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "soma_vllm.cli.serve", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
@@ -75,7 +76,7 @@ def test_the_surrogate_drafts_for_the_original_and_the_original_answers_as_ever(
     assert dialogue.headers["X-SOMA-Engine"] == "original"
     assert dialogue.headers["X-SOMA-Reason"] == "policy speculative, 2 tokens drafted"
     transport = httpx.HTTPTransport(uds=str(drafting.run_dir / "original.sock"))
-    with httpx.Client(transport=transport, base_url="http://original") as child:
+    with httpx.Client(transport=transport, base_url="http://original", timeout=GUARD_S) as child:
         metrics = child.get("/metrics").text
     drafts = re.search(r"^vllm:spec_decode_num_drafts_total\{.*\} ([0-9.e+]+)$", metrics, re.MULTILINE)
     assert drafts is not None
@@ -97,7 +98,7 @@ def test_an_original_that_drafts_still_teaches_by_its_log_probabilities(drafting
 def test_sigterm_stops_every_part_and_leaves_no_process_behind(drafting: Running) -> None:
     family = descendants(drafting.process.pid)
     drafting.process.send_signal(signal.SIGTERM)
-    assert drafting.process.wait(60) == 0
+    assert drafting.process.wait(GUARD_S) == 0
     assert gone(family) == set()
     assert drafting.said().rstrip().endswith("stopped")
 
@@ -107,7 +108,7 @@ def test_sigterm_during_the_start_leaves_no_process_behind_either(tmp_path: Path
     with serving(tmp_path, TINY, until="surrogate  starting") as running:
         family = descendants(running.process.pid)
         running.process.send_signal(signal.SIGTERM)
-        running.process.wait(90)
+        running.process.wait(GUARD_S)
         assert gone(family | descendants(running.process.pid)) == set()
         assert "Traceback" not in running.said()
 
@@ -120,7 +121,6 @@ def test_a_surrogate_that_does_not_start_is_told_with_the_end_of_its_log(tmp_pat
     done = soma_serve(
         *("--config", str(TINY), "--set", f"surrogate_model={broken}"),
         *("--set", f"server.run_dir={tmp_path / 'run'}", "--set", f"server.port={free_port()}"),
-        timeout=120,
     )
     assert done.returncode == 1
     assert "the surrogate failed" in done.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from guard import GUARD_S  # type: ignore[import-not-found]
 from running import ROOT, TINY, Running  # type: ignore[import-not-found]
 from study.plan import order  # type: ignore[import-not-found]
 
@@ -28,7 +29,7 @@ KEYS = {
 def study(running: Running, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), "--config", str(TINY)]
     command += ["--url", f"{running.root}/v1", "--quick", "--seed", str(SEED), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=GUARD_S, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from guard import GUARD_S  # type: ignore[import-not-found]
 from safetensors import safe_open
 
 from soma_vllm.config import Lora, Mining, Training
@@ -26,7 +27,7 @@ LORA = Lora(rank=4, alpha=8, dropout=0.0, steps=3, lr=5e-3)
 
 @pytest.fixture(scope="module")
 async def pool(tiny_models: Path) -> AsyncIterator[TrainerPool]:
-    pool = TrainerPool(Training(dtype="float32"), str(tiny_models / "tiny-surrogate"), 120)
+    pool = TrainerPool(Training(dtype="float32"), str(tiny_models / "tiny-surrogate"), GUARD_S)
     await pool.start()
     yield pool
     await pool.stop()

@@ -33,7 +33,7 @@ def play(running: Running, name: str, turns: int, **headers: str) -> Dialogue:
 
 def test_ticket_labels_move_to_the_plain_surrogate_which_gives_the_same_ones(real_server: Running) -> None:
     dialogue = play(real_server, "topic-change", 4)
-    found = real_server.until("topic-change", "SWITCHED", limit_s=120)
+    found = real_server.until("topic-change", "SWITCHED")
     assert found["serving"] == "plain"
     assert found["training"]["acceptance"]["numbers"]["candidates"]["plain"]["turns"] == [1, 2, 3, 4]
     answer = dialogue.say(DIALOGUES["topic-change"][4], max_tokens=48)
@@ -43,7 +43,7 @@ def test_ticket_labels_move_to_the_plain_surrogate_which_gives_the_same_ones(rea
 
 def test_a_forced_session_is_served_by_an_adapter_that_ray_trained_on_it(real_server: Running) -> None:
     dialogue = play(real_server, "house-style", 4, **{"X-SOMA-Force": "adapter"})
-    found = real_server.until("house-style", "SWITCHED", "ORIGINAL_ONLY", limit_s=400)
+    found = real_server.until("house-style", "SWITCHED", "ORIGINAL_ONLY")
     assert found["phase"] == "SWITCHED"
     trained = next(event["data"] for event in found["events"] if event["kind"] == "trained")
     assert trained["losses"][-1] < trained["losses"][0]

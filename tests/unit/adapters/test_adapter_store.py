@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from adapter_files import BASE_MODEL, write_adapter
+from guard import GUARD_S  # type: ignore[import-not-found]
 
 from soma_vllm.adapters import listing
 from soma_vllm.adapters.manifest import PublishedAdapter
@@ -164,7 +165,7 @@ def _publish_some(root: Path, trained: Path, count: int) -> list[tuple[int, int,
 def test_two_processes_publishing_at_once_share_no_number_version_or_name(root: Path, trained: Path) -> None:
     with ProcessPoolExecutor(2, mp_context=FORK) as pool:
         jobs = [pool.submit(_publish_some, root, trained, 8) for _ in range(2)]
-        published = [row for job in jobs for row in job.result(timeout=120)]
+        published = [row for job in jobs for row in job.result(timeout=GUARD_S)]
     assert [len(set(column)) for column in zip(*published, strict=True)] == [16, 16, 16]
     assert len(AdapterStore(root).list()) == 16
 

@@ -12,6 +12,7 @@ from uuid import uuid4
 import pytest
 from adapter_files import write_adapter
 from fsspec.implementations.memory import MemoryFileSystem
+from guard import GUARD_S  # type: ignore[import-not-found]
 
 from soma_vllm.adapters import remote
 from soma_vllm.adapters.bucket import Bucket
@@ -238,7 +239,7 @@ def test_two_processes_that_publish_for_one_session_at_once_share_no_number_or_n
     url = f"file://{tmp_path}/far"
     with ProcessPoolExecutor(2, mp_context=FORK) as pool:
         jobs = [pool.submit(_publish_some, url, tmp_path / name, trained) for name in ("a", "b")]
-        published = [row for job in jobs for row in job.result(timeout=60)]
+        published = [row for job in jobs for row in job.result(timeout=GUARD_S)]
     assert [len(set(column)) for column in zip(*published, strict=True)] == [12, 12]
     assert {one.ref.name for one in RemoteAdapterStore(url, tmp_path / "c").list()} == {
         name for _, name in published

@@ -14,6 +14,7 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request
+from guard import GUARD_S  # type: ignore[import-not-found]
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
@@ -492,7 +493,7 @@ async def test_a_client_that_leaves_is_seen_by_the_application() -> None:
 
     async def ignore(message: Any) -> None: ...
 
-    await asyncio.wait_for(built.app(scope_of("/v1/waits", []), receive, ignore), 5)
+    await asyncio.wait_for(built.app(scope_of("/v1/waits", []), receive, ignore), GUARD_S)
     assert built.disconnected.is_set()
 
 

@@ -1,4 +1,4 @@
-"""Ten thousand requests that nobody means: none is a 500, none hangs, none reaches another tenant.
+"""Thousands of requests that nobody means: none is a 500, none hangs, none reaches another tenant.
 
 Bodies come from the server's own description of its interface, histories from a small language of what clients
 do to them. Each history is gone through twice, once by a tenant alone and once by one beside whom another does
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from itertools import zip_longest
@@ -19,12 +20,12 @@ import httpx
 import pytest
 import schemathesis
 import uvloop
+from guard import GUARD_S  # type: ignore[import-not-found]
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from surface_house import (  # type: ignore[import-not-found]
     MARKER,
-    PATIENCE_S,
     SurfaceHouse,
     heard,
     marker,
@@ -35,6 +36,9 @@ from soma_vllm.scheduler import book, custody
 
 CHAT = "/v1/chat/completions"
 Message = dict[str, Any]
+HISTORIES = int(os.environ.get("SOMA_FUZZED_HISTORIES", "150"))
+
+pytestmark = pytest.mark.slow
 
 
 def fuzzed(examples: int) -> settings:
@@ -86,8 +90,8 @@ def fuzzing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzing]:
         pytest.MonkeyPatch.context() as patch,
     ):
         # On a machine with more to do than this the store is slow, and not away.
-        patch.setattr(book, "LOOKUP_S", PATIENCE_S)
-        patch.setattr(custody, "WRITTEN_S", PATIENCE_S)
+        patch.setattr(book, "LOOKUP_S", GUARD_S)
+        patch.setattr(custody, "WRITTEN_S", GUARD_S)
         house = runner.run(SurfaceHouse.built(tmp_path_factory.mktemp("fuzzing")))
         yield Fuzzing(runner, house)
         runner.run(house.close())
@@ -384,7 +388,7 @@ class Client:
     way=ways,
     extra=extras,
 )
-@fuzzed(500)
+@fuzzed(HISTORIES)
 def histories(fuzzing: Fuzzing, moved: list[Any], beside: list[Any], way: str, extra: Any) -> None:
     fuzzing.examples += 1
     number = fuzzing.examples

@@ -12,6 +12,7 @@ from typing import Any
 
 import openai
 import pytest
+from guard import GUARD_S  # type: ignore[import-not-found]
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 from responses_house import (  # type: ignore[import-not-found]
@@ -393,7 +394,7 @@ async def call(
         "client": ("c", 1),
         "server": ("s", 80),
     }
-    await asyncio.wait_for(application(script)(scope, receiving, send), 10)
+    await asyncio.wait_for(application(script)(scope, receiving, send), GUARD_S)
     return sent
 
 
@@ -449,7 +450,7 @@ async def test_a_client_that_leaves_a_whole_reply_cancels_the_chat() -> None:
         return {"type": "http.disconnect"}
 
     await call(Waiting(), {"input": "x"}, leave)
-    await asyncio.wait_for(cancelled.wait(), 10)
+    await asyncio.wait_for(cancelled.wait(), GUARD_S)
 
 
 # -- vLLM's own -------------------------------------------------------------------------------------------

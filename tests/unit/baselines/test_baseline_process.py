@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from guard import GUARD_S  # type: ignore[import-not-found]
 
+from soma_vllm.baselines import process
 from soma_vllm.baselines.process import BaselineProcess
 from soma_vllm.errors import ModelError, PolicyUnavailable
 
@@ -18,8 +19,8 @@ SCRIPT = """
 import json, os, sys, time
 for number, line in enumerate(sys.stdin):
     request = json.loads(line)
-    if "sleep" in request:
-        time.sleep(request["sleep"])
+    while "until" in request and not os.path.exists(request["until"]):
+        time.sleep(0.01)
     if "exit" in request:
         sys.exit(1)
     said = {"error": request["raise"]} if "raise" in request else {"ok": {**request, "pid": os.getpid()}}
@@ -29,12 +30,12 @@ for number, line in enumerate(sys.stdin):
 
 @pytest.fixture
 async def echo(tmp_path: Path) -> AsyncIterator[BaselineProcess]:
-    """A process that gives requests back, and sleeps, fails or ends as they say."""
+    """A process that gives requests back, and waits for a file, fails or ends as they say."""
     script = tmp_path / "echo.py"
     script.write_text(SCRIPT)
-    process = BaselineProcess("echo", dict, tmp_path, 1, 5.0, 5.0, script)
-    yield process
-    await process.close()
+    made = BaselineProcess("echo", dict, tmp_path, 1, GUARD_S, GUARD_S, script)
+    yield made
+    await made.close()
 
 
 async def test_requests_are_answered_in_turn_by_one_process(echo: BaselineProcess) -> None:
@@ -43,15 +44,14 @@ async def test_requests_are_answered_in_turn_by_one_process(echo: BaselineProces
     assert len({answer["pid"] for answer in found}) == 1
 
 
-async def test_waiting_for_it_leaves_the_event_loop_free(echo: BaselineProcess) -> None:
+async def test_waiting_for_it_leaves_the_event_loop_free(echo: BaselineProcess, tmp_path: Path) -> None:
     await echo.start()
-    asking = asyncio.create_task(echo.ask({"sleep": 0.5}))
-    ticks, began = 0, time.monotonic()
-    while not asking.done():
+    asking = asyncio.create_task(echo.ask({"until": str(tmp_path / "go")}))
+    for _ in range(10):
         await asyncio.sleep(0.01)
-        ticks += 1
-    assert time.monotonic() - began >= 0.4
-    assert ticks > 10
+    assert not asking.done()
+    (tmp_path / "go").touch()
+    assert "pid" in await asking
 
 
 async def test_a_process_that_ended_is_replaced_at_the_next_request(echo: BaselineProcess) -> None:
@@ -62,21 +62,22 @@ async def test_a_process_that_ended_is_replaced_at_the_next_request(echo: Baseli
 
 
 async def test_a_process_that_hangs_is_replaced(tmp_path: Path, echo: BaselineProcess) -> None:
-    impatient = BaselineProcess("echo", dict, tmp_path, 1, 0.3, 5.0, tmp_path / "echo.py")
+    impatient = BaselineProcess("echo", dict, tmp_path, 1, 2.0, GUARD_S, tmp_path / "echo.py")
     first = await impatient.ask({})
-    with pytest.raises(PolicyUnavailable, match=r"has not answered within 0\.3 s"):
-        await impatient.ask({"sleep": 1.0})
+    with pytest.raises(PolicyUnavailable, match="has not answered within 2 s"):
+        await impatient.ask({"until": str(tmp_path / "never")})
     assert (await impatient.ask({}))["pid"] != first["pid"]
     await impatient.close()
 
 
 async def test_a_client_that_leaves_costs_the_next_one_neither_the_process_nor_a_wrong_answer(
-    echo: BaselineProcess,
+    echo: BaselineProcess, tmp_path: Path
 ) -> None:
     first = await echo.ask({})
-    leaving = asyncio.create_task(echo.ask({"sleep": 0.3, "who": "leaving"}))
+    leaving = asyncio.create_task(echo.ask({"until": str(tmp_path / "go"), "who": "leaving"}))
     await asyncio.sleep(0.1)
     leaving.cancel()
+    (tmp_path / "go").touch()
     answer = await echo.ask({"who": "next"})
     assert (answer["who"], answer["pid"]) == ("next", first["pid"])
 
@@ -95,15 +96,17 @@ async def test_closing_ends_the_process(echo: BaselineProcess) -> None:
         os.kill(pid, 0)
 
 
-async def test_closing_waits_for_nobody_and_whoever_waits_is_told(echo: BaselineProcess) -> None:
+async def test_closing_waits_for_nobody_and_whoever_waits_is_told(
+    echo: BaselineProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "END_S", 0.1)
     await echo.start()
-    waiting = [asyncio.create_task(echo.ask({"sleep": 1.0})) for _ in range(2)]
+    never = str(tmp_path / "never")
+    waiting = [asyncio.create_task(echo.ask({"until": never})) for _ in range(2)]
     await asyncio.sleep(0.1)
-    began = time.monotonic()
-    await echo.close()
+    await asyncio.wait_for(echo.close(), GUARD_S)
     found = await asyncio.gather(*waiting, return_exceptions=True)
-    assert time.monotonic() - began < 4.0
-    assert [type(answer) for answer in found[1:]] == [PolicyUnavailable]
+    assert [type(answer) for answer in found] == [PolicyUnavailable] * 2
 
 
 async def test_settings_that_name_no_model_are_told(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from guard import GUARD_S  # type: ignore[import-not-found]
 
 from soma_vllm.engines.base import ChatCall
 from soma_vllm.engines.original import OriginalEngine
@@ -136,7 +137,7 @@ async def test_closing_a_stream_early_is_seen_by_the_server(engine: OriginalEngi
     assert reply.events is not None
     assert await anext(reply.events) == "data: 1\n\n"
     await reply.events.aclose()
-    await asyncio.wait_for(upstream.left.wait(), 10)
+    await asyncio.wait_for(upstream.left.wait(), GUARD_S)
 
 
 async def test_closing_a_stream_nobody_read_is_seen_by_the_server(
@@ -146,7 +147,7 @@ async def test_closing_a_stream_nobody_read_is_seen_by_the_server(
     reply = await engine.chat(STREAM)
     assert reply.events is not None
     await reply.events.aclose()
-    await asyncio.wait_for(upstream.left.wait(), 10)
+    await asyncio.wait_for(upstream.left.wait(), GUARD_S)
 
 
 @pytest.mark.parametrize("call", [CALL, STREAM], ids=["whole", "stream"])
@@ -162,11 +163,11 @@ async def test_cancelling_a_call_before_its_answer_is_seen_by_the_server(
 
     upstream.handler = silent
     task = asyncio.create_task(engine.chat(call))
-    await asyncio.wait_for(arrived.wait(), 10)
+    await asyncio.wait_for(arrived.wait(), GUARD_S)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await asyncio.wait_for(upstream.left.wait(), 10)
+    await asyncio.wait_for(upstream.left.wait(), GUARD_S)
 
 
 @pytest.mark.parametrize("then", ["end", "break"])

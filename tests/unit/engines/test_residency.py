@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from guard import GUARD_S  # type: ignore[import-not-found]
 from lora_files import files_of  # type: ignore[import-not-found]
 
 from soma_vllm.engines.residency import Residency, room_for
@@ -98,7 +99,7 @@ async def test_loads_at_the_same_time_are_one_and_a_cancelled_caller_interrupts_
     await asyncio.sleep(0.05)
     first.cancel()
     engine.go.set()
-    await asyncio.wait_for(second, 5)
+    await asyncio.wait_for(second, GUARD_S)
     assert engine.log == ["add adapter-1"]
     assert residency.has("adapter-1")
 
@@ -108,7 +109,7 @@ async def test_a_prefetched_adapter_is_there_when_it_is_loaded(refs: list[Adapte
     residency = Residency(engine, 2, meter=meter)
     residency.prefetch(refs[0])
     residency.prefetch(refs[0])
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(GUARD_S):
         while not residency.has("adapter-1"):
             await asyncio.sleep(0.005)
     await residency.load(refs[0])
@@ -191,7 +192,7 @@ async def test_in_any_order_the_engine_never_has_to_choose(refs: list[AdapterRef
             if dice.random() < 0.3 and not held[ref.name]:
                 await residency.unload(ref)
 
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(GUARD_S):
         await asyncio.gather(*(use(ref) for ref in refs for _ in range(2)))
     assert set(engine.held) == {ref.name for ref in residency.resident()}
     assert len(engine.held) <= 3

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from guard import GUARD_S, eventually  # type: ignore[import-not-found]
 
 from soma_vllm.engines.supervisor import Backoff, ChildServer, Patience, State, Supervisor
 from soma_vllm.errors import EngineUnavailable, PreflightError
@@ -50,7 +49,7 @@ Server(socket, Handler).serve_forever()
 """
 
 QUICK = Patience(
-    start=20,
+    start=GUARD_S,
     first_delay=0.05,
     longest_delay=0.1,
     quick_deaths=3,
@@ -78,13 +77,6 @@ async def child(tmp_path: Path) -> AsyncIterator[Callable[[str], ChildServer]]:
         await server.stop(grace=0)
 
 
-async def eventually(condition: Callable[[], bool], timeout: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never held"
-        await asyncio.sleep(0.01)
-
-
 def runs(pid: int) -> bool:
     """True unless the process is gone or a zombie."""
     try:
@@ -105,7 +97,7 @@ async def test_a_child_becomes_ready_and_stop_leaves_no_process(child, tmp_path:
     seen: list[State] = []
     supervisor.on_change(seen.append)
     supervisor.start()
-    await supervisor.wait_ready(20)
+    await supervisor.wait_ready(GUARD_S)
     pids = await family(tmp_path)
     assert supervisor.child.pid == pids[0]
     await supervisor.stop()
@@ -118,7 +110,7 @@ async def test_stop_is_idempotent_and_means_nothing_before_start(child) -> None:
     supervisor = Supervisor(child(), patience=QUICK)
     await supervisor.stop()
     supervisor.start()
-    await supervisor.wait_ready(20)
+    await supervisor.wait_ready(GUARD_S)
     await supervisor.stop()
     await supervisor.stop()
     assert supervisor.state is State.STOPPED
@@ -138,12 +130,12 @@ async def test_a_killed_child_is_restarted_without_its_old_workers(child, tmp_pa
     seen: list[State] = []
     supervisor.on_change(seen.append)
     supervisor.start()
-    await supervisor.wait_ready(20)
+    await supervisor.wait_ready(GUARD_S)
     server, worker = await family(tmp_path)
     (tmp_path / "pids").unlink()
     os.kill(server, signal.SIGKILL)
     await eventually(lambda: supervisor.restarts == 1)
-    await supervisor.wait_ready(20)
+    await supervisor.wait_ready(GUARD_S)
     assert not runs(worker)
     assert (await family(tmp_path))[0] == supervisor.child.pid != server
     assert seen == [State.STARTING, State.READY, State.DOWN, State.STARTING, State.READY]
@@ -169,7 +161,7 @@ async def test_a_child_that_never_came_up_is_not_tried_again_and_its_last_words_
     supervisor = Supervisor(child("doomed"), patience=QUICK)
     supervisor.start()
     with pytest.raises(EngineUnavailable, match=r"(?s)exit code 1.*the server begins\nout of luck"):
-        await supervisor.wait_ready(20)
+        await supervisor.wait_ready(GUARD_S)
     assert (supervisor.state, supervisor.restarts) == (State.FAILED, 0)
 
 
@@ -187,15 +179,15 @@ async def test_waiting_ends_in_time_and_leaves_a_slow_child_running(child, tmp_p
 
 async def test_a_child_that_hangs_counts_as_dead(child, tmp_path: Path) -> None:
     patience = Patience(
-        start=20, first_delay=0.05, poll=0.02, health_every=0.05, health_timeout=0.2, hang=0.3, stop=0.1
+        start=GUARD_S, first_delay=0.05, poll=0.02, health_every=0.05, health_timeout=1, hang=3, stop=0.1
     )
     supervisor = Supervisor(child(), patience=patience)
     supervisor.start()
-    await supervisor.wait_ready(20)
+    await supervisor.wait_ready(GUARD_S)
     server, _ = await family(tmp_path)
     os.kill(server, signal.SIGSTOP)
     await eventually(lambda: supervisor.restarts == 1)
-    await supervisor.wait_ready(20)
+    await supervisor.wait_ready(GUARD_S)
     assert not runs(server)
     await supervisor.stop()
 
@@ -206,7 +198,7 @@ async def test_a_supervisor_takes_over_a_child_started_earlier(child) -> None:
     pid = server.pid
     supervisor = Supervisor(server, patience=QUICK)
     supervisor.start()
-    await supervisor.wait_ready(20)
+    await supervisor.wait_ready(GUARD_S)
     assert server.pid == pid
     await supervisor.stop()
 

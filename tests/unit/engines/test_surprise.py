@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from guard import GUARD_S  # type: ignore[import-not-found]
 
 from soma_vllm.engines.base import ChatCall
 from soma_vllm.engines.original import OriginalEngine
@@ -137,4 +138,4 @@ async def test_a_refused_score_is_a_refusal(served: tuple[Vllm, OriginalEngine])
 async def test_an_original_that_is_no_vllm_is_not_asked(unused_tcp_port: int) -> None:
     engine = OriginalEngine("big", f"http://127.0.0.1:{unused_tcp_port}/v1")
     with pytest.raises(EngineError, match="does not speak vLLM"):
-        await asyncio.wait_for(engine.score(CALL, "an answer"), 5)
+        await asyncio.wait_for(engine.score(CALL, "an answer"), GUARD_S)

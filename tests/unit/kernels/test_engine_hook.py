@@ -55,6 +55,7 @@ def test_a_gpu_keeps_its_kernels_whatever_the_version() -> None:
     assert platform.get_punica_wrapper() == STOCK
 
 
+@pytest.mark.slow
 def test_vllm_itself_builds_the_grouped_wrapper_after_loading_its_plugins() -> None:
     assert (
         run("""

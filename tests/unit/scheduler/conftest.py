@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scheduler_house import SETTINGS, Build, House  # type: ignore[import-not-found]
+from scheduler_house import SETTINGS, Build, House, Later  # type: ignore[import-not-found]
 
 from soma_vllm.config import parse_config
 from soma_vllm.storage.sessions import SessionStore
@@ -42,3 +43,11 @@ async def house(build: Build) -> House:
     house = build()
     await house.book.start()
     return house
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Later:
+    """What is old is so because the clock was moved on, not because a test has slept."""
+    true, moved = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: true() + sum(moved))
+    return moved.append

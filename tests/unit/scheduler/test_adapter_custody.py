@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scheduler_house import Build, House  # type: ignore[import-not-found]
+from guard import GUARD_S  # type: ignore[import-not-found]
+from scheduler_house import Build, House, Later  # type: ignore[import-not-found]
 
 from soma_vllm.adapters.budgets import Reason
 from soma_vllm.engines.base import ChatCall
@@ -95,16 +96,16 @@ async def test_a_pinned_adapter_stays(build: Build) -> None:
     assert list(house.shelf.there) == ["adapter-a-1"]
 
 
-async def test_an_adapter_unused_for_too_long_goes_also_after_a_restart(build: Build) -> None:
+async def test_an_adapter_unused_for_too_long_goes_also_after_a_restart(build: Build, later: Later) -> None:
     first = await started(build)
     await adapted(first, "a")
     await first.book.stop()
-    second = await started(build, adapters={"ttl_s": 0.2})
+    second = await started(build, adapters={"ttl_s": 60.0})
     second.shelf.there = {
         name: replace(one, created=one.created - 100) for name, one in first.shelf.there.items()
     }
     assert await swept(second) == 0, "its session's last turn is on record, and recent"
-    await asyncio.sleep(0.25)
+    later(60.0)
     assert await swept(second) == 1
     assert second.stock.evictions == [Reason.TTL]
     assert (await second.custody.entry(second.session("a").key)).session.phase is Phase.ROLLED_BACK
@@ -134,7 +135,7 @@ async def test_the_last_token_comes_before_the_files_go_and_nobody_new_gets_the_
     assert stream.reply.events is not None
     async for _ in stream.reply.events:
         pass
-    await asyncio.wait_for(removal, 5)
+    await asyncio.wait_for(removal, GUARD_S)
     assert house.shelf.there == {}
 
 
@@ -153,7 +154,7 @@ async def test_an_adapter_in_the_making_is_left_to_its_adaptation(build: Build) 
     history: History = []
     for number in (1, 2):
         await house.say(history, f"question {number}", "a")
-    await asyncio.wait_for(judging.wait(), 5)
+    await asyncio.wait_for(judging.wait(), GUARD_S)
     await house.book.written()
     await asyncio.sleep(0.01)
     assert await house.adapters.sweep() == 0
@@ -167,7 +168,7 @@ async def test_publishing_rings_the_sweep(build: Build) -> None:
     await house.custody.start()
     await adapted(house, "a")
     await adapted(house, "b")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(GUARD_S):
         while "adapter-a-1" in house.shelf.there:
             await asyncio.sleep(0.02)
     assert house.session("b").phase is Phase.SWITCHED
@@ -201,7 +202,7 @@ async def test_damage_found_at_a_load_is_told_and_its_session_goes_back(build: B
     house.shelf.resolve = damaged  # type: ignore[method-assign]
     with pytest.raises(EngineUnavailable, match="cut off"):
         await files.at_hand(ref)
-    await asyncio.wait_for(house.notices.wait(60), 1)
+    await asyncio.wait_for(house.notices.wait(2 * GUARD_S), GUARD_S)
     assert await swept(house) == 1
     assert house.session("a").phase is Phase.ROLLED_BACK
     assert house.shelf.there == {}

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from guard import GUARD_S  # type: ignore[import-not-found]
 from sqlalchemy.exc import IntegrityError
 
 from soma_vllm.config import Config
@@ -59,7 +60,7 @@ async def test_what_is_recorded_while_the_store_is_away_is_written_when_it_is_ba
     await asyncio.sleep(0.15)
     assert store.kept == []
     store.away = False
-    await asyncio.wait_for(book.written(), 10)
+    await asyncio.wait_for(book.written(), GUARD_S)
     await book.stop()
     assert store.kept == [(0, "one"), (1, "two")]
 
@@ -75,9 +76,9 @@ async def test_what_was_queued_is_waited_for_and_what_is_queued_meanwhile_is_not
             journal.put(Write(KEY, one_more))
 
     journal.put(Write(KEY, one_more))
-    await asyncio.wait_for(journal.written(), 5)
+    await asyncio.wait_for(journal.written(), GUARD_S)
     ended.set()
-    await asyncio.wait_for(journal.stop(), 5)
+    await asyncio.wait_for(journal.stop(), GUARD_S)
 
 
 async def test_after_a_contradicted_write_nothing_of_that_session_is_written() -> None:
@@ -94,7 +95,7 @@ async def test_after_a_contradicted_write_nothing_of_that_session_is_written() -
     book.note(KEY, "three")
     await book.open(SessionKey("t", "other"))
     book.note(SessionKey("t", "other"), "four")
-    await asyncio.wait_for(book.stop(), 5)
+    await asyncio.wait_for(book.stop(), GUARD_S)
     assert store.kept == [(0, "one"), (0, "four")]
 
 
@@ -112,7 +113,7 @@ async def test_a_write_whose_acknowledgement_was_lost_costs_its_session_nothing(
     await journal.start()
     journal.put(Write(KEY, taken_but_not_told))
     journal.put(Write(KEY, next_one))
-    await asyncio.wait_for(journal.stop(), 5)
+    await asyncio.wait_for(journal.stop(), GUARD_S)
     assert attempts == ["tried", "tried", "next"]
 
 
@@ -131,7 +132,7 @@ async def test_a_removal_makes_good_what_was_missing_before_it() -> None:
     journal.put(Write(KEY, lambda: do("lost")))
     journal.put(Write(KEY, lambda: do("removed"), anew=True))
     journal.put(Write(KEY, lambda: do("begun anew")))
-    await asyncio.wait_for(journal.stop(), 5)
+    await asyncio.wait_for(journal.stop(), GUARD_S)
     assert done == ["removed", "begun anew"]
 
 
@@ -144,7 +145,7 @@ async def test_stopping_while_the_store_is_away_does_not_hang_and_tells_what_is_
     journal = Journal(stop_limit_s=0.1)
     await journal.start()
     journal.put(Write(KEY, away))
-    await asyncio.wait_for(journal.stop(), 5)
+    await asyncio.wait_for(journal.stop(), GUARD_S)
     assert "1 writes to the session store are lost" in caplog.text
 
 
@@ -181,7 +182,7 @@ async def test_a_session_that_is_not_on_record_yet_is_not_forgotten() -> None:
     await book.open(SessionKey("t", "other"))
     assert book.session(KEY)
     await book.start()
-    await asyncio.wait_for(book.stop(), 5)
+    await asyncio.wait_for(book.stop(), GUARD_S)
     await book.open(SessionKey("t", "third"))
     with pytest.raises(KeyError):
         book.session(KEY)

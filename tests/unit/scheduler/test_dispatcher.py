@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from guard import GUARD_S  # type: ignore[import-not-found]
 from scheduler_house import Build, House  # type: ignore[import-not-found]
 
 from soma_vllm.errors import (
@@ -84,7 +85,7 @@ async def test_nobody_waits_for_training(house: House) -> None:
     house.surrogate.answers = ["different", "same"]
     house.trainer.go.clear()
     history: History = []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(GUARD_S):
         for number in range(1, 5):
             answer = await house.say(history, f"question {number}")
             assert answer.headers["X-SOMA-Engine"] == "original"
@@ -626,7 +627,7 @@ async def test_the_adapter_of_a_session_that_returns_is_fetched_while_its_reques
 
     house.dispatcher._encoder.encode = slow  # type: ignore[method-assign]
     asking = asyncio.create_task(house.say(history, "question 3"))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(GUARD_S):
         while not house.surrogate.prefetched:
             await asyncio.sleep(0.005)
     assert not asking.done()
@@ -642,7 +643,7 @@ async def test_a_turn_waits_for_a_slot_where_the_configuration_says_so(build: Bu
     history = await warmed(house)
     other = await house.holds.hold("another")
     asking = asyncio.create_task(house.say(history, "question 3"))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(GUARD_S):
         while not house.holds.waiting():
             await asyncio.sleep(0.005)
     await house.holds.release(other)

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from guard import GUARD_S  # type: ignore[import-not-found]
 from scheduler_house import Build, House  # type: ignore[import-not-found]
 
 from soma_vllm.engines.base import Reply
@@ -225,7 +226,7 @@ async def test_stopping_ends_an_audit_that_runs_and_one_that_waits(build: Build)
     for name, history in zip(("a", "b"), histories, strict=True):
         await house.say(history, "question 3", name)
     await house.original.called.wait()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(GUARD_S):
         await house.background.stop()
     assert house.original.closed_early.is_set()
     assert not [task for task in asyncio.all_tasks() if task.get_name() == "soma-quiet-work"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from guard import GUARD_S  # type: ignore[import-not-found]
 
 from soma_vllm.errors import EngineUnavailable
 from soma_vllm.scheduler.holds import AdapterHolds, Outcome, Overflow
@@ -116,7 +117,7 @@ async def test_a_cold_session_is_served_beside_hot_ones_that_never_pause() -> No
     hot = [asyncio.create_task(keep_asking(name)) for name in ("hot-1", "hot-2") for _ in range(6)]
     await asyncio.sleep(0.02)
     served.clear()
-    await asyncio.wait_for(ask("cold"), 5)
+    await asyncio.wait_for(ask("cold"), GUARD_S)
     # Those let in already that have not run yet, and those that may overtake.
     assert served.index("cold") <= 12 + OVERTAKES
     for task in hot:
@@ -136,7 +137,7 @@ async def test_many_waiters_of_many_adapters_are_all_served() -> None:
         await asyncio.sleep(0)
         await holds.release(held)
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(GUARD_S):
         await asyncio.gather(*(one(number) for number in range(100)))
     assert most == 3
     assert (holds.count(), holds.waiting()) == (0, 0)
@@ -156,12 +157,12 @@ async def test_the_background_waits_for_users_and_keeps_an_adapter_from_leaving(
     await a_moment()
     assert not entered.is_set()
     await holds.release(held)
-    await asyncio.wait_for(entered.wait(), 5)
+    await asyncio.wait_for(entered.wait(), GUARD_S)
     leaving = asyncio.create_task(holds.leaving("b"))
     await a_moment()
     assert not leaving.done()
     go.set()
-    await asyncio.wait_for(leaving, 5)
+    await asyncio.wait_for(leaving, GUARD_S)
     await shadowing
     with pytest.raises(EngineUnavailable, match="adapter b is leaving"):
         await holds.hold("b")
@@ -175,7 +176,7 @@ async def test_leaving_returns_when_the_last_hold_is_given_back() -> None:
     await a_moment()
     assert not waiting.done()
     await holds.release(second)
-    await asyncio.wait_for(waiting, 5)
+    await asyncio.wait_for(waiting, GUARD_S)
     assert not holds.would_grant("a")
     holds.left("a")
     assert holds.would_grant("a")

@@ -99,6 +99,7 @@ async def served_afterwards(folder: Path, kind: str, name: str) -> bool:
         return entry.session.phase is Phase.SWITCHED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["local", "remote"])
 def test_an_eviction_killed_at_any_step_is_undone_or_brought_to_its_end(kind: str, work: Path) -> None:
     folder = work / "live"

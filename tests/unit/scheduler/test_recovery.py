@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from guard import GUARD_S  # type: ignore[import-not-found]
 from scheduler_house import Build, House  # type: ignore[import-not-found]
 
 from soma_vllm.errors import AdapterError
@@ -20,9 +21,9 @@ from soma_vllm.types import AdapterRef
 History = list[dict[str, Any]]
 PLAY = Path(__file__).parents[2] / "killed_play.py"
 PROCESSES = 2
-LIMIT_S = 300.0
 
 
+@pytest.mark.slow
 def test_whatever_step_a_server_is_killed_at_nothing_that_was_written_is_lost_and_nothing_is_left_over(
     tmp_path: Path,
 ) -> None:
@@ -34,7 +35,7 @@ def test_whatever_step_a_server_is_killed_at_nothing_that_was_written_is_lost_an
     places = [str(PLAY.parents[1]), str(PLAY.parent)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     plays = [subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env) for command in commands]
-    told = [play.communicate(timeout=LIMIT_S) for play in plays]
+    told = [play.communicate(timeout=GUARD_S) for play in plays]
     assert [play.returncode for play in plays] == [0] * PROCESSES, told
     found = [json.loads(line) for printed, _ in told for line in printed.splitlines()]
     assert [one for one in found if one["problems"]] == [], told

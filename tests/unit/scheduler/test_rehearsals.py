@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from guard import GUARD_S  # type: ignore[import-not-found]
 from scheduler_house import Build, House  # type: ignore[import-not-found]
 
 from soma_vllm.engines.base import ChatCall, Reply
@@ -38,7 +39,7 @@ def asked(house: House) -> list[str]:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Let others run until this holds."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(GUARD_S):
         while not condition():
             await asyncio.sleep(0)
 
@@ -138,7 +139,7 @@ async def test_what_is_removed_is_forgotten_and_what_runs_is_ended(build: Build)
     await asyncio.sleep(0)
     assert house.rehearsals._of.keys() == {key}
     await house.custody.remove(key)
-    await asyncio.wait_for(house.surrogate.closed_early.wait(), 5)
+    await asyncio.wait_for(house.surrogate.closed_early.wait(), GUARD_S)
     assert not house.rehearsals._of
 
 

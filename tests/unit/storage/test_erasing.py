@@ -92,6 +92,7 @@ async def test_erased_words_are_in_no_file_of_the_database(
     assert [n for n in range(9) if found_in(folder, f"begin{n}-") or found_in(folder, f"-end{n}")] == []
 
 
+@pytest.mark.slow
 async def test_words_erased_in_between_are_gone_and_all_others_stay(lite: SessionStore, folder: Path) -> None:
     """Pages are split, merged and reused: nothing may be left in their unused parts."""
     chance = random.Random(7)

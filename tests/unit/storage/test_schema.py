@@ -14,6 +14,7 @@ import setuptools
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from guard import GUARD_S  # type: ignore[import-not-found]
 from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -179,7 +180,7 @@ async def test_two_processes_open_a_new_database_at_once(url: str) -> None:
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    told = [process.communicate(timeout=60) for process in processes]
+    told = [process.communicate(timeout=GUARD_S) for process in processes]
     assert [printed for printed, _ in told] == ["[]\n", "[]\n"], told
 
 
