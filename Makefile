@@ -23,7 +23,7 @@ help:
 ## make setup   create .venv from the pinned lock (about 2-4 minutes; seconds when it is there)
 setup: $(STAMP)
 
-$(STAMP): $(LOCK) setup.py soma_vllm/kernels/_lora_cpu.cpp requirements/build.lock
+$(STAMP): $(LOCK) setup.py $(wildcard soma_vllm/kernels/*.cpp) requirements/build.lock
 	@echo "[setup] $(DEVICE): installing $$(grep -vc '^#' $(LOCK)) pinned packages into $(VENV), about 2-4 minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/build.lock

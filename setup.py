@@ -13,16 +13,19 @@ def requirements(name: str) -> list[str]:
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-# Optional: without a C++ compiler the LoRA products are torch's. Python's own headers are all it includes, and
+# Optional: without a C++ compiler products are torch's. Python's own headers are all it includes, and
 # the instructions it uses are looked up when it runs, so that one build serves every x86 machine.
-LORA_KERNEL = Extension(
-    "soma_vllm.kernels._lora_cpu",
-    sources=["soma_vllm/kernels/_lora_cpu.cpp"],
-    language="c++",
-    extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-w"],
-    extra_link_args=["-fopenmp"],
-    optional=True,
-)
+KERNELS = [
+    Extension(
+        f"soma_vllm.kernels.{name}",
+        sources=[f"soma_vllm/kernels/{name}.cpp"],
+        language="c++",
+        extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-w"],
+        extra_link_args=["-fopenmp"],
+        optional=True,
+    )
+    for name in ("_lora_cpu", "_linear_cpu")
+]
 
 setup(
     name="soma-vllm",
@@ -33,8 +36,8 @@ setup(
     license="MIT",
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["soma_vllm", "soma_vllm.*"]),
-    ext_modules=[LORA_KERNEL],
-    package_data={"soma_vllm": ["py.typed"], "soma_vllm.kernels": ["_lora_cpu.cpp"]},
+    ext_modules=KERNELS,
+    package_data={"soma_vllm": ["py.typed"], "soma_vllm.kernels": ["*.cpp"]},
     install_requires=requirements("base"),
     extras_require={name: requirements(name) for name in ("cpu", "cuda", "dev", "llmlingua", "routellm")},
     entry_points={

@@ -60,6 +60,16 @@ def has_fast_bf16() -> bool:
     return instruction_set() is InstructionSet.AVX512_BF16
 
 
+def training_dtype(configured: str, device: str) -> str:
+    """What `training.dtype` means here: "bfloat16" or "float32" for "auto", else what is configured.
+
+    Whether float32 fits in memory beside a server, `engines/arithmetic.py` knows.
+    """
+    if configured != "auto":
+        return configured
+    return "bfloat16" if device == "cuda" or has_fast_bf16() else "float32"
+
+
 def cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0))

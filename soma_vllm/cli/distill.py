@@ -18,6 +18,7 @@ from soma_vllm.config import Config, load_config
 from soma_vllm.errors import ConfigError, SomaError, TrainingError
 from soma_vllm.evaluation.material import Material, material, of_session, split_short
 from soma_vllm.evaluation.original import played_for
+from soma_vllm.machine import training_dtype
 from soma_vllm.session.session import Session, restore
 from soma_vllm.training.pair import ANYONE
 
@@ -136,8 +137,9 @@ def _train(config: Config, found: Sequence[Material], owner: str, out: Path) -> 
     )
     assert config.surrogate_model is not None, "for_serving has checked"
     folder = local_path(config.surrogate_model)
+    dtype = training_dtype(training.dtype, training.device)
     with quiet():
-        surrogate = load_surrogate(folder, training.dtype, training.device, training.threads)
+        surrogate = load_surrogate(folder, dtype, training.device, training.threads)
     learnt = distil(surrogate, pooled, config, owner, out)
     for point in learnt.checkpoints:
         kept = "  <- kept" if point.steps == learnt.steps else ""

@@ -24,6 +24,7 @@ from soma_vllm.evaluation.material import split_short
 from soma_vllm.evaluation.original import played_for
 from soma_vllm.evaluation.trajectory import Trajectory
 from soma_vllm.evaluation.variants import Variant, choose
+from soma_vllm.machine import training_dtype
 
 REPORT = "evaluation.json"
 
@@ -176,9 +177,15 @@ def _measured(
 
     config, training = plan.config, plan.config.training
     steps.say(f"loading the surrogate {config.surrogate_model} and the encoder {config.encoder.model}")
+    dtype = training_dtype(training.dtype, training.device)
     with quiet():
         encoder = SentenceEncoder(folders.encoder, config.gate.encoder_max_tokens, config.encoder.threads)
-        surrogate = load_surrogate(folders.surrogate, training.dtype, training.device, training.threads)
+        surrogate = load_surrogate(
+            folders.surrogate,
+            training_dtype(training.dtype, training.device),
+            training.device,
+            training.threads,
+        )
     bench = Bench(config, surrogate, encoder.encode, plan.generates)
     results: dict[str, SessionResult] = {}
     skipped = list(plan.skipped)

@@ -41,6 +41,7 @@ def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> N
     from soma_vllm.adapters.durable import locked
     from soma_vllm.cli.server import ModelPaths, SomaServer, make_run_dir
     from soma_vllm.cli.terminal import log_as_configured, output_to, tail
+    from soma_vllm.engines.arithmetic import settle
     from soma_vllm.engines.preflight import preflight
     from soma_vllm.models.hub import folder_here, local_path
     from soma_vllm.scheduler.policies.base import Policies
@@ -57,6 +58,9 @@ def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> N
         encoder=local_path(config.encoder.model),
         original_vocabulary=original or named,
     )
+    config, chosen = settle(config, paths.original, paths.surrogate)
+    for line in chosen:
+        console.print(f"machine    {line}", markup=False)
     for line in preflight(config, paths.original, paths.surrogate, paths.encoder):
         console.print(f"checked    {line}", markup=False)
     if check:

@@ -18,10 +18,13 @@ class Engine(Section):
     cpu_cores: str | None = None
     """Cores of this engine's threads on a CPU, e.g. "0" or "0-3"; null lets vLLM choose."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of the weights. auto: the fastest that this machine has and that fits (`engines/arithmetic.py`)."""
     max_model_len: Positive = 4096
     max_num_seqs: Positive = 16
     kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
     """Memory of the KV cache on a CPU."""
+    block_size: Literal[16, 32, 64, 128] = 32
+    """Tokens in a block of the KV cache on a CPU. Only whole blocks are found again in the next turn."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.45
     """Share of the GPU that this engine may take."""
     enforce_eager: bool = True
@@ -84,7 +87,8 @@ class Training(Section):
     """Torch threads of a worker on a CPU."""
     nice: Annotated[int, Field(ge=0, le=19)] = 10
     """Scheduling niceness of a worker, so that training yields to the engines."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """auto: bfloat16 on a GPU or where the processor has bf16 products, else float32 where memory suffices."""
     ray_address: str | None = None
     """An existing Ray cluster; null starts a private one."""
     seed: int = 0

@@ -40,7 +40,12 @@ def slot_rank(rank: int) -> int:
 def vllm_arguments(engine: Engine, model_path: str, served_name: str) -> list[str]:
     """Arguments that both engines share, without a place to listen on."""
     memory = (
-        ["--kv-cache-memory-bytes", str(round(engine.kv_cache_gib * _GIB))]
+        [
+            "--kv-cache-memory-bytes",
+            str(round(engine.kv_cache_gib * _GIB)),
+            "--block-size",
+            str(engine.block_size),
+        ]
         if engine.device == "cpu"
         else ["--gpu-memory-utilization", str(engine.gpu_memory_utilization)]
     )

@@ -1,12 +1,10 @@
 """Checks before anything heavy starts: can this machine run the server as configured?
 
-Guarantees: no engine, torch or Ray is touched; every problem is found before the first is reported; the
-estimate of memory errs by little, and counts only what soma-serve itself would start.
+Guarantees: no engine, torch or Ray is touched; every problem is found before the first is reported.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -15,25 +13,24 @@ import subprocess
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from soma_vllm.config import Config, Engine, Surrogate
 from soma_vllm.engines.command import LORA_RANKS, slot_rank
+from soma_vllm.engines.memory import (
+    GB,
+    available_memory,
+    bytes_per_rank,
+    memory_needs,
+    read_object,
+    weights_bytes,
+    worker_gb,
+)
 from soma_vllm.errors import PreflightError
 from soma_vllm.versions import SUPPORTED_VLLM, installed_vllm, vllm_is_supported
 
-# Resident memory beside weights and caches, GB, as measured with vLLM 0.32 on a CPU.
-_API_SERVER_GB = 1.4
-_ENGINE_CORE_GB = 0.8
-_TRAINER_GB = 1.5
-"""Torch, Ray and the activations of one training step."""
-
 _LEAST_KV_GIB = 0.1
 """Less of a KV cache than this is not worth suggesting."""
-
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_GB = 1e9
 
 
 def preflight(
@@ -148,19 +145,19 @@ def _check_model(report: _Report, role: str, path: Path) -> bool:
     if missing:
         report.bad(f"{role}: {path} has no {' and no '.join(missing)}; expected a model's folder")
         return False
-    report.good(f"{role}: {path.name}, {_weights(path) / _GB:.1f} GB of weights")
+    report.good(f"{role}: {path.name}, {weights_bytes(path) / GB:.1f} GB of weights")
     return True
 
 
 def _check_chat_template(report: _Report, role: str, path: Path) -> None:
     if any((path / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return
-    if not _read(path / "tokenizer_config.json").get("chat_template"):
+    if not read_object(path / "tokenizer_config.json").get("chat_template"):
         report.bad(f"{role}: {path} has no chat template in tokenizer_config.json or chat_template.jinja")
 
 
 def _check_context(report: _Report, role: str, engine: Engine, path: Path) -> None:
-    longest = _read(path / "config.json").get("max_position_embeddings")
+    longest = read_object(path / "config.json").get("max_position_embeddings")
     if isinstance(longest, int) and engine.max_model_len > longest:
         report.bad(
             f"{role}.max_model_len: found {engine.max_model_len}; expected at most {longest}, the model's own"
@@ -169,7 +166,7 @@ def _check_context(report: _Report, role: str, engine: Engine, path: Path) -> No
 
 def _check_draft(report: _Report, original_path: Path, surrogate_path: Path) -> None:
     """vLLM refuses a draft model of another vocabulary size than the original's."""
-    sizes = [_read(path / "config.json").get("vocab_size") for path in (original_path, surrogate_path)]
+    sizes = [read_object(path / "config.json").get("vocab_size") for path in (original_path, surrogate_path)]
     if sizes[0] == sizes[1]:
         report.good("the surrogate drafts for the original")
     else:
@@ -264,8 +261,8 @@ def _gpu_count() -> int:
 
 
 def _check_memory(report: _Report, config: Config, engines: dict[str, tuple[Engine, Path]]) -> None:
-    needs = dict(_memory_needs(config, engines))
-    needed, available = sum(needs.values()), _available_memory() / _GB
+    needs = dict(memory_needs(config, engines))
+    needed, available = sum(needs.values()), available_memory() / GB
     listed = ", ".join(f"{what} {amount:.1f}" for what, amount in needs.items())
     if needed > available:
         advice = "; or ".join(_ways_to_fit(config, engines, needed - available)) or "no single key is enough"
@@ -280,7 +277,7 @@ def _check_memory(report: _Report, config: Config, engines: dict[str, tuple[Engi
 def _ways_to_fit(config: Config, engines: dict[str, tuple[Engine, Path]], over: float) -> Iterator[str]:
     """What lowering one key alone would save `over` GB."""
     surrogate, rank = config.surrogate, config.lora.rank
-    per_rank = _bytes_per_rank(engines["surrogate"][1], config.lora.target_modules) / _GB
+    per_rank = bytes_per_rank(engines["surrogate"][1], config.lora.target_modules) / GB
     if per_rank > 0:
         cached = surrogate.max_cpu_loras - math.ceil(over / (per_rank * rank))
         if cached >= surrogate.max_loras:
@@ -291,10 +288,10 @@ def _ways_to_fit(config: Config, engines: dict[str, tuple[Engine, Path]], over: 
         if smaller:
             yield f"lower lora.rank from {rank} to {smaller[-1]}"
     for role, (engine, _) in engines.items():
-        left = engine.kv_cache_gib - over * _GB / 1024**3
+        left = engine.kv_cache_gib - over * GB / 1024**3
         if engine.device == "cpu" and left >= _LEAST_KV_GIB:
             yield f"lower {role}.kv_cache_gib from {engine.kv_cache_gib:g} to at most {_floor(left):g}"
-    fewer = config.training.workers - math.ceil(over / _worker_gb(config, engines["surrogate"][1]))
+    fewer = config.training.workers - math.ceil(over / worker_gb(config, engines["surrogate"][1]))
     if config.training.ray_address is None and fewer >= 1:
         yield f"lower training.workers from {config.training.workers} to {fewer}"
 
@@ -302,75 +299,6 @@ def _ways_to_fit(config: Config, engines: dict[str, tuple[Engine, Path]], over: 
 def _floor(gib: float) -> float:
     """Rounded down to a hundredth."""
     return math.floor(gib * 100) / 100
-
-
-def _memory_needs(config: Config, engines: dict[str, tuple[Engine, Path]]) -> Iterator[tuple[str, float]]:
-    """What soma-serve's processes will hold in main memory, GB."""
-    for role, (engine, path) in engines.items():
-        total = _API_SERVER_GB + _ENGINE_CORE_GB
-        if engine.device == "cpu":
-            total += _weights(path, engine.dtype) / _GB + engine.kv_cache_gib * 1024**3 / _GB
-            if role == "original" and config.original.draft_tokens:
-                total += _weights(engines["surrogate"][1], engine.dtype) / _GB
-        yield role, total
-    surrogate_path = engines["surrogate"][1]
-    rows = config.surrogate.max_cpu_loras * config.lora.rank
-    if config.surrogate.device == "cpu":  # on a GPU the slots lie in its own memory
-        slot = LORA_RANKS[-1] if config.lora.rank > LORA_RANKS[-1] else slot_rank(config.lora.rank)
-        rows += config.surrogate.max_loras * slot
-    yield "adapters", rows * _bytes_per_rank(surrogate_path, config.lora.target_modules) / _GB
-    if config.training.ray_address is None:
-        yield "training", config.training.workers * _worker_gb(config, surrogate_path)
-
-
-def _worker_gb(config: Config, surrogate_path: Path) -> float:
-    """Main memory of one trainer."""
-    on_cpu = config.training.device == "cpu"
-    return _TRAINER_GB + (_weights(surrogate_path, config.training.dtype) / _GB if on_cpu else 0.0)
-
-
-def _weights(path: Path, dtype: str = "auto") -> float:
-    """Bytes of a model's weights once they are held as `dtype`; "auto" takes the files as they are."""
-    size = float(sum(file.stat().st_size for file in path.glob("*.safetensors")))
-    config = _read(path / "config.json")
-    stored = _BYTES.get(str(config.get("dtype", config.get("torch_dtype"))))
-    return size * _BYTES[dtype] / stored if stored and dtype in _BYTES else size
-
-
-def _bytes_per_rank(path: Path, modules: tuple[str, ...]) -> float:
-    """Bytes of one rank of an adapter in 16 bits: an A row and a B column for every adapted module."""
-    config = _read(path / "config.json")
-    hidden, inner = int(config.get("hidden_size", 0)), int(config.get("intermediate_size", 0))
-    heads = int(config.get("num_attention_heads", 1))
-    head = int(config.get("head_dim") or hidden // max(heads, 1))
-    query, key = heads * head, int(config.get("num_key_value_heads", heads)) * head
-    width = {
-        "q_proj": hidden + query,
-        "k_proj": hidden + key,
-        "v_proj": hidden + key,
-        "o_proj": query + hidden,
-        "gate_proj": hidden + inner,
-        "up_proj": hidden + inner,
-        "down_proj": inner + hidden,
-    }
-    return 2.0 * int(config.get("num_hidden_layers", 0)) * sum(width.get(module, 0) for module in modules)
-
-
-def _available_memory() -> float:
-    """Bytes that processes started now can use: the machine's, or the rest of our cgroup's limit."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = float(Path("/sys/fs/cgroup/memory.current").read_text())
-        stat = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
-    except OSError:
-        return available
-    if not limit.isdigit():
-        return available
-    # The kernel gives file cache back when processes ask for memory.
-    cache = next((float(line.split()[1]) for line in stat if line.startswith("inactive_file ")), 0.0)
-    return min(available, float(limit) - used + cache)
 
 
 def _cores(text: str) -> set[int]:
@@ -384,12 +312,3 @@ def _cores(text: str) -> set[int]:
         first, dash, last = part.partition("-")
         cores.update(range(int(first), int(last if dash else first) + 1))
     return cores
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where there is none to read."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return document if isinstance(document, dict) else {}

@@ -4,10 +4,11 @@
 
 * On a CPU, with a vLLM whose internals are known, LoRA products come from `lora_kernels.py`. With any other
   vLLM the stock kernels stay, with a warning, since those serve base-model requests wrongly beside adapters.
+* On a CPU with AVX2 and no AVX-512, products of bf16 base weights come from `linear.py`.
 * A process that another one started ends when its parent does, even when that one was killed: an engine core
   never outlives its API server.
 
-It imports no torch and no kernels: vLLM resolves the wrapper by name where a model with LoRA is built.
+It imports no LoRA kernels: vLLM resolves the wrapper by name where a model with LoRA is built.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import signal
 import sys
 from typing import Any
 
+from soma_vllm.machine import InstructionSet, instruction_set
 from soma_vllm.versions import SUPPORTED_VLLM, installed_vllm, vllm_is_supported
 
 KERNELS_ENV = "SOMA_LORA_KERNELS"
@@ -39,18 +41,40 @@ def install() -> None:
     """Install the kernels and tie this process, and those it will fork, to their parents. Idempotent."""
     die_with_parent()
     _tie_forked_children()
+    from vllm.platforms import current_platform
+
+    use_packed_linear(current_platform, supported=vllm_is_supported())
     if os.environ.get(KERNELS_ENV) == "stock":
         logger.info("%s=stock: LoRA kernels left as vLLM has them", KERNELS_ENV)
         return
-    from vllm.platforms import current_platform
-
     use_grouped_kernels(current_platform, supported=vllm_is_supported())
+
+
+def use_packed_linear(platform: Any, *, supported: bool) -> bool:
+    """Have layers on a CPU `platform` without bf16 in hardware multiply by `linear.py`; True when they do.
+
+    vLLM looks `dispatch_cpu_unquantized_gemm` up in its module at each layer's loading; it has no extension
+    point there (`--linear-backend` chooses among its own).
+    """
+    if not platform.is_cpu() or not supported or instruction_set() is not InstructionSet.AVX2:
+        return False
+    from vllm.model_executor.layers import utils
+
+    from soma_vllm.kernels import linear
+
+    if not linear.is_worthwhile():
+        return False
+    if not hasattr(utils.dispatch_cpu_unquantized_gemm, "soma_stock"):
+        dispatch = linear.dispatching(utils.dispatch_cpu_unquantized_gemm)
+        dispatch.soma_stock = utils.dispatch_cpu_unquantized_gemm  # type: ignore[attr-defined]
+        utils.dispatch_cpu_unquantized_gemm = dispatch
+    return True
 
 
 def use_grouped_kernels(platform: Any, *, supported: bool) -> bool:
     """Make a CPU `platform` name the grouped wrapper; True when it does.
 
-    The one place where vLLM is changed rather than extended: `get_punica_wrapper` is asked once, by
+    Here vLLM is changed rather than extended: `get_punica_wrapper` is asked once, by
     `vllm.lora.punica_wrapper.punica_selector`, for the qualified name of the wrapper's class. Only a
     platform plugin could answer it officially, and that would have to replace the whole platform.
     """

@@ -15,6 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from soma_vllm.config import Training
 from soma_vllm.errors import PreflightError, TrainingError
+from soma_vllm.machine import training_dtype
 from soma_vllm.training.messages import (
     ScoreRequest,
     TrainerReady,
@@ -35,8 +36,9 @@ class TrainerPool:
     def __init__(self, training: Training, surrogate_path: str, time_limit_s: float) -> None:
         self._training = training
         self._time_limit_s = time_limit_s
+        dtype = training_dtype(training.dtype, training.device)
         self._settings = TrainerSettings(
-            surrogate_path, training.device, training.dtype, training.threads, training.nice
+            surrogate_path, training.device, dtype, training.threads, training.nice
         )
         self._idle: asyncio.Queue[Any] = asyncio.Queue()
         self._started_ray = False

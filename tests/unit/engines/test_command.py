@@ -41,6 +41,7 @@ def test_a_childs_command_line_says_to_vllm_what_the_config_says(
     assert (args.model, args.served_model_name, args.dtype) == ("/models/big", ["big"], "bfloat16")
     assert (args.max_model_len, args.max_num_seqs, args.seed) == (2048, 3, 7)
     assert args.kv_cache_memory_bytes == 512 * 1024**2
+    assert args.block_size == 32
     assert args.enforce_eager is True
     assert args.enable_prefix_caching is True
     assert args.scheduling_policy == "priority"
