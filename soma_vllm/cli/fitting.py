@@ -10,8 +10,9 @@ from soma_vllm import machine
 from soma_vllm.cli.dialogues import Script
 from soma_vllm.cli.plan import Machine, Plan, make_plan
 from soma_vllm.cli.replay_view import duration
-from soma_vllm.cli.speed import Speed, measured
+from soma_vllm.cli.speed import ARITHMETIC, Speed, measured
 from soma_vllm.config import Config
+from soma_vllm.engines.arithmetic import settle
 from soma_vllm.models.hub import folder_here
 
 _BF16_BYTES = 2
@@ -44,15 +45,17 @@ def fitted(
 
 
 def machine_of(config: Config, speed: Speed) -> Machine | None:
-    """What an estimate needs to know; None where a model is not in a folder of this machine."""
+    """What an estimate needs to know, every `dtype: auto` decided as the server decides it; None where a model
+    is not in a folder of this machine."""
     if config.original.url is not None or config.original_model is None or config.surrogate_model is None:
         return None
     original, surrogate = folder_here(config.original_model), folder_here(config.surrogate_model)
     if original is None or surrogate is None:
         return None
+    settled, _ = settle(config, original, surrogate)
     return Machine(
-        product=speed.products[arithmetic(config.original.dtype)],
-        trainer=speed.products[arithmetic(config.training.dtype)],
+        product=speed.engines_product(settled.original.dtype),
+        trainer=speed.products["float32" if settled.training.dtype == "float32" else "bfloat16"],
         import_s=speed.import_s,
         original=weights(original),
         surrogate=weights(surrogate),
@@ -62,7 +65,8 @@ def machine_of(config: Config, speed: Speed) -> Machine | None:
 
 def told(plan: Plan, config: Config, speed: Speed, here: Machine) -> list[str]:
     """The machine and the plan, in lines for people."""
-    pair = f"{config.original_model} over {config.surrogate_model}, {here.product.arithmetic} products"
+    names = ARITHMETIC[here.product.arithmetic], ARITHMETIC[here.trainer.arithmetic]
+    pair = f"{config.original_model} over {config.surrogate_model}, {names[0]}; trainers {names[1]}"
     played = f"{len(plan.dialogues)} dialogues, {plan.lanes} at once: {duration(plan.total_s)}"
     lines = [
         f"machine    one core: {speed.told()}",
@@ -82,8 +86,3 @@ def weights(folder: Path) -> float:
 def _layers(folder: Path) -> int:
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return int(described.get("num_hidden_layers", 24))
-
-
-def arithmetic(dtype: str) -> str:
-    """The arithmetic behind a configured dtype."""
-    return "float32" if dtype == "float32" else "bfloat16"

@@ -110,15 +110,14 @@ def make_plan(
     """
     kept = tuple(dict.fromkeys((*first, *forced)))
     ordered = {name: dialogues[name] for name in (*kept, *(name for name in dialogues if name not in kept))}
-    plan = _Draft(ordered, config, machine, kept, tuple(forced), _worth(lanes, machine, len(kept)), think_s)
-    return plan.fit(budget_s)
+    at_once = _worth(lanes, machine.product)
+    return _Draft(ordered, config, machine, kept, tuple(forced), at_once, think_s).fit(budget_s)
 
 
-def _worth(lanes: int, machine: Machine, kept: int) -> int:
+def _worth(lanes: int, product: Product) -> int:
     """Dialogues at once: as many as asked for where steps are shared well, else two, beside a training."""
-    product = machine.product
     shares = product.shared_step_s / 4 < SHARING_PAYS * product.step_s
-    return lanes if shares else min(lanes, max(2, min(kept, 2)))
+    return lanes if shares else min(lanes, 2)
 
 
 @dataclass(frozen=True)

@@ -262,6 +262,8 @@ class Screen:
             self._live.update(self._table())
         elif session.turns and (before is None or len(before.turns) < len(session.turns)):
             self.say(f"{turn_line(session)}  ({progress(self._shown.values(), self.left_s())})")
+        elif before is not None and before.phase == "ADAPTING" != session.phase:
+            self.say(f"{session.dialogue}: has its verdict, {session.phase}")
 
     @contextmanager
     def live(self, sessions: Mapping[str, SessionRecord]) -> Iterator[None]:

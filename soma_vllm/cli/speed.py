@@ -11,6 +11,16 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+PACKED = "packed"
+"""The probe's name for the compiled kernel's products (kernels/linear.py)."""
+
+ARITHMETIC = {
+    "bfloat16": "bf16",
+    "float32": "float32",
+    PACKED: "bf16 weights with float32 products",
+}
+"""For people, by the probe's name."""
+
 PROBE_LIMIT_S = 120.0
 """After this a probe is given up: importing torch from a cold disk may take a while, measuring does not."""
 
@@ -48,9 +58,16 @@ class Speed:
     products: Mapping[str, Product]
     """By arithmetic, such as "bfloat16"."""
 
+    def engines_product(self, dtype: str) -> Product:
+        """What an engine of a configured dtype multiplies with: the compiled kernel, where it is in use."""
+        if dtype == "float32":
+            return self.products["float32"]
+        return self.products.get(PACKED) or self.products["bfloat16"]
+
     def told(self) -> str:
         """The products in a few words, for people."""
-        return ", ".join(f"{name} {product.gflops:.0f} GFLOP/s" for name, product in self.products.items())
+        named = [(ARITHMETIC.get(name, name), one.gflops) for name, one in self.products.items()]
+        return ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in named)
 
 
 def measured(command: tuple[str, ...] = (sys.executable, "-m", "soma_vllm.cli.probe")) -> Speed | None:

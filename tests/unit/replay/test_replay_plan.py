@@ -139,7 +139,17 @@ def test_what_the_probe_prints_becomes_a_speed() -> None:
     assert speed.import_s == 3.0
     assert speed.products["float32"].gflops == pytest.approx(75.3, abs=0.1)
     assert speed.products["bfloat16"].step_of(4) == pytest.approx(0.48)
-    assert speed.told() == "bfloat16 17 GFLOP/s, float32 75 GFLOP/s"
+    assert speed.told() == "bf16 17 GFLOP/s, float32 75 GFLOP/s"
+
+
+def test_engines_use_the_compiled_kernel_where_it_was_measured_unless_they_are_told_float32() -> None:
+    speed = read(json.dumps(PRINTED))
+    assert speed is not None
+    assert speed.engines_product("bfloat16").arithmetic == "bfloat16"
+    speed = read(json.dumps(PRINTED | {"packed": {"1": 0.2, "4": 0.2, "64": 1.6}}))
+    assert speed is not None
+    assert speed.engines_product("auto").arithmetic == "packed"
+    assert speed.engines_product("float32").arithmetic == "float32"
 
 
 @pytest.mark.parametrize(

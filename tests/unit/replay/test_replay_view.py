@@ -186,7 +186,12 @@ def test_a_turn_is_told_with_what_is_left_where_there_is_no_terminal() -> None:
     screen.left_s = lambda: 31.0
     with screen.live({"a": session("a", "", planned=3)}):
         screen.show(session("a", "O", planned=3))
-    assert out.getvalue() == "a turn 1/3: original, 2.00 s, WARM_START  (1 of 3 turns, 30 s left)\n"
+        screen.show(replace(session("a", "O", planned=3), phase="ADAPTING"))
+        screen.show(replace(session("a", "O", planned=3), phase="SWITCHED"))
+    assert out.getvalue().splitlines() == [
+        "a turn 1/3: original, 2.00 s, WARM_START  (1 of 3 turns, 30 s left)",
+        "a: has its verdict, SWITCHED",
+    ]
 
 
 def test_moments_map_to_the_axis_of_turns() -> None:
