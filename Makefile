@@ -67,7 +67,7 @@ TO_SEE := --set adaptation.payback=always --set gate.audit_rate=0.5 --set gate.d
 ## make smoke   the same loop on tiny random models, nothing to download (about 3 minutes)
 smoke: tiny
 	@$(BIN)/soma replay --config configs/tiny.yaml --dialogues dialogues/demo.json --out out/smoke \
-	  --minutes 5 --first $(FORCED) --concurrency 4 --await-verdicts --force-adapter $(FORCED) \
+	  --minutes 10 --first $(FORCED) --concurrency 4 --await-verdicts --force-adapter $(FORCED) \
 	  --expect switch --expect adapter
 	@echo "[smoke] next: make demo, the same with a real pair"
 

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import median
 
 from soma_vllm.cli.replay_view import SessionRecord
 from soma_vllm.types import Role
@@ -22,7 +22,8 @@ SURROGATES_SHARE = 0.6
 is known; a little less than was seen (docs/LOG.md), because time that is left over does no harm."""
 
 RECENT_TURNS = 12
-"""Turns of an engine that its mean is taken over: prompts grow, and other dialogues come and go."""
+"""Turns of an engine that its median is taken over: prompts grow, other dialogues come and go, and the first
+turns of a server are slow in a way that says nothing about the others."""
 
 PATIENCE = 6.0
 """A wait is given up once nothing has happened for this many times the longest thing there is."""
@@ -105,12 +106,12 @@ class Timekeeper:
     def turn_s(self, engine: Role) -> float | None:
         """Seconds that a turn of `engine` takes; None where nothing is known of either engine."""
         if seen := self._turns[engine]:
-            return fmean(seen)
+            return median(seen)
         other = Role.SURROGATE if engine is Role.ORIGINAL else Role.ORIGINAL
         if self._expected is None:
-            return fmean(self._turns[other]) if self._turns[other] else None
+            return median(self._turns[other]) if self._turns[other] else None
         mine, others = self._of(engine), self._of(other)
-        return mine * fmean(self._turns[other]) / others if self._turns[other] else mine
+        return mine * median(self._turns[other]) / others if self._turns[other] else mine
 
     def training_s(self) -> float | None:
         """Seconds that an adapter takes; None where that is not known."""
@@ -145,14 +146,17 @@ class Timekeeper:
         begun = sorted(sessions, key=lambda session: not session.turns)
         return makespan(map(self.dialogue_s, begun), self._rules.lanes)
 
-    def may_begin(self, name: str, sessions: Mapping[str, SessionRecord]) -> bool:
-        """Whether a dialogue would be over in time, beside all that is under way or will be played anyway."""
+    def may_begin(self, name: str, sessions: Mapping[str, SessionRecord], begun: Collection[str]) -> bool:
+        """Whether a dialogue would be over in time, beside all that is under way or will be played anyway.
+
+        What is no may become yes: the pace is known better with every turn.
+        """
         if self._deadline is None or name in self._always:
             return True
         others = [
             session
             for session in sessions.values()
-            if session.dialogue != name and (session.turns or session.dialogue in self._always)
+            if session.dialogue != name and (session.dialogue in begun or session.dialogue in self._always)
         ]
         left = self.left_s([*others, sessions[name]])
         return left is None or self._clock() + left <= self._deadline

@@ -47,7 +47,11 @@ class Player:
         rules = Rules(script.warm_window, script.think_s, script.concurrency)
         self._time = timekeeper or Timekeeper(rules)
         self._lanes = Lanes(script.concurrency)
+        self._begun: set[str] = set()
+        self._hesitant: set[str] = set()
+        """Dialogues for which there was no time when they were last to begin."""
         self._waiting: set[str] = set()
+        self._step = asyncio.Event()
         run = secrets.token_hex(3)
         self.sessions = {
             name: SessionRecord(name, f"{name}-{run}", len(turns), forced=name in script.forced)
@@ -84,18 +88,35 @@ class Player:
         script = self._script
         turns = script.dialogues[name]
         messages: list[ChatCompletionMessageParam] = []
-        async with self._lanes.lane(rank):
-            if not self._time.may_begin(name, self.sessions):
-                self._update(name, left_out=True)
-                return
-            warm = script.warm_window if script.awaits_verdicts and script.warm_window < len(turns) else 0
+        if not await self._lane_in_time(name, rank):
+            self._update(name, left_out=True)
+            return
+        warm = script.warm_window if script.awaits_verdicts and script.warm_window < len(turns) else 0
+        try:
             for number in range(1, (warm or len(turns)) + 1):
                 await self._turn(name, number, messages)
+        finally:
+            self._lanes.leave()
         if warm:
             await self._read(name, warm)
             async with self._lanes.lane(rank):
                 for number in range(warm + 1, len(turns) + 1):
                     await self._turn(name, number, messages)
+
+    async def _lane_in_time(self, name: str, rank: int) -> bool:
+        """Take a lane as soon as the dialogue would be over in time; False once nothing can change that."""
+        while True:
+            await self._lanes.enter(rank)
+            if self._time.may_begin(name, self.sessions, self._begun):
+                self._hesitant.discard(name)
+                self._begun.add(name)
+                return True
+            self._lanes.leave()
+            self._hesitant.add(name)
+            # With each turn of another dialogue the pace is known better.
+            if not any(not one.over and one.dialogue not in self._hesitant for one in self.sessions.values()):
+                return False
+            await self._step.wait()
 
     async def _turn(self, name: str, number: int, messages: list[ChatCompletionMessageParam]) -> None:
         """Think, ask, and take the answer into the history."""
@@ -228,6 +249,8 @@ class Player:
     def _update(self, name: str, **changes: Any) -> None:
         self.sessions[name] = replace(self.sessions[name], **changes)
         self._changed(self.sessions[name])
+        self._step.set()  # wakes whoever waits now
+        self._step.clear()
 
 
 def _completed(turn: TurnRecord, told: Mapping[str, Any]) -> TurnRecord:

@@ -209,6 +209,12 @@ async def test_a_lane_is_free_while_its_user_waits_for_a_verdict(soma: FakeSoma)
     assert asked == ["a", "a", "b", "b", "b", "a"]
 
 
+async def test_a_dialogue_left_waiting_begins_once_others_turn_out_to_be_quick(soma: FakeSoma) -> None:
+    watch = Timekeeper(Rules(2), Expected(600.0, 600.0, 1.0), deadline=700.0, always=["a"], clock=lambda: 0.0)
+    sessions = await played(soma, Script({"b": ("one",) * 3, "a": ("one",) * 3}, concurrency=2), watch)
+    assert {name: len(session.turns) for name, session in sessions.items()} == {"a": 3, "b": 3}
+
+
 async def test_after_the_deadline_only_what_is_always_played_begins(soma: FakeSoma) -> None:
     watch = Timekeeper(Rules(2), Expected(1.0, 1.0, 1.0), deadline=0.0, always=["b"], clock=lambda: 1.0)
     sessions = await played(soma, Script({"a": ("one",), "b": ("one", "two")}), watch)

@@ -97,14 +97,31 @@ def test_a_dialogue_begins_only_if_it_would_be_over_in_time() -> None:
     clock = Clock()
     watch = Timekeeper(Rules(warm_window=4), EXPECTED, deadline=100.0, always=["kept"], clock=clock)
     sessions = {"kept": record("kept", 3, planned=4), "b": record("b", 0, planned=4)}
-    assert watch.may_begin("b", sessions)
+    assert watch.may_begin("b", sessions, {"kept"})
     clock.now = 55.0  # 10 s of the one under way and 40 s of its own
-    assert not watch.may_begin("b", sessions)
-    assert watch.may_begin("kept", sessions)
+    assert not watch.may_begin("b", sessions, {"kept"})
+    assert watch.may_begin("kept", sessions, {"kept"})
+
+
+def test_what_is_known_better_may_let_a_dialogue_begin_after_all() -> None:
+    clock = Clock()
+    watch = Timekeeper(Rules(warm_window=4), EXPECTED, deadline=100.0, clock=clock)
+    sessions = {"a": record("a", 3, planned=4), "b": record("b", 0, planned=4)}
+    clock.now = 55.0
+    assert not watch.may_begin("b", sessions, {"a"})
+    watch.turn("original", 4.0)
+    assert watch.may_begin("b", sessions, {"a"})
+
+
+def test_one_slow_first_turn_does_not_spoil_the_pace() -> None:
+    watch = Timekeeper(RULES, EXPECTED)
+    for seconds in (40.0, 1.0, 1.2):
+        watch.turn("original", seconds)
+    assert watch.turn_s(Role.ORIGINAL) == 1.2
 
 
 def test_without_a_deadline_everything_begins() -> None:
-    assert Timekeeper(RULES, EXPECTED).may_begin("a", {"a": record("a", 0)})
+    assert Timekeeper(RULES, EXPECTED).may_begin("a", {"a": record("a", 0)}, ())
 
 
 def test_patience_grows_with_the_longest_thing_seen_and_with_those_who_wait_for_a_trainer() -> None:
