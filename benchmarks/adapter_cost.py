@@ -4,7 +4,8 @@ Every rung of the ladder trains on the same warm turns for the same number of pa
 core, and is scored on the same later turns, so that a saving that costs fidelity shows. Seconds are processor
 seconds of one thread, which other work on the machine does not change much. The straightforward
 rung is what one writes first: float32, turn after turn, `labels` masked, logits at every position, LoRA in
-every layer. Rungs take turns session by session (a slow moment hits all).
+every layer. Rungs take turns session by session (a slow moment hits all). From the third rung on they compute
+in what `training.dtype: auto` means on this machine; the last one repeats the whole recipe in the other type.
 
 The original's answers come from `soma evaluate`'s trajectories and are played to it where they are not on disk.
 
@@ -17,8 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +31,8 @@ from soma_vllm.cli.dialogues import load_dialogues
 from soma_vllm.config import Config, Lora, Mining, load_config
 from soma_vllm.evaluation.material import Material, material
 from soma_vllm.evaluation.original import played_for
+from soma_vllm.evaluation.statistics import interval
+from soma_vllm.machine import describe, training_dtype
 from soma_vllm.method.finetune import attached, train
 from soma_vllm.method.losses import token_nll
 from soma_vllm.method.mining import mine
@@ -109,23 +111,26 @@ def ours(surrogate: Surrogate, learnt: Sequence[Rendered], lora: Lora) -> None:
     train(surrogate.decoder, learnt, (), dict.fromkeys((turn.turn for turn in learnt), 1.0), lora, 0)
 
 
+OWN = training_dtype("auto", "cpu")
+OTHER = "bfloat16" if OWN == "float32" else "float32"
 LADDER = (
     Rung("straightforward, float32", "float32", straightforward),
     Rung("+ logits at answers only", "float32", answers_only),
-    Rung("+ bfloat16", "bfloat16", answers_only),
-    Rung("+ turns packed into one sequence", "bfloat16", ours),
-    Rung("+ upper 8 layers, trunk cached", "bfloat16", ours, top_layers=8),
-    Rung("+ distillation", "bfloat16", ours, top_layers=8, objective="kd"),
+    Rung(f"+ this machine's type, {OWN}", OWN, answers_only),
+    Rung("+ turns packed into one sequence", OWN, ours),
+    Rung("+ upper 8 layers, trunk cached", OWN, ours, top_layers=8),
+    Rung("+ distillation", OWN, ours, top_layers=8, objective="kd"),
 )
+SAME_IN_OTHER = Rung(f"the last, in {OTHER}", OTHER, ours, top_layers=8, objective="kd")
 
 
 def climb(surrogates: dict[str, Surrogate], found: Material, config: Config, passes: int) -> list[Result]:
     """Every rung on one session, and first of all the plain surrogate in its place 0."""
     results = []
-    for rung in LADDER:
+    for rung in (*LADDER, SAME_IN_OTHER):
         surrogate = surrogates[rung.dtype]
         learnt = rendered(surrogate, (*found.examples, *found.held_out))
-        later = rendered(surrogates["bfloat16"], found.later)
+        later = rendered(surrogates[OWN], found.later)
         lora = config.lora.model_copy(
             update={
                 "top_layers": rung.top_layers,
@@ -187,31 +192,46 @@ def main() -> None:
     sessions = {}
     for name, trajectory in played.items():
         found = material(trajectory, config)
-        plain = pooled(
-            score_turns(surrogates["bfloat16"].decoder, rendered(surrogates["bfloat16"], found.later))
-        )
+        plain = pooled(score_turns(surrogates["bfloat16"].decoder, rendered(surrogates[OWN], found.later)))
         print(
             f"{name}: {len(found.examples) + len(found.held_out)} warm turns, plain later NLL {plain.nll:.3f}"
         )
         sessions[name] = climb(surrogates, found, config, options.passes)
-    apart, packed = mining_seconds(surrogates["bfloat16"], found, config.mining)
+    apart, packed = mining_seconds(surrogates[OWN], found, config.mining)
 
-    totals = [sum(results[rung].seconds for results in sessions.values()) for rung in range(len(LADDER))]
+    *totals, in_other = (
+        sum(results[rung].seconds for results in sessions.values()) for rung in range(len(LADDER) + 1)
+    )
+    print(f"\n{describe()}")
     print(f"\n{'all sessions':40} {'seconds':>8}  {'step':>6}  {'total':>6}")
     for index, rung in enumerate(LADDER):
         step = totals[index - 1] / totals[index] if index else 1.0
         print(f"{rung.name:40} {totals[index]:8.1f}  {step:5.2f}x  {totals[0] / totals[index]:5.2f}x")
+    paired = [results[-1].seconds / results[-2].seconds for results in sessions.values()]
+    bounds = interval([math.log(value) for value in paired])
+    spread = "" if bounds is None else f" [{math.exp(bounds[0]):.2f}, {math.exp(bounds[1]):.2f}]"
+    print(
+        f"the whole recipe in {OTHER}: {in_other:.1f} s, {in_other / totals[-1]:.2f}x{spread} of {OWN}, this "
+        "machine's type"
+    )
     print(
         f"mining, {config.mining.n_candidates} candidates x {config.mining.iters} iterations, last session: "
         f"apart {apart:.1f} s, in one pass {packed:.1f} s, {apart / packed:.2f}x; with mining.enabled: auto 0 s"
     )
     if options.json:
         document = {
-            "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+            "machine": describe(),
+            "dtype": OWN,
             "passes": options.passes,
             "rungs": [rung.name for rung in LADDER],
             "seconds": totals,
             "ratio": totals[0] / totals[-1],
+            "in_other_type": {
+                "dtype": OTHER,
+                "seconds": in_other,
+                "ratio": in_other / totals[-1],
+                "log_interval": bounds,
+            },
             "sessions": {name: [asdict(result) for result in results] for name, results in sessions.items()},
             "mining_s": {"apart": apart, "together": packed},
         }

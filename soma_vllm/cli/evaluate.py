@@ -180,12 +180,7 @@ def _measured(
     dtype = training_dtype(training.dtype, training.device)
     with quiet():
         encoder = SentenceEncoder(folders.encoder, config.gate.encoder_max_tokens, config.encoder.threads)
-        surrogate = load_surrogate(
-            folders.surrogate,
-            training_dtype(training.dtype, training.device),
-            training.device,
-            training.threads,
-        )
+        surrogate = load_surrogate(folders.surrogate, dtype, training.device, training.threads)
     bench = Bench(config, surrogate, encoder.encode, plan.generates)
     results: dict[str, SessionResult] = {}
     skipped = list(plan.skipped)
