@@ -56,12 +56,16 @@ $(BASELINES)/.installed: requirements/baselines.lock | setup
 	@$(BIN)/python requirements/install.py $< --target $(BASELINES) --no-compile $(PIP_ARGS)
 	@touch $@
 
-## make demo    the main job on the embedded pair: warm start, adapter, switch, rollback (about 9 minutes, 20 with set-up)
+## make demo    the main job on the embedded pair: warm start, adapter, switch, rollback (MINUTES=15 at most, 9 on a fast machine)
 demo: models
-	@echo "[demo] nine dialogues through a real pair: about 9 minutes on 2 cores"
+	@echo "[demo] up to nine dialogues through a real pair, in $(MINUTES) minutes at most; says first how long it will take here"
 	@$(BIN)/soma replay --config configs/cpu_demo.yaml --dialogues dialogues/demo.json --out out/demo \
-	  --concurrency 3 --think-time 2 --pause-after-warm-start 240 --force-adapter $(FORCED) \
+	  --minutes $(MINUTES) --first topic-change --first $(FORCED) --first rainfall-table \
+	  --concurrency 3 --think-time 2 --await-verdicts --force-adapter $(FORCED) \
 	  $(TO_SEE) --expect switch --expect adapter --expect rollback
+	@echo '[demo] next: make serve, then point an OpenAI client at http://127.0.0.1:8000/v1, model "soma" (lines in README.md)'
+
+MINUTES ?= 15
 
 # Ten turns are few: adapters whether they pay or not, and a watch that is nervous enough to roll back.
 TO_SEE := --set adaptation.payback=always --set gate.audit_rate=0.5 --set gate.drift_window=2 \
@@ -70,7 +74,9 @@ TO_SEE := --set adaptation.payback=always --set gate.audit_rate=0.5 --set gate.d
 ## make smoke   the same loop on tiny random models, nothing to download (about 3 minutes)
 smoke: tiny
 	@$(BIN)/soma replay --config configs/tiny.yaml --dialogues dialogues/demo.json --out out/smoke \
-	  --concurrency 4 --pause-after-warm-start 60 --force-adapter $(FORCED) --expect switch --expect adapter
+	  --minutes 10 --first $(FORCED) --concurrency 4 --await-verdicts --force-adapter $(FORCED) \
+	  --expect switch --expect adapter
+	@echo "[smoke] next: make demo, the same with a real pair"
 
 FORCED ?= house-style
 

@@ -79,8 +79,8 @@ class Script:
     """Dialogues under way at once."""
     think_s: float = 0.0
     """Seconds a user waits before each turn but the first."""
-    pause_s: float = 0.0
-    """Longest time a user reads after the warm start, seconds."""
+    awaits_verdicts: bool = False
+    """Whether a user reads after the warm start until his session has a verdict."""
     poll_s: float = 1.0
     """Seconds between two looks at a session's report."""
 
@@ -95,9 +95,10 @@ def make_script(
     force_adapter: Sequence[str] = (),
     concurrency: int = 1,
     think_s: float = 0.0,
-    pause_s: float = 0.0,
+    awaits_verdicts: bool = False,
+    first: Sequence[str] = (),
 ) -> Script:
-    """Choose dialogues and turns.
+    """Choose dialogues and turns; those of `first` come first, in its order.
 
     Raises:
         ConfigError: a chosen dialogue does not exist, or the configuration forbids forcing.
@@ -109,8 +110,9 @@ def make_script(
         if name not in dialogues
     ]
     problems += [
-        f"--force-adapter {name}: not among the dialogues to play; expected one of {', '.join(chosen)}"
-        for name in force_adapter
+        f"{option} {name}: not among the dialogues to play; expected one of {', '.join(chosen)}"
+        for option, names in (("--force-adapter", force_adapter), ("--first", first))
+        for name in names
         if name not in chosen
     ]
     if force_adapter and not config.adaptation.allow_force_header:
@@ -118,11 +120,11 @@ def make_script(
     if problems:
         raise ConfigError(source, problems)
     return Script(
-        chosen,
+        {name: chosen[name] for name in dict.fromkeys((*first, *chosen))},
         frozenset(force_adapter),
         config.warm_window,
         config.max_new_tokens,
         concurrency,
         think_s,
-        pause_s,
+        awaits_verdicts,
     )

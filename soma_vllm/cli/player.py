@@ -1,7 +1,9 @@
 """The client of a replay: plays a script against a server as an ordinary chat program would.
 
 Guarantees: knows nothing of the server but its public interface; one dialogue's failure does not end the
-others; the records are whole at any moment, also when the play is cut short.
+others; the records are whole at any moment, also when the play is cut short. It waits for what sessions report
+and never for a time: a wait is given up only when nothing has happened anywhere for much longer than the
+longest thing measured in this run.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from soma_vllm.cli.dialogues import Script
+from soma_vllm.cli.lanes import Lanes
+from soma_vllm.cli.pace import Rules, Timekeeper
 from soma_vllm.cli.replay_view import SessionRecord, TurnRecord
 from soma_vllm.errors import EngineError, EngineUnavailable
 from soma_vllm.types import Role
@@ -23,65 +27,107 @@ if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionMessageParam
     from openai.types.completion_usage import CompletionUsage
 
-SETTLE_S = 30.0
-"""Longest wait for a session's background audits after its last turn."""
-
 
 class Player:
     """Plays a script; `sessions` holds every dialogue's record at any moment, in the script's order."""
 
     def __init__(
-        self, client: AsyncOpenAI, root: str, script: Script, changed: Callable[[SessionRecord], None]
+        self,
+        client: AsyncOpenAI,
+        root: str,
+        script: Script,
+        changed: Callable[[SessionRecord], None],
+        timekeeper: Timekeeper | None = None,
     ) -> None:
         """`root` is the server's address without `/v1`; `changed` is called after every change of a record."""
         self._client = client
         self._root = root
         self._script = script
         self._changed = changed
+        rules = Rules(script.warm_window, script.think_s, script.concurrency)
+        self._time = timekeeper or Timekeeper(rules)
+        self._lanes = Lanes(script.concurrency)
+        self._begun: set[str] = set()
+        self._hesitant: set[str] = set()
+        """Dialogues for which there was no time when they were last to begin."""
+        self._waiting: set[str] = set()
+        self._step = asyncio.Event()
         run = secrets.token_hex(3)
         self.sessions = {
             name: SessionRecord(name, f"{name}-{run}", len(turns), forced=name in script.forced)
             for name, turns in script.dialogues.items()
         }
 
+    def left_s(self) -> float | None:
+        """Seconds until all is over, by what was seen so far; None where that is nothing."""
+        return self._time.left_s(list(self.sessions.values()))
+
     async def play(self) -> None:
-        """Play all dialogues; one that fails keeps its turns and says why it ended."""
-        lanes = asyncio.Semaphore(self._script.concurrency)
-
-        async def one(name: str) -> None:
-            async with lanes:
-                await self._play_one(name)
-
+        """Play all dialogues for which there is time; one that fails keeps its turns and says why it ended."""
         async with asyncio.TaskGroup() as group:
-            for name in self._script.dialogues:
-                group.create_task(one(name))
+            for rank, name in enumerate(self._script.dialogues):
+                group.create_task(self._play_one(name, rank))
 
-    async def _play_one(self, name: str) -> None:
+    async def _play_one(self, name: str, rank: int) -> None:
         from openai import OpenAIError
 
         try:
-            await self._turns(name)
+            await self._turns(name, rank)
         except (OpenAIError, EngineError) as error:
             self._update(name, error=f"{type(error).__name__}: {error}")
+        if self.sessions[name].left_out:
+            return
         try:
             await self._settle(name)
         except (OpenAIError, EngineError) as error:
             reason = self.sessions[name].error or f"no report of the session: {type(error).__name__}: {error}"
             self._update(name, error=reason)
 
-    async def _turns(self, name: str) -> None:
+    async def _turns(self, name: str, rank: int) -> None:
+        """Play one dialogue on a lane, which others may have while its user reads."""
         script = self._script
+        turns = script.dialogues[name]
         messages: list[ChatCompletionMessageParam] = []
-        for number, query in enumerate(script.dialogues[name], start=1):
-            if number > 1:
-                await asyncio.sleep(script.think_s)
-            messages.append({"role": "user", "content": query})
-            turn = await self._ask(name, number, query, messages)
-            messages.append({"role": "assistant", "content": turn.answer})
-            record = self.sessions[name]
-            self._update(name, turns=(*record.turns, turn), phase=turn.phase)
-            if script.pause_s and number == script.warm_window < len(script.dialogues[name]):
-                await self._read(name)
+        if not await self._lane_in_time(name, rank):
+            self._update(name, left_out=True)
+            return
+        warm = script.warm_window if script.awaits_verdicts and script.warm_window < len(turns) else 0
+        try:
+            for number in range(1, (warm or len(turns)) + 1):
+                await self._turn(name, number, messages)
+        finally:
+            self._lanes.leave()
+        if warm:
+            await self._read(name, warm)
+            async with self._lanes.lane(rank):
+                for number in range(warm + 1, len(turns) + 1):
+                    await self._turn(name, number, messages)
+
+    async def _lane_in_time(self, name: str, rank: int) -> bool:
+        """Take a lane as soon as the dialogue would be over in time; False once nothing can change that."""
+        while True:
+            await self._lanes.enter(rank)
+            if self._time.may_begin(name, self.sessions, self._begun):
+                self._hesitant.discard(name)
+                self._begun.add(name)
+                return True
+            self._lanes.leave()
+            self._hesitant.add(name)
+            # With each turn of another dialogue the pace is known better.
+            if not any(not one.over and one.dialogue not in self._hesitant for one in self.sessions.values()):
+                return False
+            await self._step.wait()
+
+    async def _turn(self, name: str, number: int, messages: list[ChatCompletionMessageParam]) -> None:
+        """Think, ask, and take the answer into the history."""
+        if number > 1:
+            await asyncio.sleep(self._script.think_s)
+        query = self._script.dialogues[name][number - 1]
+        messages.append({"role": "user", "content": query})
+        turn = await self._ask(name, number, query, messages)
+        messages.append({"role": "assistant", "content": turn.answer})
+        self._time.turn(turn.engine, turn.latency_s)
+        self._update(name, turns=(*self.sessions[name].turns, turn), phase=turn.phase)
 
     async def _ask(
         self, name: str, number: int, query: str, messages: Sequence[ChatCompletionMessageParam]
@@ -135,17 +181,18 @@ class Player:
             completion_tokens=usage.completion_tokens if usage else None,
         )
 
-    async def _read(self, name: str) -> None:
-        """Let the user read until the session is no longer adapting, or the pause is over."""
+    async def _read(self, name: str, number: int) -> None:
+        """Let the user read until the session has a verdict on its first `number` turns."""
 
-        def adapted(report: Mapping[str, Any]) -> bool:
-            return report.get("phase") not in ("WARM_START", "ADAPTING")
+        def judged(report: Mapping[str, Any]) -> bool:
+            recorded = max((turn.get("turn", 0) for turn in report.get("turns") or ()), default=0)
+            return recorded >= number and report.get("phase") != "ADAPTING"
 
-        await self._poll(name, adapted, self._script.pause_s)
+        await self._until(name, judged, "its verdict")
 
     async def _settle(self, name: str) -> None:
-        """Wait for background audits, then take over what the server knows of the session."""
-        report = await self._poll(name, lambda report: bool(report.get("idle")), SETTLE_S)
+        """Wait until nothing is under way for a session, then take over what the server knows of it."""
+        report = await self._until(name, lambda report: bool(report.get("idle")), "its audits")
         if report is None:
             return
         told = {turn.get("turn"): turn for turn in report.get("turns") or ()}
@@ -157,32 +204,53 @@ class Player:
             training=report.get("training"),
         )
 
-    async def _poll(
-        self, name: str, done: Callable[[Mapping[str, Any]], bool], limit_s: float
+    async def _until(
+        self, name: str, done: Callable[[Mapping[str, Any]], bool], what: str
     ) -> Mapping[str, Any] | None:
-        """The session's report, once `done` holds or `limit_s` seconds are over; None if there is none."""
+        """The session's report, once `done` holds or the wait for `what` is given up; None if there is none."""
+        seen = None
+        self._waiting.add(name)
+        try:
+            while True:
+                report = await self._report(name)
+                if report is None or done(report):
+                    return report
+                news = (report.get("phase"), len(report.get("turns") or ()), len(report.get("events") or ()))
+                if news != seen:
+                    self._time.news()
+                    seen = news
+                nothing_for_s = self._time.nothing_for_s()
+                if nothing_for_s > self._time.patience_s(len(self._waiting)):
+                    given_up = f"gave up waiting for {what}: nothing happened for {nothing_for_s:.0f} s"
+                    self._update(name, given_up=given_up)
+                    return report
+                await asyncio.sleep(self._script.poll_s)
+        finally:
+            self._waiting.discard(name)
+
+    async def _report(self, name: str) -> Mapping[str, Any] | None:
+        """What the server says of a session; None if it knows none."""
         from openai import NotFoundError
 
-        end = time.monotonic() + limit_s
-        url = f"{self._root}/soma/sessions/{self.sessions[name].session}"
-        while True:
-            try:
-                report = await self._client.get(url, cast_to=object)
-            except NotFoundError:
-                return None
-            if not isinstance(report, dict):
-                raise EngineError(
-                    f"GET /soma/sessions: found a {type(report).__name__}; expected a JSON object"
-                )
-            self._update(name, phase=report.get("phase") or self.sessions[name].phase)
-            remaining = end - time.monotonic()
-            if done(report) or remaining <= 0:
-                return report
-            await asyncio.sleep(min(self._script.poll_s, remaining))
+        try:
+            report = await self._client.get(
+                f"{self._root}/soma/sessions/{self.sessions[name].session}", cast_to=object
+            )
+        except NotFoundError:
+            return None
+        if not isinstance(report, dict):
+            raise EngineError(f"GET /soma/sessions: found a {type(report).__name__}; expected a JSON object")
+        costs = report.get("training") or {}
+        if costs.get("finetune_s") is not None:
+            self._time.training(name, sum(costs.get(part) or 0.0 for part in ("mining_s", "finetune_s")))
+        self._update(name, phase=report.get("phase") or self.sessions[name].phase)
+        return report
 
     def _update(self, name: str, **changes: Any) -> None:
         self.sessions[name] = replace(self.sessions[name], **changes)
         self._changed(self.sessions[name])
+        self._step.set()  # wakes whoever waits now
+        self._step.clear()
 
 
 def _completed(turn: TurnRecord, told: Mapping[str, Any]) -> TurnRecord:

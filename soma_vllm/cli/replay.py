@@ -10,7 +10,9 @@ import asyncio
 import json
 import os
 import signal
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +21,17 @@ from rich.console import Console
 
 from soma_vllm.cli import replay_view as view
 from soma_vllm.cli.child_server import serve_command, started_server, while_alive
+from soma_vllm.cli.closing import missed, where_to_look
 from soma_vllm.cli.dialogues import Dialogues, Script, load_dialogues, make_script
+from soma_vllm.cli.fitting import fitted
+from soma_vllm.cli.pace import Rules, Timekeeper
 from soma_vllm.cli.player import Player
 from soma_vllm.cli.replay_view import Expectation, Screen, SessionRecord
 from soma_vllm.config import Config, load_config
 from soma_vllm.errors import ConfigError, EngineUnavailable, SomaError
+
+CONNECT_S = 60.0
+"""Longest wait for a connection to the server."""
 
 
 def replay(
@@ -37,17 +45,28 @@ def replay(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value over the configuration; repeatable.")
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Dialogues under way at once.")] = 3,
+    concurrency: Annotated[int, typer.Option(min=1, help="Most dialogues under way at once.")] = 3,
     think_time: Annotated[float, typer.Option(min=0, help="Seconds a user waits between turns.")] = 0.0,
-    pause_after_warm_start: Annotated[
-        float,
+    await_verdicts: Annotated[
+        bool,
         typer.Option(
-            min=0,
-            help="After the warm start the user reads, for at most this many seconds, until the session is no "
-            "longer adapting. It stands for reading time on a slow machine, where training takes longer than "
-            "a few turns; no user ever waits for training.",
+            "--await-verdicts",
+            help="After the warm start the user reads until the session has its verdict: training done, "
+            "judged, or given up. It stands for reading time; no user ever waits for training.",
         ),
-    ] = 0.0,
+    ] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="Be over in about so many minutes: measures this machine first (some seconds), then leaves "
+            "out what it has no time for, says so, and lets no dialogue begin that would not end in time.",
+        ),
+    ] = None,
+    first: Annotated[
+        list[str] | None,
+        typer.Option(help="Begin with this dialogue, and play it however slow the machine is; repeatable."),
+    ] = None,
     force_adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -67,7 +86,7 @@ def replay(
     Exits with 1 when a dialogue broke off, the server died or an --expect was not met; with 2 on wrong input.
     """
     screen = Screen(Console())
-    resolved, script = _prepare(
+    config_now, script = _prepare(
         config,
         dialogues,
         overrides or [],
@@ -76,22 +95,42 @@ def replay(
         force_adapter=force_adapter or [],
         concurrency=concurrency,
         think_s=think_time,
-        pause_s=pause_after_warm_start,
+        awaits_verdicts=await_verdicts,
+        first=first or [],
     )
     for name in sorted(script.forced):
         screen.say(f"{name}: forced to its adapter, whatever the gate decides", style="yellow")
-    host = "127.0.0.1" if resolved.server.host == "0.0.0.0" else resolved.server.host
-    base_url = url or f"http://{host}:{resolved.server.port}/v1"
-    server = None if url else serve_command(config, overrides or [])
+    settings = list(overrides or [])
+    expected = None
+    began = time.monotonic()
+    if minutes is not None and url is None:
+        plan = fitted(script, config_now, first or [], 60 * minutes, screen.say)
+        if plan is not None:
+            settings += plan.overrides
+            expected = plan.expected
+            config_now = load_config(config, settings)
+            script = replace(
+                script, dialogues=plan.dialogues, max_tokens=plan.max_tokens, concurrency=plan.lanes
+            )
+    timekeeper = Timekeeper(
+        Rules(script.warm_window, think_time, script.concurrency, config_now.adaptation.train_timeout_s),
+        expected,
+        None if minutes is None else began + 60 * minutes,
+        always={*(first or []), *script.forced},
+    )
+    host = "127.0.0.1" if config_now.server.host == "0.0.0.0" else config_now.server.host
+    base_url = url or f"http://{host}:{config_now.server.port}/v1"
+    server = None if url else serve_command(config, settings)
     # Both engines start within this time, one after the other.
-    start_timeout_s = 2 * resolved.original.start_timeout_s
-    sessions, trouble = asyncio.run(run(script, screen, base_url, server, start_timeout_s))
-    log = write_log(out / "soma_log.json", resolved, sessions)
-    if any(session.turns for session in sessions):
+    start_timeout_s = 2 * config_now.original.start_timeout_s
+    sessions, trouble = asyncio.run(run(script, screen, base_url, server, start_timeout_s, timekeeper))
+    log = write_log(out / "soma_log.json", config_now, sessions)
+    drawn = any(session.turns for session in sessions)
+    if drawn:
         from soma_vllm.cli import timeline  # matplotlib takes a second to load
 
         timeline.draw(log, out / "timeline.png")
-    _report(screen, sessions, trouble, expect or [])
+    _report(screen, sessions, trouble, expect or [], where_to_look(out, drawn))
 
 
 def _prepare(config: Path, dialogues: Path, overrides: Sequence[str], **choices: Any) -> tuple[Config, Script]:
@@ -117,32 +156,47 @@ def _prepare(config: Path, dialogues: Path, overrides: Sequence[str], **choices:
 
 
 def _report(
-    screen: Screen, sessions: Sequence[SessionRecord], trouble: str | None, expect: Sequence[Expectation]
+    screen: Screen,
+    sessions: Sequence[SessionRecord],
+    trouble: str | None,
+    expect: Sequence[Expectation],
+    look: str,
 ) -> None:
-    """Print table, summary and what went wrong; exit with 1 if anything did."""
+    """Print table, summary, what went wrong and where to look; exit with 1 if anything went wrong."""
     screen.console.print(view.table(sessions))
     for line in view.summary(sessions):
         screen.say(line)
-    missing = view.unmet(expect, sessions)
-    for line in ([f"the replay ended early: {trouble}"] if trouble else []) + missing:
+    lines = missed(expect, sessions)
+    for line in ([f"the replay ended early: {trouble}"] if trouble else []) + lines:
         screen.say(line, style="bold red")
-    if trouble or missing or any(session.error for session in sessions):
+    screen.say(look, style="bold")
+    if trouble or lines or any(session.error for session in sessions):
         raise typer.Exit(1)
 
 
 async def run(
-    script: Script, screen: Screen, base_url: str, server: Sequence[str] | None, start_timeout_s: float
+    script: Script,
+    screen: Screen,
+    base_url: str,
+    server: Sequence[str] | None,
+    start_timeout_s: float,
+    timekeeper: Timekeeper,
 ) -> tuple[list[SessionRecord], str | None]:
     """Play a script, against a server started for it if a command is given.
 
     Returns:
         Every dialogue's record, and why the replay ended early, if it did.
     """
-    from openai import AsyncOpenAI
+    from openai import AsyncOpenAI, Timeout
 
     root = base_url.rstrip("/").removesuffix("/v1")
-    client = AsyncOpenAI(base_url=f"{root}/v1", api_key=os.environ.get("OPENAI_API_KEY") or "none")
-    player = Player(client, root, script, screen.show)
+    # A slow answer is no failure; a server that dies ends the replay by itself.
+    patient = Timeout(None, connect=CONNECT_S)
+    client = AsyncOpenAI(
+        base_url=f"{root}/v1", api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=patient
+    )
+    player = Player(client, root, script, screen.show, timekeeper)
+    screen.left_s = player.left_s
     # Ended from outside, a server started here must still be stopped: SIGTERM unwinds as Ctrl-C does.
     current = asyncio.current_task()
     assert current is not None

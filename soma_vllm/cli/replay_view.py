@@ -6,7 +6,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -65,6 +65,15 @@ class SessionRecord:
     training: Mapping[str, Any] | None = None
     error: str | None = None
     """Why the replay of this dialogue ended early."""
+    given_up: str | None = None
+    """What the client stopped waiting for, and after how long."""
+    left_out: bool = False
+    """True when there was no time to begin it."""
+
+    @property
+    def over(self) -> bool:
+        """True when no further turn of it will be played."""
+        return self.left_out or self.error is not None or len(self.turns) >= self.planned
 
     def served_by(self, engine: Role) -> list[TurnRecord]:
         """The turns that `engine` answered."""
@@ -94,6 +103,8 @@ class SessionRecord:
             "forced": "adapter" if self.forced else None,
             "phase": self.phase,
             "error": self.error,
+            "given_up": self.given_up,
+            "left_out": self.left_out,
             "turns": [asdict(turn) for turn in self.turns],
             "events": [dict(event) for event in self.events],
             "training": None if self.training is None else dict(self.training),
@@ -108,21 +119,14 @@ class Expectation(StrEnum):
     ROLLBACK = "rollback"
 
 
-_UNMET = {
-    Expectation.SWITCH: "expected switch: found no session with a turn answered by the surrogate",
-    Expectation.ADAPTER: "expected adapter: found no session with a turn answered with an adapter",
-    Expectation.ROLLBACK: "expected rollback: found no session that was rolled back",
-}
-
-
-def unmet(expectations: Sequence[Expectation], sessions: Sequence[SessionRecord]) -> list[str]:
-    """One line for each expectation that no session fulfils."""
-    met = {
+def met(expectation: Expectation, sessions: Sequence[SessionRecord]) -> bool:
+    """Whether some session shows what is expected."""
+    shown = {
         Expectation.SWITCH: any(session.switched for session in sessions),
         Expectation.ADAPTER: any(session.adapters for session in sessions),
         Expectation.ROLLBACK: any(session.rolled_back for session in sessions),
     }
-    return [_UNMET[expectation] for expectation in dict.fromkeys(expectations) if not met[expectation]]
+    return shown[expectation]
 
 
 _STYLES = {"O": "blue", "s": "yellow", "A": "green", "l": "magenta", "x": "red"}
@@ -168,7 +172,7 @@ def table(sessions: Sequence[SessionRecord]) -> Group:
         grid.add_row(
             name,
             letters,
-            session.phase,
+            "left out" if session.left_out else session.phase,
             _median_latency(session.served_by(Role.ORIGINAL)),
             _median_latency(session.served_by(Role.SURROGATE)),
             _mean_gap(session.turns),
@@ -182,8 +186,9 @@ def summary(sessions: Sequence[SessionRecord]) -> list[str]:
     by_original = [turn for turn in turns if turn.engine == Role.ORIGINAL]
     by_surrogate = [turn for turn in turns if turn.engine == Role.SURROGATE]
     with_adapter = [turn for turn in by_surrogate if turn.adapter]
+    played = [session for session in sessions if not session.left_out]
     lines = [
-        f"{len(sessions)} sessions, {len(turns)} turns: {len(by_original)} by the original, "
+        f"{len(played)} sessions, {len(turns)} turns: {len(by_original)} by the original, "
         f"{len(by_surrogate)} by the surrogate, {len(with_adapter)} of these with an adapter",
         f"switched: {_names([s for s in sessions if s.switched])}",
         f"served with an adapter: {_names([s for s in sessions if s.adapters])}",
@@ -193,6 +198,9 @@ def summary(sessions: Sequence[SessionRecord]) -> list[str]:
     ]
     if forced := [session for session in sessions if session.forced]:
         lines.append(f"forced to their adapter, whatever the gate decided: {_names(forced)}")
+    if left_out := [session for session in sessions if session.left_out]:
+        lines.append(f"left out for want of time: {_names(left_out)}")
+    lines += [f"{session.dialogue}: {session.given_up}" for session in sessions if session.given_up]
     lines += [f"{session.dialogue}: broke off: {session.error}" for session in sessions if session.error]
     return lines
 
@@ -202,6 +210,21 @@ def turn_line(session: SessionRecord) -> str:
     turn = session.turns[-1]
     who = f"{turn.engine} with {turn.adapter}" if turn.adapter else turn.engine
     return f"{session.dialogue} turn {turn.turn}/{session.planned}: {who}, {turn.latency_s:.2f} s, {turn.phase}"
+
+
+def progress(sessions: Iterable[SessionRecord], left_s: float | None) -> str:
+    """How far all dialogues are together, and how much time is left: "23 of 95 turns, about 4 min left"."""
+    played = [session for session in sessions if not session.left_out]
+    done, planned = (sum(n) for n in zip(*((len(s.turns), s.planned) for s in played), strict=True))
+    left = "" if left_s is None or done == planned else f", {duration(left_s)} left"
+    return f"{done} of {planned} turns{left}"
+
+
+def duration(seconds: float) -> str:
+    """A duration as one says it: "40 s", "about 3 min"."""
+    if seconds < 55:
+        return f"{max(10, 10 * round(seconds / 10))} s"
+    return f"about {max(1, round(seconds / 60))} min"
 
 
 def _names(sessions: Sequence[SessionRecord]) -> str:
@@ -222,6 +245,8 @@ class Screen:
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.left_s: Callable[[], float | None] = lambda: None
+        """Seconds until the replay is over, as far as they are known."""
         self._live: Live | None = None
         self._shown: dict[str, SessionRecord] = {}
 
@@ -236,7 +261,9 @@ class Screen:
         if self._live is not None:
             self._live.update(self._table())
         elif session.turns and (before is None or len(before.turns) < len(session.turns)):
-            self.say(turn_line(session))
+            self.say(f"{turn_line(session)}  ({progress(self._shown.values(), self.left_s())})")
+        elif before is not None and before.phase == "ADAPTING" != session.phase:
+            self.say(f"{session.dialogue}: has its verdict, {session.phase}")
 
     @contextmanager
     def live(self, sessions: Mapping[str, SessionRecord]) -> Iterator[None]:
@@ -252,4 +279,5 @@ class Screen:
             yield
 
     def _table(self) -> Group:
-        return table(list(self._shown.values()))
+        shown = list(self._shown.values())
+        return Group(table(shown), Text(progress(shown, self.left_s()), style="bold"))

@@ -123,7 +123,8 @@ class Gate(Section):
     audit_yields: bool = True
     """Audits run only while no user waits for the original, and give way when one comes."""
     audit_wait_s: Seconds = 60.0
-    """An audit that has not had its turn within this time, or whose turn takes longer, is dropped."""
+    """An audit that has not had its turn within this time, or whose turn takes longer, is dropped; on a slow
+    machine within the time that the original's last twelve requests took, where that is longer."""
     surprise_threshold: Annotated[float, Field(gt=0)] = 2.0
     """Mean NLL of the surrogate's answers under the original, nats per token, that is drift (audit: score)."""
 

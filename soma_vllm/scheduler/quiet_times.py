@@ -5,13 +5,16 @@ Guarantees:
 * A user's request is never held back: it is counted and goes out; work that is under way is cancelled at that
   moment, which closes its connection and thereby stops its generation.
 * Work that gave way is tried again in the next quiet time, until its wait is over. From the first moment to the
-  last no piece of work lives longer than twice `wait_s`: once waiting for its turn, once having it.
+  last no piece of work lives longer than twice the wait: once for its turn, once having it. The wait is the one
+  configured, or as long as users' requests take here where that is longer: slowness is no reason to drop work.
 * A user's request lasts from the call to the last token of its answer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any, Self, TypeVar
@@ -19,6 +22,9 @@ from typing import Any, Self, TypeVar
 from soma_vllm.engines.base import ChatCall, Engine, Events, Reply
 
 T = TypeVar("T")
+
+REQUESTS = 12
+"""A wait is at least as long as this many of the latest requests took, one after the other."""
 
 
 class Dropped(Exception):
@@ -31,7 +37,8 @@ class QuietTimes:
     def __init__(self, yields: bool, wait_s: float) -> None:
         """`yields`: work runs only while no user is there. Without it, work only waits for other work."""
         self._yields = yields
-        self._wait_s = wait_s
+        self._least_s = wait_s
+        self._took: deque[float] = deque(maxlen=REQUESTS)
         self._users = 0
         self._working: asyncio.Task[Any] | None = None
         self._free = asyncio.Event()
@@ -48,11 +55,18 @@ class QuietTimes:
         if self._yields and self._working is not None:
             self._working.cancel()
 
-    def left(self) -> None:
-        """A user's request is over."""
+    def left(self, after_s: float | None = None) -> None:
+        """A user's request is over, after so many seconds where it was answered."""
         assert self._users > 0, "nobody is there"
         self._users -= 1
+        if after_s is not None:
+            self._took.append(after_s)
         self._settle()
+
+    @property
+    def wait_s(self) -> float:
+        """Longest wait for a turn, and longest turn, of what is begun now."""
+        return max(self._least_s, sum(self._took))
 
     async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """What `work` returns or raises, run in a quiet time; it may be begun several times.
@@ -60,34 +74,35 @@ class QuietTimes:
         Raises:
             Dropped: there was none within the wait, or the work took longer than that.
         """
-        deadline = asyncio.get_running_loop().time() + self._wait_s
+        wait_s = self.wait_s
+        deadline = asyncio.get_running_loop().time() + wait_s
         while True:
-            await self._turn(deadline)
+            await self._turn(deadline, wait_s)
             task: asyncio.Task[T] = asyncio.create_task(work(), name="soma-quiet-work")
             self._working = task
             self._settle()
             try:
-                done, _ = await asyncio.wait([task], timeout=self._wait_s)
+                done, _ = await asyncio.wait([task], timeout=wait_s)
             finally:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
                 self._working = None
                 self._settle()
             if not done:
-                raise Dropped(f"not over after {self._wait_s:g} s")
+                raise Dropped(f"not over after {wait_s:.3g} s")
             if not task.cancelled():
                 return task.result()
 
-    async def _turn(self, deadline: float) -> None:
+    async def _turn(self, deadline: float, wait_s: float) -> None:
         """Return at a moment when work may begin; the caller begins before it awaits anything."""
         try:
             async with asyncio.timeout_at(deadline):
                 while not self._free.is_set():
                     await self._free.wait()
         except TimeoutError:
-            raise Dropped(f"no quiet time within {self._wait_s:g} s") from None
+            raise Dropped(f"no quiet time within {wait_s:.3g} s") from None
         if asyncio.get_running_loop().time() > deadline:
-            raise Dropped(f"gave way until {self._wait_s:g} s were over")
+            raise Dropped(f"gave way until {wait_s:.3g} s were over")
 
     def _settle(self) -> None:
         if self._working is None and not (self._yields and self._users):
@@ -107,15 +122,16 @@ class _Watched:
     async def chat(self, call: ChatCall) -> Reply:
         """Answer one chat completion; see `Engine.chat`."""
         self._quiet.came()
+        began = time.monotonic()
         try:
             reply = await self._engine.chat(call)
         except BaseException:
             self._quiet.left()
             raise
         if reply.events is None:
-            self._quiet.left()
+            self._quiet.left(time.monotonic() - began)
             return reply
-        return replace(reply, events=_Leaving(reply.events, self._quiet))
+        return replace(reply, events=_Leaving(reply.events, self._quiet, began))
 
 
 class _Leaving:
@@ -124,9 +140,10 @@ class _Leaving:
     A class and not an async generator, because closing a generator that nobody began to read runs none of it.
     """
 
-    def __init__(self, events: Events, quiet: QuietTimes) -> None:
+    def __init__(self, events: Events, quiet: QuietTimes, began: float) -> None:
         self._events = events
         self._quiet = quiet
+        self._began = began
         self._over = False
 
     def __aiter__(self) -> Self:
@@ -149,4 +166,4 @@ class _Leaving:
     def _leave(self) -> None:
         if not self._over:
             self._over = True
-            self._quiet.left()
+            self._quiet.left(time.monotonic() - self._began)

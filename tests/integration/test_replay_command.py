@@ -30,7 +30,7 @@ TURN_KEYS = {
 def replay(running: Running, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "soma_vllm.cli.main", "replay", "--config", str(TINY)]
     command += ["--dialogues", str(ROOT / "dialogues" / "demo.json"), "--out", str(out)]
-    command += ["--url", f"{running.root}/v1", "--limit-turns", "5", "--pause-after-warm-start", "60"]
+    command += ["--url", f"{running.root}/v1", "--limit-turns", "5", "--await-verdicts"]
     return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=GUARD_S, check=False)
 
 

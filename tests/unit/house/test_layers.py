@@ -36,7 +36,7 @@ BELOW |= {
 HEAVY = {
     "ray": {"training"},
     "vllm": {"engines", "adapters", "kernels"},
-    "torch": {"method", "adapters", "kernels", "models"},
+    "torch": {"method", "adapters", "kernels", "models", "cli/probe.py"},
     "transformers": {"method", "models"},
     "peft": {"method"},
     "fastapi": {"api"},

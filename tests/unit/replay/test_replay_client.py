@@ -1,6 +1,7 @@
 """The client against a small real HTTP server that speaks OpenAI's stream and the session report."""
 
 import asyncio
+import itertools
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ from openai import AsyncOpenAI
 
 from soma_vllm.cli.child_server import serve_command, started_server, while_alive
 from soma_vllm.cli.dialogues import Script
+from soma_vllm.cli.pace import Expected, Rules, Timekeeper
 from soma_vllm.cli.player import Player
 from soma_vllm.cli.replay_view import SessionRecord
 from soma_vllm.errors import EngineUnavailable
@@ -35,6 +37,10 @@ class FakeSoma:
     """Reports that still say ADAPTING."""
     busy: int = 0
     """Reports that still say idle: false."""
+    warming: bool = False
+    """Whether sessions never leave their warm start."""
+    holds_verdict_of: str | None = None
+    """Dialogue that is adapting until others are over."""
     breaks_at: int | None = None
     """Turn whose stream ends before its finish_reason."""
 
@@ -65,11 +71,15 @@ class FakeSoma:
     async def report(self, request: web.Request) -> web.Response:
         self.reports += 1
         self.adapting, adapting = max(self.adapting - 1, 0), self.adapting > 0
+        if (held := self.holds_verdict_of) and request.match_info["session"].startswith(held):
+            others = [headers for headers, _ in self.requests if not headers["X-Session-ID"].startswith(held)]
+            adapting = len(others) < 3
+        phase = "WARM_START" if self.warming else "ADAPTING" if adapting else "SWITCHED"
         self.busy, busy = max(self.busy - 1, 0), self.busy > 0
         return web.json_response(
             {
                 "session": request.match_info["session"],
-                "phase": "ADAPTING" if adapting else "SWITCHED",
+                "phase": phase,
                 "adapter": "lora-1",
                 "turns": [{"turn": WARM + 1, "gap": 0.125, "prompt_tokens": 31, "latency_s": 99.0}],
                 "events": [
@@ -101,9 +111,11 @@ async def soma() -> AsyncIterator[FakeSoma]:
     await runner.cleanup()
 
 
-async def played(soma: FakeSoma, script: Script) -> dict[str, SessionRecord]:
+async def played(
+    soma: FakeSoma, script: Script, timekeeper: Timekeeper | None = None
+) -> dict[str, SessionRecord]:
     async with AsyncOpenAI(base_url=f"{soma.url}/v1", api_key="key-1") as client:
-        player = Player(client, soma.url, script, lambda _: None)
+        player = Player(client, soma.url, script, lambda _: None, timekeeper)
         await player.play()
     return player.sessions
 
@@ -160,18 +172,54 @@ async def test_the_user_reads_until_the_session_is_no_longer_adapting(soma: Fake
     soma.adapting = 3
     phases: list[str] = []
     async with AsyncOpenAI(base_url=f"{soma.url}/v1", api_key="none") as client:
-        script = Script({"a": ("one", "two", "three")}, warm_window=2, pause_s=30.0, poll_s=0.01)
+        script = Script({"a": ("one", "two", "three")}, warm_window=2, awaits_verdicts=True, poll_s=0.01)
         await Player(client, soma.url, script, lambda record: phases.append(record.phase)).play()
     assert soma.adapting == 0
     assert phases.count("ADAPTING") == 3
 
 
-async def test_the_pause_is_bounded(soma: FakeSoma) -> None:
+async def test_a_wait_ends_when_nothing_happens_for_much_longer_than_anything_took(soma: FakeSoma) -> None:
     soma.adapting = 10**6
-    sessions = await played(
-        soma, Script({"a": ("one", "two", "three")}, warm_window=2, pause_s=0.05, poll_s=0.01)
+    script = Script({"a": ("one", "two", "three")}, warm_window=2, awaits_verdicts=True, poll_s=0.001)
+    ticks = itertools.count(step=50.0)
+    expected = Expected(original_s=10.0, surrogate_s=2.0, training_s=100.0)
+    watch = Timekeeper(Rules(2), expected, clock=lambda: next(ticks))
+    record = (await played(soma, script, watch))["a"]
+    assert len(record.turns) == 3
+    assert record.given_up == "gave up waiting for its verdict: nothing happened for 100 s"
+    assert soma.adapting > 10**5
+
+
+async def test_a_session_that_stays_in_its_warm_start_is_not_waited_for(soma: FakeSoma) -> None:
+    soma.warming = True
+    script = Script({"a": ("one", "two", "three")}, warm_window=2, awaits_verdicts=True, poll_s=3600.0)
+    assert len((await played(soma, script))["a"].turns) == 3
+
+
+async def test_a_lane_is_free_while_its_user_waits_for_a_verdict(soma: FakeSoma) -> None:
+    soma.holds_verdict_of = "a"
+    script = Script(
+        {"a": ("one", "two", "three"), "b": ("one", "two", "three")},
+        warm_window=2,
+        awaits_verdicts=True,
+        poll_s=0.001,
     )
-    assert len(sessions["a"].turns) == 3
+    await played(soma, script)
+    asked = [headers["X-Session-ID"][0] for headers, _ in soma.requests]
+    assert asked == ["a", "a", "b", "b", "b", "a"]
+
+
+async def test_a_dialogue_left_waiting_begins_once_others_turn_out_to_be_quick(soma: FakeSoma) -> None:
+    watch = Timekeeper(Rules(2), Expected(600.0, 600.0, 1.0), deadline=700.0, always=["a"], clock=lambda: 0.0)
+    sessions = await played(soma, Script({"b": ("one",) * 3, "a": ("one",) * 3}, concurrency=2), watch)
+    assert {name: len(session.turns) for name, session in sessions.items()} == {"a": 3, "b": 3}
+
+
+async def test_after_the_deadline_only_what_is_always_played_begins(soma: FakeSoma) -> None:
+    watch = Timekeeper(Rules(2), Expected(1.0, 1.0, 1.0), deadline=0.0, always=["b"], clock=lambda: 1.0)
+    sessions = await played(soma, Script({"a": ("one",), "b": ("one", "two")}), watch)
+    assert {name: session.left_out for name, session in sessions.items()} == {"a": True, "b": False}
+    assert {name: len(session.turns) for name, session in sessions.items()} == {"a": 0, "b": 2}
 
 
 async def test_the_end_of_a_dialogue_waits_for_audits(soma: FakeSoma) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from soma_vllm.cli import replay_view as view
 from soma_vllm.cli import timeline
+from soma_vllm.cli.closing import missed, where_to_look
 from soma_vllm.cli.replay import write_log
 from soma_vllm.cli.replay_view import Expectation, SessionRecord, TurnRecord
 from soma_vllm.config import Config
@@ -112,17 +113,85 @@ def test_the_mean_gap_takes_audited_turns_only() -> None:
     ],
 )
 def test_expectations_that_no_session_meets_are_named(letters: str, missing: list[str]) -> None:
-    lines = view.unmet(list(Expectation), [session("a", letters), session("b", "OO")])
-    assert [line.split(":")[0].removeprefix("expected ") for line in lines] == missing
+    lines = missed(list(Expectation), [session("a", letters), session("b", "OO")])
+    named = [line.split(":")[0].removeprefix("expected ") for line in lines if line.startswith("expected ")]
+    assert named == missing
 
 
 def test_a_roll_back_after_the_last_turn_counts() -> None:
     record = replace(session("a", "OOAA"), events=({"kind": "rolled_back", "at": 150.0, "data": {}},))
-    assert view.unmet([Expectation.ROLLBACK], [record]) == []
+    assert missed([Expectation.ROLLBACK], [record]) == []
 
 
 def test_nothing_is_expected_unless_asked() -> None:
-    assert view.unmet([], [session("a", "OO")]) == []
+    assert missed([], [session("a", "OO")]) == []
+
+
+def test_a_missed_adapter_says_what_became_of_the_training_and_what_to_do() -> None:
+    events = ({"kind": "training_submitted", "at": 110.0, "data": {}},)
+    waiting = replace(
+        session("a", "OOOO"),
+        forced=True,
+        events=events,
+        given_up="gave up waiting for its verdict: nothing happened for 900 s",
+    )
+    assert missed([Expectation.ADAPTER], [waiting, session("b", "OO")]) == [
+        "expected adapter: found no session with a turn answered with an adapter",
+        "  seen: a: gave up waiting for its verdict: nothing happened for 900 s",
+        "  what to do: give it more time, with nothing else on the machine: --minutes 40, or fewer dialogues "
+        "by --only",
+    ]
+
+
+def test_a_missed_switch_quotes_the_gate() -> None:
+    events = ({"kind": "refused", "at": 110.0, "data": {"reason": "plain: gap 0.245 above 0.12"}},)
+    lines = missed([Expectation.SWITCH], [replace(session("a", "OOOO"), events=events)])
+    assert lines[1] == "  seen: a: refused: plain: gap 0.245 above 0.12"
+    assert "gate.accept_threshold" in lines[2]
+
+
+def test_a_missed_roll_back_counts_audits_and_blames_those_that_were_dropped() -> None:
+    events = tuple({"kind": kind, "at": 110.0, "data": {}} for kind in ("audited", "audit_dropped"))
+    lines = missed([Expectation.ROLLBACK], [replace(session("a", "OOss"), events=events), session("b", "OO")])
+    assert lines[1:] == [
+        "  seen: a: 1 audits, 1 dropped",
+        "  what to do: give audits time: --set gate.audit_wait_s=600",
+    ]
+
+
+def test_the_last_line_names_what_was_written() -> None:
+    assert where_to_look(Path("out"), figure=True) == "look at out/timeline.png and out/soma_log.json"
+    assert where_to_look(Path("out"), figure=False) == "look at out/soma_log.json"
+
+
+def test_progress_counts_turns_and_tells_the_time_that_is_left() -> None:
+    sessions = [session("a", "OO", planned=4), replace(session("b", "", planned=9), left_out=True)]
+    assert view.progress(sessions, 170.0) == "2 of 4 turns, about 3 min left"
+    assert view.progress(sessions, 23.0) == "2 of 4 turns, 20 s left"
+    assert view.progress(sessions, None) == "2 of 4 turns"
+    assert view.progress([session("a", "OO")], 0.0) == "2 of 2 turns"
+
+
+def test_a_dialogue_that_was_left_out_is_shown_as_such_and_is_no_session() -> None:
+    records = [session("a", "OO"), replace(session("b", "", planned=3), left_out=True)]
+    assert "left out" in shown(records)
+    lines = view.summary(records)
+    assert lines[0].startswith("1 sessions, 2 turns")
+    assert "left out for want of time: b" in lines
+
+
+def test_a_turn_is_told_with_what_is_left_where_there_is_no_terminal() -> None:
+    out = io.StringIO()
+    screen = view.Screen(Console(file=out, width=140))
+    screen.left_s = lambda: 31.0
+    with screen.live({"a": session("a", "", planned=3)}):
+        screen.show(session("a", "O", planned=3))
+        screen.show(replace(session("a", "O", planned=3), phase="ADAPTING"))
+        screen.show(replace(session("a", "O", planned=3), phase="SWITCHED"))
+    assert out.getvalue().splitlines() == [
+        "a turn 1/3: original, 2.00 s, WARM_START  (1 of 3 turns, 30 s left)",
+        "a: has its verdict, SWITCHED",
+    ]
 
 
 def test_moments_map_to_the_axis_of_turns() -> None:

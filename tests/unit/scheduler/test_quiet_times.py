@@ -10,7 +10,7 @@ import pytest
 from soma_vllm.engines.base import ChatCall, Reply
 from soma_vllm.engines.fake import FakeEngine
 from soma_vllm.errors import EngineUnavailable
-from soma_vllm.scheduler.quiet_times import Dropped, QuietTimes
+from soma_vllm.scheduler.quiet_times import REQUESTS, Dropped, QuietTimes
 
 CALL = ChatCall({"messages": []})
 STREAM = ChatCall({"messages": [], "stream": True})
@@ -237,3 +237,23 @@ async def test_a_user_is_never_queued_behind_an_audit(seed: int) -> None:
 async def test_without_yielding_a_user_would_be_queued_behind_an_audit() -> None:
     waited, _ = await longest_wait(0, yields=False)
     assert waited > 10
+
+
+async def test_a_slow_engine_has_work_wait_as_long_as_its_latest_requests_took() -> None:
+    quiet = QuietTimes(True, 5)
+    assert quiet.wait_s == 5
+    for seconds in (1.0, 40.0, 45.0):
+        quiet.came()
+        quiet.left(seconds)
+    assert quiet.wait_s == 86.0
+    for _ in range(REQUESTS):
+        quiet.came()
+        quiet.left(0.25)
+    assert quiet.wait_s == 5
+
+
+async def test_a_request_that_failed_says_nothing_about_the_engines_pace() -> None:
+    quiet = QuietTimes(True, 5)
+    quiet.came()
+    quiet.left()
+    assert quiet.wait_s == 5
