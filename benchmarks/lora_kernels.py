@@ -6,7 +6,8 @@ cold as in the model. Attention and the base products are left out; what remains
 
 Fair because all sides get the same weights, inputs and metadata in one process on the same core, take turns
 round by round (a slow moment hits all), include the metadata of the step, and report the median round. Each
-batch has LoRA tokens only: beside base-model tokens the stock kernels compute something else (wrongly).
+batch has LoRA tokens only: beside base-model tokens the stock kernels compute something else (wrongly). A
+processor with AVX-512 is measured once more with AVX2 only (torch, oneDNN and ours), in a process of its own.
 
     OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/lora_kernels.py [--json FILE]
 """
@@ -24,9 +25,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from lowered import once_more
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
+from soma_vllm import machine
 from soma_vllm.kernels.fused import KERNEL_ENV, compiled_kernel
 from soma_vllm.kernels.lora_kernels import GroupedPunicaWrapperCPU
 from soma_vllm.versions import installed_vllm
@@ -128,12 +131,13 @@ def in_torch() -> GroupedPunicaWrapperCPU:
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=8, help="with fewer, weights stay in the caches")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write the results here as well")
     options = parser.parse_args(arguments)
     results = []
+    print(machine.describe())
     print(f"{'ms per layer':38} {'stock':>9} {'grouped':>9} {'compiled':>9} {'ratio':>7}")
     for work in WORKLOADS:
         result = compare(work, options.layers, options.rank, options.rounds)
@@ -144,8 +148,11 @@ def main(arguments: Sequence[str]) -> None:
             f"{result.ratio:6.1f}x",
             flush=True,
         )
+    sizes = [part for n in ("layers", "rank", "rounds") for part in (f"--{n}", str(getattr(options, n)))]
+    lowered = once_more(__file__, sizes)
     if options.json:
         document = {
+            "machine": machine.describe(),
             "vllm": installed_vllm(),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
@@ -154,6 +161,7 @@ def main(arguments: Sequence[str]) -> None:
             "rank": options.rank,
             "rounds": options.rounds,
             "results": [asdict(result) | {"ratio": result.ratio} for result in results],
+            "lowered": lowered,
         }
         options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 

@@ -17,7 +17,8 @@ figure is the median of its rounds, a ratio is against `base` in the same round:
 
 Also printed: seconds to load an adapter (never seen; cached, but in no slot; in a slot) and memory per adapter.
 Adapters are random, rank 8, on all projections of all layers: the worst case, since what an adapter leaves
-alone costs nothing with our kernels.
+alone costs nothing with our kernels. A processor with AVX-512 is measured once more with AVX2 only, in a
+process of its own: that takes as long again.
 
     python benchmarks/multi_lora.py [--quick] [--json FILE] [--figure FILE] [--model NAME-OR-DIR] [--cores 0-1]
 """
@@ -28,7 +29,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -36,10 +36,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from lowered import once_more
 from many_adapters.measuring import measure, say
 from many_adapters.telling import draw, ratios, table
 from many_adapters.workload import ADAPTERS, FULL, QUICK, RANK, write_adapters
 
+from soma_vllm import machine
 from soma_vllm.models.hub import local_path
 from soma_vllm.versions import installed_vllm
 
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
         "slots": effort.slots,
         "counts": effort.counts,
         "machine": {
-            "cpu": platform.processor() or platform.machine(),
+            "described": machine.describe(),
             "cores": options.cores,
             "vllm": installed_vllm(),
             "torch": torch.__version__,
@@ -81,7 +83,10 @@ def main(arguments: Sequence[str]) -> None:
         },
         "measured": found,
     }
+    print(machine.describe())
     print(table(document))
+    same = ["--model", model, "--cores", options.cores, *(["--quick"] if options.quick else [])]
+    document["lowered"] = once_more(__file__, same)
     if options.json:
         options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if options.figure:

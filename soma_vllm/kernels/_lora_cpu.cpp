@@ -11,10 +11,10 @@
 //     that share a plan or a module take turns.
 //   * The build asks nothing of the CPU: what needs an instruction set is compiled for it alone, and asked before.
 //
-// How: rows are sorted by slot into blocks of a few rows of one slot, and both halves, each in the form that suits its
-// instruction set (`_lora_avx512.h`, `_lora_avx2.h`), share one OpenMP region; torch's own thread pool runs it, since
-// both link libgomp.so.1. Low-rank values are rounded to bf16 between the halves, as vLLM's GPU kernels do; sums are
-// fp32, and y is rounded once.
+// How: rows are sorted by slot into blocks of at most 8 rows of one slot, and both halves, each in the form that suits
+// its instruction set (`_lora_avx512.h`, `_lora_avx2.h`), share one OpenMP region, or the calling thread where there is
+// little to do; torch's own thread pool runs it, since both link libgomp.so.1. Low-rank values are rounded to bf16
+// between the halves, as vLLM's GPU kernels do; sums are fp32, and y is rounded once.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -30,6 +30,10 @@
 namespace {
 
 constexpr int64_t kOutChunk = 256;
+
+// Multiplications up to which the calling thread computes alone: some microseconds, about what it costs to share them,
+// and far less than waiting for a thread whose core somebody else has.
+constexpr int64_t kAlone = 1 << 16;
 
 // One call's tensors; strides in elements.
 struct Operands {
@@ -108,7 +112,9 @@ void add(const Module& m, Plan& plan, const Operands& io) {
   int64_t chunks[kMaxSlices], all_chunks = 0;
   for (int s = 0; s < m.slices; ++s) all_chunks += chunks[s] = (m.out[s] + kOutChunk - 1) / kOutChunk;
 
-#pragma omp parallel
+  const int64_t work = static_cast<int64_t>(plan.rows.size()) * m.rank * (m.slices * m.in + m.width());
+
+#pragma omp parallel if (work > kAlone)
   {
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < all_tiles; ++task) {

@@ -85,18 +85,25 @@ class Fused:
             and 0 < a[0].shape[2] <= 512
         )
 
-    def add(self, plan: Any, y: torch.Tensor, x: torch.Tensor, scale: float) -> None:
-        """y += B A x * scale for the plan's rows. y: (rows, out); x: (rows, in); bf16, neighbours in a row."""
+    def add(self, plan: Any, y: torch.Tensor, x: torch.Tensor, scale: float) -> bool:
+        """y += B A x * scale for the plan's rows. y: (rows, out); x: (rows, in).
+
+        False, with nothing done, where they are not bf16 or neighbours in a row are not neighbours in memory.
+        """
+        (x_stride, x_step), (y_stride, y_step) = x.stride(), y.stride()
+        if not (x.dtype is y.dtype is torch.bfloat16 and x_step == y_step == 1):
+            return False
         # Every adapter that enters or leaves a slot is written in place, which moves the version on.
         self._add(
             self._module,
             plan,
             y.data_ptr(),
             *y.shape,
-            y.stride(0),
+            y_stride,
             x.data_ptr(),
             *x.shape,
-            x.stride(0),
+            x_stride,
             scale,
             self._first._version,
         )
+        return True

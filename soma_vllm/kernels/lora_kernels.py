@@ -152,7 +152,7 @@ def _stacked(weights: torch.Tensor) -> torch.Tensor:
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
     """Every leading dimension folded into rows, a view."""
-    return x.view(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.view(-1, x.shape[-1])
 
 
 def _shrink(product: Product, x: torch.Tensor, a: torch.Tensor, scale: float) -> torch.Tensor:
@@ -264,10 +264,10 @@ class GroupedPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
         if self.no_lora:
             return
         x, y = _flat(x), _flat(y)
-        fused = self._fused_layer(x, y, lora_a_stacked, lora_b_stacked, output_slices)
-        if fused is not None and add_inputs:
-            fused.add(self._fused_plan, y, x, scale)
-            return
+        if add_inputs and x.shape[0] >= len(self._token_slots):
+            fused = self._fused_layer(lora_a_stacked, lora_b_stacked, output_slices)
+            if fused is not None and fused.add(self._fused_plan, y, x, scale):
+                return
         for product in self._plan_for(x.shape[0]):
             gathered = product.gather(x)
             start = 0
@@ -311,22 +311,15 @@ class GroupedPunicaWrapperCPU(PunicaWrapperCPU):  # type: ignore[misc]
             _expand(product, y[:, :width], low, b[:, :width], add=True)
 
     def _fused_layer(
-        self,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        a: tuple[torch.Tensor, ...],
-        b: tuple[torch.Tensor, ...],
-        outs: tuple[int, ...],
+        self, a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...], outs: tuple[int, ...]
     ) -> Fused | None:
-        """The compiled kernel's view of a layer, where it can compute this call."""
+        """The compiled kernel's view of a layer, where it can compute it."""
         if self._kernel is None:
             return None
         known = self._fused.get(id(a))
         if known is None:
             known = self._fused[id(a)] = (a, Fused(self._kernel, a, b) if Fused.fits(a, b, outs) else None)
-        bf16 = x.dtype is y.dtype is torch.bfloat16
-        whole = x.shape[0] >= len(self._token_slots) and x.stride(1) == y.stride(1) == 1
-        return known[1] if bf16 and whole else None
+        return known[1]
 
     def _plan_for(self, rows: int) -> tuple[Product, ...]:
         """The step's plan for a tensor of so many rows: rows past the metadata are padding and get nothing."""
