@@ -79,6 +79,8 @@ class Script:
     """Dialogues under way at once."""
     think_s: float = 0.0
     """Seconds a user waits before each turn but the first."""
+    spare: frozenset[str] = frozenset()
+    """Dialogues that are played only if the others leave time for them."""
     awaits_verdicts: bool = False
     """Whether a user reads after the warm start until his session has a verdict."""
     poll_s: float = 1.0
@@ -120,11 +122,11 @@ def make_script(
     if problems:
         raise ConfigError(source, problems)
     return Script(
-        {name: chosen[name] for name in dict.fromkeys((*first, *chosen))},
-        frozenset(force_adapter),
-        config.warm_window,
-        config.max_new_tokens,
-        concurrency,
-        think_s,
-        awaits_verdicts,
+        dialogues={name: chosen[name] for name in dict.fromkeys((*first, *chosen))},
+        forced=frozenset(force_adapter),
+        warm_window=config.warm_window,
+        max_tokens=config.max_new_tokens,
+        concurrency=concurrency,
+        think_s=think_s,
+        awaits_verdicts=awaits_verdicts,
     )

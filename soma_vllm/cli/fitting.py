@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from soma_vllm import machine
@@ -42,6 +43,18 @@ def fitted(
     for line in told(plan, config, speed, here):
         say(line)
     return plan
+
+
+def planned(script: Script, plan: Plan) -> Script:
+    """The script as it is planned; what there may be no time for comes last."""
+    spare = {name: script.dialogues[name] for name in plan.left_out}
+    return replace(
+        script,
+        dialogues={**plan.dialogues, **spare},
+        spare=frozenset(spare),
+        max_tokens=plan.max_tokens,
+        concurrency=plan.lanes,
+    )
 
 
 def machine_of(config: Config, speed: Speed) -> Machine | None:

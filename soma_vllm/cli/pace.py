@@ -11,7 +11,7 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from soma_vllm.cli.replay_view import SessionRecord
@@ -158,7 +158,7 @@ class Timekeeper:
             for session in sessions.values()
             if session.dialogue != name and (session.dialogue in begun or session.dialogue in self._always)
         ]
-        left = self.left_s([*others, sessions[name]])
+        left = self.left_s([*others, replace(sessions[name], left_out=False)])
         return left is None or self._clock() + left <= self._deadline
 
     def patience_s(self, waiting: int) -> float:

@@ -1,9 +1,10 @@
 """What a replay plays on this machine, so that it ends in the time it is given.
 
 Pure: from how fast a core is, how large the models are and what the dialogues say, a `Plan`: in which order,
-how many at once, how long answers may be, which dialogues are left out, and what the server is told to do with
-less. Guarantees: the dialogues that a replay is asked to begin with are always played, and come first; on a
-machine that is fast enough nothing is left out and nothing is made smaller; whatever is, a note says so.
+how many at once, how long answers may be, which dialogues are left out unless there is time after all, and what
+the server is told to do with less. Guarantees: the dialogues that a replay is asked to begin with are always
+played, and come first; on a machine that is fast enough nothing is left out and nothing is made smaller;
+whatever is, a note says so.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class Plan:
     dialogues: Dialogues
     """In the order in which they begin."""
     left_out: tuple[str, ...]
+    """Dialogues for which there will be no time, if all goes as expected."""
     lanes: int
     max_tokens: int
     """Longest answer."""
@@ -152,7 +154,7 @@ class _Draft:
             fewer = {name: draft.dialogues[name] for name in staying}
             draft = replace(draft, dialogues=fewer, left_out=(last, *draft.left_out))
         if draft.left_out:
-            draft = draft._noting(f"{', '.join(draft.left_out)} left out")
+            draft = draft._noting(f"{', '.join(draft.left_out)} only if there is time left")
         return draft._plan()
 
     def _with_a_training_in(self, budget_s: float) -> _Draft:

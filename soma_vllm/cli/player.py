@@ -48,13 +48,13 @@ class Player:
         self._time = timekeeper or Timekeeper(rules)
         self._lanes = Lanes(script.concurrency)
         self._begun: set[str] = set()
-        self._hesitant: set[str] = set()
-        """Dialogues for which there was no time when they were last to begin."""
         self._waiting: set[str] = set()
         self._step = asyncio.Event()
         run = secrets.token_hex(3)
         self.sessions = {
-            name: SessionRecord(name, f"{name}-{run}", len(turns), forced=name in script.forced)
+            name: SessionRecord(
+                name, f"{name}-{run}", len(turns), forced=name in script.forced, left_out=name in script.spare
+            )
             for name, turns in script.dialogues.items()
         }
 
@@ -89,7 +89,6 @@ class Player:
         turns = script.dialogues[name]
         messages: list[ChatCompletionMessageParam] = []
         if not await self._lane_in_time(name, rank):
-            self._update(name, left_out=True)
             return
         warm = script.warm_window if script.awaits_verdicts and script.warm_window < len(turns) else 0
         try:
@@ -108,13 +107,14 @@ class Player:
         while True:
             await self._lanes.enter(rank)
             if self._time.may_begin(name, self.sessions, self._begun):
-                self._hesitant.discard(name)
                 self._begun.add(name)
+                self._update(name, left_out=False)
                 return True
             self._lanes.leave()
-            self._hesitant.add(name)
+            if not self.sessions[name].left_out:
+                self._update(name, left_out=True)
             # With each turn of another dialogue the pace is known better.
-            if not any(not one.over and one.dialogue not in self._hesitant for one in self.sessions.values()):
+            if all(session.over for session in self.sessions.values()):
                 return False
             await self._step.wait()
 

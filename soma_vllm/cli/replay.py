@@ -12,7 +12,6 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +22,7 @@ from soma_vllm.cli import replay_view as view
 from soma_vllm.cli.child_server import serve_command, started_server, while_alive
 from soma_vllm.cli.closing import missed, where_to_look
 from soma_vllm.cli.dialogues import Dialogues, Script, load_dialogues, make_script
-from soma_vllm.cli.fitting import fitted
+from soma_vllm.cli.fitting import fitted, planned
 from soma_vllm.cli.pace import Rules, Timekeeper
 from soma_vllm.cli.player import Player
 from soma_vllm.cli.replay_view import Expectation, Screen, SessionRecord
@@ -100,23 +99,17 @@ def replay(
     )
     for name in sorted(script.forced):
         screen.say(f"{name}: forced to its adapter, whatever the gate decides", style="yellow")
-    settings = list(overrides or [])
-    expected = None
-    began = time.monotonic()
+    began, settings, plan = time.monotonic(), list(overrides or []), None
     if minutes is not None and url is None:
         plan = fitted(script, config_now, first or [], 60 * minutes, screen.say)
-        if plan is not None:
-            settings += plan.overrides
-            expected = plan.expected
-            config_now = load_config(config, settings)
-            script = replace(
-                script, dialogues=plan.dialogues, max_tokens=plan.max_tokens, concurrency=plan.lanes
-            )
+    if plan is not None:
+        settings += plan.overrides
+        config_now, script = load_config(config, settings), planned(script, plan)
     timekeeper = Timekeeper(
         Rules(script.warm_window, think_time, script.concurrency, config_now.adaptation.train_timeout_s),
-        expected,
+        None if plan is None else plan.expected,
         None if minutes is None else began + 60 * minutes,
-        always={*(first or []), *script.forced},
+        always={*(first or []), *script.forced} or {next(iter(script.dialogues))},
     )
     host = "127.0.0.1" if config_now.server.host == "0.0.0.0" else config_now.server.host
     base_url = url or f"http://{host}:{config_now.server.port}/v1"

@@ -68,11 +68,11 @@ class SessionRecord:
     given_up: str | None = None
     """What the client stopped waiting for, and after how long."""
     left_out: bool = False
-    """True when there was no time to begin it."""
+    """True while there is no time to begin it, and in the end if there never was."""
 
     @property
     def over(self) -> bool:
-        """True when no further turn of it will be played."""
+        """True when no further turn of it will be played, as far as is known."""
         return self.left_out or self.error is not None or len(self.turns) >= self.planned
 
     def served_by(self, engine: Role) -> list[TurnRecord]:

@@ -215,6 +215,21 @@ async def test_a_dialogue_left_waiting_begins_once_others_turn_out_to_be_quick(s
     assert {name: len(session.turns) for name, session in sessions.items()} == {"a": 3, "b": 3}
 
 
+async def test_a_spare_dialogue_is_played_where_there_is_time_and_else_counts_for_nothing(
+    soma: FakeSoma,
+) -> None:
+    script = Script({"a": ("one", "two"), "b": ("one",)}, spare=frozenset({"b"}))
+    expected = Expected(10.0, 10.0, 1.0)
+    timely = Timekeeper(Rules(2), expected, deadline=1.0, always=["a"], clock=lambda: 0.0)
+    sessions = await played(soma, script, timely)
+    assert [len(session.turns) for session in sessions.values()] == [2, 1]
+    assert not sessions["b"].left_out
+    late = Timekeeper(Rules(2), expected, deadline=0.0, always=["a"], clock=lambda: 1.0)
+    sessions = await played(soma, script, late)
+    assert [len(session.turns) for session in sessions.values()] == [2, 0]
+    assert sessions["b"].left_out
+
+
 async def test_after_the_deadline_only_what_is_always_played_begins(soma: FakeSoma) -> None:
     watch = Timekeeper(Rules(2), Expected(1.0, 1.0, 1.0), deadline=0.0, always=["b"], clock=lambda: 1.0)
     sessions = await played(soma, Script({"a": ("one",), "b": ("one", "two")}), watch)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from soma_vllm.cli import fitting
-from soma_vllm.cli.dialogues import Dialogues, load_dialogues
+from soma_vllm.cli.dialogues import Dialogues, Script, load_dialogues
 from soma_vllm.cli.plan import Machine, Plan, make_plan
 from soma_vllm.cli.speed import Product, Speed, measured, read
 from soma_vllm.config import Config, load_config
@@ -84,7 +84,17 @@ def test_a_slow_machine_plays_fewer_dialogues_two_at_once_and_says_so(
     assert set(plan.dialogues) | set(plan.left_out) == set(dialogues)
     assert plan.lanes == 2
     assert plan.max_tokens < config.max_new_tokens
-    assert any("left out" in note for note in plan.notes)
+    assert any("only if there is time left" in note for note in plan.notes)
+
+
+def test_what_a_plan_leaves_out_is_played_last_and_only_in_time_to_spare(
+    dialogues: Dialogues, config: Config
+) -> None:
+    plan = planned(dialogues, config, SLOW)
+    script = fitting.planned(Script(dialogues, concurrency=3), plan)
+    assert tuple(script.dialogues) == (*plan.dialogues, *plan.left_out)
+    assert script.spare == set(plan.left_out)
+    assert (script.concurrency, script.max_tokens) == (plan.lanes, plan.max_tokens)
 
 
 def test_less_time_leaves_more_out(dialogues: Dialogues, config: Config) -> None:
