@@ -92,10 +92,23 @@ EVALUATE ?= --set prefix.mode=anchored
 serve: models
 	@$(BIN)/soma-serve --config configs/cpu_demo.yaml
 
-## make test    lint and the whole test suite
-test: lint models tiny baselines
-	@echo "[test] the whole suite, on real engines: about 25 minutes on 2 cores"
-	@$(BIN)/python -m pytest
+## make test    lint and the whole test suite, on real engines
+test: models tiny baselines
+	@echo "[test] the whole suite, on real engines; two parts side by side, the embedded pair last"
+	@$(MAKE) --no-print-directory -k -j2 test-shared test-apart
+	@$(MAKE) --no-print-directory test-real
+
+# What shares one server, and all that needs none of it, beside each other: each is mostly waiting for engines.
+SHARED = $(shell grep -lw tiny_server tests/integration/test_*.py)
+.PHONY: test-shared test-apart test-real
+test-shared: setup
+	@$(BIN)/python -m pytest $(SHARED)
+
+test-apart: lint
+	@$(BIN)/python -m pytest tests/unit tests/integration $(addprefix --ignore=,$(SHARED))
+
+test-real: setup
+	@$(BIN)/python -m pytest tests/real
 
 ## make check   lint, types and the fast tests: nothing is downloaded, no engine is started (3 minutes on 2 cores)
 check: setup

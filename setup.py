@@ -21,7 +21,7 @@ KERNELS = [
         sources=[f"soma_vllm/kernels/{name}.cpp"],
         depends=[str(header.relative_to(HERE)) for header in HERE.glob("soma_vllm/kernels/*.h")],
         language="c++",
-        extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-Wall"],
+        extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-Wall", "-Wno-maybe-uninitialized"],
         extra_link_args=["-fopenmp"],
         optional=True,
     )
