@@ -1,4 +1,4 @@
-# Everything a person or a CI needs. Set-up is repeated only when a lock file changed.
+# Everything a person or a CI needs. Set-up is repeated where a lock file, setup.py or a C++ source changed.
 
 SHELL := /bin/bash
 PYTHON ?= python3.11
@@ -56,7 +56,7 @@ $(BASELINES)/.installed: requirements/baselines.lock | setup
 	@$(BIN)/python requirements/install.py $< --target $(BASELINES) --no-compile $(PIP_ARGS)
 	@touch $@
 
-## make demo    the main job on the embedded pair: warm start, adapter, switch, rollback (MINUTES=15 at most, 9 on a fast machine)
+## make demo    the main job on the embedded pair: warm start, adapter, switch, rollback (about MINUTES=15, 9 on a fast machine)
 demo: models
 	@echo "[demo] up to nine dialogues through a real pair, in $(MINUTES) minutes at most; says first how long it will take here"
 	@$(BIN)/soma replay --config configs/cpu_demo.yaml --dialogues dialogues/demo.json --out out/demo \
@@ -95,8 +95,11 @@ serve: models
 ## make test    lint and the whole test suite, on real engines
 test: models tiny baselines
 	@echo "[test] the whole suite, on real engines; two parts side by side, the embedded pair last"
-	@$(MAKE) --no-print-directory -k -j2 test-shared test-apart
+	@echo "[test] each part is shown when it is over; two at once need 20 GB of free memory, else one after the other"
+	@$(MAKE) --no-print-directory -k -j$(AT_ONCE) --output-sync=target test-shared test-apart
 	@$(MAKE) --no-print-directory test-real
+
+AT_ONCE = $(shell awk '/MemAvailable/ { print ($$2 > 20e6) ? 2 : 1 }' /proc/meminfo)
 
 # What shares one server, and all that needs none of it, beside each other: each is mostly waiting for engines.
 SHARED = $(shell grep -lw tiny_server tests/integration/test_*.py)

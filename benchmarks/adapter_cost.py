@@ -192,7 +192,7 @@ def main() -> None:
     sessions = {}
     for name, trajectory in played.items():
         found = material(trajectory, config)
-        plain = pooled(score_turns(surrogates["bfloat16"].decoder, rendered(surrogates[OWN], found.later)))
+        plain = pooled(score_turns(surrogates[OWN].decoder, rendered(surrogates[OWN], found.later)))
         print(
             f"{name}: {len(found.examples) + len(found.held_out)} warm turns, plain later NLL {plain.nll:.3f}"
         )

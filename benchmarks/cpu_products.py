@@ -167,6 +167,8 @@ async def one_round(made: Any, seed: int) -> dict[str, float]:
     # Once all have their first token and before the first is done, every step decodes all of them.
     begins, ends = max(times[1] for times in last), min(times[-1] for times in last)
     steps = [t for t in last[0] if begins <= t <= ends]
+    if len(steps) < 3:
+        raise RuntimeError(f"found {len(steps)} steps with all {TOGETHER} requests in them; expected 3 or more")
     return {
         f"prefill of {PREFILL} tokens": first - sent,
         "decode, 1 row": statistics.median(b - a for a, b in pairwise(alone[1:])),

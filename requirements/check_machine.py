@@ -56,9 +56,9 @@ def processor() -> str:
 def products() -> str:
     """The fastest kind of product that the processor has, in words."""
     flags = set(cpuinfo("flags").split())
-    if "avx512f" in flags:
+    if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
         return "AVX-512 with bf16" if "avx512_bf16" in flags else "AVX-512"
-    return "AVX2" if "avx2" in flags else "neither AVX2 nor AVX-512: models are served very slowly"
+    return "AVX2" if {"avx2", "fma"} <= flags else "neither AVX2 nor AVX-512: models are served very slowly"
 
 
 def cpuinfo(key: str) -> str:
@@ -74,7 +74,10 @@ def memory_gb() -> float:
     for limit, used in CGROUP_FILES:
         bounds = [read(f"/sys/fs/cgroup/{name}") for name in (limit, used)]
         if all(bounds) and all(bound[0].isdigit() for bound in bounds):
-            free = min(free, (int(bounds[0][0]) - int(bounds[1][0])) / 2**30)
+            # The kernel gives file cache back when processes ask for memory.
+            stat = (line.split() for line in read(f"/sys/fs/cgroup/{Path(limit).parent}/memory.stat"))
+            cache = next((int(n) for name, n in stat if name.endswith("inactive_file")), 0)
+            free = min(free, (int(bounds[0][0]) - int(bounds[1][0]) + cache) / 2**30)
     return free
 
 

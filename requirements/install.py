@@ -39,6 +39,8 @@ def main(what: str, *pip_arguments: str) -> int:
     """Exit code of pip."""
     if what == "--project":
         return project()
+    if is_installed(what, pip_arguments):
+        return 0
     if no_answer := index(pip_arguments):
         print(no_answer, file=sys.stderr)
         return 1
@@ -51,6 +53,14 @@ def main(what: str, *pip_arguments: str) -> int:
             file=sys.stderr,
         )
     return done.returncode
+
+
+def is_installed(lock: str, pip_arguments: tuple[str, ...]) -> bool:
+    """Whether everything that a lock file pins is there already, asked without a network."""
+    if "--target" in pip_arguments:
+        return False
+    asked = [*PIP, "install", *QUIET, "--quiet", "--no-index", "-r", lock]
+    return subprocess.run(asked, capture_output=True, check=False).returncode == 0
 
 
 def pip(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -104,7 +114,8 @@ def project() -> int:
         return done.returncode
     for source in sorted(KERNELS.glob("_*.cpp")):
         built = list(KERNELS.glob(f"{source.stem}.*.so"))
-        if not any(one.stat().st_mtime >= source.stat().st_mtime for one in built):
+        newest = max(one.stat().st_mtime for one in (source, *KERNELS.glob("*.h")))
+        if not any(one.stat().st_mtime >= newest for one in built):
             error = re.search(r"^.*\berror:.*$", done.stdout + done.stderr, re.MULTILINE | re.IGNORECASE)
             said = f": {error[0].strip()}" if error else ""
             print(f"[setup] {source.name} was not compiled, torch computes its products, slower{said}")

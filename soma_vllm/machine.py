@@ -12,9 +12,15 @@ import platform
 from enum import StrEnum
 from pathlib import Path
 
+from soma_vllm.errors import ConfigError
+
 ISA_ENV = "SOMA_CPU_ISA"
 """Set to "avx2" to leave AVX-512 unused by everything of ours, for comparisons on one machine.
 `lowered_environment` has what does the same to torch and oneDNN."""
+
+
+LINEAR_ENV = "SOMA_LINEAR_CPU"
+"""Set to "stock" to leave vLLM's own products of base weights in place, for comparisons."""
 
 
 class InstructionSet(StrEnum):
@@ -31,10 +37,15 @@ class InstructionSet(StrEnum):
 
 
 def instruction_set() -> InstructionSet:
-    """The best level that may be used here."""
-    found = detected()
-    lowered = os.environ.get(ISA_ENV, "").lower() == "avx2"
-    return InstructionSet.AVX2 if lowered and found is not InstructionSet.OTHER else found
+    """The best level that may be used here.
+
+    Raises:
+        ConfigError: the variable that lowers it holds something else than "avx2".
+    """
+    found, asked = detected(), os.environ.get(ISA_ENV, "").lower()
+    if asked not in ("", "avx2"):
+        raise ConfigError("environment", [f"{ISA_ENV}: found {asked}; expected avx2, or nothing"])
+    return InstructionSet.AVX2 if asked and found is not InstructionSet.OTHER else found
 
 
 @functools.cache

@@ -41,8 +41,6 @@ ADMIN = "the-admin-of-this-house"
 MARKER = re.compile(r"marker-(\w+)-of-a-tenant")
 """What tenants say, so that it is known whose words they are."""
 
-"""A request that takes longer hangs."""
-
 
 def marker(tenant: str) -> str:
     return f"marker-{tenant}-of-a-tenant"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +13,11 @@ from soma_vllm.cli.replay_view import duration
 from soma_vllm.cli.speed import ARITHMETIC, Speed, measured
 from soma_vllm.config import Config
 from soma_vllm.engines.arithmetic import settle
+from soma_vllm.engines.memory import GB, read_object, weights_bytes
 from soma_vllm.models.hub import folder_here
 
 _BF16_BYTES = 2
-"""Per weight of a model's files."""
+"""Per weight."""
 
 
 def fitted(
@@ -62,6 +62,8 @@ def machine_of(config: Config, speed: Speed) -> Machine | None:
     is not in a folder of this machine."""
     if config.original.url is not None or config.original_model is None or config.surrogate_model is None:
         return None
+    if "cuda" in (config.original.device, config.surrogate.device, config.training.device):
+        return None  # a core's products say nothing about a GPU's
     original, surrogate = folder_here(config.original_model), folder_here(config.surrogate_model)
     if original is None or surrogate is None:
         return None
@@ -93,9 +95,8 @@ def told(plan: Plan, config: Config, speed: Speed, here: Machine) -> list[str]:
 
 def weights(folder: Path) -> float:
     """10^9 weights of a model's folder, by the size of its files."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) / _BF16_BYTES / 1e9
+    return weights_bytes(folder, "bfloat16") / _BF16_BYTES / GB
 
 
 def _layers(folder: Path) -> int:
-    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return int(described.get("num_hidden_layers", 24))
+    return int(read_object(folder / "config.json").get("num_hidden_layers") or 24)

@@ -215,7 +215,7 @@ def turn_line(session: SessionRecord) -> str:
 def progress(sessions: Iterable[SessionRecord], left_s: float | None) -> str:
     """How far all dialogues are together, and how much time is left: "23 of 95 turns, about 4 min left"."""
     played = [session for session in sessions if not session.left_out]
-    done, planned = (sum(n) for n in zip(*((len(s.turns), s.planned) for s in played), strict=True))
+    done, planned = sum(len(s.turns) for s in played), sum(s.planned for s in played)
     left = "" if left_s is None or done == planned else f", {duration(left_s)} left"
     return f"{done} of {planned} turns{left}"
 

@@ -16,13 +16,14 @@ On AVX2, stock bf16 products run at a tenth to a fifth of float32's speed (`benc
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 
 from soma_vllm.config import Config, Engine
 from soma_vllm.engines.memory import GB, available_memory, memory_needs
-from soma_vllm.machine import InstructionSet, describe, instruction_set, training_dtype
+from soma_vllm.machine import LINEAR_ENV, InstructionSet, describe, instruction_set, training_dtype
 
 LINEAR_KERNEL = "soma_vllm.kernels._linear_cpu"
 
@@ -56,7 +57,9 @@ def _engine(config: Config, role: str, fits: Callable[[Config], bool]) -> tuple[
         return config, "the model's own type, on a GPU"
     if instruction_set() is not InstructionSet.AVX2:
         return config, f"the model's own type ({instruction_set()})"
-    if find_spec(LINEAR_KERNEL) is not None:
+    if os.environ.get(LINEAR_ENV) == "stock":
+        return config, f"vLLM's own products, by {LINEAR_ENV}"
+    if _is_built(LINEAR_KERNEL):
         return _with(config, role, "bfloat16"), "bfloat16 weights, float32 products: no bf16 in this processor"
     wide = _with(config, role, "float32")
     if fits(wide):
@@ -66,6 +69,15 @@ def _engine(config: Config, role: str, fits: Callable[[Config], bool]) -> tuple[
         "bfloat16, slow: no bf16 in this processor, no kernel for it was built, and float32 would not fit in "
         "memory",
     )
+
+
+def _is_built(module: str) -> bool:
+    """Whether a compiled kernel is there and loads; it imports nothing else."""
+    try:
+        import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def _training(config: Config, fits: Callable[[Config], bool]) -> tuple[Config, str]:

@@ -17,7 +17,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM accepts for --max-lora-rank (`vllm.config.lora.MaxLoRARanks`)."""
 
 ENGINE_PLUGIN = "soma_engine"
-"""General plugin that ties an EngineCore's life to its server's and installs the LoRA kernels."""
+"""General plugin that ties an EngineCore's life to its server's and installs the CPU kernels."""
 
 WORKER_EXTENSION = "soma_vllm.adapters.worker.ReadsAdaptersAside"
 """What the surrogate's workers can do beyond vLLM's own."""

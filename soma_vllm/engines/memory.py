@@ -29,6 +29,7 @@ def memory_needs(config: Config, engines: dict[str, tuple[Engine, Path]]) -> Ite
         total = _API_SERVER_GB + _ENGINE_CORE_GB
         if engine.device == "cpu":
             total += weights_bytes(path, engine.dtype) / GB + engine.kv_cache_gib * 1024**3 / GB
+            total += _head_bytes(path) / GB
             if role == "original" and config.original.draft_tokens:
                 total += weights_bytes(engines["surrogate"][1], engine.dtype) / GB
         yield role, total
@@ -54,6 +55,13 @@ def weights_bytes(path: Path, dtype: str = "auto") -> float:
     config = read_object(path / "config.json")
     stored = _BYTES.get(str(config.get("dtype", config.get("torch_dtype"))))
     return size * _BYTES[dtype] / stored if stored and dtype in _BYTES else size
+
+
+def _head_bytes(path: Path) -> float:
+    """Bytes of the copy that a head shared with the embedding is multiplied from, in 16 bits."""
+    config = read_object(path / "config.json")
+    shared = bool(config.get("tie_word_embeddings", False))
+    return 2.0 * int(config.get("vocab_size", 0)) * int(config.get("hidden_size", 0)) * shared
 
 
 def bytes_per_rank(path: Path, modules: tuple[str, ...]) -> float:

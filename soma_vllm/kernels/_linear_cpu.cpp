@@ -22,6 +22,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
+
+#include <omp.h>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define SOMA_HAS_KERNEL 1
@@ -37,7 +40,8 @@ constexpr int64_t kPanel = 16;       // outputs of a panel
 constexpr int kMaxRows = 6;          // rows of a register tile
 constexpr int64_t kRowBlock = 96;    // rows whose inputs are held widened at once
 constexpr int64_t kInBlock = 512;    // inputs of a panel that stay in the first-level cache
-constexpr int64_t kPanelsBlock = 16; // panels that share a block of widened inputs
+constexpr int64_t kPanelsBlock = 16; // most panels that share a block of widened inputs
+constexpr int64_t kAlone = 1 << 18;   // multiplications up to which other threads would only be waited for
 constexpr size_t kHugePage = size_t{1} << 21;
 
 struct Free {
@@ -196,12 +200,15 @@ void finish(const float* sums, const float* bias, int64_t count, bf16* y) {
 bool multiply(const Weights& w, bf16* y, int64_t y_stride, const bf16* x, int64_t x_stride, int64_t rows,
               const float* bias) {
   const int64_t panels = w.panel_count();
-  const int64_t blocks = (panels + kPanelsBlock - 1) / kPanelsBlock;
+  const int64_t threads = rows * w.in * w.out <= kAlone ? 1 : omp_get_max_threads();
+  // Two blocks a thread at least, so that none waits long for another; how they are cut changes no bits.
+  const int64_t each = std::clamp<int64_t>((panels + 2 * threads - 1) / (2 * threads), 4, kPanelsBlock);
+  const int64_t blocks = (panels + each - 1) / each;
   const Buffer<float> wide = allocate<float>(std::min(rows, kRowBlock) * w.in);
   bool enough = wide != nullptr;
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
   {
-    const Buffer<float> sums = allocate<float>(std::min(rows, kRowBlock) * kPanelsBlock * kPanel);
+    const Buffer<float> sums = allocate<float>(std::min(rows, kRowBlock) * each * kPanel);
     if (!sums) {
 #pragma omp atomic write
       enough = false;
@@ -217,7 +224,7 @@ bool multiply(const Weights& w, bf16* y, int64_t y_stride, const bf16* x, int64_
       }
 #pragma omp for schedule(dynamic)
       for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t first = block * kPanelsBlock, last = std::min(panels, first + kPanelsBlock);
+        const int64_t first = block * each, last = std::min(panels, first + each);
         const int64_t stride = (last - first) * kPanel;
         // One tile reads each weight once: nothing is won by coming back to it in the cache.
         const int64_t step = tiles.count == 1 ? w.in : kInBlock;
@@ -279,14 +286,17 @@ PyObject* py_pack(PyObject*, PyObject* args) {
                  out, in, stride);
     return nullptr;
   }
-  auto weights = std::make_unique<Weights>();
+  std::unique_ptr<Weights> weights(new (std::nothrow) Weights);
+  if (!weights) return PyErr_NoMemory();
   weights->out = out, weights->in = in;
   bool enough;
   Py_BEGIN_ALLOW_THREADS
   enough = pack(*weights, reinterpret_cast<const bf16*>(pointer), stride);
   Py_END_ALLOW_THREADS
   if (!enough) return PyErr_NoMemory();
-  return PyCapsule_New(weights.release(), kName, destroy);
+  PyObject* capsule = PyCapsule_New(weights.get(), kName, destroy);
+  if (capsule) weights.release();  // it is the capsule's now
+  return capsule;
 }
 
 // multiply(weights, y_pointer, y_stride, x_pointer, x_stride, rows, bias_pointer); strides in elements; bias float32, 0

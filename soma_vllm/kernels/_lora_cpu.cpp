@@ -19,6 +19,8 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <new>
+
 #include "_lora.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -281,14 +283,20 @@ PyObject* py_add(PyObject*, PyObject* const* args, Py_ssize_t count) {
   io.scale = static_cast<float>(PyFloat_AsDouble(args[10]));
   const int64_t version = PyLong_AsLongLong(args[11]);
   if (PyErr_Occurred() || !fits(*m, *plan, io)) return nullptr;
+  bool enough = true;
   Py_BEGIN_ALLOW_THREADS
-  const std::scoped_lock lock(m->busy, plan->busy);
-  if (version != m->version) {
-    refresh(*m);
-    m->version = version;
+  try {
+    const std::scoped_lock lock(m->busy, plan->busy);
+    if (version != m->version) {
+      refresh(*m);
+      m->version = version;
+    }
+    plan->kernel->add(*m, *plan, io);
+  } catch (const std::bad_alloc&) {  // nothing may be thrown through Python's frames
+    enough = false;
   }
-  plan->kernel->add(*m, *plan, io);
   Py_END_ALLOW_THREADS
+  if (!enough) return PyErr_NoMemory();
   Py_RETURN_NONE;
 }
 

@@ -4,7 +4,8 @@
 
 * On a CPU, with a vLLM whose internals are known, LoRA products come from `lora_kernels.py`. With any other
   vLLM the stock kernels stay, with a warning, since those serve base-model requests wrongly beside adapters.
-* On a CPU with AVX2 and no AVX-512, products of bf16 base weights come from `linear.py`.
+* On a CPU with AVX2 and no AVX-512, products of bf16 base weights come from `linear.py`; with an unknown vLLM
+  they stay, with a warning, since they are only slow.
 * A process that another one started ends when its parent does, even when that one was killed: an engine core
   never outlives its API server.
 
@@ -27,7 +28,7 @@ from soma_vllm.machine import InstructionSet, instruction_set
 from soma_vllm.versions import SUPPORTED_VLLM, installed_vllm, vllm_is_supported
 
 KERNELS_ENV = "SOMA_LORA_KERNELS"
-"""Set to "stock" to keep vLLM's own kernels, for comparisons."""
+"""Set to "stock" to keep vLLM's own LoRA kernels, for comparisons."""
 
 GROUPED_WRAPPER = "soma_vllm.kernels.lora_kernels.GroupedPunicaWrapperCPU"
 
@@ -56,7 +57,14 @@ def use_packed_linear(platform: Any, *, supported: bool) -> bool:
     vLLM looks `dispatch_cpu_unquantized_gemm` up in its module at each layer's loading; it has no extension
     point there (`--linear-backend` chooses among its own).
     """
-    if not platform.is_cpu() or not supported or instruction_set() is not InstructionSet.AVX2:
+    if not platform.is_cpu() or instruction_set() is not InstructionSet.AVX2:
+        return False
+    if not supported:
+        logger.warning(
+            "products of base weights left as vLLM has them: found vLLM %s, expected %s*",
+            installed_vllm(),
+            SUPPORTED_VLLM,
+        )
         return False
     from vllm.model_executor.layers import utils
 

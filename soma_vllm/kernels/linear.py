@@ -6,7 +6,9 @@ keeps the weights in bf16 and multiplies in float32. Guarantees:
 
 * Results differ from torch's by the rounding of float32 sums; a row's result does not depend on its batch.
 * Only 2-D bf16 weights on a CPU are taken over; every other layer goes to vLLM's own dispatch, unchanged.
-* Where vLLM gives a layer's weight up after packing it, so does this; memory is what it was.
+* Where vLLM gives a layer's weight up after packing it, so does this, and memory is what it was. Where it keeps
+  the weight (an embedding that is also the head), the packed copy is one more, made at the first product: a
+  table that is only looked up in is never packed.
 
 `kernels/engine_hook.py` puts it in place; `benchmarks/cpu_products.py` compares it with vLLM's own.
 """
@@ -22,10 +24,7 @@ from typing import Any
 
 import torch
 
-from soma_vllm.machine import InstructionSet, instruction_set
-
-LINEAR_ENV = "SOMA_LINEAR_CPU"
-"""Set to "stock" to leave vLLM's own products in place, for comparisons."""
+from soma_vllm.machine import LINEAR_ENV, InstructionSet, instruction_set
 
 Dispatch = Callable[..., None]
 """vLLM's `dispatch_cpu_unquantized_gemm(layer, remove_weight)`: gives a layer its `cpu_linear`."""
@@ -115,6 +114,19 @@ class PackedLinear:
         return wide
 
 
+class LazilyPacked:
+    """A PackedLinear that is made of the weight it is first called with, and of no other after that."""
+
+    def __init__(self) -> None:
+        self._packed: PackedLinear | None = None
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As `PackedLinear.__call__`."""
+        if self._packed is None:
+            self._packed = PackedLinear(weight)
+        return self._packed(x, None, bias)
+
+
 def fits(weight: torch.Tensor) -> bool:
     """Whether the kernel takes such a weight."""
     return (
@@ -133,9 +145,12 @@ def dispatching(stock: Dispatch) -> Dispatch:
         if not fits(weight):
             stock(layer, remove_weight)
             return
+        if not remove_weight:
+            layer.cpu_linear = LazilyPacked()
+            return
         layer.cpu_linear = PackedLinear(weight)
-        if remove_weight:  # as vLLM does once it has packed a weight
-            layer.weight = torch.nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
+        # As vLLM does once it has packed a weight.
+        layer.weight = torch.nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
 
     return dispatch_cpu_unquantized_gemm
 

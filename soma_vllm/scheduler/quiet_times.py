@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from statistics import median
 from typing import Any, Self, TypeVar
 
 from soma_vllm.engines.base import ChatCall, Engine, Events, Reply
@@ -66,7 +67,8 @@ class QuietTimes:
     @property
     def wait_s(self) -> float:
         """Longest wait for a turn, and longest turn, of what is begun now."""
-        return max(self._least_s, sum(self._took))
+        # By the median: one client that reads slowly is no slow engine.
+        return max(self._least_s, len(self._took) * median(self._took) if self._took else 0.0)
 
     async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """What `work` returns or raises, run in a quiet time; it may be begun several times.
@@ -152,6 +154,9 @@ class _Leaving:
     async def __anext__(self) -> str:
         try:
             return await anext(self._events)
+        except StopAsyncIteration:
+            self._leave(time.monotonic() - self._began)
+            raise
         except BaseException:
             self._leave()
             raise
@@ -163,7 +168,7 @@ class _Leaving:
         finally:
             self._leave()
 
-    def _leave(self) -> None:
+    def _leave(self, after_s: float | None = None) -> None:
         if not self._over:
             self._over = True
-            self._quiet.left(time.monotonic() - self._began)
+            self._quiet.left(after_s)

@@ -29,7 +29,7 @@ KEYS = {
 def study(running: Running, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), "--config", str(TINY)]
     command += ["--url", f"{running.root}/v1", "--quick", "--seed", str(SEED), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=GUARD_S, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=2 * GUARD_S, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,11 @@ def test_weights_that_are_not_those_published_are_told(tmp_path: Path) -> None:
         check_adapter_files(ref)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(data=st.data())
 def test_no_damage_to_any_file_raises_anything_else(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -31,7 +31,7 @@ def _plenty(monkeypatch: pytest.MonkeyPatch) -> None:
 def processor(monkeypatch: pytest.MonkeyPatch, level: InstructionSet, built: bool = True) -> None:
     monkeypatch.setattr("soma_vllm.machine.instruction_set", lambda: level)
     monkeypatch.setattr(arithmetic, "instruction_set", lambda: level)
-    monkeypatch.setattr(arithmetic, "find_spec", lambda name: object() if built else None)
+    monkeypatch.setattr(arithmetic, "_is_built", lambda module: built)
 
 
 def types(config: Config) -> tuple[str, str, str]:

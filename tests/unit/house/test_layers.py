@@ -28,7 +28,7 @@ BELOW["cli"] = BELOW["telemetry"] | {"telemetry", "evaluation", "api"}
 BELOW |= {
     "errors": frozenset(),
     "versions": frozenset(),
-    "machine": frozenset(),
+    "machine": frozenset({"errors"}),
     "types": frozenset({"errors"}),
     "config": frozenset({"errors", "types"}),
 }

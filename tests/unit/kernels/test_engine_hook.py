@@ -9,9 +9,16 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from guard import GUARD_S  # type: ignore[import-not-found]
 from vllm.platforms.cpu import CpuPlatform
 
-from soma_vllm.kernels.engine_hook import GROUPED_WRAPPER, die_with_parent, use_grouped_kernels
+from soma_vllm.kernels.engine_hook import (
+    GROUPED_WRAPPER,
+    die_with_parent,
+    use_grouped_kernels,
+    use_packed_linear,
+)
+from soma_vllm.machine import ISA_ENV
 
 STOCK = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
 
@@ -23,7 +30,11 @@ class GpuPlatform(CpuPlatform):  # type: ignore[misc]
 
 def run(code: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=GUARD_S,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
@@ -49,6 +60,12 @@ def test_an_unknown_vllm_keeps_its_own_kernels_and_says_so(caplog: pytest.LogCap
         logger.removeHandler(caplog.handler)
     assert platform.get_punica_wrapper() == STOCK
     assert "expected 0.32.*" in caplog.text
+
+
+def test_base_products_stay_on_a_gpu_and_with_an_unknown_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ISA_ENV, "avx2")
+    assert not use_packed_linear(CpuPlatform(), supported=False)
+    assert not use_packed_linear(GpuPlatform(), supported=True)
 
 
 def test_a_gpu_keeps_its_kernels_whatever_the_version() -> None:

@@ -143,6 +143,8 @@ def test_bf16_matrices_are_taken_over_and_everything_else_is_left_to_vllm() -> N
     dispatch(given_up, remove_weight=True)
     x = drawn(2, 8, seed=1)
     assert_close(given_up.cpu_linear(x, given_up.weight, None), exact(x, kept.weight), 8)
+    assert_close(kept.cpu_linear(x, kept.weight, None), exact(x, kept.weight), 8)
+    assert kept.cpu_linear._packed is not None, "packed at the first product"
     assert kept.weight.shape == (16, 8)
     assert given_up.weight.numel() == 0
     for other in (torch.zeros(3, 4), drawn(2, 3, 4), torch.zeros(2, 2, device="meta").bfloat16()):
@@ -150,15 +152,21 @@ def test_bf16_matrices_are_taken_over_and_everything_else_is_left_to_vllm() -> N
     assert left == [(3, 4), (2, 3, 4), (2, 2)]
 
 
-@pytest.mark.parametrize(("stock", "taken"), [("", "True"), ("stock", "False")])
+@pytest.mark.parametrize(
+    ("stock", "taken"), [("", "PackedLinear vllm.model_executor.layers.utils"), ("stock", "function None")]
+)
 def test_vllms_own_layers_ask_it_once_the_plugin_ran_and_not_where_stock_is_asked_for(
     stock: str, taken: str
 ) -> None:
     code = """
         from soma_vllm.kernels.engine_hook import install
         install(), install()
+        import torch
         from vllm.model_executor.layers import utils
-        print(hasattr(utils.dispatch_cpu_unquantized_gemm, "soma_stock"))
+        ours = getattr(utils.dispatch_cpu_unquantized_gemm, "soma_stock", None)
+        layer = torch.nn.Linear(8, 16, bias=False).bfloat16()
+        utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+        print(type(layer.cpu_linear).__name__, None if ours is None else ours.__module__)
     """
 
     environment = {**os.environ, **lowered_environment(), LINEAR_ENV: stock}

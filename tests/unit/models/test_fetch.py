@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from guard import GUARD_S  # type: ignore[import-not-found]
 
 from soma_vllm.errors import ChecksumMismatch, ModelError
 from soma_vllm.models.catalog import EmbeddedModel
@@ -245,17 +246,17 @@ def test_two_fetches_at_once_convert_once(bench):
     def slow(gguf_file: Path, folder: Path) -> None:
         calls.append(gguf_file)
         started.set()
-        assert release.wait(30)
+        assert release.wait(GUARD_S)
         convert_by_copy(gguf_file, folder)
 
     results: list[Path] = []
     both = [threading.Thread(target=lambda: results.append(bench.fetch(bench.split, slow))) for _ in range(2)]
     both[0].start()
-    assert started.wait(30)
+    assert started.wait(GUARD_S)
     both[1].start()
     release.set()
     for thread in both:
-        thread.join(60)
+        thread.join(GUARD_S)
     assert len(calls) == 1
     assert results == [bench.models / "toy"] * 2
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from guard import GUARD_S  # type: ignore[import-not-found]
 from openai import AsyncOpenAI
 
 from soma_vllm.cli.child_server import serve_command, started_server, while_alive
@@ -272,10 +273,10 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 async def test_a_started_server_is_ready_in_the_block_and_ended_after_it() -> None:
     port, lines = free_port(), list[str]()
     command = [sys.executable, "-c", SERVER, str(port)]
-    async with started_server(command, f"http://127.0.0.1:{port}", 30.0, lines.append) as process:
+    async with started_server(command, f"http://127.0.0.1:{port}", GUARD_S, lines.append) as process:
         assert process.returncode is None
         with pytest.raises(EngineUnavailable, match="found a server at"):
-            async with started_server(command, f"http://127.0.0.1:{port}", 30.0, lines.append):
+            async with started_server(command, f"http://127.0.0.1:{port}", GUARD_S, lines.append):
                 pass
     assert process.returncode == -15
     assert "listening" in lines
@@ -285,7 +286,7 @@ async def test_a_server_that_ends_before_it_is_ready_is_reported_with_its_status
     lines: list[str] = []
     command = [sys.executable, "-c", "print('no model'); raise SystemExit(3)"]
     with pytest.raises(EngineUnavailable, match="ended with status 3 before it was ready"):
-        async with started_server(command, f"http://127.0.0.1:{free_port()}", 30.0, lines.append):
+        async with started_server(command, f"http://127.0.0.1:{free_port()}", GUARD_S, lines.append):
             pass
     assert lines == ["no model"]
 

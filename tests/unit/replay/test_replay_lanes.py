@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from guard import GUARD_S  # type: ignore[import-not-found]
+
 from soma_vllm.cli.lanes import Lanes
 
 
@@ -55,5 +57,5 @@ async def test_one_who_stops_waiting_takes_no_lane_with_him() -> None:
     lanes.leave()
     granted.cancel()  # granted already, and cancelled before it could run
     await asyncio.gather(granted, return_exceptions=True)
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(GUARD_S):
         await lanes.enter(3)

@@ -120,7 +120,7 @@ def test_the_servers_time_limit_is_never_near_a_training_that_is_expected(
 ) -> None:
     plan = planned(dialogues, config, CRAWLING, 60)
     smaller = load_config(ROOT / "configs" / "cpu_demo.yaml", list(plan.overrides))
-    assert smaller.adaptation.train_timeout_s >= min(900.0, 9 * plan.expected.training_s)
+    assert smaller.adaptation.train_timeout_s >= 9 * plan.expected.training_s
 
 
 def test_the_first_switch_comes_within_five_minutes_on_two_middling_cores(
