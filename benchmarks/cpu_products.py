@@ -24,9 +24,7 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -34,8 +32,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from lowered import once_more
+
 from soma_vllm.evaluation.statistics import interval
-from soma_vllm.machine import InstructionSet, describe, detected, lowered_environment
+from soma_vllm.machine import describe
+from soma_vllm.versions import installed_vllm
 
 SHAPES = {
     "1.5B gate_up": (17920, 1536),
@@ -45,8 +46,6 @@ SHAPES = {
 }
 ROWS = (1, 4, 16, 64, 512)
 PREFILL, TOKENS, TOGETHER = 256, 24, 16
-CHILD = "SOMA_CPU_PRODUCTS_CHILD"
-"""Set in the process that measures one instruction set."""
 
 Ratio = dict[str, Any]
 
@@ -196,7 +195,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """This process's instruction set."""
     import torch
 
-    from soma_vllm.versions import installed_vllm
+    from soma_vllm.models.hub import local_path
 
     print(f"\n{describe()}\n{'':28} {'stock':>9} {'ours':>9}", flush=True)
     document: dict[str, Any] = {
@@ -204,11 +203,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "vllm": installed_vllm(),
         "torch": torch.__version__,
         "rounds": options.rounds,
+        "cores": options.cores,
         "layers": {} if options.no_layers else layers(options.rounds),
         "engines": {},
     }
-    from soma_vllm.models.hub import local_path
-
     for model in options.engine:
         print(f"\n{model}, cores {options.cores}", flush=True)
         path = str(local_path(model))
@@ -217,32 +215,28 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure every instruction set that can be had here, each in a process of its own."""
+    """Measure, and once more with AVX2 only where the machine has more."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
-        "--engine", action="append", default=[], metavar="MODEL", help="compare engines on it; repeatable"
+        "--engine", action="append", default=[], metavar="MODEL", help="engines too; repeatable"
     )
     parser.add_argument("--no-layers", action="store_true", help="leave the layers out")
     parser.add_argument("--cores", default="0", help="of both engines, such as 0 or 0-1")
     parser.add_argument("--json", type=Path, help="write the results here as well")
     options = parser.parse_args(arguments)
-    if CHILD in os.environ:
-        Path(os.environ[CHILD]).write_text(json.dumps(measure(options)), encoding="utf-8")
-        return
-    quiet = {"VLLM_PLUGINS": "soma_engine", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-    sets: list[dict[str, str]] = [{}]
-    if detected() not in (InstructionSet.AVX2, InstructionSet.OTHER):
-        sets.append(lowered_environment())
-    found = []
-    with tempfile.TemporaryDirectory(prefix="soma-cpu-products-") as folder:
-        for lowered in sets:
-            place = Path(folder) / f"{len(found)}.json"
-            environment = {**os.environ, **quiet, "HF_HUB_OFFLINE": "1", **lowered, CHILD: str(place)}
-            subprocess.run([sys.executable, __file__, *arguments], env=environment, check=True)
-            found.append(json.loads(place.read_text(encoding="utf-8")))
+    os.environ.update(
+        VLLM_PLUGINS="soma_engine", VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1"
+    )
+    document = measure(options)
+    same = [
+        f"--rounds={options.rounds}",
+        f"--cores={options.cores}",
+        *(f"--engine={m}" for m in options.engine),
+    ]
+    document["lowered"] = once_more(__file__, same + ["--no-layers"] * options.no_layers)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

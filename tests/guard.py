@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-GUARD_S = 600.0
+GUARD_S = 900.0
 """After this something hangs."""
 
 

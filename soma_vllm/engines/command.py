@@ -49,13 +49,14 @@ def vllm_arguments(engine: Engine, model_path: str, served_name: str) -> list[st
         if engine.device == "cpu"
         else ["--gpu-memory-utilization", str(engine.gpu_memory_utilization)]
     )
+    eager = engine.device == "cpu" if engine.enforce_eager is None else engine.enforce_eager
     return [
         *("--model", model_path),
         *("--served-model-name", served_name),
         *("--dtype", engine.dtype),
         *("--max-model-len", str(engine.max_model_len)),
         *("--max-num-seqs", str(engine.max_num_seqs)),
-        "--enforce-eager" if engine.enforce_eager else "--no-enforce-eager",
+        "--enforce-eager" if eager else "--no-enforce-eager",
         *memory,
         "--enable-prefix-caching",
         "--enable-prompt-tokens-details",

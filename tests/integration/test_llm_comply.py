@@ -66,7 +66,7 @@ def complied(server: Running, form: str, checks: list[str]) -> list[dict[str, An
 def checked(server: Running, form: str, checks: list[str]) -> list[dict[str, Any]]:
     command = [str(COMMAND), "--format", form, "-u", f"{server.root}/v1", "-k", "key", "-m", "soma"]
     done = subprocess.run(
-        [*command, "--json", "--filter", ",".join(checks)],
+        [*command, "--json", "--timeout", str(GUARD_S), "--filter", ",".join(checks)],
         capture_output=True,
         text=True,
         timeout=GUARD_S,

@@ -13,6 +13,9 @@ from soma_vllm.models.fetch import fetch
 DIALOGUES = json.loads((ROOT / "dialogues" / "demo.json").read_text())
 MODELS = ("qwen2.5-coder-0.5b-instruct", "all-minilm-l6-v2", "qwen2.5-coder-1.5b-instruct")
 
+TOKENS = 32
+"""Enough for a label or a sentence; a slow core takes a second for one or two of them."""
+
 pytestmark = pytest.mark.real
 
 
@@ -27,7 +30,7 @@ def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def play(running: Running, name: str, turns: int, **headers: str) -> Dialogue:
     dialogue = Dialogue(running, name, **headers)
     for query in DIALOGUES[name][:turns]:
-        dialogue.say(query, max_tokens=48)
+        dialogue.say(query, max_tokens=TOKENS)
     return dialogue
 
 
@@ -36,7 +39,7 @@ def test_ticket_labels_move_to_the_plain_surrogate_which_gives_the_same_ones(rea
     found = real_server.until("topic-change", "SWITCHED")
     assert found["serving"] == "plain"
     assert found["training"]["acceptance"]["numbers"]["candidates"]["plain"]["turns"] == [1, 2, 3, 4]
-    answer = dialogue.say(DIALOGUES["topic-change"][4], max_tokens=48)
+    answer = dialogue.say(DIALOGUES["topic-change"][4], max_tokens=TOKENS)
     assert dialogue.headers["X-SOMA-Engine"] == "surrogate"
     assert '"technical"' in answer
 
@@ -47,6 +50,6 @@ def test_a_forced_session_is_served_by_an_adapter_that_ray_trained_on_it(real_se
     assert found["phase"] == "SWITCHED"
     trained = next(event["data"] for event in found["events"] if event["kind"] == "trained")
     assert trained["losses"][-1] < trained["losses"][0]
-    answer = dialogue.say(DIALOGUES["house-style"][4], max_tokens=48)
+    answer = dialogue.say(DIALOGUES["house-style"][4], max_tokens=TOKENS)
     assert dialogue.headers["X-SOMA-Adapter"] == found["adapter"]
     assert len(answer.split()) >= 2

@@ -70,11 +70,21 @@ def test_nothing_drafts_unless_it_is_asked_for(parser: argparse.ArgumentParser) 
 
 
 def test_on_a_gpu_the_engine_takes_a_share_of_its_memory(parser: argparse.ArgumentParser) -> None:
-    original = Original(device="cuda", gpu_memory_utilization=0.4, enforce_eager=False)
+    original = Original(device="cuda", gpu_memory_utilization=0.4)
     args = parser.parse_args(vllm_arguments(original, "/models/big", "big"))
     assert args.gpu_memory_utilization == 0.4
     assert args.kv_cache_memory_bytes is None
-    assert args.enforce_eager is False
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "eager"),
+    [("cpu", None, True), ("cuda", None, False), ("cuda", True, True), ("cpu", False, False)],
+)
+def test_a_gpu_replays_graphs_unless_the_config_says_otherwise(
+    parser: argparse.ArgumentParser, device: str, asked: bool | None, eager: bool
+) -> None:
+    original = Original.model_validate({"device": device, "enforce_eager": asked})
+    assert parser.parse_args(vllm_arguments(original, "/models/big", "big")).enforce_eager is eager
 
 
 def test_the_surrogates_command_line_makes_room_for_adapters(parser: argparse.ArgumentParser) -> None:
