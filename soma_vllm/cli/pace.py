@@ -41,6 +41,8 @@ class Expected:
     surrogate_s: float
     training_s: float
     """An adapter: training, judging, loading."""
+    opening_s: float | None = None
+    """A dialogue's first turn: its prompt is long and nowhere cached. None: as any other of the original's."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,16 @@ class Timekeeper:
         self._always = frozenset(always)
         self._clock = clock
         self._turns: dict[str, deque[float]] = {role: deque(maxlen=RECENT_TURNS) for role in Role}
+        self._openings: deque[float] = deque(maxlen=RECENT_TURNS)
         self._slowest = 0.0
         self._trainings: dict[str, float] = {}
         self._last_news = clock()
 
     # -- told -------------------------------------------------------------------------------------------
 
-    def turn(self, engine: str, seconds: float) -> None:
-        """A turn was answered."""
-        self._turns[engine].append(seconds)
+    def turn(self, engine: str, seconds: float, opening: bool = False) -> None:
+        """A turn was answered; `opening`: a dialogue's first."""
+        (self._openings if opening else self._turns[engine]).append(seconds)
         self._slowest = max(self._slowest, seconds)
         self.news()
 
@@ -109,9 +112,19 @@ class Timekeeper:
             return median(seen)
         other = Role.SURROGATE if engine is Role.ORIGINAL else Role.ORIGINAL
         if self._expected is None:
-            return median(self._turns[other]) if self._turns[other] else None
+            seen = self._turns[other] or self._openings
+            return median(seen) if seen else None
         mine, others = self._of(engine), self._of(other)
         return mine * median(self._turns[other]) / others if self._turns[other] else mine
+
+    def opening_s(self) -> float | None:
+        """Seconds that a dialogue's first turn takes; None where nothing is known."""
+        if self._openings:
+            return median(self._openings)
+        original = self.turn_s(Role.ORIGINAL)
+        if original is None or self._expected is None or self._expected.opening_s is None:
+            return original
+        return original * self._expected.opening_s / self._expected.original_s
 
     def training_s(self) -> float | None:
         """Seconds that an adapter takes; None where that is not known."""
@@ -128,13 +141,14 @@ class Timekeeper:
         done = len(session.turns)
         if session.over or done >= session.planned:
             return 0.0
-        original, surrogate = self.turn_s(Role.ORIGINAL), self.turn_s(Role.SURROGATE)
-        if original is None or surrogate is None:
+        original, surrogate, opening = self.turn_s(Role.ORIGINAL), self.turn_s(Role.SURROGATE), self.opening_s()
+        if original is None or surrogate is None or opening is None:
             return 0.0
         warm = max(0, min(self._rules.warm_window, session.planned) - done)
         later = session.planned - done - warm
         share = _share(session)
         seconds = warm * original + later * (share * surrogate + (1 - share) * original)
+        seconds += 0.0 if done else opening - original
         if session.forced and not session.adapters and session.phase in _BEFORE_THE_VERDICT:
             seconds += self.training_s() or 0.0
         return seconds + self._rules.think_s * (session.planned - done)

@@ -241,7 +241,10 @@ class _Draft:
     # -- the plan ---------------------------------------------------------------------------------------
 
     def _plan(self) -> Plan:
-        expected = Expected(self.original_s(), self.surrogate_s(), self.training_s())
+        original = self.original_s()
+        openings = [original + self._opening_s(turns) for turns in self.dialogues.values()]
+        opening_s = sum(openings) / len(openings)
+        expected = Expected(original, self.surrogate_s(), self.training_s(), opening_s)
         return Plan(
             dialogues=self.dialogues,
             left_out=self.left_out,

@@ -126,7 +126,7 @@ class Player:
         messages.append({"role": "user", "content": query})
         turn = await self._ask(name, number, query, messages)
         messages.append({"role": "assistant", "content": turn.answer})
-        self._time.turn(turn.engine, turn.latency_s)
+        self._time.turn(turn.engine, turn.latency_s, opening=number == 1)
         self._update(name, turns=(*self.sessions[name].turns, turn), phase=turn.phase)
 
     async def _ask(

@@ -73,6 +73,17 @@ def test_a_dialogue_takes_its_warm_turns_by_the_original_and_the_rest_by_whoever
     assert watch.dialogue_s(record("a", 10, phase="SWITCHED")) == 0
 
 
+def test_the_first_turn_of_a_dialogue_has_a_time_of_its_own() -> None:
+    watch = Timekeeper(RULES, replace(EXPECTED, opening_s=30.0))
+    assert watch.dialogue_s(record("a", 0, planned=2)) == pytest.approx(30 + 10)
+    watch.turn("original", 5.0)
+    assert watch.dialogue_s(record("a", 0, planned=2)) == pytest.approx(15 + 5)
+    watch.turn("original", 50.0, opening=True)
+    assert watch.turn_s(Role.ORIGINAL) == 5.0
+    assert watch.dialogue_s(record("a", 0, planned=2)) == pytest.approx(50 + 5)
+    assert watch.dialogue_s(record("a", 1, planned=2)) == pytest.approx(5)
+
+
 def test_a_forced_dialogue_waits_for_its_training_and_then_has_the_surrogate() -> None:
     watch = Timekeeper(RULES, EXPECTED)
     assert watch.dialogue_s(record("a", 4, phase="ADAPTING", forced=True)) == pytest.approx(60 + 6 * 2)
