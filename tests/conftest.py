@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import hypothesis
@@ -14,6 +15,12 @@ SLOWNESS_IS_NO_FAULT = hypothesis.settings(
 )
 hypothesis.settings.register_profile("suite", SLOWNESS_IS_NO_FAULT)
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _root_logger() -> None:
+    """As Python has it: packages that one test loads raise its level, and another would hear no warning."""
+    logging.getLogger().setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="session")

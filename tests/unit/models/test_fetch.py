@@ -18,6 +18,8 @@ from soma_vllm.errors import ChecksumMismatch, ModelError
 from soma_vllm.models.catalog import EmbeddedModel
 from soma_vllm.models.fetch import fetch
 
+pytestmark = pytest.mark.slow
+
 PARTS = (b"first part " * 1000, b"second part " * 1000, b"third part " * 1000)
 
 
