@@ -58,7 +58,7 @@ $(BASELINES)/.installed: requirements/baselines.lock | setup
 
 ## make demo    the main job on the embedded pair: warm start, adapter, switch, rollback (about MINUTES=15, 9 on a fast machine)
 demo: models
-	@echo "[demo] up to nine dialogues through a real pair, in $(MINUTES) minutes at most; says first how long it will take here"
+	@echo "[demo] up to nine dialogues through a real pair, in about $(MINUTES) minutes; says first how long it will take here"
 	@$(BIN)/soma replay --config configs/cpu_demo.yaml --dialogues dialogues/demo.json --out out/demo \
 	  --minutes $(MINUTES) --first topic-change --first $(FORCED) --first rainfall-table \
 	  --concurrency 3 --think-time 2 --await-verdicts --force-adapter $(FORCED) \

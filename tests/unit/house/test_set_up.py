@@ -48,12 +48,19 @@ def test_a_proxy_is_named_by_its_variable_alone() -> None:
     assert "secret" not in done.stdout + done.stderr
 
 
-def test_an_index_that_does_not_answer_ends_set_up_at_once_with_what_to_do() -> None:
-    done = told("install.py", "requirements/build.lock", PIP_INDEX_URL=NO_INDEX)
+def test_an_index_that_does_not_answer_ends_set_up_at_once_with_what_to_do(tmp_path: Path) -> None:
+    lock = tmp_path / "wanted.lock"
+    lock.write_text("no-such-package-of-anybody==1.0\n")
+    done = told("install.py", str(lock), PIP_INDEX_URL=NO_INDEX)
     assert done.returncode == 1
     assert "the package index does not answer, so nothing was installed" in done.stderr
     assert "PIP_INDEX_URL" in done.stderr
     assert "HTTPS_PROXY" in done.stderr
+
+
+def test_what_is_installed_already_needs_no_index() -> None:
+    done = told("install.py", str(REQUIREMENTS / "build.lock"), PIP_INDEX_URL=NO_INDEX)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_failure_of_pip_is_printed_in_full(tmp_path: Path) -> None:
