@@ -245,10 +245,18 @@ async def test_a_slow_engine_has_work_wait_as_long_as_its_latest_requests_took()
     for seconds in (1.0, 40.0, 45.0):
         quiet.came()
         quiet.left(seconds)
-    assert quiet.wait_s == 86.0
+    assert quiet.wait_s == 120.0  # three of their median
     for _ in range(REQUESTS):
         quiet.came()
         quiet.left(0.25)
+    assert quiet.wait_s == 5
+
+
+async def test_one_client_that_reads_slowly_is_no_slow_engine() -> None:
+    quiet = QuietTimes(True, 5)
+    for seconds in (0.25, 3600.0, 0.25):
+        quiet.came()
+        quiet.left(seconds)
     assert quiet.wait_s == 5
 
 
