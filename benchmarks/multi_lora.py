@@ -20,7 +20,11 @@ Adapters are random, rank 8, on all projections of all layers: the worst case, s
 alone costs nothing with our kernels. A processor with AVX-512 is measured once more with AVX2 only, in a
 process of its own: that takes as long again.
 
-    python benchmarks/multi_lora.py [--quick] [--json FILE] [--figure FILE] [--model NAME-OR-DIR] [--cores 0-1]
+`--ours-only` compares ours with the base engine alone, over 1 and 16 adapters, in minutes: on a processor
+without bf16 products vLLM's own LoRA path is too slow for a quick look.
+
+    python benchmarks/multi_lora.py [--quick] [--ours-only] [--json FILE] [--figure FILE] [--model MODEL]
+                                    [--cores 0-1]
 """
 
 from __future__ import annotations
@@ -33,25 +37,38 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from lowered import once_more
-from many_adapters.measuring import measure, say
-from many_adapters.telling import draw, ratios, table
-from many_adapters.workload import ADAPTERS, FULL, QUICK, RANK, write_adapters
+from many_adapters.measuring import measure, measure_ours, say
+from many_adapters.telling import draw, ours_against_base, ours_table, ratios, table
+from many_adapters.workload import ADAPTERS, FULL, QUICK, RANK, REQUESTS, Effort, write_adapters
 
 from soma_vllm import machine
+from soma_vllm.evaluation.statistics import LEAST_PAIRS
 from soma_vllm.models.hub import local_path
 from soma_vllm.versions import installed_vllm
 
 MODEL = "qwen2.5-coder-0.5b-instruct"
 
 
+def report_ours(model: str, options: argparse.Namespace, effort: Effort, adapters: Sequence[Path]) -> None:
+    """Ours against the base engine alone: rates (of `ttft` seconds), and ratios with their intervals."""
+    effort = replace(effort, rounds=max(effort.rounds, LEAST_PAIRS), counts=(1, REQUESTS))
+    told = ours_against_base(asyncio.run(measure_ours(model, options.cores, effort, adapters)))
+    print(f"{machine.describe()}\n{ours_table(told)}")
+    if options.json:
+        document = {"machine": machine.describe(), "cores": options.cores, "ours": told}
+        options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
 def main(arguments: Sequence[str]) -> None:
     """Measure, print, write and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="16 slots only, fewer rounds: minutes")
+    parser.add_argument("--ours-only", action="store_true", help="leave stock, loads and overflow out")
     parser.add_argument("--model", default=MODEL, help="a local folder or an embedded model's name")
     parser.add_argument("--cores", default=f"0-{(os.cpu_count() or 1) - 1}", help="of every engine")
     parser.add_argument("--json", type=Path, help="write the results here as well")
@@ -66,6 +83,9 @@ def main(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="soma-multi-lora-") as folder:
         say(f"writing {ADAPTERS} adapters")
         adapters = write_adapters(Path(folder), model, ADAPTERS)
+        if options.ours_only:
+            report_ours(model, options, effort, adapters)
+            return
         found = asyncio.run(measure(model, options.cores, effort, adapters))
     document = {
         "ratios": ratios(found, effort, "ours"),

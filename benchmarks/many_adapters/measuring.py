@@ -124,6 +124,26 @@ async def measure(model: str, cores: str, effort: Effort, adapters: Sequence[Pat
     return found
 
 
+async def measure_ours(model: str, cores: str, effort: Effort, adapters: Sequence[Path]) -> dict[str, Figures]:
+    """Rounds of the base engine and of ours alone, by arm: what stock's minutes a round would hold up."""
+    slots = effort.slots[-1]
+    arms = [Arm(name, slots, adapters) for name in ("base", "ours")]
+    rounds: dict[str, Figures] = {arm.name: defaultdict(list) for arm in arms}
+    async with AsyncExitStack() as stack:
+        for arm in arms:
+            say(f"starting {arm.name} with {slots} slots")
+            await stack.enter_async_context(arm.running(model, cores))
+        for number in range(slots):
+            await arms[1].load(number)
+        for turn in range(effort.rounds + 1):
+            for arm in arms if turn % 2 else arms[::-1]:
+                warming = replace(effort, tokens=4)
+                figures: Figures = rounds[arm.name] if turn else defaultdict(list)
+                await one_round(arm, effort if turn else warming, 100 * turn, figures)
+            say(f"round {turn} of {effort.rounds}, {slots} slots")
+    return rounds
+
+
 async def with_loads(arm: Arm, effort: Effort, adapters: Sequence[Path]) -> dict[str, Any]:
     """Load latency, stalls and memory."""
     before = arm.memory()

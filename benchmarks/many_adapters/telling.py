@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 from many_adapters.workload import REQUESTS, Effort
+from soma_vllm.evaluation.statistics import interval
 
 
 def ratios(found: dict[str, Any], effort: Effort, arm: str) -> dict[str, float]:
@@ -37,6 +39,32 @@ def table(document: dict[str, Any]) -> str:
     for name in ("load_cold_s", "load_cached_s", "load_in_slot_s", "bytes_per_adapter"):
         stock, ours = (most["loads"][arm][name] for arm in ("stock", "ours"))
         lines.append(f"{name:32} {stock:8.3g} {ours:8.3g}")
+    return "\n".join(lines)
+
+
+def ours_against_base(rounds: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
+    """Ours over the base engine: the geometric mean of the rounds' own ratios, and its 95 % interval."""
+    told = {}
+    for name, values in rounds["ours"].items():
+        base = rounds["base"]["throughput" if name.startswith("throughput") else name]
+        logs = [math.log(a / b) for a, b in zip(values, base, strict=True)]
+        bounds = interval(logs)
+        told[name] = {
+            "base": statistics.median(base),
+            "ours": statistics.median(values),
+            "ratio": math.exp(statistics.fmean(logs)),
+            "interval": None if bounds is None else [math.exp(bound) for bound in bounds],
+        }
+    return told
+
+
+def ours_table(told: dict[str, dict[str, Any]]) -> str:
+    """For people."""
+    lines = [f"{'':20} {'base':>9} {'ours':>9} {'ratio':>7}"]
+    for name, found in told.items():
+        bounds = found["interval"]
+        spread = "" if bounds is None else f" [{bounds[0]:.2f}, {bounds[1]:.2f}]"
+        lines.append(f"{name:20} {found['base']:9.2f} {found['ours']:9.2f} {found['ratio']:7.2f}{spread}")
     return "\n".join(lines)
 
 
