@@ -124,10 +124,12 @@ LADDER = (
 SAME_IN_OTHER = Rung(f"the last, in {OTHER}", OTHER, ours, top_layers=8, objective="kd")
 
 
-def climb(surrogates: dict[str, Surrogate], found: Material, config: Config, passes: int) -> list[Result]:
+def climb(
+    surrogates: dict[str, Surrogate], found: Material, config: Config, passes: int, ladder: Sequence[Rung]
+) -> list[Result]:
     """Every rung on one session, and first of all the plain surrogate in its place 0."""
     results = []
-    for rung in (*LADDER, SAME_IN_OTHER):
+    for rung in (*ladder, SAME_IN_OTHER):
         surrogate = surrogates[rung.dtype]
         learnt = rendered(surrogate, (*found.examples, *found.held_out))
         later = rendered(surrogates[OWN], found.later)
@@ -176,7 +178,9 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=4, help="passes over the warm turns")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="key=value")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--last", type=int, default=len(LADDER), help="only so many rungs, from the top")
     options = parser.parse_args()
+    ladder = LADDER[-max(1, options.last) :]
 
     config = load_config(options.config, options.overrides).for_serving(str(options.config))
     script = load_dialogues(options.dialogues)
@@ -196,15 +200,16 @@ def main() -> None:
         print(
             f"{name}: {len(found.examples) + len(found.held_out)} warm turns, plain later NLL {plain.nll:.3f}"
         )
-        sessions[name] = climb(surrogates, found, config, options.passes)
-    apart, packed = mining_seconds(surrogates[OWN], found, config.mining)
+        sessions[name] = climb(surrogates, found, config, options.passes, ladder)
+    whole = len(ladder) == len(LADDER)
+    apart, packed = mining_seconds(surrogates[OWN], found, config.mining) if whole else (0.0, 0.0)
 
     *totals, in_other = (
-        sum(results[rung].seconds for results in sessions.values()) for rung in range(len(LADDER) + 1)
+        sum(results[rung].seconds for results in sessions.values()) for rung in range(len(ladder) + 1)
     )
     print(f"\n{describe()}")
     print(f"\n{'all sessions':40} {'seconds':>8}  {'step':>6}  {'total':>6}")
-    for index, rung in enumerate(LADDER):
+    for index, rung in enumerate(ladder):
         step = totals[index - 1] / totals[index] if index else 1.0
         print(f"{rung.name:40} {totals[index]:8.1f}  {step:5.2f}x  {totals[0] / totals[index]:5.2f}x")
     paired = [results[-1].seconds / results[-2].seconds for results in sessions.values()]
@@ -214,16 +219,18 @@ def main() -> None:
         f"the whole recipe in {OTHER}: {in_other:.1f} s, {in_other / totals[-1]:.2f}x{spread} of {OWN}, this "
         "machine's type"
     )
-    print(
-        f"mining, {config.mining.n_candidates} candidates x {config.mining.iters} iterations, last session: "
-        f"apart {apart:.1f} s, in one pass {packed:.1f} s, {apart / packed:.2f}x; with mining.enabled: auto 0 s"
-    )
+    if whole:
+        work = f"{config.mining.n_candidates} candidates x {config.mining.iters} iterations"
+        print(
+            f"mining, {work}, last session: apart {apart:.1f} s, in one pass {packed:.1f} s, "
+            f"{apart / packed:.2f}x; with mining.enabled: auto 0 s"
+        )
     if options.json:
         document = {
             "machine": describe(),
             "dtype": OWN,
             "passes": options.passes,
-            "rungs": [rung.name for rung in LADDER],
+            "rungs": [rung.name for rung in ladder],
             "seconds": totals,
             "ratio": totals[0] / totals[-1],
             "in_other_type": {
