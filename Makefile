@@ -113,7 +113,7 @@ test-apart: lint
 test-real: setup
 	@$(BIN)/python -m pytest tests/real
 
-## make check   lint, types and the fast tests: nothing is downloaded, no engine is started (3 minutes on 2 cores)
+## make check   lint, types and the fast tests: nothing is downloaded, no engine is started (3.5 minutes on 2 cores)
 check: setup
 	@$(MAKE) --no-print-directory -j2 --output-sync=target lint fast-services fast-rest
 
