@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import httpx
@@ -36,23 +37,31 @@ def test_a_whole_warm_start_reply_is_what_the_original_says_by_itself(tiny_serve
     assert without_its_name(heard) == without_its_name(alone)
 
 
+def spelt(reply: str) -> tuple[list[str], str]:
+    """The spelling of a stream's events, told apart from its text: how vLLM groups tokens into events is
+    a matter of timing, so equal neighbours count once and their text is joined."""
+    shapes: list[str] = []
+    text = ""
+    for line in reply.split("\n\n"):
+        if line.startswith("data: {"):
+            choices = json.loads(line.removeprefix("data: "))["choices"]
+            text += "".join(choice["delta"].get("content") or "" for choice in choices)
+        shape = re.sub(r'"content":"(\\.|[^"\\])*"', '"content":"…"', line)
+        shape = re.sub(r'"id":"chatcmpl-[^"]+"|"created":\d+', "", shape)
+        if shapes[-1:] != [shape]:
+            shapes.append(shape)
+    return shapes, text
+
+
 def test_a_streamed_warm_start_reply_is_what_the_original_says_by_itself(tiny_server: Running) -> None:
-    replies = [
-        posted(tiny_server, model, "stream-taught", stream=True, stream_options={"include_usage": True}).text
+    heard, alone = (
+        spelt(posted(tiny_server, model, "stream-taught", stream=True, stream_options={"include_usage": True}).text)
         for model in ("soma", "tiny-original")
-    ]
-    spelt = [
-        [
-            line if line == "data: [DONE]" else without_its_name(json.loads(line.removeprefix("data: ")))
-            for line in reply.split("\n\n")
-            if line
-        ]
-        for reply in replies
-    ]
-    assert len(spelt[0]) > 3
-    assert spelt[0] == spelt[1]
-    # No space came or went either.
-    assert len(replies[0]) == len(replies[1])
+    )
+    shapes, text = heard
+    assert len(text) > 10
+    assert len(shapes) >= 5
+    assert heard == alone
 
 
 def test_a_client_gets_log_probabilities_when_it_asks_for_them_and_only_then(tiny_server: Running) -> None:
