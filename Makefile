@@ -23,7 +23,7 @@ help:
 ## make setup   create .venv from the pinned lock (3 to 6 minutes; seconds when it is there)
 setup: $(STAMP)
 
-$(STAMP): $(LOCK) setup.py $(wildcard soma_vllm/kernels/*.cpp soma_vllm/kernels/*.h) requirements/build.lock | $(BIN)/python
+$(STAMP): $(LOCK) setup.py $(wildcard soma_vllm/engines/vllm/kernels/*.cpp soma_vllm/engines/vllm/kernels/*.h) requirements/build.lock | $(BIN)/python
 	@$(BIN)/python requirements/check_machine.py $(DEVICE)
 	@echo "[setup] $(DEVICE): installing $$(grep -vc '^#' $(LOCK)) pinned packages into $(VENV)"
 	@$(BIN)/python requirements/install.py requirements/build.lock $(PIP_ARGS)
@@ -117,7 +117,7 @@ test-real: setup
 check: setup
 	@$(MAKE) --no-print-directory -j2 --output-sync=target lint fast-services fast-rest
 
-SERVICES := tests/unit/scheduler tests/unit/api tests/unit/storage tests/unit/adapters
+SERVICES := tests/unit/scheduler tests/unit/sessions tests/unit/adaptation tests/unit/maintenance tests/unit/api tests/unit/adapters
 FAST := $(BIN)/python -m pytest -q -m "not slow"
 fast-services: setup
 	@$(FAST) $(SERVICES)

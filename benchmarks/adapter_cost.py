@@ -27,11 +27,7 @@ from typing import Any
 
 import torch
 
-from soma_vllm.cli.dialogues import load_dialogues
 from soma_vllm.config import Config, Lora, Mining, load_config
-from soma_vllm.evaluation.material import Material, material
-from soma_vllm.evaluation.original import played_for
-from soma_vllm.evaluation.statistics import interval
 from soma_vllm.machine import describe, training_dtype
 from soma_vllm.method.finetune import attached, train
 from soma_vllm.method.losses import token_nll
@@ -41,6 +37,10 @@ from soma_vllm.method.rendering import Rendered
 from soma_vllm.method.scoring import pooled, score_turns
 from soma_vllm.models.hub import local_path
 from soma_vllm.models.quiet import quiet
+from soma_vllm.tools.evaluate.dataset import Material, material
+from soma_vllm.tools.evaluate.original_answers import played_for
+from soma_vllm.tools.evaluate.statistics import interval
+from soma_vllm.tools.replay.dialogues import load_dialogues
 
 
 @dataclass(frozen=True)

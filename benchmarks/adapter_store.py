@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from soma_vllm.adapters.roots import AnyAdapterStore, open_root
+from soma_vllm.adapters.store.opening import AnyAdapterStore, open_root
 from soma_vllm.types import SessionKey
 
 KINDS = ("directory", "fsspec")

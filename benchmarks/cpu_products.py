@@ -1,4 +1,4 @@
-"""What products of bf16 weights cost on a CPU: vLLM's own against `soma_vllm/kernels`, by layer and by engine.
+"""What products of bf16 weights cost on a CPU: vLLM's own against our kernels, by layer and by engine.
 
 Layers: each side is what vLLM's loader gives a linear layer (`cpu_linear`), without our plugin and with it, for
 the shapes of the embedded pair and 1 to 512 rows, on one core. Engines (`--engine MODEL`): two vLLM engines on
@@ -34,8 +34,8 @@ from typing import Any
 
 from lowered import once_more
 
-from soma_vllm.evaluation.statistics import interval
 from soma_vllm.machine import describe
+from soma_vllm.tools.evaluate.statistics import interval
 from soma_vllm.versions import installed_vllm
 
 SHAPES = {
@@ -75,7 +75,7 @@ def layers(rounds: int) -> dict[str, Ratio]:
     import torch
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-    from soma_vllm.kernels.linear import dispatching
+    from soma_vllm.engines.vllm.kernels.linear import dispatching
 
     torch.set_num_threads(1)
     found = {}
@@ -119,7 +119,7 @@ async def engine(model: str, cores: str, ours: bool) -> AsyncIterator[Any]:
     from vllm import AsyncEngineArgs, AsyncLLMEngine
 
     from soma_vllm.config import Surrogate
-    from soma_vllm.kernels.linear import LINEAR_ENV
+    from soma_vllm.engines.vllm.kernels.linear import LINEAR_ENV
 
     os.environ[LINEAR_ENV] = "ours" if ours else "stock"
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cores

@@ -30,8 +30,8 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from soma_vllm import machine
-from soma_vllm.kernels.fused import KERNEL_ENV, compiled_kernel
-from soma_vllm.kernels.lora_kernels import GroupedPunicaWrapperCPU
+from soma_vllm.engines.vllm.kernels.fused import KERNEL_ENV, compiled_kernel
+from soma_vllm.engines.vllm.kernels.lora_kernels import GroupedPunicaWrapperCPU
 from soma_vllm.versions import installed_vllm
 
 HIDDEN, INNER, KEYS = 896, 4864, 128

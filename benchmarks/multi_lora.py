@@ -47,8 +47,8 @@ from many_adapters.telling import draw, ours_against_base, ours_table, ratios, t
 from many_adapters.workload import ADAPTERS, FULL, QUICK, RANK, REQUESTS, Effort, write_adapters
 
 from soma_vllm import machine
-from soma_vllm.evaluation.statistics import LEAST_PAIRS
 from soma_vllm.models.hub import local_path
+from soma_vllm.tools.evaluate.statistics import LEAST_PAIRS
 from soma_vllm.versions import installed_vllm
 
 MODEL = "qwen2.5-coder-0.5b-instruct"

@@ -50,10 +50,10 @@ from study.plan import Dialogues, Load, plan, synthetic
 from study.report import REFERENCE, IncompleteRun
 from study.run import Say, Study, run
 
-from soma_vllm.cli.dialogues import load_dialogues
 from soma_vllm.config import load_config
 from soma_vllm.errors import ConfigError, SomaError
-from soma_vllm.evaluation.report import write
+from soma_vllm.tools.evaluate.evaluation_report import write
+from soma_vllm.tools.replay.dialogues import load_dialogues
 
 HERE = Path(__file__).parent
 FULL = {

@@ -16,7 +16,7 @@ from pathlib import Path
 
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ROOT / "soma_vllm" / "kernels"
+KERNELS = ROOT / "soma_vllm" / "engines" / "vllm" / "kernels"
 PIP = (sys.executable, "-m", "pip")
 QUIET = ("--disable-pip-version-check", "--root-user-action=ignore", "--no-input", "--no-deps")
 ANSWER_S = 10

@@ -1,7 +1,7 @@
 """Which vLLM this code was written against, checked without importing vLLM.
 
 vLLM's serving classes and LoRA kernels are internal and move between releases. The two modules that touch
-them (`engines/vllm_internals.py`, `kernels/lora_kernels.py`) ask here first.
+them (`engines/vllm/internals.py`, `engines/vllm/kernels/lora_kernels.py`) ask here first.
 """
 
 from __future__ import annotations

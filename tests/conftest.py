@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
-from postgres import PACKAGE, Postgres, binaries  # type: ignore[import-not-found]
+from support.postgres import PACKAGE, Postgres, binaries
 
 # An example may take as long as a slow machine makes it.
 SLOWNESS_IS_NO_FAULT = hypothesis.settings(

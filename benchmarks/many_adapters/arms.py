@@ -13,9 +13,9 @@ from typing import Any
 import psutil
 
 from many_adapters.workload import ADAPTERS, PROJECTIONS, RANK
-from soma_vllm.engines.command import WORKER_EXTENSION
-from soma_vllm.kernels.engine_hook import KERNELS_ENV
-from soma_vllm.scheduler.holds import AdapterHolds
+from soma_vllm.adapters.leases import AdapterLeases
+from soma_vllm.engines.vllm.arguments import WORKER_EXTENSION
+from soma_vllm.engines.vllm.general_plugin import KERNELS_ENV
 
 WAIT_S = 3600.0
 
@@ -48,7 +48,7 @@ class Arm:
         self.name = name
         self.slots = slots
         self._adapters = adapters
-        self._holds = AdapterHolds(slots, queue_limit=1000, wait_s=WAIT_S) if name == "ours" else None
+        self._leases = AdapterLeases(slots, queue_limit=1000, wait_s=WAIT_S) if name == "ours" else None
         self._engine: Any = None
         self._sent = 0
         self.pids: set[int] = set()
@@ -92,14 +92,14 @@ class Arm:
         heard = Heard(time.perf_counter())
         if adapter is None or self._engine is None or self.name == "base":
             await self._generate(prompt, tokens, None, heard)
-        elif self._holds is None:
+        elif self._leases is None:
             await self._generate(prompt, tokens, adapter, heard)
         else:
-            ticket = await self._holds.hold(str(adapter))
+            ticket = await self._leases.hold(str(adapter))
             try:
                 await self._generate(prompt, tokens, adapter, heard)
             finally:
-                await self._holds.release(ticket)
+                await self._leases.release(ticket)
         return heard
 
     async def _generate(self, prompt: Sequence[int], tokens: int, adapter: int | None, heard: Heard) -> None:
@@ -117,7 +117,7 @@ class Arm:
 
     async def load(self, adapter: int) -> float:
         """Seconds to make an adapter servable, as soma-serve (ours) or vLLM's own route (stock) does it."""
-        from soma_vllm.engines.vllm_internals import add_adapter
+        from soma_vllm.engines.vllm.internals import add_adapter
 
         began = time.perf_counter()
         if self.name == "ours":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from many_adapters.workload import REQUESTS, Effort
-from soma_vllm.evaluation.statistics import interval
+from soma_vllm.tools.evaluate.statistics import interval
 
 
 def ratios(found: dict[str, Any], effort: Effort, arm: str) -> dict[str, float]:

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from soma_vllm.evaluation.statistics import rouge_l
-from soma_vllm.session.gate import gap
+from soma_vllm.sessions.state.gate import gap
+from soma_vllm.tools.evaluate.statistics import rouge_l
 from study.client import Played
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]

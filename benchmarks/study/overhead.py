@@ -29,10 +29,10 @@ from typing import Any
 import httpx
 import numpy as np
 
-from soma_vllm.cli.child_server import started_server
 from soma_vllm.config import Config
-from soma_vllm.engines.command import child_environment, surrogate_arguments
+from soma_vllm.engines.vllm.arguments import child_environment, surrogate_arguments
 from soma_vllm.models.hub import local_path
+from soma_vllm.tools.replay.child_server import started_server
 from study.connections import fresh_client
 from study.plan import SYLLABLES
 from study.ports import free_port

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from soma_vllm.cli.child_server import serve_command, started_server, while_alive
 from soma_vllm.config import Config, Prices, load_config
 from soma_vllm.errors import EngineUnavailable
+from soma_vllm.tools.replay.child_server import serve_command, started_server, while_alive
 from study.client import Played, Users
 from study.cost import Counting
 from study.meter import Meter, machine, server_process

@@ -12,12 +12,12 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 
-from soma_vllm.api.access import CALLER
-from soma_vllm.api.allowances import Caller
-from soma_vllm.api.errors import failed
+from soma_vllm.api.auth.access import CALLER
+from soma_vllm.api.auth.quotas import Caller
+from soma_vllm.api.error_responses import failed
+from soma_vllm.api.serializers import summary_view, view
 from soma_vllm.errors import Forbidden, SomaError
-from soma_vllm.scheduler.custody import Custody
-from soma_vllm.scheduler.view import summary_view, view
+from soma_vllm.maintenance.session_admin import SessionAdmin
 from soma_vllm.types import Role, SessionKey
 
 router = APIRouter(prefix="/soma/sessions")
@@ -48,7 +48,7 @@ async def list_sessions(
     caller = _caller(raw_request)
     whose = tenant if caller.admin else caller.tenant
     try:
-        found = await _custody(raw_request).summaries(whose, limit, before)
+        found = await _session_admin(raw_request).summaries(whose, limit, before)
     except SomaError as error:
         return failed(error)
     return JSONResponse({"object": "list", "data": [summary_view(summary) for summary in found]})
@@ -58,19 +58,21 @@ async def list_sessions(
 async def pin_session(session: str, pin: Pin, raw_request: Request, tenant: Tenant = None) -> Response:
     """Bind a session to an engine; null lets it go. Administrators only."""
     engine = None if pin.engine is None else Role(pin.engine)
-    return await _ordered(raw_request, session, tenant, lambda custody, key: custody.pin(key, engine))
+    return await _ordered(
+        raw_request, session, tenant, lambda session_admin, key: session_admin.pin(key, engine)
+    )
 
 
 @router.post("/{session:path}/rollback")
 async def roll_session_back(session: str, raw_request: Request, tenant: Tenant = None) -> Response:
     """Give a session back to the original. Administrators only."""
-    return await _ordered(raw_request, session, tenant, lambda custody, key: custody.roll_back(key))
+    return await _ordered(raw_request, session, tenant, lambda session_admin, key: session_admin.roll_back(key))
 
 
 @router.post("/{session:path}/readapt")
 async def readapt_session(session: str, raw_request: Request, tenant: Tenant = None) -> Response:
     """Have a session adapted anew. Administrators only."""
-    return await _ordered(raw_request, session, tenant, lambda custody, key: custody.readapt(key))
+    return await _ordered(raw_request, session, tenant, lambda session_admin, key: session_admin.readapt(key))
 
 
 @router.get("/{session:path}")
@@ -83,7 +85,7 @@ async def show_session(session: str, raw_request: Request, tenant: Tenant = None
 async def remove_session(session: str, raw_request: Request, tenant: Tenant = None) -> Response:
     """Remove a session: its record, its text, its adapter. Answers when nothing of it is left."""
     try:
-        await _custody(raw_request).remove(_key(raw_request, session, tenant))
+        await _session_admin(raw_request).remove(_key(raw_request, session, tenant))
     except SomaError as error:
         return failed(error)
     return Response(status_code=204)
@@ -95,19 +97,19 @@ async def _ordered(raw_request: Request, session: str, tenant: str | None, order
         return failed(Forbidden("found an API key without this right; expected the admin key"))
     key = _key(raw_request, session, tenant)
     try:
-        await order(_custody(raw_request), key)
+        await order(_session_admin(raw_request), key)
     except SomaError as error:
         return failed(error)
     return await _shown(raw_request, key)
 
 
 async def _shown(raw_request: Request, key: SessionKey) -> Response:
-    custody = _custody(raw_request)
+    session_admin = _session_admin(raw_request)
     try:
-        entry = await custody.entry(key)
+        entry = await session_admin.entry(key)
     except SomaError as error:
         return failed(error)
-    return JSONResponse(view(entry, custody.idle(key)))
+    return JSONResponse(view(entry, session_admin.idle(key)))
 
 
 def _key(raw_request: Request, session: str, tenant: str | None) -> SessionKey:
@@ -121,6 +123,6 @@ def _caller(raw_request: Request) -> Caller:
     return caller
 
 
-def _custody(raw_request: Request) -> Custody:
-    custody: Custody = raw_request.app.state.soma_custody
-    return custody
+def _session_admin(raw_request: Request) -> SessionAdmin:
+    session_admin: SessionAdmin = raw_request.app.state.soma_custody
+    return session_admin

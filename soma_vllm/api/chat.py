@@ -10,16 +10,16 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from soma_vllm.api.errors import failed
-from soma_vllm.engines.base import Events
-from soma_vllm.engines.vllm_internals import (
+from soma_vllm.api.error_responses import failed
+from soma_vllm.engines.engine import Events
+from soma_vllm.engines.vllm.internals import (
     ChatBody,
     CompletionBody,
     validate_json_request,
     with_cancellation,
 )
 from soma_vllm.errors import SomaError
-from soma_vllm.scheduler.dispatcher import Answer, Dispatcher, Incoming, no_such_model
+from soma_vllm.scheduler.dispatcher import Answer, ChatRequest, Dispatcher, no_such_model
 
 router = APIRouter()
 
@@ -82,8 +82,8 @@ def _card(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "soma_vllm"}
 
 
-async def _answered(answer: Callable[[Incoming], Awaitable[Answer]], raw_request: Request) -> Response:
-    incoming = Incoming(await raw_request.json(), raw_request.headers, raw_request)
+async def _answered(answer: Callable[[ChatRequest], Awaitable[Answer]], raw_request: Request) -> Response:
+    incoming = ChatRequest(await raw_request.json(), raw_request.headers, raw_request)
     try:
         found = await answer(incoming)
     except SomaError as error:

@@ -15,13 +15,14 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute
 
-from soma_vllm.api import adapters, admin, chat, responses
-from soma_vllm.api.access import AccessControl
-from soma_vllm.api.allowances import Allowances
-from soma_vllm.api.errors import http_failed
-from soma_vllm.api.surface import narrow
+from soma_vllm.api import adapter_routes, admin, chat
+from soma_vllm.api.auth.access import AccessControl
+from soma_vllm.api.auth.quotas import Quotas
+from soma_vllm.api.error_responses import http_failed
+from soma_vllm.api.responses import routes as responses_routes
+from soma_vllm.api.route_filter import narrow
 from soma_vllm.errors import PreflightError
-from soma_vllm.scheduler.custody import Custody
+from soma_vllm.maintenance.session_admin import SessionAdmin
 from soma_vllm.scheduler.dispatcher import Dispatcher
 
 logger = logging.getLogger(__name__)
@@ -33,11 +34,11 @@ HOST = "soma_host"
 class Host(Protocol):
     """soma-serve, as the plugin sees it."""
 
-    allowances: Allowances
+    quotas: Quotas
     extra_routes: bool
     """Whether vLLM's further routes are served beside ours."""
 
-    async def begin(self, engine_client: Any, state: Any) -> tuple[Dispatcher, Custody]:
+    async def begin(self, engine_client: Any, state: Any) -> tuple[Dispatcher, SessionAdmin]:
         """Called when vLLM's engine and serving objects are ready; returns once dispatch can begin."""
         ...
 
@@ -59,13 +60,13 @@ class SomaEndpointPlugin:
     def attach_router(self, app: FastAPI) -> None:
         """Register the routes, those vLLM has too are replaced, and what stands in front of all routes."""
         theirs = {id(route) for route in app.routes}
-        for part in (chat, responses, admin, adapters):
+        for part in (chat, responses_routes, admin, adapter_routes):
             app.include_router(part.router)
         self._app = app
         self._ours = [route for route in app.routes if id(route) not in theirs]
         # vLLM handles FastAPI's own kind of these only.
         app.add_exception_handler(HTTPException, http_failed)
-        app.add_middleware(AccessControl, allowances=_host(app.state.args).allowances)
+        app.add_middleware(AccessControl, quotas=_host(app.state.args).quotas)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Start what dispatch needs; the application is complete now, so close what is not to be served.

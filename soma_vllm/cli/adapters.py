@@ -25,8 +25,8 @@ from soma_vllm.config import Config, load_config
 from soma_vllm.errors import AdapterError, BadRequest, ConfigError, NotFound, SomaError
 
 if TYPE_CHECKING:
-    from soma_vllm.adapters.manifest import PublishedAdapter
-    from soma_vllm.adapters.roots import AnyAdapterStore
+    from soma_vllm.adapters.store.manifest import PublishedAdapter
+    from soma_vllm.adapters.store.opening import AnyAdapterStore
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -162,13 +162,13 @@ def collect(
 
 def _beyond_budgets(store: AnyAdapterStore, config: Path | None) -> Any:
     """What the configuration's budgets do not allow."""
-    from soma_vllm.adapters.budgets import Kept, to_evict
+    from soma_vllm.adapters.eviction_policy import StoredAdapter, to_evict
 
     if config is None:
         return ()
     used, pins = _last_uses(config), store.pins()
     kept = [
-        Kept(
+        StoredAdapter(
             name := one.ref.name,
             one.key.tenant,
             one.size_bytes,
@@ -194,8 +194,8 @@ def _opened(config: Path | None, root: str | None, judging: bool = False) -> Any
     Raises:
         ConfigError: it is not known.
     """
-    from soma_vllm.adapters.roots import open_root
-    from soma_vllm.adapters.verify import NOTHING
+    from soma_vllm.adapters.store.opening import open_root
+    from soma_vllm.adapters.store.verify import NOTHING
 
     if config is None and root is None:
         raise ConfigError("command line", ["found neither --config nor --root; expected one of them"])
@@ -216,7 +216,7 @@ def _opened_alone(config: Path | None, root: str | None) -> AnyAdapterStore:
 
 def _demands(settings: Config) -> Any:
     """What the server would demand, where its surrogate is on this machine."""
-    from soma_vllm.adapters.verify import Demands
+    from soma_vllm.adapters.store.verify import Demands
     from soma_vllm.models.hub import folder_here
 
     model = None if settings.surrogate_model is None else folder_here(settings.surrogate_model)
@@ -226,7 +226,7 @@ def _demands(settings: Config) -> Any:
 
 def _last_uses(config: Path | None) -> dict[str, float]:
     """Last use by adapter, as the session store has it; nothing where there is none."""
-    from soma_vllm.storage.sessions import reading
+    from soma_vllm.sessions.sql.store import reading
 
     async def ask(url: str) -> dict[str, float]:
         async with reading(url) as store:

@@ -22,7 +22,7 @@ from soma_vllm.config import Limits, load_config
 from soma_vllm.errors import BadRequest, ConfigError, SomaError
 
 if TYPE_CHECKING:
-    from soma_vllm.storage.keys import ApiKey, KeyStore
+    from soma_vllm.sessions.sql.api_keys import ApiKey, KeyStore
 
 app = typer.Typer(help="Issue, list and revoke API keys.", no_args_is_help=True)
 
@@ -89,8 +89,8 @@ def revoke(
 
 async def _add(url: str, name: str, limits: Limits) -> tuple[str, str]:
     from soma_vllm.models.home import soma_home
-    from soma_vllm.storage.connections import parse, told
-    from soma_vllm.storage.keys import KeyStore
+    from soma_vllm.sessions.sql.api_keys import KeyStore
+    from soma_vllm.sessions.sql.connections import parse, told
 
     parsed = parse(url)
     if parsed.get_backend_name() == "sqlite" and parsed.database:
@@ -124,8 +124,8 @@ async def _store(url: str) -> AsyncIterator[KeyStore]:
     Raises:
         ConfigError: there is none at this URL.
     """
-    from soma_vllm.storage.keys import KeyStore
-    from soma_vllm.storage.sessions import reading
+    from soma_vllm.sessions.sql.api_keys import KeyStore
+    from soma_vllm.sessions.sql.store import reading
 
     async with reading(url):
         store = KeyStore.at(url)

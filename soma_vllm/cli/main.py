@@ -5,11 +5,11 @@ from __future__ import annotations
 import typer
 
 from soma_vllm.cli import adapters, keys, models, sessions
-from soma_vllm.cli.calibrate import calibrate
-from soma_vllm.cli.calibrate_router import calibrate_router
-from soma_vllm.cli.distill import distill
-from soma_vllm.cli.evaluate import evaluate
-from soma_vllm.cli.replay import replay
+from soma_vllm.tools.calibrate.calibrate import calibrate
+from soma_vllm.tools.calibrate.calibrate_router import calibrate_router
+from soma_vllm.tools.distill import distill
+from soma_vllm.tools.evaluate.evaluate import evaluate
+from soma_vllm.tools.replay.replay import replay
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(models.app, name="models", help="Fetch, list and make models.")

@@ -6,8 +6,9 @@ key exists that nothing reads. A threshold lives here and nowhere else.
 """
 
 from soma_vllm.config.baselines import Baselines, Llmlingua2, Routellm
-from soma_vllm.config.deciding import Adaptation, Gate, Lora, Mining, Payback, Prefix, Prices
-from soma_vllm.config.reading import load_config, parse_config
+from soma_vllm.config.learning import Adaptation, Gate, Lora, Mining, Payback, Prefix, Prices
+from soma_vllm.config.load import load_config, parse_config
+from soma_vllm.config.root import Config
 from soma_vllm.config.section import Positive, Ratio, Seconds, Section
 from soma_vllm.config.serving import (
     Access,
@@ -22,7 +23,6 @@ from soma_vllm.config.serving import (
     Surrogate,
     Training,
 )
-from soma_vllm.config.whole import Config
 
 __all__ = [
     "Access",

@@ -7,7 +7,7 @@ the memory that is free and the kernels that were built, and comes with a line f
 |---|---|---|
 | bf16 products in hardware | what the model is stored in | bfloat16 |
 | AVX-512 without them | what the model is stored in: oneDNN has a product | float32, where memory suffices |
-| AVX2 | bfloat16 weights and float32 products (`kernels/linear.py`) | float32, where memory suffices |
+| AVX2 | bfloat16 weights and float32 products (`vllm/kernels/linear.py`) | float32, where memory suffices |
 | AVX2, kernel not built | float32, where memory suffices | the same |
 | a GPU | what the model is stored in | bfloat16 |
 
@@ -25,7 +25,7 @@ from soma_vllm.config import Config, Engine
 from soma_vllm.engines.memory import GB, available_memory, memory_needs
 from soma_vllm.machine import LINEAR_ENV, InstructionSet, describe, instruction_set, training_dtype
 
-LINEAR_KERNEL = "soma_vllm.kernels._linear_cpu"
+LINEAR_KERNEL = "soma_vllm.engines.vllm.kernels._linear_cpu"
 
 
 def settle(config: Config, original: Path | None, surrogate: Path) -> tuple[Config, list[str]]:

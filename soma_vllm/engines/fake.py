@@ -13,7 +13,7 @@ import zlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
-from soma_vllm.engines.base import ChatCall, Reply
+from soma_vllm.engines.engine import ChatCall, Reply
 from soma_vllm.errors import EngineError, EngineUnavailable
 
 

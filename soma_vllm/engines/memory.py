@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from soma_vllm.config import Config, Engine
-from soma_vllm.engines.command import LORA_RANKS, slot_rank
+from soma_vllm.engines.vllm.arguments import LORA_RANKS, slot_rank
 
 # Resident memory beside weights and caches, GB, as measured with vLLM 0.32 on a CPU.
 _API_SERVER_GB = 1.4

@@ -1,6 +1,6 @@
 """The original over HTTP: any OpenAI-compatible endpoint, or the vLLM server we started as a child.
 
-Guarantees: the port's own (`engines/base.py`); the client's body goes out as it came, but for the model's
+Guarantees: the port's own (`engines/engine.py`); the client's body goes out as it came, but for the model's
 name and, towards our own child, the `priority` and the `cache_salt` that keeps tenants' prefix caches apart (no
 client chooses its priority at a vLLM); the client's API key is never sent on, and ours never logged; a
 generation may take as long as it takes.
@@ -20,9 +20,9 @@ from typing import Any
 
 import aiohttp
 
-from soma_vllm.engines.base import ChatCall, Reply, Salts, refusal
+from soma_vllm.engines.engine import ChatCall, Reply, Salts, refusal
+from soma_vllm.engines.prompt_scoring import agreement_from_prompt, question_body, scoring_body
 from soma_vllm.engines.supervisor import State, Supervisor
-from soma_vllm.engines.surprise import agreement_from_prompt, question_body, scoring_body
 from soma_vllm.errors import EngineError, EngineRefused, EngineUnavailable, PreflightError
 from soma_vllm.types import Agreement
 

@@ -13,10 +13,10 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
-from soma_vllm.engines.base import ChatCall, Reply, Salts, error_of, refusal
-from soma_vllm.engines.residency import Loading, Residency
-from soma_vllm.engines.signature import compare, logprobs_read, reading_body
-from soma_vllm.engines.surprise import agreement_from_prompt, question_body, scoring_body
+from soma_vllm.adapters.loaded import LoadedAdapters, Loading
+from soma_vllm.engines.adapter_probe import compare, logprobs_read, reading_body
+from soma_vllm.engines.engine import ChatCall, Reply, Salts, error_of, refusal
+from soma_vllm.engines.prompt_scoring import agreement_from_prompt, question_body, scoring_body
 from soma_vllm.errors import AdapterRejected, EngineUnavailable
 from soma_vllm.types import AdapterRef, Agreement, Signature
 
@@ -39,12 +39,12 @@ class SurrogateEngine:
     """Chat completions of the small model, plain or under an adapter."""
 
     def __init__(
-        self, name: str, serving: ChatServing, salts: Salts | None = None, residency: Residency | None = None
+        self, name: str, serving: ChatServing, salts: Salts | None = None, loaded: LoadedAdapters | None = None
     ) -> None:
         self.name = name
         self._salts = salts or Salts()
         self._serving = serving
-        self._residency = residency or Residency(serving, room=64)
+        self._loaded = loaded or LoadedAdapters(serving, room=64)
         self._proven: dict[str, str] = {}
         """By adapter, since this process began: empty where it is served as trained, else what is wrong."""
         self._proving = asyncio.Lock()
@@ -57,7 +57,7 @@ class SurrogateEngine:
             EngineUnavailable: the adapter is not loaded, or the engine broke before its first token.
             EngineRefused: vLLM found the request wrong.
         """
-        if call.adapter is not None and not self._residency.has(call.adapter.name):
+        if call.adapter is not None and not self._loaded.has(call.adapter.name):
             raise EngineUnavailable(f"adapter {call.adapter.name} is not loaded")
         body = dict(call.body)
         body["model"] = self.name if call.adapter is None else call.adapter.name
@@ -89,8 +89,8 @@ class SurrogateEngine:
             EngineUnavailable: it is not fit to be loaded, or the engine could not load it.
             AdapterRejected: the engine does not serve it as it was trained.
         """
-        await self._residency.load(ref)
-        signature = self._residency.signature(ref.name)
+        await self._loaded.load(ref)
+        signature = self._loaded.signature(ref.name)
         if signature is None:
             return
         if ref.name not in self._proven:
@@ -102,7 +102,7 @@ class SurrogateEngine:
 
     def prefetch(self, ref: AdapterRef) -> None:
         """Begin to load an adapter, without waiting for it."""
-        self._residency.prefetch(ref)
+        self._loaded.prefetch(ref)
 
     async def unload(self, ref: AdapterRef) -> None:
         """Free an adapter's memory. The caller sees to it that no request uses it, now or later.
@@ -110,12 +110,12 @@ class SurrogateEngine:
         Raises:
             EngineUnavailable: the engine did not answer.
         """
-        await self._residency.unload(ref)
+        await self._loaded.unload(ref)
         self._proven.pop(ref.name, None)
 
     def loaded(self) -> tuple[AdapterRef, ...]:
         """Adapters in service."""
-        return self._residency.resident()
+        return self._loaded.resident()
 
     async def _prove(self, ref: AdapterRef, signature: Signature) -> str:
         """What is wrong with how the engine serves an adapter; empty where nothing is."""
@@ -126,7 +126,7 @@ class SurrogateEngine:
         logger.info("adapter %s: %s", ref.name, found)
         if found.agrees:
             return ""
-        self._residency.meter.rejected()
+        self._loaded.meter.rejected()
         numbers = ", ".join(f"{name} {value:g}" for name, value in found.numbers().items())
         return f"the engine does not serve what was trained: found {numbers} (nats per token)"
 

@@ -24,11 +24,11 @@ from torch import nn
 
 from soma_vllm.config import Lora
 from soma_vllm.errors import TrainingError
+from soma_vllm.method.activation_cache import Trunk
 from soma_vllm.method.decoder import Decoder
 from soma_vllm.method.losses import answer_kl, token_nll
 from soma_vllm.method.rendering import Rendered
 from soma_vllm.method.stopping import Best, Checkpoint, Judge, Patience
-from soma_vllm.method.trunk import Trunk
 
 
 @dataclass(frozen=True)

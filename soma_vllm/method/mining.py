@@ -22,13 +22,13 @@ import torch
 
 from soma_vllm.config import Mining
 from soma_vllm.errors import TrainingError
+from soma_vllm.method.activation_cache import Trunk
 from soma_vllm.method.decoder import Decoder
 from soma_vllm.method.divergence import Neighbourhoods, neighbourhoods, objective, turn_terms
 from soma_vllm.method.losses import token_nll
 from soma_vllm.method.packing import Batch
 from soma_vllm.method.rendering import Rendered
 from soma_vllm.method.soft_prompt import SoftPrompt, at_least_float32, verbalize
-from soma_vllm.method.trunk import Trunk
 
 RANKING_STEPS = 1
 """Optimiser steps after which the "divergence" hardness is read."""

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from soma_vllm.errors import TrainingError
+from soma_vllm.method.activation_cache import Trunk
 from soma_vllm.method.decoder import Decoder
 from soma_vllm.method.losses import answer_kl
 from soma_vllm.method.rendering import Rendered
 from soma_vllm.method.soft_prompt import at_least_float32
-from soma_vllm.method.trunk import Trunk
 from soma_vllm.types import Agreement
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from soma_vllm.method.activation_cache import Trunk
 from soma_vllm.method.rendering import Rendered
 from soma_vllm.method.scoring import pooled, score_trunk
-from soma_vllm.method.trunk import Trunk
 from soma_vllm.types import Agreement
 
 

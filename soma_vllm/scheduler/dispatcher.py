@@ -19,8 +19,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from soma_vllm.adaptation.shadow_traffic import ShadowTraffic
+from soma_vllm.adaptation.teacher_logprobs import LogprobCapture, TeacherLogprobs, without_logprobs
+from soma_vllm.adaptation.threaded_encoder import Encoder
+from soma_vllm.adapters.leases import AdapterLeases
+from soma_vllm.adapters.slots import SlotRequest
 from soma_vllm.config import Config
-from soma_vllm.engines.base import ChatCall, Engine, Reply
+from soma_vllm.engines.engine import AdapterEngine, ChatCall, Engine, Reply
+from soma_vllm.engines.reply_parser import Ended, Listened, ParsedReply, heard_whole
 from soma_vllm.errors import (
     AdapterError,
     BadRequest,
@@ -30,21 +36,16 @@ from soma_vllm.errors import (
     NoSuchModel,
     StoreUnavailable,
 )
-from soma_vllm.scheduler.book import Said, SessionBook
-from soma_vllm.scheduler.holds import AdapterHolds
-from soma_vllm.scheduler.policies.base import Asked, Policies, Policy, prepared
-from soma_vllm.scheduler.ports import AdapterEngine, Encoder, Meter
-from soma_vllm.scheduler.recorder import Recorder
-from soma_vllm.scheduler.rehearsals import Rehearsals
-from soma_vllm.scheduler.replies import Ended, Heard, Listened, heard_whole
-from soma_vllm.scheduler.slots import Ticket
-from soma_vllm.scheduler.teaching import Lesson, Teachers, without_logprobs
-from soma_vllm.session.gate import gap
-from soma_vllm.session.identity import explicit_id, tenant_of
-from soma_vllm.session.phases import Phase
-from soma_vllm.session.prefix import compress
-from soma_vllm.session.session import Session
-from soma_vllm.session.transcript import Reading, read, text_of
+from soma_vllm.scheduler.policies.base import Policies, Policy, TurnQuery, prepared
+from soma_vllm.scheduler.turn_recorder import TurnRecorder
+from soma_vllm.sessions.ports import Meter
+from soma_vllm.sessions.registry import SessionRegistry, StoredTranscript
+from soma_vllm.sessions.state.gate import gap
+from soma_vllm.sessions.state.identity import explicit_id, tenant_of
+from soma_vllm.sessions.state.phases import Phase
+from soma_vllm.sessions.state.prefix import compress
+from soma_vllm.sessions.state.session import Session
+from soma_vllm.sessions.state.transcript import TranscriptDigest, read, text_of
 from soma_vllm.types import Candidate, Message, Role, Route, SessionKey
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ RESULTS = ("tool", "function")
 
 
 @dataclass(frozen=True)
-class Incoming:
+class ChatRequest:
     """One request as the client sent it."""
 
     body: Mapping[str, Any]
@@ -91,29 +92,29 @@ class Dispatcher:
         self,
         config: Config,
         policies: Policies,
-        book: SessionBook,
+        registry: SessionRegistry,
         original: Engine,
         surrogate: AdapterEngine,
         encoder: Encoder,
-        holds: AdapterHolds,
-        recorder: Recorder,
-        teachers: Teachers,
+        leases: AdapterLeases,
+        recorder: TurnRecorder,
+        teacher_logprobs: TeacherLogprobs,
         meter: Meter,
-        rehearsals: Rehearsals,
+        shadow_traffic: ShadowTraffic,
     ) -> None:
         self._config = config
         self._policies = policies
-        self._book = book
+        self._registry = registry
         self._original = original
         self._surrogate = surrogate
         self._encoder = encoder
-        self._holds = holds
+        self._leases = leases
         self._recorder = recorder
-        self._teachers = teachers
+        self._teacher_logprobs = teacher_logprobs
         self._meter = meter
-        self._rehearsals = rehearsals
+        self._shadow_traffic = shadow_traffic
 
-    async def chat(self, incoming: Incoming) -> Answer:
+    async def chat(self, incoming: ChatRequest) -> Answer:
         """Answer one chat completion.
 
         Raises:
@@ -132,20 +133,20 @@ class Dispatcher:
         except StoreUnavailable as error:
             logger.warning("the original answers a turn that is not recorded: %s", error)
             return await self._past_sessions(self._original, incoming, started, "session store unavailable")
-        if self._book.session(key).phase is Phase.CLOSED:
-            self._book.release(key)
+        if self._registry.session(key).phase is Phase.CLOSED:
+            self._registry.release(key)
             return await self._past_sessions(self._original, incoming, started, "session being removed")
-        self._prefetch(self._book.session(key))
+        self._prefetch(self._registry.session(key))
         try:
             asked = await self._read(key, reading, incoming)
-            asked = await prepared(policy, self._book.session(key), asked)
-            session = self._book.session(key)  # as it is now: all that took a while
+            asked = await prepared(policy, self._registry.session(key), asked)
+            session = self._registry.session(key)  # as it is now: all that took a while
             return await self._serve(key, session, asked, policy, incoming, started)
         except BaseException:
-            self._book.release(key)
+            self._registry.release(key)
             raise
 
-    async def complete(self, incoming: Incoming) -> Answer:
+    async def complete(self, incoming: ChatRequest) -> Answer:
         """Answer one text completion. It is no dialogue: the original answers, or the engine that is named.
 
         Raises:
@@ -156,17 +157,17 @@ class Dispatcher:
         why = "a text completion has no session" if engine is None else "bypass"
         return await self._past_sessions(engine or self._original, incoming, time.monotonic(), why, text=True)
 
-    async def said(self, tenant: str, response: str) -> Said:
-        """The transcript up to an answer; see `SessionBook.said`."""
-        return await self._book.said(tenant, response)
+    async def said(self, tenant: str, response: str) -> StoredTranscript:
+        """The transcript up to an answer; see `SessionRegistry.said`."""
+        return await self._registry.said(tenant, response)
 
     async def conversation(self, tenant: str, session: str) -> tuple[Message, ...]:
-        """A session's transcript; see `SessionBook.conversation`."""
-        return await self._book.conversation(tenant, session)
+        """A session's transcript; see `SessionRegistry.conversation`."""
+        return await self._registry.conversation(tenant, session)
 
     # -- identify ---------------------------------------------------------------------------------------
 
-    def _bypass(self, incoming: Incoming) -> Engine | None:
+    def _bypass(self, incoming: ChatRequest) -> Engine | None:
         """The engine a request asks for by name, or None for dispatch."""
         model = incoming.body.get("model")
         if model == self._original.name:
@@ -175,7 +176,7 @@ class Dispatcher:
             return self._surrogate
         return self._original if incoming.headers.get("x-soma", "").lower() == "off" else None
 
-    def _policy(self, incoming: Incoming) -> Policy:
+    def _policy(self, incoming: ChatRequest) -> Policy:
         """The policy that a request asks for, or the configured one.
 
         Raises:
@@ -193,40 +194,40 @@ class Dispatcher:
             name = of_model
         return self._policies.default if name is None else self._policies.named(name)
 
-    async def _enter(self, incoming: Incoming, reading: Reading) -> SessionKey:
+    async def _enter(self, incoming: ChatRequest, reading: TranscriptDigest) -> SessionKey:
         """The request's session, held."""
         tenant = incoming.tenant
         named = incoming.session or explicit_id(incoming.headers, incoming.body)
-        key = await self._book.place(tenant, named, reading)
+        key = await self._registry.place(tenant, named, reading)
         try:
-            if self._book.is_new(key) and self._meter.limits_sessions(tenant):
-                self._meter.check_new_session(tenant, await self._book.live(tenant))
+            if self._registry.is_new(key) and self._meter.limits_sessions(tenant):
+                self._meter.check_new_session(tenant, await self._registry.live(tenant))
         except BaseException:
-            self._book.release(key)
+            self._registry.release(key)
             raise
         return key
 
     def _prefetch(self, session: Session) -> None:
         """Have the adapter of a session that returns loaded while its request is read."""
         ref = session.adapter
-        if ref is not None and session.phase is Phase.SWITCHED and self._holds.would_grant(ref.name):
+        if ref is not None and session.phase is Phase.SWITCHED and self._leases.would_grant(ref.name):
             self._surrogate.prefetch(ref)
 
-    async def _read(self, key: SessionKey, reading: Reading, incoming: Incoming) -> Asked:
+    async def _read(self, key: SessionKey, reading: TranscriptDigest, incoming: ChatRequest) -> TurnQuery:
         """What of the request is new to the session, and how far its query is from the warm start."""
-        self._book.recall(key, reading)
-        session = self._book.session(key)
+        self._registry.recall(key, reading)
+        session = self._registry.session(key)
         builds_on, added = session.repeated(reading)
         center = session.centroid_vector()
         distance = None
         if session.phase is Phase.SWITCHED and center is not None:
             (vector,) = await self._encoder.encode([text_of(reading.messages[-1])])
             distance = gap(vector, center)
-        return Asked(reading, incoming.body, builds_on, added, distance)
+        return TurnQuery(reading, incoming.body, builds_on, added, distance)
 
     # -- serve ------------------------------------------------------------------------------------------
 
-    def _route(self, session: Session, asked: Asked, policy: Policy) -> Route:
+    def _route(self, session: Session, asked: TurnQuery, policy: Policy) -> Route:
         """To whoever called the tool whose result this is, else to the pinned engine, else by the policy."""
         if asked.added and asked.added[-1].get("role") in RESULTS and asked.builds_on:
             return self._to_caller(session, asked)
@@ -238,7 +239,7 @@ class Dispatcher:
             return Route(Role.ORIGINAL, None, asked.messages, asked.unprepared)
         return policy.route(session, asked)
 
-    def _to_caller(self, session: Session, asked: Asked) -> Route:
+    def _to_caller(self, session: Session, asked: TurnQuery) -> Route:
         """A tool's result goes to the engine that called the tool, or to the original where that is unknown."""
         if any(message.get("role") == "assistant" for message in asked.added):
             return Route(Role.ORIGINAL, None, asked.messages, "tool result")  # the call is not on record
@@ -248,7 +249,7 @@ class Dispatcher:
             return Route(Role.SURROGATE, session.adapter, self._shown(asked), "tool result to its caller")
         return Route(Role.ORIGINAL, None, asked.messages, "tool result")
 
-    def _shown(self, asked: Asked) -> tuple[Message, ...]:
+    def _shown(self, asked: TurnQuery) -> tuple[Message, ...]:
         """What the surrogate sees of the history."""
         return compress(asked.messages, self._config.prefix, self._config.compressed_prefix_turns)
 
@@ -256,9 +257,9 @@ class Dispatcher:
         self,
         key: SessionKey,
         session: Session,
-        asked: Asked,
+        asked: TurnQuery,
         policy: Policy,
-        incoming: Incoming,
+        incoming: ChatRequest,
         started: float,
     ) -> Answer:
         """Run the routed engine, the original if it cannot, and listen to what it says."""
@@ -274,14 +275,14 @@ class Dispatcher:
                 route = _instead(route, asked, f"surrogate failed: {error}")
         if reply is None:
             learns = policy.adapting is not None
-            self._rehearsals.begin(session, asked, policy.adapting)
-            more = self._teachers.fields(session, incoming.body) if learns else {}
+            self._shadow_traffic.begin(session, asked, policy.adapting)
+            more = self._teacher_logprobs.fields(session, incoming.body) if learns else {}
             shown = _showing(incoming, route, asked)
             route, reply, lesson = await self._ask_original(key, more, asked, route, shown)
 
-        async def ended(heard: Heard) -> None:
+        async def ended(heard: ParsedReply) -> None:
             if held is not None:
-                await self._holds.release(held)
+                await self._leases.release(held)
             self._meter.spent(key.tenant, heard.usage)
             self._recorder.record(
                 key,
@@ -294,14 +295,14 @@ class Dispatcher:
                 adapting=policy.adapting,
                 forced=self._forced(incoming),
             )
-            self._book.release(key)
+            self._registry.release(key)
 
         headers = self._headers(key, session.phase, route)
         return Answer(await _listened(reply, started, ended), headers)
 
     async def _ask_surrogate(
-        self, key: SessionKey, route: Route, incoming: Incoming
-    ) -> tuple[Ticket | None, Reply]:
+        self, key: SessionKey, route: Route, incoming: ChatRequest
+    ) -> tuple[SlotRequest | None, Reply]:
         """(the hold on the adapter, the reply).
 
         Raises:
@@ -309,7 +310,7 @@ class Dispatcher:
             AdapterError: the engine does not serve the adapter as it was trained.
         """
         ref = route.adapter
-        held = None if ref is None else await self._holds.hold(ref.name)
+        held = None if ref is None else await self._leases.hold(ref.name)
         try:
             if ref is not None:
                 await self._surrogate.load(ref)
@@ -317,13 +318,13 @@ class Dispatcher:
             reply = await self._surrogate.chat(ChatCall(body, ref, key.tenant, incoming.http))
         except BaseException:
             if held is not None:
-                await self._holds.release(held)
+                await self._leases.release(held)
             raise
         return held, reply
 
     async def _ask_original(
-        self, key: SessionKey, more: Mapping[str, Any], asked: Asked, route: Route, incoming: Incoming
-    ) -> tuple[Route, Reply, Lesson | None]:
+        self, key: SessionKey, more: Mapping[str, Any], asked: TurnQuery, route: Route, incoming: ChatRequest
+    ) -> tuple[Route, Reply, LogprobCapture | None]:
         """(the route in the end, the reply, what it teaches beside its words)."""
         try:
             reply, lesson = await self._ask_for_more(key, incoming, more)
@@ -336,8 +337,8 @@ class Dispatcher:
         return route, reply, lesson
 
     async def _ask_for_more(
-        self, key: SessionKey, incoming: Incoming, more: Mapping[str, Any]
-    ) -> tuple[Reply, Lesson | None]:
+        self, key: SessionKey, incoming: ChatRequest, more: Mapping[str, Any]
+    ) -> tuple[Reply, LogprobCapture | None]:
         """The reply to the client's request; asked for `more` in it, also a lesson, taken off the reply."""
         own = ChatCall(incoming.body, None, key.tenant, incoming.http)
         if not more:
@@ -347,17 +348,17 @@ class Dispatcher:
         except EngineRefused:
             # Perhaps only for what we added: what the client hears is the answer to its own request.
             return await self._original.chat(own), None
-        lesson = Lesson()
+        lesson = LogprobCapture()
         return without_logprobs(reply, lesson), lesson
 
     async def _past_sessions(
-        self, engine: Engine, incoming: Incoming, started: float, why: str, text: bool = False
+        self, engine: Engine, incoming: ChatRequest, started: float, why: str, text: bool = False
     ) -> Answer:
         """An answer that belongs to no session."""
         tenant = incoming.tenant
         reply = await engine.chat(ChatCall(incoming.body, None, tenant, incoming.http, text=text))
 
-        async def ended(heard: Heard) -> None:
+        async def ended(heard: ParsedReply) -> None:
             self._meter.spent(tenant, heard.usage)
 
         role = Role.SURROGATE if engine is self._surrogate else Role.ORIGINAL
@@ -373,7 +374,7 @@ class Dispatcher:
             "X-SOMA-Reason": _ascii(route.reason),
         }
 
-    def _forced(self, incoming: Incoming) -> Candidate | None:
+    def _forced(self, incoming: ChatRequest) -> Candidate | None:
         """The candidate that a study forces on this session, where the configuration lets it."""
         wish = incoming.headers.get("x-soma-force", "")
         allowed = self._config.adaptation.allow_force_header
@@ -399,19 +400,19 @@ def _ascii(text: str) -> str:
     return text.encode("ascii", "backslashreplace").decode()
 
 
-def _instead(route: Route, asked: Asked, why: str) -> Route:
+def _instead(route: Route, asked: TurnQuery, why: str) -> Route:
     """The original's route for a turn that was meant for the surrogate."""
     return replace(route, engine=Role.ORIGINAL, adapter=None, messages=asked.messages, reason=why)
 
 
-def _showing(incoming: Incoming, route: Route, asked: Asked) -> Incoming:
+def _showing(incoming: ChatRequest, route: Route, asked: TurnQuery) -> ChatRequest:
     """The request as the routed engine is to see it."""
     if route.messages is asked.messages:
         return incoming
     return replace(incoming, body={**incoming.body, "messages": list(route.messages)})
 
 
-def _messages(incoming: Incoming) -> list[Message]:
+def _messages(incoming: ChatRequest) -> list[Message]:
     messages: list[Message] = incoming.body["messages"]
     if not messages:
         raise BadRequest("messages: found none; expected at least one", "messages")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from soma_vllm.config import Lora, Mining
 from soma_vllm.types import Agreement, Example, Signature
@@ -74,3 +75,10 @@ class TrainResult:
     scoring_s: float
     signature: Signature | None = None
     """By which the engine that serves the adapter is checked; None: it is not."""
+
+
+class Trainer(Protocol):
+    """Something that trains and scores in the background. Both verbs raise TrainingError."""
+
+    async def train(self, request: TrainRequest) -> TrainResult: ...
+    async def score(self, request: ScoreRequest) -> Agreement: ...

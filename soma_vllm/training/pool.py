@@ -106,16 +106,16 @@ class TrainerPool:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray's own notice of a future default, for a case (zero GPUs asked for) that is not this one.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        quiet = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
+        lane = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
         if self._training.ray_address is not None:
-            ray.init(address=self._training.ray_address, **quiet)
+            ray.init(address=self._training.ray_address, **lane)
         else:
             ray.init(
                 num_cpus=self._training.workers,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 _node_ip_address="127.0.0.1",
-                **quiet,
+                **lane,
             )
         self._started_ray = True
 

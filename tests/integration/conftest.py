@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from marker_original import MarkerOriginal  # type: ignore[import-not-found]
-from running import ROOT, TINY, Running, serving  # type: ignore[import-not-found]
-from tiny_baselines import make_compressor, make_router  # type: ignore[import-not-found]
+from support.marker_original import MarkerOriginal
+from support.server import ROOT, TINY, Running, serving
+from support.tiny_baselines import make_compressor, make_router
 
 from soma_vllm.models.home import models_dir
 from soma_vllm.models.tiny import make_tiny

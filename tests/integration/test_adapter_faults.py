@@ -20,15 +20,15 @@ from typing import Any
 
 import pytest
 import torch
-from engine_alone import EngineAlone  # type: ignore[import-not-found]
-from running import TINY, descendants  # type: ignore[import-not-found]
 from safetensors.torch import load_file, save_file
+from support.engine_alone import EngineAlone
+from support.server import TINY, descendants
 
+from soma_vllm.adapters.loaded import LoadedAdapters
+from soma_vllm.adapters.store.file_check import check_adapter_files
 from soma_vllm.config import load_config
-from soma_vllm.engines.adapter_files import check_adapter_files
-from soma_vllm.engines.base import ChatCall
-from soma_vllm.engines.residency import Residency
-from soma_vllm.engines.signature import logprobs_read, reading_body
+from soma_vllm.engines.adapter_probe import logprobs_read, reading_body
+from soma_vllm.engines.engine import ChatCall
 from soma_vllm.engines.surrogate import SurrogateEngine
 from soma_vllm.errors import AdapterRejected, EngineUnavailable
 from soma_vllm.types import AdapterRef, Example, Signature
@@ -38,23 +38,23 @@ CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", 
 SESSIONS = int(os.environ.get("SOMA_SOAK_SESSIONS", "150"))
 
 
-class House:
+class Services:
     """An engine, what keeps its memory, and adapters to try."""
 
     def __init__(self, alone: EngineAlone, trained: Path, signature: Signature, folder: Path) -> None:
-        from soma_vllm.engines.vllm_internals import PrivateChat
+        from soma_vllm.engines.vllm.internals import PrivateChat
 
         self.alone = alone
         self.signature = signature
         self.serving = PrivateChat(alone.client, alone.state)
         self.held: set[str] = set()
-        self.residency = Residency(
+        self.loaded = LoadedAdapters(
             self.serving,
             PLACES - 1,
             in_use=self.held.__contains__,
             check=partial(check_adapter_files, max_rank=4, base_model="tiny-surrogate"),
         )
-        self.engine = SurrogateEngine(alone.name, self.serving, residency=self.residency)
+        self.engine = SurrogateEngine(alone.name, self.serving, loaded=self.loaded)
         self.trained = trained
         self._folder = folder
         self._numbers = 0
@@ -118,7 +118,7 @@ class House:
     def is_well(self) -> None:
         """The engine lives, answers as it did, and holds what we think it holds."""
         assert distance(self.alone.run(self.reading(None)), self.plain) < 0.1
-        assert self.alone.run(self.inside()) == {ref.number for ref in self.residency.resident()}
+        assert self.alone.run(self.inside()) == {ref.number for ref in self.loaded.resident()}
 
     plain: tuple[float, ...] = ()
 
@@ -129,7 +129,7 @@ def distance(these: Sequence[float], those: Sequence[float]) -> float:
 
 
 @pytest.fixture(scope="module")
-def house(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+def services(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     folder = tmp_path_factory.mktemp("faults")
     settings = [f"surrogate.max_loras={SLOTS}", f"surrogate.max_cpu_loras={PLACES}", "lora.steps=30"]
     config = load_config(TINY, settings)
@@ -137,9 +137,9 @@ def house(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     (folder / "trained").mkdir()
     made = trained(model, config, folder / "trained")
     with EngineAlone(config, model) as alone:
-        house = House(alone, folder / "trained", made, folder)
-        house.plain = alone.run(house.reading(None))
-        yield house
+        services = Services(alone, folder / "trained", made, folder)
+        services.plain = alone.run(services.reading(None))
+        yield services
 
 
 def trained(model: Path, config: Any, out: Path) -> Signature:
@@ -157,77 +157,81 @@ def trained(model: Path, config: Any, out: Path) -> Signature:
     return made.signature
 
 
-def test_a_trained_adapter_is_served_as_it_was_trained(house: House) -> None:
-    ref = house.adapter()
-    assert distance(house.alone.run(house.reading(ref)), house.signature.adapted) < 0.1
-    assert distance(house.signature.adapted, house.signature.plain) > 0.3
-    house.is_well()
+def test_a_trained_adapter_is_served_as_it_was_trained(services: Services) -> None:
+    ref = services.adapter()
+    assert distance(services.alone.run(services.reading(ref)), services.signature.adapted) < 0.1
+    assert distance(services.signature.adapted, services.signature.plain) > 0.3
+    services.is_well()
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_an_adapter_at_another_scale_than_it_was_trained_at_is_rejected(house: House, factor: float) -> None:
-    alpha = json.loads((house.trained / CONFIG).read_text())["lora_alpha"]
+def test_an_adapter_at_another_scale_than_it_was_trained_at_is_rejected(
+    services: Services, factor: float
+) -> None:
+    alpha = json.loads((services.trained / CONFIG).read_text())["lora_alpha"]
     with pytest.raises(AdapterRejected, match="does not serve what was trained"):
-        house.alone.run(house.reading(house.adapter(lora_alpha=alpha * factor)))
-    house.is_well()
+        services.alone.run(services.reading(services.adapter(lora_alpha=alpha * factor)))
+    services.is_well()
 
 
 @pytest.mark.parametrize("module", ["q_proj", "down_proj", "layers.0."])
-def test_an_adapter_that_lost_a_module_is_rejected(house: House, module: str) -> None:
-    weights = load_file(house.trained / WEIGHTS)
+def test_an_adapter_that_lost_a_module_is_rejected(services: Services, module: str) -> None:
+    weights = load_file(services.trained / WEIGHTS)
     left = {name: weight for name, weight in weights.items() if module not in name}
     assert len(left) < len(weights)
     with pytest.raises(AdapterRejected, match="does not serve what was trained"):
-        house.alone.run(house.reading(house.rewritten(house.adapter(), left)))
-    house.is_well()
+        services.alone.run(services.reading(services.rewritten(services.adapter(), left)))
+    services.is_well()
 
 
-def test_weights_that_are_no_numbers_never_reach_the_engine(house: House) -> None:
-    weights = {name: weight * float("nan") for name, weight in load_file(house.trained / WEIGHTS).items()}
+def test_weights_that_are_no_numbers_never_reach_the_engine(services: Services) -> None:
+    weights = {name: weight * float("nan") for name, weight in load_file(services.trained / WEIGHTS).items()}
     with pytest.raises(EngineUnavailable, match="found values that are not finite"):
-        house.alone.run(house.reading(house.rewritten(house.adapter(), weights)))
-    house.is_well()
+        services.alone.run(services.reading(services.rewritten(services.adapter(), weights)))
+    services.is_well()
 
 
 def test_files_deleted_under_an_adapter_in_the_engine_are_not_missed_until_it_has_to_come_back(
-    house: House,
+    services: Services,
 ) -> None:
-    ref = house.adapter(seed=2)
-    before = house.alone.run(house.reading(ref))
+    ref = services.adapter(seed=2)
+    before = services.alone.run(services.reading(ref))
     shutil.rmtree(ref.path)
-    others = [house.adapter(seed=seed) for seed in (3, 4, 5)]
+    others = [services.adapter(seed=seed) for seed in (3, 4, 5)]
 
     async def used_beside_others() -> tuple[float, ...]:
-        house.held.add(ref.name)
+        services.held.add(ref.name)
         for other in others:  # more than there is room for: one that is held is not among those that go
-            await house.engine.load(other)
-            assert await house.answer(ref)
-        found = await house.read(ref.name)
-        house.held.clear()
+            await services.engine.load(other)
+            assert await services.answer(ref)
+        found = await services.read(ref.name)
+        services.held.clear()
         return found
 
-    assert distance(house.alone.run(used_beside_others()), before) < 0.1
+    assert distance(services.alone.run(used_beside_others()), before) < 0.1
     for other in others:
-        house.alone.run(house.engine.load(other))
+        services.alone.run(services.engine.load(other))
     with pytest.raises(EngineUnavailable, match="not fit to be loaded: No such file"):
-        house.alone.run(house.reading(ref))
-    house.is_well()
+        services.alone.run(services.reading(ref))
+    services.is_well()
 
 
-def test_a_file_cut_short_before_it_is_read_again_never_reaches_the_engine(house: House) -> None:
-    ref = house.adapter(seed=6)
-    house.alone.run(house.reading(ref))
-    house.alone.run(house.residency.unload(ref))
+def test_a_file_cut_short_before_it_is_read_again_never_reaches_the_engine(services: Services) -> None:
+    ref = services.adapter(seed=6)
+    services.alone.run(services.reading(ref))
+    services.alone.run(services.loaded.unload(ref))
     weights = Path(ref.path, WEIGHTS)
     os.truncate(weights, weights.stat().st_size // 2)
     with pytest.raises(EngineUnavailable, match=r"not fit to be loaded: adapter_model\.safetensors: found"):
-        house.alone.run(house.reading(ref))
-    house.is_well()
+        services.alone.run(services.reading(ref))
+    services.is_well()
 
 
 @pytest.mark.parametrize("what", ["rank", "width", "cut", "gone", "nonsense"])
-def test_what_the_engine_is_given_unchecked_costs_it_nothing_but_a_refusal(house: House, what: str) -> None:
-    ref = house.adapter(seed=7)
+def test_what_the_engine_is_given_unchecked_costs_it_nothing_but_a_refusal(
+    services: Services, what: str
+) -> None:
+    ref = services.adapter(seed=7)
     path = Path(ref.path)
     weights = load_file(path / WEIGHTS)
     if what == "rank":
@@ -244,68 +248,68 @@ def test_what_the_engine_is_given_unchecked_costs_it_nothing_but_a_refusal(house
         shutil.rmtree(path)
     else:
         save_file({"model.nothing.weight": torch.zeros(2, 2)}, path / WEIGHTS)
-    unchecked = Residency(house.serving, PLACES - 1, check=lambda ref: None)
-    for resident in house.residency.resident():
-        house.alone.run(house.residency.unload(resident))
+    unchecked = LoadedAdapters(services.serving, PLACES - 1, check=lambda ref: None)
+    for resident in services.loaded.resident():
+        services.alone.run(services.loaded.unload(resident))
     with pytest.raises(EngineUnavailable, match=f"could not load adapter {ref.name}"):
-        house.alone.run(unchecked.load(ref))
-    house.is_well()
+        services.alone.run(unchecked.load(ref))
+    services.is_well()
 
 
-def test_adapters_come_while_another_answers_and_its_answer_stays_its_own(house: House) -> None:
-    speaker = house.adapter(seed=8)
-    newcomers = [house.adapter(seed=seed) for seed in range(9, 15)]
+def test_adapters_come_while_another_answers_and_its_answer_stays_its_own(services: Services) -> None:
+    speaker = services.adapter(seed=8)
+    newcomers = [services.adapter(seed=seed) for seed in range(9, 15)]
 
     async def alone() -> str:
-        await house.engine.load(speaker)
-        return await house.answer(speaker, 200)
+        await services.engine.load(speaker)
+        return await services.answer(speaker, 200)
 
     async def beside() -> str:
-        house.held.add(speaker.name)
-        await house.engine.load(speaker)
-        speaking = asyncio.create_task(house.answer(speaker, 200))
+        services.held.add(speaker.name)
+        await services.engine.load(speaker)
+        speaking = asyncio.create_task(services.answer(speaker, 200))
         for newcomer in newcomers:
-            await house.reading(newcomer)
+            await services.reading(newcomer)
         assert not speaking.done(), "the answer was over before the adapters had come"
-        house.held.discard(speaker.name)
+        services.held.discard(speaker.name)
         return await speaking
 
-    expected = house.alone.run(alone())
+    expected = services.alone.run(alone())
     # Its first words; later ones may fall otherwise where the batch rounds otherwise.
-    assert house.alone.run(beside())[:20] == expected[:20]
-    house.is_well()
+    assert services.alone.run(beside())[:20] == expected[:20]
+    services.is_well()
 
 
-def test_many_sessions_come_and_go_through_little_memory(house: House) -> None:
+def test_many_sessions_come_and_go_through_little_memory(services: Services) -> None:
     """Adapters are made, used, used again, removed; each answer is its own; memory and open files stay flat."""
     live: dict[AdapterRef, tuple[float, ...]] = {}
     footprints: list[tuple[int, int]] = []
 
     async def session(number: int) -> None:
-        ref = house.adapter(seed=1000 + number)
-        live[ref] = await house.reading(ref)
+        ref = services.adapter(seed=1000 + number)
+        live[ref] = await services.reading(ref)
         nearest = min((distance(live[ref], other) for one, other in live.items() if one != ref), default=9.0)
         assert nearest > 0.2, "adapters that cannot be told apart would prove nothing"
         returning = list(live)[:: max(1, len(live) // SLOTS)][:SLOTS]
-        readings = await asyncio.gather(*(house.reading(one) for one in returning))
+        readings = await asyncio.gather(*(services.reading(one) for one in returning))
         for one, found in zip(returning, readings, strict=True):
             assert distance(found, live[one]) < 0.1
         if len(live) > 8:
             gone = next(iter(live))
             del live[gone]
-            await house.engine.unload(gone)
+            await services.engine.unload(gone)
             shutil.rmtree(gone.path)
 
     for number in range(SESSIONS):
-        house.alone.run(session(number))
-        assert len(house.alone.run(house.inside())) <= PLACES - 1
+        services.alone.run(session(number))
+        assert len(services.alone.run(services.inside())) <= PLACES - 1
         if number % 10 == 9:
             footprints.append(footprint())
     settled = footprints[len(footprints) // 3 :]
     memory, handles = ([found[which] for found in settled] for which in (0, 1))
     assert max(memory) - min(memory) < 64 * 1024**2, f"resident memory went {memory}"
     assert max(handles) - min(handles) <= 4, f"open files went {handles}"
-    house.is_well()
+    services.is_well()
 
 
 def footprint() -> tuple[int, int]:

@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 
 import pytest
-from running import Dialogue, Running  # type: ignore[import-not-found]
+from support.server import Dialogue, Running
 
-from soma_vllm.engines.base import ChatCall
+from soma_vllm.engines.engine import ChatCall
 from soma_vllm.engines.original import OriginalEngine
 from soma_vllm.errors import EngineRefused
 from soma_vllm.types import Agreement, Message

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from running import TINY, Dialogue, Running  # type: ignore[import-not-found]
+from support.server import TINY, Dialogue, Running
 from typer.testing import CliRunner
 
 from soma_vllm.cli.main import app

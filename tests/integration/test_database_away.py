@@ -10,12 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
-from guard import GUARD_S, until  # type: ignore[import-not-found]
-from postgres import Postgres  # type: ignore[import-not-found]
-from running import TINY, Dialogue, Running, kill, serving  # type: ignore[import-not-found]
+from support.guard import GUARD_S, until
+from support.postgres import Postgres
+from support.server import TINY, Dialogue, Running, kill, serving
 
-from soma_vllm.storage.records import Summary
-from soma_vllm.storage.sessions import reading
+from soma_vllm.sessions.sql.records import Summary
+from soma_vllm.sessions.sql.store import reading
 
 FORCED = {"X-SOMA-Force": "adapter"}
 

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from guard import GUARD_S  # type: ignore[import-not-found]
-from running import TINY  # type: ignore[import-not-found]
+from support.guard import GUARD_S
+from support.server import TINY
 
 DIALOGUES = {
     "a": ["Say hello.", "And again?", "In French.", "Once more.", "Thanks."],

@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from guard import GUARD_S, until  # type: ignore[import-not-found]
-from running import TINY, Dialogue, Running, kill, serving  # type: ignore[import-not-found]
+from support.guard import GUARD_S, until
+from support.server import TINY, Dialogue, Running, kill, serving
 
 ADMIN = "the-admin-key-of-the-tests"
 # Enough steps for a training to be under way when the server is killed.

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guard import GUARD_S  # type: ignore[import-not-found]
-from marker_original import MarkerOriginal  # type: ignore[import-not-found]
-from running import TINY  # type: ignore[import-not-found]
+from support.guard import GUARD_S
+from support.marker_original import MarkerOriginal
+from support.server import TINY
 
 DIALOGUES = {
     "a": ["Say hello.", "And again?", "In French.", "Once more.", "Thanks."],

@@ -15,11 +15,11 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-from guard import GUARD_S  # type: ignore[import-not-found]
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from running import Running  # type: ignore[import-not-found]
 from schemathesis import GenerationMode
+from support.guard import GUARD_S
+from support.server import Running
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 KEYS = ("fuzz-a", "fuzz-b")
@@ -54,7 +54,7 @@ def brief(body: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {**body, **BRIEF, **few, **more}
 
 
-Asked = tuple[str, dict[str, Any]]
+TurnQuery = tuple[str, dict[str, Any]]
 """A path and a body."""
 
 
@@ -67,11 +67,11 @@ class Sender:
         self._client = httpx.Client(base_url=running.root, timeout=GUARD_S, limits=limits)
         self.statuses: Counter[int] = Counter()
 
-    def send_all(self, requests: Iterable[Asked]) -> None:
+    def send_all(self, requests: Iterable[TurnQuery]) -> None:
         with ThreadPoolExecutor(12) as pool:
             self.statuses.update(pool.map(self._send, enumerate(requests)))
 
-    def _send(self, numbered: tuple[int, Asked]) -> int:
+    def _send(self, numbered: tuple[int, TurnQuery]) -> int:
         number, (path, body) = numbered
         key = KEYS[number % 2]
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
@@ -106,7 +106,7 @@ def described(tiny_server: Running) -> Any:
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["fitting", "wrong"])
 def test_no_drawn_request_is_a_500(sender: Sender, described: Any, mode: GenerationMode) -> None:
     said = [{"role": "user", "content": "hello"}]
-    requests: list[Asked] = []
+    requests: list[TurnQuery] = []
     for body in drawn(described, CHAT, mode):
         requests.append((CHAT, brief(body)))
         for model in ("soma", "soma:surrogate"):
@@ -180,7 +180,7 @@ messages = st.one_of(
 
 
 def test_no_drawn_history_is_a_500_and_none_is_anothers(sender: Sender, tiny_server: Running) -> None:
-    requests: list[Asked] = []
+    requests: list[TurnQuery] = []
 
     @given(history=st.lists(messages, min_size=1, max_size=6), named=st.sampled_from(ODD))
     @settings(FIELDS, max_examples=120)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from running import Dialogue, Running  # type: ignore[import-not-found]
+from support.server import Dialogue, Running
 
 MARKERS = ("house", "music", "river")
 

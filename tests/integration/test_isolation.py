@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from running import Dialogue, Running, alive, descendants, gone  # type: ignore[import-not-found]
+from support.server import Dialogue, Running, alive, descendants, gone
 
 MARKERS = ("wind", "light")
 

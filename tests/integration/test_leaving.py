@@ -7,8 +7,8 @@ from typing import Any
 
 import openai
 import pytest
-from guard import GUARD_S  # type: ignore[import-not-found]
-from running import Running, engine_metric  # type: ignore[import-not-found]
+from support.guard import GUARD_S
+from support.server import Running, engine_metric
 
 CHOICES, TOKENS = 8, 1500
 """What is asked for, and its length; whoever leaves early gets a part of it. Many choices make it last for

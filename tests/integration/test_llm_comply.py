@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guard import GUARD_S  # type: ignore[import-not-found]
-from running import Running  # type: ignore[import-not-found]
+from support.guard import GUARD_S
+from support.server import Running
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "llm-comply"
 

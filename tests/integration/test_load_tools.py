@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guard import GUARD_S  # type: ignore[import-not-found]
-from running import Running  # type: ignore[import-not-found]
-from study.load_tools import TOOLS, Seen, Workload, installed, run_tool, seen  # type: ignore[import-not-found]
+from study.load_tools import TOOLS, Seen, Workload, installed, run_tool, seen
+from support.guard import GUARD_S
+from support.server import Running
 
 from soma_vllm.models.home import models_dir
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from guard import GUARD_S  # type: ignore[import-not-found]
-from running import Dialogue, Running, adapted, descendants  # type: ignore[import-not-found]
+from support.guard import GUARD_S
+from support.server import Dialogue, Running, adapted, descendants
 
 
 def test_a_dialogue_warms_up_gets_its_adapter_and_moves_to_the_surrogate(tiny_server: Running) -> None:

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import openai
 import pytest
-from guard import GUARD_S  # type: ignore[import-not-found]
 from openai import AsyncOpenAI
 from pydantic import BaseModel
-from running import Dialogue, Running, adapted  # type: ignore[import-not-found]
+from support.guard import GUARD_S
+from support.server import Dialogue, Running, adapted
 
 QUERY = [{"role": "user", "content": "tell me something"}]
 ENGINES = ("original", "surrogate")
@@ -325,7 +325,7 @@ async def test_what_is_wrong_is_told_by_the_right_error(
 ) -> None:
     with pytest.raises(error, match=said) as told:
         await client.chat(**asked)
-    assert {"message", "type", "param", "code"} <= told.value.body.keys()  # type: ignore[union-attr]
+    assert {"message", "type", "param", "code"} <= told.value.body.keys()
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -7,10 +7,10 @@ import re
 from typing import Any
 
 import httpx
-from guard import GUARD_S  # type: ignore[import-not-found]
-from running import Dialogue, Running  # type: ignore[import-not-found]
+from support.guard import GUARD_S
+from support.server import Dialogue, Running
 
-from soma_vllm.engines.teacher import teacher_from_logprobs, teaching_fields
+from soma_vllm.engines.logprobs import teacher_from_logprobs, teaching_fields
 from soma_vllm.models.home import models_dir
 
 QUERY = [{"role": "user", "content": "tell me something"}]
@@ -55,7 +55,11 @@ def spelt(reply: str) -> tuple[list[str], str]:
 
 def test_a_streamed_warm_start_reply_is_what_the_original_says_by_itself(tiny_server: Running) -> None:
     heard, alone = (
-        spelt(posted(tiny_server, model, "stream-taught", stream=True, stream_options={"include_usage": True}).text)
+        spelt(
+            posted(
+                tiny_server, model, "stream-taught", stream=True, stream_options={"include_usage": True}
+            ).text
+        )
         for model in ("soma", "tiny-original")
     )
     shapes, text = heard

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from guard import GUARD_S  # type: ignore[import-not-found]
-from running import ROOT, TINY, Running  # type: ignore[import-not-found]
+from support.guard import GUARD_S
+from support.server import ROOT, TINY, Running
 
 TURN_KEYS = {
     "turn",

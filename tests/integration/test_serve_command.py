@@ -13,14 +13,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from guard import GUARD_S  # type: ignore[import-not-found]
-from running import TINY, Dialogue, Running, descendants, free_port, gone, serving  # type: ignore[import-not-found]
+from support.guard import GUARD_S
+from support.server import TINY, Dialogue, Running, descendants, free_port, gone, serving
 
 from soma_vllm.models.home import models_dir
 
 
 def soma_serve(*arguments: str, timeout: float = GUARD_S) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "soma_vllm.cli.serve", *arguments]
+    command = [sys.executable, "-m", "soma_vllm.app.serve", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guard import GUARD_S  # type: ignore[import-not-found]
-from running import ROOT, TINY, Running  # type: ignore[import-not-found]
-from study.plan import order  # type: ignore[import-not-found]
+from study.plan import order
+from support.guard import GUARD_S
+from support.server import ROOT, TINY, Running
 
 ARMS = ("original", "surrogate", "soma")
 REPEATS, SESSIONS, TURNS, SEED = 2, 2, 5, 3

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from guard import GUARD_S  # type: ignore[import-not-found]
 from safetensors import safe_open
+from support.guard import GUARD_S
 
 from soma_vllm.config import Lora, Mining, Training
 from soma_vllm.errors import TrainingError

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from running import ROOT, Dialogue, Running, serving  # type: ignore[import-not-found]
+from support.server import ROOT, Dialogue, Running, serving
 
 from soma_vllm.models.fetch import fetch
 

@@ -8,53 +8,29 @@ that must compute something first has `prepare` too, which the dispatcher awaits
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Any, Protocol, cast, runtime_checkable
 
 from soma_vllm.config import Config
 from soma_vllm.errors import BadRequest, ConfigError, PolicyUnavailable, Unprocessable
-from soma_vllm.session.adapting import Adapting
-from soma_vllm.session.session import Session
-from soma_vllm.session.transcript import Reading
-from soma_vllm.types import Message, Route
+from soma_vllm.sessions.state.adaptation_rules import AdaptationRules
+from soma_vllm.sessions.state.session import Session
+from soma_vllm.sessions.state.turn_query import TurnQuery
+from soma_vllm.types import Route
+
+__all__ = ["AdaptationRules", "Policies", "Policy", "PreparingPolicy", "TurnQuery", "prepared"]
 
 GROUP = "soma_vllm.policies"
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The turn to be routed."""
-
-    reading: Reading
-    """The client's messages, whole, and their digests."""
-    body: Mapping[str, Any]
-    """The client's whole request."""
-    builds_on: int
-    """Recorded turns that the client's history repeats."""
-    added: tuple[Message, ...]
-    """The messages that follow those turns."""
-    distance: float | None
-    """Cosine distance of the query to the warm start's centroid; None where the session has none."""
-    prepared: Any = None
-    """What the policy's own `prepare` returned; None where it has none."""
-    unprepared: str | None = None
-    """Why `prepare` came to nothing: the original answers, and `route` is not asked."""
-
-    @property
-    def messages(self) -> tuple[Message, ...]:
-        """The client's messages, whole."""
-        return self.reading.messages
 
 
 class Policy(Protocol):
     """Decides who answers a turn."""
 
-    adapting: Adapting | None
+    adapting: AdaptationRules | None
     """How sessions under this policy are adapted in the background; None: not at all."""
 
-    def route(self, session: Session, asked: Asked) -> Route:
+    def route(self, session: Session, asked: TurnQuery) -> Route:
         """Who answers this turn, with which messages, and why."""
         ...
 
@@ -71,7 +47,7 @@ class PreparingPolicy(Policy, Protocol):
         """
         ...
 
-    async def prepare(self, session: Session, asked: Asked) -> Any:
+    async def prepare(self, session: Session, asked: TurnQuery) -> Any:
         """What `route` will find in `asked.prepared`. Runs beside other requests; must not block.
 
         Raises:
@@ -84,7 +60,7 @@ class PreparingPolicy(Policy, Protocol):
         ...
 
 
-async def prepared(policy: Policy, session: Session, asked: Asked) -> Asked:
+async def prepared(policy: Policy, session: Session, asked: TurnQuery) -> TurnQuery:
     """The turn with what its policy needs to decide."""
     if not isinstance(policy, PreparingPolicy):
         return asked

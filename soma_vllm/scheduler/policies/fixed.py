@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from soma_vllm.config import Config
-from soma_vllm.scheduler.policies.base import Asked
-from soma_vllm.session.adapting import Adapting
-from soma_vllm.session.session import Session
+from soma_vllm.scheduler.policies.base import TurnQuery
+from soma_vllm.sessions.state.adaptation_rules import AdaptationRules
+from soma_vllm.sessions.state.session import Session
 from soma_vllm.types import Role, Route
 
 
 class OriginalPolicy:
     """The original answers every turn under the full history."""
 
-    adapting: Adapting | None = None
+    adapting: AdaptationRules | None = None
     reason = "policy original"
 
     def __init__(self, config: Config) -> None:
         pass
 
-    def route(self, session: Session, asked: Asked) -> Route:
+    def route(self, session: Session, asked: TurnQuery) -> Route:
         """Always the original."""
         return Route(Role.ORIGINAL, None, asked.messages, self.reason)
 
@@ -26,11 +26,11 @@ class OriginalPolicy:
 class SurrogatePolicy:
     """The plain surrogate answers every turn under the full history."""
 
-    adapting: Adapting | None = None
+    adapting: AdaptationRules | None = None
 
     def __init__(self, config: Config) -> None:
         pass
 
-    def route(self, session: Session, asked: Asked) -> Route:
+    def route(self, session: Session, asked: TurnQuery) -> Route:
         """Always the plain surrogate."""
         return Route(Role.SURROGATE, None, asked.messages, "policy surrogate")

@@ -7,23 +7,23 @@ if the configuration lets it; everything else goes to the original.
 from __future__ import annotations
 
 from soma_vllm.config import Config
-from soma_vllm.scheduler.policies.base import Asked
-from soma_vllm.session.adapting import Adapting
-from soma_vllm.session.phases import Phase
-from soma_vllm.session.prefix import compress
-from soma_vllm.session.session import Session
+from soma_vllm.scheduler.policies.base import TurnQuery
+from soma_vllm.sessions.state.adaptation_rules import AdaptationRules
+from soma_vllm.sessions.state.phases import Phase
+from soma_vllm.sessions.state.prefix import compress
+from soma_vllm.sessions.state.session import Session
 from soma_vllm.types import Role, Route
 
 
 class SomaPolicy:
     """Warm start, switch, locality."""
 
-    adapting: Adapting | None = Adapting("soma")
+    adapting: AdaptationRules | None = AdaptationRules("soma")
 
     def __init__(self, config: Config) -> None:
         self._config = config
 
-    def route(self, session: Session, asked: Asked) -> Route:
+    def route(self, session: Session, asked: TurnQuery) -> Route:
         """The surrogate where nothing speaks against it, else the original and what spoke against it."""
         objection = self._objection(session, asked)
         if objection is not None:
@@ -32,7 +32,7 @@ class SomaPolicy:
         near = "" if asked.distance is None else f", distance {asked.distance:.2f}"
         return Route(Role.SURROGATE, session.adapter, messages, f"switched to {session.serving}{near}")
 
-    def _objection(self, session: Session, asked: Asked) -> str | None:
+    def _objection(self, session: Session, asked: TurnQuery) -> str | None:
         if (objection := others_turn(self._config, self.adapting, session, asked)) is not None:
             return objection
         threshold = self._config.gate.locality_threshold
@@ -41,7 +41,9 @@ class SomaPolicy:
         return None
 
 
-def others_turn(config: Config, adapting: Adapting | None, session: Session, asked: Asked) -> str | None:
+def others_turn(
+    config: Config, adapting: AdaptationRules | None, session: Session, asked: TurnQuery
+) -> str | None:
     """Why a session that is adapted under these rules is not the surrogate's to answer; None where it is.
 
     A session that was switched under other rules is served under those alone.

@@ -15,13 +15,13 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from adapter_files import BASE_MODEL, write_adapter
-from guard import GUARD_S  # type: ignore[import-not-found]
+from support.adapter_files import BASE_MODEL, write_adapter
+from support.guard import GUARD_S
 
-from soma_vllm.adapters import listing
-from soma_vllm.adapters.manifest import PublishedAdapter
-from soma_vllm.adapters.store import AdapterStore
-from soma_vllm.adapters.verify import Demands
+from soma_vllm.adapters.store import listing
+from soma_vllm.adapters.store.filesystem import AdapterStore
+from soma_vllm.adapters.store.manifest import PublishedAdapter
+from soma_vllm.adapters.store.verify import Demands
 from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
 from soma_vllm.types import SessionKey
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from adapter_files import write_adapter
-from killed import each_refusal, each_step  # type: ignore[import-not-found]
+from support.adapter_files import write_adapter
+from support.crash import each_refusal, each_step
 
-from soma_vllm.adapters.manifest import PublishedAdapter
-from soma_vllm.adapters.remote import RemoteAdapterStore
-from soma_vllm.adapters.roots import AnyAdapterStore
-from soma_vllm.adapters.store import AdapterStore
+from soma_vllm.adapters.store.filesystem import AdapterStore
+from soma_vllm.adapters.store.manifest import PublishedAdapter
+from soma_vllm.adapters.store.object_store import RemoteAdapterStore
+from soma_vllm.adapters.store.opening import AnyAdapterStore
 from soma_vllm.errors import AdapterError, NotFound
 from soma_vllm.types import SessionKey
 

@@ -10,16 +10,16 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from adapter_files import write_adapter
 from fsspec.implementations.memory import MemoryFileSystem
-from guard import GUARD_S  # type: ignore[import-not-found]
+from support.adapter_files import write_adapter
+from support.guard import GUARD_S
 
-from soma_vllm.adapters import remote
-from soma_vllm.adapters.bucket import Bucket
-from soma_vllm.adapters.manifest import PublishedAdapter
-from soma_vllm.adapters.remote import RemoteAdapterStore
-from soma_vllm.adapters.roots import AnyAdapterStore, open_root
-from soma_vllm.adapters.store import AdapterStore
+from soma_vllm.adapters.store import object_store
+from soma_vllm.adapters.store.bucket import Bucket
+from soma_vllm.adapters.store.filesystem import AdapterStore
+from soma_vllm.adapters.store.manifest import PublishedAdapter
+from soma_vllm.adapters.store.object_store import RemoteAdapterStore
+from soma_vllm.adapters.store.opening import AnyAdapterStore, open_root
 from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
 from soma_vllm.types import SessionKey
 
@@ -170,7 +170,7 @@ def test_an_upload_that_fails_leaves_nothing(
         path = next(str(a) for a in arguments if isinstance(a, str))
         if path.endswith(at) or (at == "mark" and path.startswith(".listed")):
             raise AdapterError("disk full")
-        (put if isinstance(arguments[0], Path) else write)(bucket, *arguments)  # type: ignore[arg-type]
+        (put if isinstance(arguments[0], Path) else write)(bucket, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(Bucket, "put", full)
@@ -222,7 +222,7 @@ def test_a_number_that_is_taken_is_drawn_again(
 ) -> None:
     store = RemoteAdapterStore(url, tmp_path / "here")
     draws = iter([5, 5, 5, 8])
-    monkeypatch.setattr(remote.secrets, "randbelow", lambda most: next(draws))
+    monkeypatch.setattr(object_store.secrets, "randbelow", lambda most: next(draws))
     assert publish(store, trained).ref.number == 6
     store.retire(store.list()[0].ref.name)
     assert publish(store, trained).ref.number == 9, "6 stays spent"

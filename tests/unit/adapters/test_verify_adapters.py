@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_files import BASE_MODEL, RANK, WIDTH, module, tensors, write_adapter
 from peft import LoraConfig, get_peft_model
+from support.adapter_files import BASE_MODEL, RANK, WIDTH, module, tensors, write_adapter
 
-from soma_vllm.adapters.base_model import shapes_of
-from soma_vllm.adapters.verify import Demands, verify_files
+from soma_vllm.adapters.store.base_model import shapes_of
+from soma_vllm.adapters.store.verify import Demands, verify_files
 from soma_vllm.errors import AdapterError, AdapterRejected
 
 Q_A = f"{module(0, 'q_proj')}.lora_A.weight"

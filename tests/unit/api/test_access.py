@@ -14,7 +14,6 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request
-from guard import GUARD_S  # type: ignore[import-not-found]
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
@@ -22,13 +21,14 @@ from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
+from support.guard import GUARD_S
 
-from soma_vllm.api.access import CALLER, KEYED, KEYED_BELOW, OPEN, STEERING, AccessControl
-from soma_vllm.api.allowances import Allowances
-from soma_vllm.api.keyring import KeyRing
+from soma_vllm.api.auth.access import CALLER, KEYED, KEYED_BELOW, OPEN, STEERING, AccessControl
+from soma_vllm.api.auth.key_cache import KeyCache
+from soma_vllm.api.auth.quotas import Quotas
 from soma_vllm.config import Access, Limits
-from soma_vllm.session.identity import tenant_of
-from soma_vllm.storage.keys import KeyStore
+from soma_vllm.sessions.sql.api_keys import KeyStore
+from soma_vllm.sessions.state.identity import tenant_of
 from soma_vllm.types import Usage
 
 MIB = 1024 * 1024
@@ -43,11 +43,11 @@ class Body(BaseModel):
 
 
 @dataclass
-class House:
+class Services:
     """The application, what happened in it, and the gate in front."""
 
     app: FastAPI
-    allowances: Allowances
+    quotas: Quotas
     registry: CollectorRegistry
     keys: KeyStore | None = None
     reached: list[str] = field(default_factory=list)
@@ -60,22 +60,22 @@ class House:
         return httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://soma")
 
 
-def house(limits: Limits | None = None, keys: KeyStore | None = None, clock: Any = None) -> House:
+def services(limits: Limits | None = None, keys: KeyStore | None = None, clock: Any = None) -> Services:
     registry = CollectorRegistry()
     access = Access(mode="open" if keys is None else "keys", max_body_mib=1, cache_s=0)
-    ring = None if keys is None else KeyRing(keys, access.cache_s)
+    ring = None if keys is None else KeyCache(keys, access.cache_s)
     timing = {} if clock is None else {"clock": clock}
-    allowances = Allowances(access, limits or Limits(), ring, ADMIN, registry=registry, **timing)
+    quotas = Quotas(access, limits or Limits(), ring, ADMIN, registry=registry, **timing)
     app = FastAPI()
-    built = House(app, allowances, registry, keys)
+    built = Services(app, quotas, registry, keys)
     add_routes(app, built)
     # In the order in which vLLM does it: what is added later is further out.
-    app.add_middleware(AccessControl, allowances=allowances)
+    app.add_middleware(AccessControl, quotas=quotas)
     app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
     return built
 
 
-def add_routes(app: FastAPI, built: House) -> None:
+def add_routes(app: FastAPI, built: Services) -> None:
     @app.post(CHAT)
     async def chat(body: Body, request: Request) -> dict[str, Any]:
         built.reached.append(CHAT)
@@ -144,7 +144,7 @@ class Clock:
 
 
 async def test_an_issued_key_is_served_as_its_tenant(keys: KeyStore) -> None:
-    built = house(keys=keys)
+    built = services(keys=keys)
     _, key = await keys.add("Ana", Limits())
     async with built.client() as client:
         response = await client.post(CHAT, json={"text": "abc"}, headers=with_key(key))
@@ -156,7 +156,7 @@ async def test_an_issued_key_is_served_as_its_tenant(keys: KeyStore) -> None:
     [{}, {"Authorization": "Bearer nope"}, {"Authorization": "Basic YTpi"}, {"X-API-Key": "nope"}],
 )
 async def test_without_a_known_key_the_answer_is_openais_401(keys: KeyStore, headers: dict[str, str]) -> None:
-    built = house(keys=keys)
+    built = services(keys=keys)
     async with built.client() as client:
         response = await client.post(CHAT, json={}, headers=headers)
     assert response.status_code == 401
@@ -168,7 +168,7 @@ async def test_without_a_known_key_the_answer_is_openais_401(keys: KeyStore, hea
 
 
 async def test_a_key_that_was_revoked_is_refused(keys: KeyStore) -> None:
-    built = house(keys=keys)
+    built = services(keys=keys)
     key_id, key = await keys.add("Ana", Limits())
     async with built.client() as client:
         assert (await client.post(CHAT, json={}, headers=with_key(key))).status_code == 200
@@ -177,7 +177,7 @@ async def test_a_key_that_was_revoked_is_refused(keys: KeyStore) -> None:
 
 
 async def test_wrong_revoked_and_unknown_keys_are_answered_alike(keys: KeyStore) -> None:
-    built = house(keys=keys)
+    built = services(keys=keys)
     key_id, revoked = await keys.add("Ana", Limits())
     await keys.revoke(key_id)
     _, good = await keys.add("Bo", Limits())
@@ -192,7 +192,7 @@ async def test_wrong_revoked_and_unknown_keys_are_answered_alike(keys: KeyStore)
 
 @pytest.mark.parametrize("path", sorted(OPEN))
 async def test_the_open_paths_need_no_key_not_even_a_sensible_header(keys: KeyStore, path: str) -> None:
-    async with house(keys=keys).client() as client:
+    async with services(keys=keys).client() as client:
         assert (await client.get(path, headers={"Authorization": "\x7f"})).status_code < 400
 
 
@@ -211,7 +211,7 @@ CLOSED = [
 @pytest.mark.parametrize("path", [*CLOSED, "/soma/sessions", "/HEALTH", "//health", "/metricsx", "/tokenize"])
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "OPTIONS", "HEAD", "BREW"])
 async def test_every_other_path_is_closed_whatever_the_method(keys: KeyStore, path: str, method: str) -> None:
-    built = house(keys=keys)
+    built = services(keys=keys)
     async with built.client() as client:
         assert (await client.request(method, f"http://soma{path}")).status_code == 401
     assert not built.reached
@@ -219,7 +219,7 @@ async def test_every_other_path_is_closed_whatever_the_method(keys: KeyStore, pa
 
 async def test_a_preflight_of_a_browser_is_answered_before_keys_are_asked_for(keys: KeyStore) -> None:
     wish = {"Origin": "http://page", "Access-Control-Request-Method": "POST"}
-    async with house(keys=keys).client() as client:
+    async with services(keys=keys).client() as client:
         assert (await client.options(CHAT, headers=wish)).status_code == 200
         refused = await client.post(CHAT, json={}, headers={"Origin": "http://page"})
     assert refused.status_code == 401
@@ -231,7 +231,7 @@ STEERS = ["/scale_elastic_ep", "/start_profile", "/pause", "/collective_rpc", "/
 
 @pytest.mark.parametrize("path", STEERS)
 async def test_routes_that_steer_the_server_are_the_admins(keys: KeyStore, path: str) -> None:
-    built = house(keys=keys)
+    built = services(keys=keys)
     _, key = await keys.add("Ana", Limits())
     async with built.client() as client:
         refused = await client.post(path, headers=with_key(key))
@@ -243,12 +243,12 @@ async def test_routes_that_steer_the_server_are_the_admins(keys: KeyStore, path:
 @pytest.mark.parametrize("path", sorted(KEYED) + [f"{prefix}x" for prefix in KEYED_BELOW])
 async def test_the_other_routes_are_for_every_key(keys: KeyStore, path: str) -> None:
     _, key = await keys.add("Ana", Limits())
-    async with house(keys=keys).client() as client:
+    async with services(keys=keys).client() as client:
         assert (await client.post(path, headers=with_key(key))).status_code == 200
 
 
 async def test_a_path_below_a_proxys_prefix_is_judged_without_it(keys: KeyStore) -> None:
-    built = house(keys=keys)
+    built = services(keys=keys)
     built.app.root_path = "/api"
     async with built.client() as client:
         assert (await client.get("/api/health")).status_code == 200
@@ -258,7 +258,7 @@ async def test_a_path_below_a_proxys_prefix_is_judged_without_it(keys: KeyStore)
 
 async def test_while_the_database_is_away_an_unknown_key_is_told_to_come_back(tmp_path: Path) -> None:
     keys = KeyStore.at(f"sqlite+aiosqlite:///{tmp_path}/none/sessions.db")
-    built = house(keys=keys)
+    built = services(keys=keys)
     async with built.client() as client:
         response = await client.post(CHAT, json={}, headers=with_key("sk-soma-0123456789ab-" + "s" * 32))
     await keys.close()
@@ -267,7 +267,7 @@ async def test_while_the_database_is_away_an_unknown_key_is_told_to_come_back(tm
 
 
 async def test_without_keys_everyone_is_let_in_as_before() -> None:
-    built = house()
+    built = services()
     async with built.client() as client:
         answers = [
             (await client.post(CHAT, json={}, headers=headers)).json()["tenant"]
@@ -290,7 +290,7 @@ async def test_without_keys_everyone_is_let_in_as_before() -> None:
     ],
 )
 async def test_an_authorization_that_cannot_be_one_is_a_400(value: bytes, told: str) -> None:
-    built = house()
+    built = services()
     status, body = await asked(built.app, CHAT, [(b"authorization", value)])
     assert status == 400
     assert told in json.loads(body)["error"]["message"]
@@ -300,7 +300,7 @@ async def test_an_authorization_that_cannot_be_one_is_a_400(value: bytes, told: 
 async def test_several_authorizations_are_a_400_in_either_mode(keys: KeyStore) -> None:
     _, key = await keys.add("Ana", Limits())
     twice = [(b"authorization", f"Bearer {key}".encode())] * 2
-    for built in (house(), house(keys=keys)):
+    for built in (services(), services(keys=keys)):
         status, body = await asked(built.app, CHAT, twice)
         assert status == 400
         assert b"found 2 headers; expected one" in body
@@ -327,7 +327,7 @@ async def test_no_header_makes_a_500(found: list[tuple[bytes, bytes]]) -> None:
             return None
 
     for keys in (None, Nobody()):
-        built = house(keys=keys)  # type: ignore[arg-type]
+        built = services(keys=keys)
         status, body = await asked(built.app, CHAT, found, [b"{}"])
         assert status in (200, 400, 401, 413)
         assert keys is None or status != 200
@@ -338,7 +338,7 @@ async def test_no_header_makes_a_500(found: list[tuple[bytes, bytes]]) -> None:
 
 
 async def test_a_declared_length_above_the_limit_is_refused_before_a_byte_is_read() -> None:
-    built = house()
+    built = services()
     length = (b"content-length", str(MIB + 1).encode())
     status, body = await asked(built.app, CHAT, [length], untouched)
     assert status == 413
@@ -351,7 +351,7 @@ async def test_a_declared_length_above_the_limit_is_refused_before_a_byte_is_rea
 async def test_a_body_that_grows_too_large_is_refused_whatever_it_declared(
     path: str, length: bytes | None
 ) -> None:
-    built = house()
+    built = services()
     pieces = [b"x" * (MIB // 4)] * 9
     sent = [(b"content-length", length)] if length is not None else []
     status, body = await asked(built.app, path, sent, pieces)
@@ -363,24 +363,24 @@ async def test_a_body_that_grows_too_large_is_refused_whatever_it_declared(
 
 
 async def test_a_body_of_exactly_the_limit_passes() -> None:
-    status, body = await asked(house().app, "/v1/raw", [], [b"x" * (MIB // 2)] * 2)
+    status, body = await asked(services().app, "/v1/raw", [], [b"x" * (MIB // 2)] * 2)
     assert (status, json.loads(body)) == (200, {"length": MIB})
 
 
 async def test_the_application_gets_each_piece_as_it_comes() -> None:
-    status, body = await asked(house().app, "/v1/duplex", [], [b"a", b"bb", b"ccc"])
+    status, body = await asked(services().app, "/v1/duplex", [], [b"a", b"bb", b"ccc"])
     assert (status, body) == (200, b"begun 1 2 3 0 ")
 
 
 async def test_a_body_that_grows_too_large_under_a_running_reply_looks_like_a_client_that_left() -> None:
-    built = house()
+    built = services()
     status, body = await asked(built.app, "/v1/duplex", [], [b"x" * MIB, b"x"])
     assert (status, body) == (200, b"begun 1048576 left")
     assert built.counted("body") == 1
 
 
 async def test_an_open_path_takes_no_larger_body() -> None:
-    built = house()
+    built = services()
     status, _ = await asked(built.app, "/ping", [(b"content-length", b"99999999")], untouched)
     assert status == 413
 
@@ -390,7 +390,7 @@ async def test_an_open_path_takes_no_larger_body() -> None:
 
 async def test_the_request_above_the_limit_is_told_exactly_when_to_come_back() -> None:
     clock = Clock()
-    built = house(Limits(requests_per_minute=2), clock=clock)
+    built = services(Limits(requests_per_minute=2), clock=clock)
     async with built.client() as client:
         for clock.now in (1000.0, 1012.5):
             assert (await client.post(CHAT, json={})).status_code == 200
@@ -407,7 +407,7 @@ async def test_the_request_above_the_limit_is_told_exactly_when_to_come_back() -
 
 
 async def test_only_requests_that_generate_count() -> None:
-    built = house(Limits(requests_per_minute=1))
+    built = services(Limits(requests_per_minute=1))
     async with built.client() as client:
         for _ in range(5):
             assert (await client.get("/v1/models")).status_code == 200
@@ -420,7 +420,7 @@ async def test_only_requests_that_generate_count() -> None:
 
 
 async def test_a_request_refused_for_its_key_or_size_takes_nothing_from_the_limit(keys: KeyStore) -> None:
-    built = house(Limits(requests_per_minute=1), keys)
+    built = services(Limits(requests_per_minute=1), keys)
     _, key = await keys.add("Ana", Limits())
     async with built.client() as client:
         assert (await client.post(CHAT, json={}, headers=with_key(key + "x"))).status_code == 401
@@ -430,7 +430,7 @@ async def test_a_request_refused_for_its_key_or_size_takes_nothing_from_the_limi
 
 
 async def test_a_keys_own_limit_counts_instead_of_the_configured_one(keys: KeyStore) -> None:
-    built = house(Limits(requests_per_minute=1), keys)
+    built = services(Limits(requests_per_minute=1), keys)
     _, free = await keys.add("free", Limits(requests_per_minute=None))
     _, usual = await keys.add("usual", Limits())
     async with built.client() as client:
@@ -441,7 +441,7 @@ async def test_a_keys_own_limit_counts_instead_of_the_configured_one(keys: KeySt
 
 
 async def test_of_many_requests_at_once_exactly_the_allowed_ones_pass(keys: KeyStore) -> None:
-    built = house(Limits(requests_per_minute=10), keys)
+    built = services(Limits(requests_per_minute=10), keys)
     _, key = await keys.add("Ana", Limits())
     async with built.client() as client:
         answers = await asyncio.gather(*(client.post(CHAT, json={}, headers=with_key(key)) for _ in range(50)))
@@ -450,10 +450,10 @@ async def test_of_many_requests_at_once_exactly_the_allowed_ones_pass(keys: KeyS
 
 async def test_spent_tokens_refuse_the_next_request_and_only_that_tenants() -> None:
     clock = Clock()
-    built = house(Limits(tokens_per_minute=100), clock=clock)
+    built = services(Limits(tokens_per_minute=100), clock=clock)
     async with built.client() as client:
         assert (await client.post(CHAT, json={}, headers=with_key("a"))).status_code == 200
-        built.allowances.spent(tenant_of("Bearer a"), Usage(90, None, 10))
+        built.quotas.spent(tenant_of("Bearer a"), Usage(90, None, 10))
         clock.now += 18.0
         refused = await client.post(CHAT, json={}, headers=with_key("a"))
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "42")
@@ -479,13 +479,13 @@ async def test_a_stream_arrives_piece_by_piece() -> None:
         if message["type"] == "http.response.body":
             sent.append(message["body"])
 
-    gate = AccessControl(app, house().allowances)
+    gate = AccessControl(app, services().quotas)
     await gate(scope_of(CHAT, []), nothing, keep)
     assert seen_after == [1, 2, 3]
 
 
 async def test_a_client_that_leaves_is_seen_by_the_application() -> None:
-    built = house()
+    built = services()
     messages = [{"type": "http.request", "body": b"{}"}, {"type": "http.disconnect"}]
 
     async def receive() -> Any:
@@ -503,14 +503,14 @@ async def test_a_client_that_leaves_mid_body_is_not_taken_for_a_refusal() -> Non
         assert (await receive())["type"] == "http.disconnect"
         raise ClientDisconnect
 
-    built = house()
+    built = services()
     messages = iter([{"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.disconnect"}])
 
     async def receive() -> Any:
         return next(messages)
 
     with pytest.raises(ClientDisconnect):
-        await AccessControl(app, built.allowances)(scope_of(CHAT, []), receive, nothing_sent)
+        await AccessControl(app, built.quotas)(scope_of(CHAT, []), receive, nothing_sent)
     assert built.counted("body") == 0
 
 
@@ -520,12 +520,12 @@ async def test_the_start_and_end_of_the_server_pass_through(keys: KeyStore) -> N
     async def app(scope: Any, receive: Any, send: Any) -> None:
         seen.append(scope["type"])
 
-    await AccessControl(app, house(keys=keys).allowances)({"type": "lifespan"}, nothing, nothing_sent)
+    await AccessControl(app, services(keys=keys).quotas)({"type": "lifespan"}, nothing, nothing_sent)
     assert seen == ["lifespan"]
 
 
 async def test_a_web_socket_without_a_key_is_closed_before_it_opens(keys: KeyStore) -> None:
-    built = house(keys=keys)
+    built = services(keys=keys)
     sent: list[Any] = []
 
     async def keep(message: Any) -> None:
@@ -533,7 +533,7 @@ async def test_a_web_socket_without_a_key_is_closed_before_it_opens(keys: KeySto
 
     scope = {**scope_of("/v1/realtime", []), "type": "websocket"}
     del scope["method"]
-    await AccessControl(built.app, built.allowances)(scope, nothing, keep)
+    await AccessControl(built.app, built.quotas)(scope, nothing, keep)
     assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
@@ -543,9 +543,9 @@ async def test_a_web_socket_without_a_key_is_closed_before_it_opens(keys: KeySto
 @asynccontextmanager
 async def served(app: FastAPI, http: str) -> AsyncIterator[int]:
     server = uvicorn.Server(
-        uvicorn.Config(app, host="127.0.0.1", port=0, http=http, log_level="error", lifespan="off")  # type: ignore[arg-type]
+        uvicorn.Config(app, host="127.0.0.1", port=0, http=http, log_level="error", lifespan="off")
     )
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    server.install_signal_handlers = lambda: None
     running = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)
@@ -563,7 +563,7 @@ async def test_a_client_that_is_still_sending_gets_its_413(http: str) -> None:
             yield b"x" * (MIB // 8)
             await asyncio.sleep(0)
 
-    built = house()
+    built = services()
     async with served(built.app, http) as port, httpx.AsyncClient() as client:
         url = f"http://127.0.0.1:{port}{CHAT}"
         streamed = await client.post(url, content=endless())
@@ -575,7 +575,7 @@ async def test_a_client_that_is_still_sending_gets_its_413(http: str) -> None:
 
 @pytest.mark.parametrize("http", ["h11", "httptools"])
 async def test_a_stream_through_a_real_server_is_whole(http: str) -> None:
-    built = house()
+    built = services()
     async with served(built.app, http) as port, httpx.AsyncClient() as client:
         response = await client.post(f"http://127.0.0.1:{port}/v1/slow")
     assert response.text == "data: 0\n\ndata: 1\n\ndata: 2\n\n"

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
-from adapter_files import write_adapter  # type: ignore[import-not-found]
+from support.adapter_files import write_adapter
 from typer.testing import CliRunner, Result
 
-from soma_vllm.adapters.roots import AnyAdapterStore, open_root
+from soma_vllm.adapters.store.opening import AnyAdapterStore, open_root
 from soma_vllm.cli import adapters as command
 from soma_vllm.cli.main import app
 from soma_vllm.types import SessionKey

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from soma_vllm import errors
-from soma_vllm.api.errors import failed, failure, whole_seconds
+from soma_vllm.api.error_responses import failed, failure, whole_seconds
 
 
 def body(response: Any) -> dict[str, Any]:

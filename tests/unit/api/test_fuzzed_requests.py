@@ -20,19 +20,20 @@ import httpx
 import pytest
 import schemathesis
 import uvloop
-from guard import GUARD_S  # type: ignore[import-not-found]
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
-from surface_house import (  # type: ignore[import-not-found]
+from support.api_services import (
     MARKER,
     SurfaceHouse,
     heard,
     marker,
     tenant_of,
 )
+from support.guard import GUARD_S
 
-from soma_vllm.scheduler import book, custody
+from soma_vllm.maintenance import session_admin
+from soma_vllm.sessions import registry
 
 CHAT = "/v1/chat/completions"
 Message = dict[str, Any]
@@ -56,13 +57,13 @@ def fuzzed(examples: int) -> settings:
 class Fuzzing:
     """The house, in an event loop of its own: hypothesis calls plain functions."""
 
-    def __init__(self, runner: asyncio.Runner, house: SurfaceHouse) -> None:
+    def __init__(self, runner: asyncio.Runner, services: SurfaceHouse) -> None:
         self.runner = runner
-        self.house = house
+        self.services = services
         self.examples = 0
 
     def send(self, method: str, path: str, key: str | None = "k", **more: Any) -> httpx.Response:
-        answer = self.runner.run(self.house.send(method, path, key, **more))
+        answer = self.runner.run(self.services.send(method, path, key, **more))
         assert answer.status_code < HTTPStatus.INTERNAL_SERVER_ERROR, (method, path, answer.text[:500])
         if answer.status_code >= HTTPStatus.BAD_REQUEST:
             assert "message" in answer.json()["error"], answer.text[:500]
@@ -70,16 +71,16 @@ class Fuzzing:
 
     def settle(self) -> None:
         """Let everything in the background come to its end."""
-        self.runner.run(self.house.settled())
+        self.runner.run(self.services.settled())
 
     def heard(self) -> None:
         """No engine was told another tenant's words, or lent another's adapter, since it was last looked."""
-        inside = self.house.house
+        inside = self.services.services
         for engine in (inside.original, inside.surrogate):
             for call in engine.calls:
                 assert {tenant_of(name) for name in heard(call)} <= {call.tenant}
                 if call.adapter is not None:
-                    assert inside.shelf.owners[call.adapter.name].tenant == call.tenant
+                    assert inside.adapter_store.owners[call.adapter.name].tenant == call.tenant
             engine.calls.clear()
 
 
@@ -90,11 +91,11 @@ def fuzzing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzing]:
         pytest.MonkeyPatch.context() as patch,
     ):
         # On a machine with more to do than this the store is slow, and not away.
-        patch.setattr(book, "LOOKUP_S", GUARD_S)
-        patch.setattr(custody, "WRITTEN_S", GUARD_S)
-        house = runner.run(SurfaceHouse.built(tmp_path_factory.mktemp("fuzzing")))
-        yield Fuzzing(runner, house)
-        runner.run(house.close())
+        patch.setattr(registry, "LOOKUP_S", GUARD_S)
+        patch.setattr(session_admin, "WRITTEN_S", GUARD_S)
+        services = runner.run(SurfaceHouse.built(tmp_path_factory.mktemp("fuzzing")))
+        yield Fuzzing(runner, services)
+        runner.run(services.close())
 
 
 # -- bodies -----------------------------------------------------------------------------------------------
@@ -138,9 +139,9 @@ def test_no_chat_request_is_a_500(fuzzing: Fuzzing, described: Any, mode: Genera
             fuzzing.send("POST", CHAT, "anna", json={**body, **plain})
         fuzzing.heard()
 
-    before = fuzzing.house.sent[CHAT]
+    before = fuzzing.services.sent[CHAT]
     asked()
-    assert fuzzing.house.sent[CHAT] - before > 550
+    assert fuzzing.services.sent[CHAT] - before > 550
 
 
 WRONG = (
@@ -410,13 +411,13 @@ def histories(fuzzing: Fuzzing, moved: list[Any], beside: list[Any], way: str, e
 
 
 def test_no_history_is_a_500_or_tells_or_feels_anything_of_another_tenant(fuzzing: Fuzzing) -> None:
-    before = fuzzing.house.sent[CHAT]
+    before = fuzzing.services.sent[CHAT]
     histories(fuzzing)
     print(
         "requests",
-        fuzzing.house.sent[CHAT] - before,
-        fuzzing.house.sent.total(),
-        fuzzing.house.sent.most_common(5),
+        fuzzing.services.sent[CHAT] - before,
+        fuzzing.services.sent.total(),
+        fuzzing.services.sent.most_common(5),
     )
     # It was no test of adapters if there were none.
-    assert len({key.tenant for key in fuzzing.house.house.shelf.owners.values()}) > 20
+    assert len({key.tenant for key in fuzzing.services.services.adapter_store.owners.values()}) > 20

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from soma_vllm.cli.main import app
-from soma_vllm.storage.keys import KEY_SHAPE, ApiKey, KeyStore
+from soma_vllm.sessions.sql.api_keys import KEY_SHAPE, ApiKey, KeyStore
 
 runner = CliRunner()
 

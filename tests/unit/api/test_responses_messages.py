@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soma_vllm.api.responses_messages import messages_of, prompt
+from soma_vllm.api.responses.messages import messages_of, prompt
 from soma_vllm.errors import BadRequest
-from soma_vllm.session.transcript import read, says
+from soma_vllm.sessions.state.transcript import read, says
 
 USER = {"role": "user", "content": "hello"}
 ANSWER = {"role": "assistant", "content": "hi"}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.responses import response_create_params
 
-from soma_vllm.api.responses_request import INDIFFERENT, PASSED, REFUSED, ResponsesRequest, parse
+from soma_vllm.api.responses.request import INDIFFERENT, PASSED, REFUSED, ResponsesRequest, parse
 from soma_vllm.errors import BadRequest
 
 WEATHER = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": True}

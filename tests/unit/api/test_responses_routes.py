@@ -12,10 +12,11 @@ from typing import Any
 
 import openai
 import pytest
-from guard import GUARD_S  # type: ignore[import-not-found]
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
-from responses_house import (  # type: ignore[import-not-found]
+from starlette.testclient import TestClient
+from support.guard import GUARD_S
+from support.responses_services import (
     BROKEN,
     HEADERS,
     ChatEvents,
@@ -27,13 +28,12 @@ from responses_house import (  # type: ignore[import-not-found]
     openai_client,
     told,
 )
-from starlette.testclient import TestClient
 from vllm.entrypoints.openai.responses import api_router as vllm_responses
 
-from soma_vllm.api import responses
+from soma_vllm.api.responses import routes as responses
 from soma_vllm.errors import BadRequest, EngineRefused, NoSuchModel, StoreUnavailable, Unprocessable
-from soma_vllm.session.identity import tenant_of
-from soma_vllm.session.transcript import read
+from soma_vllm.sessions.state.identity import tenant_of
+from soma_vllm.sessions.state.transcript import read
 
 WEATHER: Any = {
     "type": "function",
@@ -211,7 +211,7 @@ async def test_a_conversation_is_a_session_of_its_name(script: Script, client: A
         answer = await client.responses.create(
             model="soma",
             input="x",
-            conversation=conversation,  # type: ignore[arg-type]
+            conversation=conversation,
             extra_headers={"X-Session-ID": "other"},
         )
         assert answer.conversation is not None

@@ -9,13 +9,13 @@ from typing import Any
 import openai
 import pytest
 from openai import AsyncOpenAI
-from responses_house import openai_client  # type: ignore[import-not-found]
-from scheduler_house import SETTINGS, House  # type: ignore[import-not-found]
+from support.responses_services import openai_client
+from support.services import SETTINGS, Services
 
 from soma_vllm.config import parse_config
-from soma_vllm.session.identity import tenant_of
-from soma_vllm.session.session import Session
-from soma_vllm.storage.sessions import SessionStore
+from soma_vllm.sessions.sql.store import SessionStore
+from soma_vllm.sessions.state.identity import tenant_of
+from soma_vllm.sessions.state.session import Session
 from soma_vllm.types import SessionKey
 
 
@@ -27,33 +27,33 @@ async def store(tmp_path: Path) -> AsyncIterator[SessionStore]:
     await store.close()
 
 
-async def opened(store: SessionStore, **changes: Any) -> House:
+async def opened(store: SessionStore, **changes: Any) -> Services:
     """A dispatcher that answers "one", "two", ... and adapts nothing."""
-    house = House(parse_config({**SETTINGS, "warm_window": 9, **changes}, "test"), store)
-    house.original.answers = ["one", "two", "three", "four", "five"]
-    await house.book.start()
-    return house
+    services = Services(parse_config({**SETTINGS, "warm_window": 9, **changes}, "test"), store)
+    services.original.answers = ["one", "two", "three", "four", "five"]
+    await services.registry.start()
+    return services
 
 
-async def closed(house: House) -> None:
-    await house.background.stop()
-    await house.book.stop()
+async def closed(services: Services) -> None:
+    await services.background.stop()
+    await services.registry.stop()
 
 
 @pytest.fixture
-async def house(store: SessionStore) -> AsyncIterator[House]:
-    house = await opened(store)
-    yield house
-    await closed(house)
+async def services(store: SessionStore) -> AsyncIterator[Services]:
+    services = await opened(store)
+    yield services
+    await closed(services)
 
 
 class Client:
     """An OpenAI client that notes which session answered."""
 
-    def __init__(self, house: House, key: str = "k") -> None:
-        self._house = house
+    def __init__(self, services: Services, key: str = "k") -> None:
+        self._house = services
         self._tenant = tenant_of(f"Bearer {key}")
-        self.openai: AsyncOpenAI = openai_client(house.dispatcher, key)
+        self.openai: AsyncOpenAI = openai_client(services.dispatcher, key)
         self.sessions: list[str] = []
 
     async def say(self, given: Any, streamed: bool = False, **more: Any) -> Any:
@@ -71,7 +71,7 @@ class Client:
         return answer
 
     def session(self, name: str | None = None) -> Session:
-        found: Session = self._house.book.session(SessionKey(self._tenant, name or self.sessions[-1]))
+        found: Session = self._house.registry.session(SessionKey(self._tenant, name or self.sessions[-1]))
         return found
 
     def prompt(self) -> list[Any]:
@@ -81,8 +81,8 @@ class Client:
 
 
 @pytest.fixture
-def client(house: House) -> Client:
-    return Client(house)
+def client(services: Services) -> Client:
+    return Client(services)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -195,11 +195,11 @@ async def test_a_response_is_found_after_a_restart(store: SessionStore) -> None:
     await closed(after)
 
 
-async def test_another_tenants_response_is_not_found(house: House, client: Client) -> None:
+async def test_another_tenants_response_is_not_found(services: Services, client: Client) -> None:
     mine = await client.say("secret")
     with pytest.raises(openai.NotFoundError):
-        await Client(house, key="other").say("x", previous_response_id=mine.id)
-    stranger = Client(house, key="other")
+        await Client(services, key="other").say("x", previous_response_id=mine.id)
+    stranger = Client(services, key="other")
     await client.say("secret", conversation="c1")
     await stranger.say("q", conversation="c1")
     assert [message["content"] for message in stranger.prompt()] == ["q"]
@@ -216,7 +216,7 @@ async def test_a_text_that_was_not_kept_is_said_to_be_missing(store: SessionStor
 
 
 async def test_a_plain_turn_teaches_as_that_of_a_chat_would(store: SessionStore) -> None:
-    house = await opened(store, original={"api": "vllm"}, lora={"objective": "kd"})
-    await Client(house).say("q0", instructions="be brief", metadata={"a": "b"}, user="u")
-    assert "logprobs" in house.original.calls[-1].body
-    await closed(house)
+    services = await opened(store, original={"api": "vllm"}, lora={"objective": "kd"})
+    await Client(services).say("q0", instructions="be brief", metadata={"a": "b"}, user="u")
+    assert "logprobs" in services.original.calls[-1].body
+    await closed(services)

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from responses_house import Spoken, checked, token  # type: ignore[import-not-found]
+from support.responses_services import Spoken, checked, token
 
-from soma_vllm.api.responses_messages import messages_of, prompt
-from soma_vllm.api.responses_request import parse
-from soma_vllm.api.responses_shapes import Frame, chat_body, response_of
-from soma_vllm.engines.vllm_internals import ChatCompletionRequest
+from soma_vllm.api.responses.convert import Frame, chat_body, response_of
+from soma_vllm.api.responses.messages import messages_of, prompt
+from soma_vllm.api.responses.request import parse
+from soma_vllm.engines.vllm.internals import ChatCompletionRequest
 from soma_vllm.errors import EngineError
-from soma_vllm.session.transcript import says
+from soma_vllm.sessions.state.transcript import says
 
 USER = [{"role": "user", "content": "hello"}]
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -206,7 +206,7 @@ def test_an_answer_that_was_cut_off_is_incomplete(finish: str, reason: str) -> N
     assert found.incomplete_details is not None
     assert found.incomplete_details.reason == reason
     assert found.completed_at is None
-    assert found.output[0].status == "incomplete"  # type: ignore[union-attr]
+    assert found.output[0].status == "incomplete"
 
 
 def test_calls_of_tools_are_items_of_their_own() -> None:
@@ -236,7 +236,7 @@ def test_log_probabilities_are_shown_to_those_who_asked() -> None:
     silent = whole(spoken, top_logprobs=2)
     assert silent["output"][0]["content"][0]["logprobs"] == []
     found = checked(whole(spoken, top_logprobs=2, include=["message.output_text.logprobs"]))
-    part = found.output[0].content[0]  # type: ignore[union-attr,index]
+    part = found.output[0].content[0]
     assert part.type == "output_text"
     assert [shown.token for shown in part.logprobs or ()] == ["An ", "answer."]
     assert (part.logprobs or [])[0].top_logprobs[1].bytes == []

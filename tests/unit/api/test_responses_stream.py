@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from responses_house import (  # type: ignore[import-not-found]
+from support.responses_services import (
     BROKEN,
     ChatEvents,
     Spoken,
@@ -19,9 +19,9 @@ from responses_house import (  # type: ignore[import-not-found]
     told,
 )
 
-from soma_vllm.api.responses_request import parse
-from soma_vllm.api.responses_shapes import Frame, response_of
-from soma_vllm.api.responses_stream import ResponseEvents
+from soma_vllm.api.responses.convert import Frame, response_of
+from soma_vllm.api.responses.request import parse
+from soma_vllm.api.responses.stream import ResponseEvents
 
 DONE = "data: [DONE]\n\n"
 LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guard import GUARD_S  # type: ignore[import-not-found]
+from support.guard import GUARD_S
 
 from soma_vllm.baselines import process
 from soma_vllm.baselines.process import BaselineProcess

@@ -10,23 +10,23 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from scheduler_house import SETTINGS, House  # type: ignore[import-not-found]
+from support.services import SETTINGS, Services
 from typer.testing import CliRunner
 
-from soma_vllm.cli.calibration_sources import merged, read_file, read_store
+from soma_vllm.api.serializers import event_view
 from soma_vllm.cli.main import app
-from soma_vllm.cli.replay import write_log
-from soma_vllm.cli.replay_view import SessionRecord
 from soma_vllm.config import Config, parse_config
 from soma_vllm.errors import ConfigError
-from soma_vllm.evaluation.bench import Choice, Numbers, SessionResult
-from soma_vllm.evaluation.report import report, settings, write
-from soma_vllm.evaluation.variants import choose
-from soma_vllm.scheduler.view import event_view
-from soma_vllm.session.calibration import Case, Missing, Outcome
-from soma_vllm.session.gate import judge
-from soma_vllm.storage.records import Standing
-from soma_vllm.storage.sessions import SessionStore
+from soma_vllm.sessions.sql.records import SessionSnapshot
+from soma_vllm.sessions.sql.store import SessionStore
+from soma_vllm.sessions.state.gate import judge
+from soma_vllm.tools.calibrate.calibration_sources import merged, read_file, read_store
+from soma_vllm.tools.calibrate.thresholds import Case, Missing, Outcome
+from soma_vllm.tools.evaluate.evaluation_report import report, settings, write
+from soma_vllm.tools.evaluate.harness import Choice, Numbers, SessionResult
+from soma_vllm.tools.evaluate.variants import choose
+from soma_vllm.tools.replay.replay import write_log
+from soma_vllm.tools.replay.replay_view import SessionRecord
 from soma_vllm.types import Agreement, Candidate, Event, Evidence, SessionKey
 
 SECRET = "a private question"
@@ -58,8 +58,8 @@ async def logged(folder: Path) -> Path:
     """
     store = SessionStore(url(folder))
     await store.open()
-    house = House(parse_config({**SETTINGS, "gate": GATE}, "test"), store)
-    await house.book.start()
+    services = Services(parse_config({**SETTINGS, "gate": GATE}, "test"), store)
+    await services.registry.start()
     for name, answers, later in (
         ("fine", ["same"], 3),
         ("poor", ["same"], 2),
@@ -67,27 +67,27 @@ async def logged(folder: Path) -> Path:
         ("refused", ["far off"], 1),
         ("quiet", ["same"], 0),
     ):
-        house.surrogate.answers = ["unused"] * len(house.surrogate.calls) + answers
+        services.surrogate.answers = ["unused"] * len(services.surrogate.calls) + answers
         history: list[dict[str, Any]] = []
         for number in (1, 2):
-            await house.say(history, f"{SECRET} {number}", name)
-        await house.settled()
+            await services.say(history, f"{SECRET} {number}", name)
+        await services.settled()
         for number in range(later):
             last = name == "poor" and number == later - 1
-            house.surrogate.answers = ["far off" if last else "same"]
-            await house.say(history, f"{SECRET} {number + 3}", name)
-            await house.settled()
+            services.surrogate.answers = ["far off" if last else "same"]
+            await services.say(history, f"{SECRET} {number + 3}", name)
+            await services.settled()
     by_session: dict[str, list[Event]] = {}
-    for key, event in house.events:
+    for key, event in services.events:
         by_session.setdefault(key.session, []).append(event)
     records = [
         SessionRecord(name, name, 5, events=tuple(json.loads(json.dumps(event_view(e))) for e in events))
         for name, events in by_session.items()
     ]
     path = folder / "soma_log.json"
-    write_log(path, house.config, records)
-    await house.background.stop()
-    await house.book.stop()
+    write_log(path, services.config, records)
+    await services.background.stop()
+    await services.registry.stop()
     await store.close()
     return path
 
@@ -160,7 +160,7 @@ async def test_one_tenants_sessions_can_be_calibrated_alone(tmp_path: Path) -> N
     store = SessionStore(url(tmp_path))
     (tenant,) = {key.tenant for key in await store.keys()}
     fine = next(key for key in await store.keys() if key.session == "fine")
-    standing = Standing("theirs", "SWITCHED", "c", 1, None)
+    standing = SessionSnapshot("theirs", "SWITCHED", "c", 1, None)
     await store.append(SessionKey("other", "theirs"), 0, await store.events(fine), standing)
     await store.close()
     assert len((await read_store(url(tmp_path))).judged) == 8
@@ -176,15 +176,15 @@ async def test_turns_that_the_candidate_did_not_answer_are_not_its_outcome(tmp_p
     store = SessionStore(url(tmp_path))
     await store.open()
     near = {**GATE, "locality_threshold": 0.0}
-    house = House(parse_config({**SETTINGS, "gate": near}, "test"), store)
-    await house.book.start()
+    services = Services(parse_config({**SETTINGS, "gate": near}, "test"), store)
+    await services.registry.start()
     history: list[dict[str, Any]] = []
     for number in (1, 2, 3):
-        await house.say(history, f"question {number}")
-        await house.settled()
-    await house.book.stop()
+        await services.say(history, f"question {number}")
+        await services.settled()
+    await services.registry.stop()
     await store.close()
-    assert "audited" in house.kinds()
+    assert "audited" in services.kinds()
     (one,) = (await read_store(url(tmp_path))).judged
     assert one.case.outcome is Missing.UNAUDITED
 
@@ -203,14 +203,14 @@ async def test_audits_by_score_measure_no_gap(tmp_path: Path) -> None:
 async def test_a_forced_session_speaks_beyond_the_threshold_in_force(tmp_path: Path) -> None:
     store = SessionStore(url(tmp_path))
     await store.open()
-    house = House(parse_config({**SETTINGS, "gate": GATE}, "test"), store)
-    await house.book.start()
-    house.surrogate.answers = ["far off"]
+    services = Services(parse_config({**SETTINGS, "gate": GATE}, "test"), store)
+    await services.registry.start()
+    services.surrogate.answers = ["far off"]
     history: list[dict[str, Any]] = []
     for number in (1, 2, 3):
-        await house.say(history, f"question {number}", headers={"x-soma-force": "adapter"})
-        await house.settled()
-    await house.book.stop()
+        await services.say(history, f"question {number}", headers={"x-soma-force": "adapter"})
+        await services.settled()
+    await services.registry.stop()
     await store.close()
     cases = {one.case.candidate: one.case for one in (await read_store(url(tmp_path))).judged}
     forced = cases[Candidate.ADAPTER]
@@ -275,7 +275,7 @@ def test_everything_wrong_is_told_at_once_with_exit_code_2(tmp_path: Path, soma:
     (tmp_path / "text.json").write_text("no JSON")
     log = {"config": {"gate": {"drift_threshold": 0.3}}, "sessions": {"a": {"session": "a", "events": []}}}
     judged = {"kind": "judged", "at": 1.0, "data": {"candidate": "nobody", "numbers": {}, "reason": SECRET * 9}}
-    log["sessions"]["a"]["events"] = [judged, {"kind": "audited", "at": 2.0, "data": {"turn": 5}}]  # type: ignore[index]
+    log["sessions"]["a"]["events"] = [judged, {"kind": "audited", "at": 2.0, "data": {"turn": 5}}]
     (tmp_path / "log.json").write_text(json.dumps(log))
     files = [tmp_path / name for name in ("none.json", "list.json", "text.json", "log.json")]
     result = soma(

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from soma_vllm.engines.base import ChatCall, Engine
+from soma_vllm.engines.engine import ChatCall, Engine
 from soma_vllm.engines.fake import FakeEngine
 from soma_vllm.errors import EngineRefused, EngineUnavailable
 

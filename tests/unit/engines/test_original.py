@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from guard import GUARD_S  # type: ignore[import-not-found]
+from support.guard import GUARD_S
 
-from soma_vllm.engines.base import ChatCall
+from soma_vllm.engines.engine import ChatCall
 from soma_vllm.engines.original import OriginalEngine
 from soma_vllm.engines.supervisor import ChildServer, Supervisor
 from soma_vllm.errors import EngineRefused, EngineUnavailable, PreflightError

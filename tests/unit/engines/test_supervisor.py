@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-from guard import GUARD_S, eventually  # type: ignore[import-not-found]
+from support.guard import GUARD_S, eventually
 
 from soma_vllm.engines.supervisor import Backoff, ChildServer, Patience, State, Supervisor
 from soma_vllm.errors import EngineUnavailable, PreflightError

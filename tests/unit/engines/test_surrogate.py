@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lora_files import files_of, sign  # type: ignore[import-not-found]
+from support.lora_files import files_of, sign
 
-from soma_vllm.engines.base import ChatCall, Salts
-from soma_vllm.engines.residency import Residency
+from soma_vllm.adapters.loaded import LoadedAdapters
+from soma_vllm.engines.engine import ChatCall, Salts
 from soma_vllm.engines.surrogate import SurrogateEngine
 from soma_vllm.errors import AdapterRejected, EngineRefused, EngineUnavailable
 from soma_vllm.types import AdapterRef, Agreement, Signature
@@ -114,7 +114,7 @@ class Files:
         self.here = here
         self.asked = 0
 
-    async def at_hand(self, ref: AdapterRef) -> AdapterRef:
+    async def ensure_local(self, ref: AdapterRef) -> AdapterRef:
         self.asked += 1
         if self.here is None:
             raise EngineUnavailable("damaged")
@@ -123,7 +123,7 @@ class Files:
 
 async def test_an_adapter_is_loaded_from_where_its_files_are_on_this_machine(here: AdapterRef) -> None:
     serving, files = Serving(), Files(here)
-    engine = SurrogateEngine("small", serving, residency=Residency(serving, room=4, files=files))
+    engine = SurrogateEngine("small", serving, loaded=LoadedAdapters(serving, room=4, files=files))
     await engine.load(AdapterRef("a", 1, "/another/machine"))
     assert engine.loaded() == (here,)
     await engine.load(here)
@@ -132,7 +132,7 @@ async def test_an_adapter_is_loaded_from_where_its_files_are_on_this_machine(her
 
 async def test_an_adapter_whose_files_are_damaged_never_reaches_the_engine() -> None:
     serving, files = Serving(), Files(None)
-    engine = SurrogateEngine("small", serving, residency=Residency(serving, room=4, files=files))
+    engine = SurrogateEngine("small", serving, loaded=LoadedAdapters(serving, room=4, files=files))
     with pytest.raises(EngineUnavailable, match="damaged"):
         await engine.load(REF)
     assert (serving.added, engine.loaded()) == ([], ())

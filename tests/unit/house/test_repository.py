@@ -49,5 +49,5 @@ def test_no_tracked_file_names_a_folder_of_one_machine() -> None:
 
 def test_a_source_distribution_gets_what_its_set_up_reads() -> None:
     included = (ROOT / "MANIFEST.in").read_text()
-    for needed in ("README.md", "requirements/*.in", "soma_vllm/kernels *.cpp"):
+    for needed in ("README.md", "requirements/*.in", "soma_vllm/engines/vllm/kernels *.cpp"):
         assert needed in included

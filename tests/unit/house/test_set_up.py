@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from guard import GUARD_S  # type: ignore[import-not-found]
+from support.guard import GUARD_S
 
 REQUIREMENTS = Path(__file__).parents[3] / "requirements"
 NO_INDEX = "http://127.0.0.1:9/simple"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from method_models import ask, tiny_model  # type: ignore[import-not-found]
+from support.method_models import ask, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 

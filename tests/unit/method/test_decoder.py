@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_models import SHAPE, in_float64, tiny_model
+from support.method_models import SHAPE, in_float64, tiny_model
 from transformers import (
     CohereConfig,
     CohereForCausalLM,

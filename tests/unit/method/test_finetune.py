@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from method_models import ask, dialogue, in_float64, read_alone, tiny_model, with_teachers
 from peft import PeftModel
 from safetensors.torch import load_file
+from support.method_models import ask, dialogue, in_float64, read_alone, tiny_model, with_teachers
 from torch.nn import functional
 
 from soma_vllm.config import Lora
@@ -295,9 +295,7 @@ def test_every_key_of_lora_changes_what_is_learnt(
 
 def test_the_parametrised_changes_name_every_key_of_lora() -> None:
     (mark,) = (
-        mark
-        for mark in test_every_key_of_lora_changes_what_is_learnt.pytestmark  # type: ignore[attr-defined]
-        if mark.name == "parametrize"
+        mark for mark in test_every_key_of_lora_changes_what_is_learnt.pytestmark if mark.name == "parametrize"
     )
     assert {next(iter(change)) for change in mark.args[1]} == set(Lora.model_fields)
 
@@ -318,10 +316,10 @@ def naive_training(
     for _ in range(lora.steps):
         optimizer.zero_grad()
         total = sum(weights[turn.turn] * loss_of(read_alone(model, turn), turn) for turn in turns) / tokens
-        total.backward()  # type: ignore[union-attr]
+        total.backward()
         torch.nn.utils.clip_grad_norm_(parameters, lora.grad_clip)
         optimizer.step()
-        losses.append(float(total.detach()))  # type: ignore[union-attr]
+        losses.append(float(total.detach()))
     return losses, learning(adapted)
 
 

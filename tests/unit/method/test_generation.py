@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_models import ask, tiny_model
+from support.method_models import ask, tiny_model
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from soma_vllm.errors import TrainingError

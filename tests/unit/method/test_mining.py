@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from method_models import ask, dialogue, in_float64
+from support.method_models import ask, dialogue, in_float64
 from torch.nn import functional
 
 from soma_vllm.config import Lora, Mining
 from soma_vllm.errors import TrainingError
+from soma_vllm.method.activation_cache import Trunk
 from soma_vllm.method.decoder import Decoder
 from soma_vllm.method.divergence import TurnTerms, neighbourhoods, turn_terms
 from soma_vllm.method.finetune import attached, train
@@ -16,7 +17,6 @@ from soma_vllm.method.mining import _read, mine
 from soma_vllm.method.recipe import Surrogate
 from soma_vllm.method.rendering import Rendered, render
 from soma_vllm.method.soft_prompt import SoftPrompt
-from soma_vllm.method.trunk import Trunk
 from soma_vllm.types import Example
 
 SMALL = Mining(soft_len=4, n_candidates=2, iters=4, lr=0.02, neighborhood_k=8, teacher_topm=20)

@@ -6,14 +6,14 @@ import random
 
 import pytest
 import torch
-from method_models import ask, dialogue, read_alone, tiny_model
+from support.method_models import ask, dialogue, read_alone, tiny_model
 
 from soma_vllm.method import packing
+from soma_vllm.method.activation_cache import Trunk
 from soma_vllm.method.decoder import Decoder
 from soma_vllm.method.packing import batches, pack
 from soma_vllm.method.recipe import Surrogate
 from soma_vllm.method.rendering import Rendered, render
-from soma_vllm.method.trunk import Trunk
 
 CPU = torch.device("cpu")
 SEEDS = range(12)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from method_models import ask, dialogue, tiny_model
 from peft import PeftModel
+from support.method_models import ask, dialogue, tiny_model
 from transformers import PreTrainedTokenizerFast
 
 from soma_vllm.config import Lora, Mining

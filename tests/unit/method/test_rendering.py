@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from method_models import ask
+from support.method_models import ask
 from transformers import PreTrainedTokenizerFast
 
 from soma_vllm.errors import TrainingError

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from method_models import dialogue, read_alone, with_teachers
+from support.method_models import dialogue, read_alone, with_teachers
 
 from soma_vllm.errors import TrainingError
+from soma_vllm.method.activation_cache import Trunk
 from soma_vllm.method.recipe import Surrogate
 from soma_vllm.method.rendering import Rendered, render
 from soma_vllm.method.scoring import pooled, score_trunk, score_turns
-from soma_vllm.method.trunk import Trunk
 from soma_vllm.types import Agreement, Example
 
 

@@ -23,7 +23,7 @@ Turns = tuple[Example, ...]
 def reading(model: object, tokens: tuple[int, ...]) -> torch.Tensor:
     """Log-probability of each token but the first, by the model's own forward pass."""
     with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([tokens])).logits[0, :-1].float()  # type: ignore[operator]
+        logits = model(input_ids=torch.tensor([tokens])).logits[0, :-1].float()
     return torch.log_softmax(logits, 1).gather(1, torch.tensor(tokens[1:]).unsqueeze(1)).squeeze(1)
 
 

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from guard import GUARD_S  # type: ignore[import-not-found]
+from support.guard import GUARD_S
 
 from soma_vllm.errors import ChecksumMismatch, ModelError
 from soma_vllm.models.catalog import EmbeddedModel

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from guard import GUARD_S  # type: ignore[import-not-found]
 from openai import AsyncOpenAI
+from support.guard import GUARD_S
 
-from soma_vllm.cli.child_server import serve_command, started_server, while_alive
-from soma_vllm.cli.dialogues import Script
-from soma_vllm.cli.pace import Expected, Rules, Timekeeper
-from soma_vllm.cli.player import Player
-from soma_vllm.cli.replay_view import SessionRecord
 from soma_vllm.errors import EngineUnavailable
+from soma_vllm.tools.replay.child_server import serve_command, started_server, while_alive
+from soma_vllm.tools.replay.client import Player
+from soma_vllm.tools.replay.dialogues import Script
+from soma_vllm.tools.replay.pace import Expected, Rules, Timekeeper
+from soma_vllm.tools.replay.replay_view import SessionRecord
 
 WARM = 2
 """Turns the fake's original answers."""
@@ -300,7 +300,7 @@ async def test_a_server_that_dies_ends_the_replay(soma: FakeSoma) -> None:
 
 
 async def command(*arguments: str) -> tuple[int | None, str]:
-    code = "import typer; from soma_vllm.cli.replay import replay; typer.run(replay)"
+    code = "import typer; from soma_vllm.tools.replay.replay import replay; typer.run(replay)"
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
@@ -362,7 +362,7 @@ async def test_a_server_started_by_the_command_has_its_overrides_and_is_heard(fi
 def test_a_server_is_started_with_the_configuration_and_every_override() -> None:
     line = serve_command(Path("demo.yaml"), ["server.port=8100", "warm_window=2"])
     arguments = ["--config", "demo.yaml", "--set", "server.port=8100", "--set", "warm_window=2"]
-    assert line == [sys.executable, "-m", "soma_vllm.cli.serve", *arguments]
+    assert line == [sys.executable, "-m", "soma_vllm.app.serve", *arguments]
 
 
 async def test_the_command_refuses_wrong_input_before_anything_starts(files: list[str], tmp_path: Path) -> None:

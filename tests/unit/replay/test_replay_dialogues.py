@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from soma_vllm.cli.dialogues import load_dialogues, make_script
 from soma_vllm.config import Config
 from soma_vllm.errors import ConfigError
+from soma_vllm.tools.replay.dialogues import load_dialogues, make_script
 
 SHIPPED = Path(__file__).parents[3] / "dialogues" / "demo.json"
 STUDY = SHIPPED.with_name("study.json")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from guard import GUARD_S  # type: ignore[import-not-found]
+from support.guard import GUARD_S
 
-from soma_vllm.cli.lanes import Lanes
+from soma_vllm.tools.replay.lanes import Lanes
 
 
 async def idle() -> None:

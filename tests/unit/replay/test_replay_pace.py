@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from soma_vllm.cli.pace import LEAST_PATIENCE_S, Expected, Rules, Timekeeper, makespan
-from soma_vllm.cli.replay_view import SessionRecord, TurnRecord
+from soma_vllm.tools.replay.pace import LEAST_PATIENCE_S, Expected, Rules, Timekeeper, makespan
+from soma_vllm.tools.replay.replay_view import SessionRecord, TurnRecord
 from soma_vllm.types import Role
 
 EXPECTED = Expected(original_s=10.0, surrogate_s=2.0, training_s=60.0)

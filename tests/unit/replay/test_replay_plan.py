@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from soma_vllm.cli import fitting
-from soma_vllm.cli.dialogues import Dialogues, Script, load_dialogues
-from soma_vllm.cli.plan import Machine, Plan, make_plan
-from soma_vllm.cli.speed import Product, Speed, measured, read
 from soma_vllm.config import Config, load_config
+from soma_vllm.tools.replay import fitting
+from soma_vllm.tools.replay.dialogues import Dialogues, Script, load_dialogues
+from soma_vllm.tools.replay.plan import Machine, Plan, make_plan
+from soma_vllm.tools.replay.speed import Product, Speed, measured, read
 
 ROOT = Path(__file__).parents[3]
 FIRST = ("topic-change", "house-style", "rainfall-table")

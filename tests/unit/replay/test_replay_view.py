@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from soma_vllm.cli import replay_view as view
-from soma_vllm.cli import timeline
-from soma_vllm.cli.closing import missed, where_to_look
-from soma_vllm.cli.replay import write_log
-from soma_vllm.cli.replay_view import Expectation, SessionRecord, TurnRecord
 from soma_vllm.config import Config
+from soma_vllm.tools.replay import replay_view as view
+from soma_vllm.tools.replay import timeline
+from soma_vllm.tools.replay.closing import missed, where_to_look
+from soma_vllm.tools.replay.replay import write_log
+from soma_vllm.tools.replay.replay_view import Expectation, SessionRecord, TurnRecord
 
 CODES = {
     "O": ("original", None, "WARM_START"),

@@ -9,26 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapter_files import write_adapter  # type: ignore[import-not-found]
-from scheduler_house import Build, House  # type: ignore[import-not-found]
+from support.adapter_files import write_adapter
+from support.services import Build, Services
 
-from soma_vllm.adapters.shelf import RecordShelf
-from soma_vllm.adapters.store import AdapterStore
-from soma_vllm.session.phases import Phase
+from soma_vllm.adapters.store.facade import RecordShelf
+from soma_vllm.adapters.store.filesystem import AdapterStore
+from soma_vllm.sessions.state.phases import Phase
 
 History = list[dict[str, Any]]
 
 
-async def adapted(house: House) -> History:
+async def adapted(services: Services) -> History:
     """Three turns; what was learned rests on the first two."""
-    house.original.answers = ["answer 1", "same"]
-    house.surrogate.answers = ["different", "same"]
+    services.original.answers = ["answer 1", "same"]
+    services.surrogate.answers = ["different", "same"]
     history: History = []
     for number in (1, 2):
-        await house.say(history, f"question {number}")
-    await house.settled()
-    await house.say(history, "question 3")
-    assert house.session().adapter is not None
+        await services.say(history, f"question {number}")
+    await services.settled()
+    await services.say(history, "question 3")
+    assert services.session().adapter is not None
     return history
 
 
@@ -74,85 +74,85 @@ WAYS = [
 
 @pytest.mark.parametrize("change", WAYS)
 async def test_a_history_that_contradicts_the_record_is_answered_by_the_original_and_changes_nothing(
-    house: House, change: Callable[[History], History]
+    services: Services, change: Callable[[History], History]
 ) -> None:
-    history = await adapted(house)
-    before = house.session()
-    answer = await house.say(change(history), "question 4")
-    await house.settled()
+    history = await adapted(services)
+    before = services.session()
+    answer = await services.say(change(history), "question 4")
+    await services.settled()
     assert answer.headers["X-SOMA-Session"].startswith("s~")
     assert (answer.headers["X-SOMA-Engine"], answer.headers["X-SOMA-Adapter"]) == ("original", "")
-    assert house.session() == before
-    answer = await house.say(history, "question 4")
+    assert services.session() == before
+    answer = await services.say(history, "question 4")
     assert (answer.headers["X-SOMA-Session"], answer.headers["X-SOMA-Adapter"]) == ("s", "adapter-s-1")
 
 
 @pytest.mark.parametrize("change", WAYS)
 async def test_a_contradicting_client_goes_on_in_its_own_branch(
-    house: House, change: Callable[[History], History]
+    services: Services, change: Callable[[History], History]
 ) -> None:
-    changed = change(await adapted(house))
-    house.original.answers = ["another"]
+    changed = change(await adapted(services))
+    services.original.answers = ["another"]
     sessions = [
-        (await house.say(changed, f"question {number}")).headers["X-SOMA-Session"] for number in (4, 5, 6)
+        (await services.say(changed, f"question {number}")).headers["X-SOMA-Session"] for number in (4, 5, 6)
     ]
     assert len(set(sessions)) == 1
 
 
-async def test_an_exchange_that_the_record_lacks_at_its_end_is_accepted_as_history(house: House) -> None:
-    history = await adapted(house)
+async def test_an_exchange_that_the_record_lacks_at_its_end_is_accepted_as_history(services: Services) -> None:
+    history = await adapted(services)
     history += [{"role": "user", "content": "lost"}, {"role": "assistant", "content": "with a kill"}]
-    answer = await house.say(history, "question 5")
+    answer = await services.say(history, "question 5")
     assert answer.headers["X-SOMA-Session"] == "s"
-    assert [turn.number for turn in house.session().turns] == [1, 2, 3, 4]
-    assert house.session().transcript()[-3]["content"] == "with a kill"
+    assert [turn.number for turn in services.session().turns] == [1, 2, 3, 4]
+    assert services.session().transcript()[-3]["content"] == "with a kill"
 
 
-async def test_an_answer_that_was_cut_off_may_be_gone_on_from_with_less_of_it(house: House) -> None:
-    history = await adapted(house)
-    house.surrogate.answers = ["one two three four"]
-    stream = await house.say(history, "question 4", stream=True)
+async def test_an_answer_that_was_cut_off_may_be_gone_on_from_with_less_of_it(services: Services) -> None:
+    history = await adapted(services)
+    services.surrogate.answers = ["one two three four"]
+    stream = await services.say(history, "question 4", stream=True)
     assert stream.reply.events is not None
     for _ in range(4):
         await anext(stream.reply.events)
     await stream.reply.events.aclose()
-    assert not house.session().turns[-1].complete
+    assert not services.session().turns[-1].complete
     history.append({"role": "assistant", "content": "one"})
-    answer = await house.say(history, "question 5")
+    answer = await services.say(history, "question 5")
     assert (answer.headers["X-SOMA-Session"], answer.headers["X-SOMA-Adapter"]) == ("s", "adapter-s-1")
-    assert [turn.complete for turn in house.session().turns] == [True] * 4
+    assert [turn.complete for turn in services.session().turns] == [True] * 4
 
 
 @pytest.mark.parametrize("query", ["question 4", "question 4, said otherwise"])
 async def test_a_question_whose_answer_was_cut_off_may_be_asked_again_or_otherwise(
-    house: House, query: str
+    services: Services, query: str
 ) -> None:
-    history = await adapted(house)
-    house.surrogate.answers = ["one two three four"]
-    stream = await house.say(history[:], "question 4", stream=True)
+    history = await adapted(services)
+    services.surrogate.answers = ["one two three four"]
+    stream = await services.say(history[:], "question 4", stream=True)
     assert stream.reply.events is not None
     for _ in range(3):
         await anext(stream.reply.events)
     await stream.reply.events.aclose()
-    answer = await house.say(history, query)
+    answer = await services.say(history, query)
     assert answer.headers["X-SOMA-Session"] == "s"
-    assert [turn.complete for turn in house.session().turns] == [True] * 4
+    assert [turn.complete for turn in services.session().turns] == [True] * 4
 
 
-async def test_of_many_requests_at_once_equal_ones_are_one_turn_and_others_branch(house: House) -> None:
+async def test_of_many_requests_at_once_equal_ones_are_one_turn_and_others_branch(services: Services) -> None:
     history: History = []
-    await house.say(history, "question 1")
-    house.original.go.clear()
+    await services.say(history, "question 1")
+    services.original.go.clear()
     queries = ["same", "same", "left", "same", "right"]
-    asked = [asyncio.create_task(house.say(history[:], query)) for query in queries]
+    asked = [asyncio.create_task(services.say(history[:], query)) for query in queries]
     await asyncio.sleep(0.01)
-    house.original.go.set()
+    services.original.go.set()
     await asyncio.gather(*asked)
-    await house.settled()
-    sessions = {key for key, event in house.events if event.kind == "turn"}
+    await services.settled()
+    sessions = {key for key, event in services.events if event.kind == "turn"}
     assert len(sessions) == 3
-    assert sorted(len(house.book.session(key).turns) for key in sessions) == [2, 2, 2]
-    assert [entry.holds for entry in house.book._entries.values()] == [0, 0, 0]
+    assert sorted(len(services.registry.session(key).turns) for key in sessions) == [2, 2, 2]
+    assert [entry.holds for entry in services.registry._entries.values()] == [0, 0, 0]
 
 
 async def test_a_disk_that_is_full_when_an_adapter_is_published_costs_the_session_its_adapter_alone(
@@ -162,20 +162,20 @@ async def test_a_disk_that_is_full_when_an_adapter_is_published_costs_the_sessio
         target.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    house = build()
-    await house.book.start()
-    shelf = RecordShelf(AdapterStore(tmp_path / "adapters", owner="ours", copy=full))
-    house.adaptation._shelf = shelf
-    house.trainer.writes = write_adapter
-    house.surrogate.answers = ["different", "same"]
+    services = build()
+    await services.registry.start()
+    adapter_store = RecordShelf(AdapterStore(tmp_path / "adapters", owner="ours", copy=full))
+    services.adaptation._adapter_store = adapter_store
+    services.trainer.writes = write_adapter
+    services.surrogate.answers = ["different", "same"]
     history: History = []
     for number in (1, 2):
-        await house.say(history, f"question {number}")
-    await house.settled()
-    (failed,) = [event.data for _, event in house.events if event.kind == "training_failed"]
+        await services.say(history, f"question {number}")
+    await services.settled()
+    (failed,) = [event.data for _, event in services.events if event.kind == "training_failed"]
     assert failed["error"] == "AdapterError"
     assert "No space left" in failed["message"]
-    assert house.session().phase is Phase.ORIGINAL_ONLY
-    assert (await house.say(history, "question 3")).headers["X-SOMA-Engine"] == "original"
-    assert not Path(house.trainer.requests[0].out_dir).exists()
+    assert services.session().phase is Phase.ORIGINAL_ONLY
+    assert (await services.say(history, "question 3")).headers["X-SOMA-Engine"] == "original"
+    assert not Path(services.trainer.requests[0].out_dir).exists()
     assert [p.name for p in (tmp_path / "adapters").rglob("*") if p.name.startswith(("v0", "adapter"))] == []

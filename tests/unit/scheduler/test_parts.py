@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scheduler_house import House  # type: ignore[import-not-found]
+from support.services import Services
 
+from soma_vllm.adaptation.threaded_encoder import ThreadedEncoder
+from soma_vllm.api.serializers import view
+from soma_vllm.engines.reply_parser import Choice, heard_whole, read_events
 from soma_vllm.errors import ConfigError, NotFound
-from soma_vllm.scheduler.encoding import ThreadedEncoder
 from soma_vllm.scheduler.policies.base import Policies
-from soma_vllm.scheduler.replies import Choice, heard_whole, read_events
-from soma_vllm.scheduler.view import view
 from soma_vllm.types import SessionKey, Usage
 
 
@@ -63,26 +63,26 @@ async def test_the_encoder_is_asked_once_for_each_text() -> None:
     encoder.close()
 
 
-async def test_a_view_of_a_session_holds_no_text(house: House) -> None:
+async def test_a_view_of_a_session_holds_no_text(services: Services) -> None:
     history: list[dict[str, str]] = []
     for number in (1, 2, 3):
-        await house.say(history, f"a pomegranate {number}")
-    await house.settled()
-    (key,) = {key for key, _ in house.events}
-    shown = json.dumps(view(await house.book.entry(key), True))
+        await services.say(history, f"a pomegranate {number}")
+    await services.settled()
+    (key,) = {key for key, _ in services.events}
+    shown = json.dumps(view(await services.registry.entry(key), True))
     assert "pomegranate" not in shown
     assert '"same"' not in shown
 
 
-async def test_an_unknown_session_is_not_found_and_not_remembered(house: House) -> None:
+async def test_an_unknown_session_is_not_found_and_not_remembered(services: Services) -> None:
     key = SessionKey("t", "nobody")
     with pytest.raises(NotFound):
-        await house.book.entry(key)
+        await services.registry.entry(key)
     with pytest.raises(KeyError):
-        house.book.session(key)
+        services.registry.session(key)
 
 
-def test_an_unknown_policy_is_told_with_the_known_ones(house: House) -> None:
-    config = house.config.model_copy(update={"policy": "dice"})
+def test_an_unknown_policy_is_told_with_the_known_ones(services: Services) -> None:
+    config = services.config.model_copy(update={"policy": "dice"})
     with pytest.raises(ConfigError, match=r"found 'dice'; expected one of .*original, routellm, soma"):
         Policies(config)

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import ROOT  # type: ignore[import-not-found]
-from scheduler_house import Build  # type: ignore[import-not-found]
+from support.server import ROOT
+from support.services import Build
 
 DOCUMENT = ROOT / "docs" / "policies.md"
 
@@ -35,10 +35,10 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("installed")
 async def test_a_policy_of_another_package_is_chosen_by_the_configuration(build: Build) -> None:
-    house = build(policy="short")
-    await house.book.start()
-    short = await house.say([], "Hi")
-    long = await house.say([], "Please explain at length " + "why " * 50, "t")
+    services = build(policy="short")
+    await services.registry.start()
+    short = await services.say([], "Hi")
+    long = await services.say([], "Please explain at length " + "why " * 50, "t")
     assert short.headers["X-SOMA-Engine"] == "surrogate"
     assert long.headers["X-SOMA-Engine"] == "original"
     assert short.headers["X-SOMA-Reason"] == "2 characters"
@@ -46,19 +46,19 @@ async def test_a_policy_of_another_package_is_chosen_by_the_configuration(build:
 
 @pytest.mark.usefixtures("installed")
 async def test_a_policy_of_another_package_is_chosen_by_a_request(build: Build) -> None:
-    house = build()
-    await house.book.start()
-    answer = await house.say([], "Hi", model="soma:short")
+    services = build()
+    await services.registry.start()
+    answer = await services.say([], "Hi", model="soma:short")
     assert answer.headers["X-SOMA-Engine"] == "surrogate"
 
 
 @pytest.mark.usefixtures("installed")
 async def test_a_policy_may_prepare_its_decision(build: Build) -> None:
-    house = build()
-    await house.book.start()
-    answer = await house.say([], "one two three", model="soma:counted")
+    services = build()
+    await services.registry.start()
+    answer = await services.say([], "one two three", model="soma:counted")
     assert answer.headers["X-SOMA-Reason"] == "3 words"
-    await house.policies.close()
+    await services.policies.close()
 
 
 def test_the_document_shows_the_entry_points_that_the_tests_install() -> None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from load_agreement import rows  # type: ignore[import-not-found]
-from study.load_tools import LoadFailed, Seen, command, seen  # type: ignore[import-not-found]
+from load_agreement import rows
+from study.load_tools import LoadFailed, Seen, command, seen
 
 OURS = Seen(0.5, 0.1, 2.0, 100.0, 16.0)
 
@@ -22,7 +22,7 @@ def guidellm(folder: Path, answered: int) -> None:
         "output_token_count": 16.0,
     }
     metrics = {name: {"successful": {"median": value}} for name, value in values.items()}
-    metrics["request_totals"] = {"successful": answered, "errored": 0}  # type: ignore[dict-item]
+    metrics["request_totals"] = {"successful": answered, "errored": 0}
     (folder / "guidellm.json").write_text(json.dumps({"benchmarks": [{"metrics": metrics}]}))
 
 
@@ -41,7 +41,7 @@ def aiperf(folder: Path, answered: int) -> None:
 
 @pytest.mark.parametrize(("tool", "write"), [("guidellm", guidellm), ("aiperf", aiperf)])
 def test_each_tools_units_are_brought_to_seconds(tool: str, write: object, tmp_path: Path) -> None:
-    write(tmp_path, 8)  # type: ignore[operator]
+    write(tmp_path, 8)
     assert seen(tool, tmp_path, 8) == OURS
     with pytest.raises(LoadFailed, match="found 8 answers and 0 errors; expected 9 and none"):
         seen(tool, tmp_path, 9)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study.client import Answered, Played  # type: ignore[import-not-found]
-from study.cost import Counting, bill, break_even, divided, load_prices  # type: ignore[import-not-found]
-from study.meter import Reading, parsed  # type: ignore[import-not-found]
-from study.plan import Visit  # type: ignore[import-not-found]
+from study.client import Answered, Played
+from study.cost import Counting, bill, break_even, divided, load_prices
+from study.meter import Reading, parsed
+from study.plan import Visit
 
 import soma_vllm
 from soma_vllm.config import Prices

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from study.plan import Block, Load, order, plan, synthetic  # type: ignore[import-not-found]
+from study.plan import Block, Load, order, plan, synthetic
 
 ARMS = ("original", "surrogate", "soma")
 DIALOGUES = {f"d{n}": tuple(f"turn {t}" for t in range(6)) for n in range(4)}

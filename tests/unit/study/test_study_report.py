@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from study.client import Answered, Played  # type: ignore[import-not-found]
-from study.cost import Counting  # type: ignore[import-not-found]
-from study.fidelity import compare, summary  # type: ignore[import-not-found]
-from study.meter import Reading  # type: ignore[import-not-found]
-from study.plan import Block, Visit  # type: ignore[import-not-found]
-from study.report import (  # type: ignore[import-not-found]
+from study.client import Answered, Played
+from study.cost import Counting
+from study.fidelity import compare, summary
+from study.meter import Reading
+from study.plan import Block, Visit
+from study.report import (
     IncompleteRun,
     Measured,
     check,
@@ -23,7 +23,7 @@ from study.report import (  # type: ignore[import-not-found]
     rankings,
     switched_latency,
 )
-from study.table import BEGIN, END, markdown, rewrite  # type: ignore[import-not-found]
+from study.table import BEGIN, END, markdown, rewrite
 
 import soma_vllm
 

@@ -6,17 +6,17 @@ import asyncio
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from soma_vllm.scheduler.holds import AdapterHolds
-from soma_vllm.telemetry.adapters import AdapterMetrics
+from soma_vllm.adapters.leases import AdapterLeases
+from soma_vllm.telemetry.adapter_metrics import AdapterMetrics
 
 
 async def test_holds_and_waits_are_shown_without_any_adapters_name() -> None:
     registry = CollectorRegistry()
     metrics = AdapterMetrics(registry)
-    holds = AdapterHolds(1, 10, 5.0, metrics)
-    metrics.watch(resident=lambda: 7, holds=holds.count, distinct=holds.distinct, waiting=holds.waiting)
-    held = [await holds.hold("secret-1"), await holds.hold("secret-1")]
-    waiting = asyncio.create_task(holds.hold("secret-2"))
+    leases = AdapterLeases(1, 10, 5.0, metrics)
+    metrics.watch(resident=lambda: 7, leases=leases.count, distinct=leases.distinct, waiting=leases.waiting)
+    held = [await leases.hold("secret-1"), await leases.hold("secret-1")]
+    waiting = asyncio.create_task(leases.hold("secret-2"))
     await asyncio.sleep(0)
     shown = {
         name: registry.get_sample_value(name)
@@ -29,8 +29,8 @@ async def test_holds_and_waits_are_shown_without_any_adapters_name() -> None:
     }
     assert list(shown.values()) == [7, 2, 1, 1]
     for ticket in held:
-        await holds.release(ticket)
-    await holds.release(await waiting)
+        await leases.release(ticket)
+    await leases.release(await waiting)
     assert registry.get_sample_value("soma_slot_wait_seconds_count", {"outcome": "granted"}) == 1
     assert registry.get_sample_value("soma_slot_queue_length") == 0
     assert b"secret" not in generate_latest(registry)

@@ -1,0 +1,1 @@
+"""What is done for a session in the background: judged, trained, switched, audited."""

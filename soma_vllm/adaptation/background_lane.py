@@ -1,0 +1,174 @@
+"""When nobody waits for an engine: what runs in the background may use it then, one piece of work at a time.
+
+Guarantees:
+
+* A user's request is never held back: it is counted and goes out; work that is under way is cancelled at that
+  moment, which closes its connection and thereby stops its generation.
+* Work that gave way is tried again in the next quiet time, until its wait is over. From the first moment to the
+  last no piece of work lives longer than twice the wait: once for its turn, once having it. The wait is the one
+  configured, or as long as users' requests take here where that is longer: slowness is no reason to drop work.
+* A user's request lasts from the call to the last token of its answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from statistics import median
+from typing import Any, Self, TypeVar
+
+from soma_vllm.engines.engine import ChatCall, Engine, Events, Reply
+
+T = TypeVar("T")
+
+REQUESTS = 12
+"""A wait is at least as long as this many of the latest requests took, one after the other."""
+
+
+class JobDropped(Exception):
+    """A piece of background work came to nothing; the message says why."""
+
+
+class BackgroundLane:
+    """Users at one engine, and the one piece of background work there. Single event loop, no locks needed."""
+
+    def __init__(self, yields: bool, wait_s: float) -> None:
+        """`yields`: work runs only while no user is there. Without it, work only waits for other work."""
+        self._yields = yields
+        self._least_s = wait_s
+        self._took: deque[float] = deque(maxlen=REQUESTS)
+        self._users = 0
+        self._working: asyncio.Task[Any] | None = None
+        self._free = asyncio.Event()
+        self._free.set()
+
+    def watched(self, engine: Engine) -> Engine:
+        """The same engine for users: their requests are counted while they last."""
+        return _Watched(engine, self)
+
+    def came(self) -> None:
+        """A user's request goes to the engine; work there gives way."""
+        self._users += 1
+        self._settle()
+        if self._yields and self._working is not None:
+            self._working.cancel()
+
+    def left(self, after_s: float | None = None) -> None:
+        """A user's request is over, after so many seconds where it was answered."""
+        assert self._users > 0, "nobody is there"
+        self._users -= 1
+        if after_s is not None:
+            self._took.append(after_s)
+        self._settle()
+
+    @property
+    def wait_s(self) -> float:
+        """Longest wait for a turn, and longest turn, of what is begun now."""
+        # By the median: one client that reads slowly is no slow engine.
+        return max(self._least_s, len(self._took) * median(self._took) if self._took else 0.0)
+
+    async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """What `work` returns or raises, run in a quiet time; it may be begun several times.
+
+        Raises:
+            Dropped: there was none within the wait, or the work took longer than that.
+        """
+        wait_s = self.wait_s
+        deadline = asyncio.get_running_loop().time() + wait_s
+        while True:
+            await self._turn(deadline, wait_s)
+            task: asyncio.Task[T] = asyncio.create_task(work(), name="soma-quiet-work")
+            self._working = task
+            self._settle()
+            try:
+                done, _ = await asyncio.wait([task], timeout=wait_s)
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                self._working = None
+                self._settle()
+            if not done:
+                raise JobDropped(f"not over after {wait_s:.3g} s")
+            if not task.cancelled():
+                return task.result()
+
+    async def _turn(self, deadline: float, wait_s: float) -> None:
+        """Return at a moment when work may begin; the caller begins before it awaits anything."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                while not self._free.is_set():
+                    await self._free.wait()
+        except TimeoutError:
+            raise JobDropped(f"no quiet time within {wait_s:.3g} s") from None
+        if asyncio.get_running_loop().time() > deadline:
+            raise JobDropped(f"gave way until {wait_s:.3g} s were over")
+
+    def _settle(self) -> None:
+        if self._working is None and not (self._yields and self._users):
+            self._free.set()
+        else:
+            self._free.clear()
+
+
+class _Watched:
+    """`Engine` that says when a user comes and leaves."""
+
+    def __init__(self, engine: Engine, lane: BackgroundLane) -> None:
+        self.name = engine.name
+        self._engine = engine
+        self._lane = lane
+
+    async def chat(self, call: ChatCall) -> Reply:
+        """Answer one chat completion; see `Engine.chat`."""
+        self._lane.came()
+        began = time.monotonic()
+        try:
+            reply = await self._engine.chat(call)
+        except BaseException:
+            self._lane.left()
+            raise
+        if reply.events is None:
+            self._lane.left(time.monotonic() - began)
+            return reply
+        return replace(reply, events=_Leaving(reply.events, self._lane, began))
+
+
+class _Leaving:
+    """The same events; the user has left when they are over, however that comes.
+
+    A class and not an async generator, because closing a generator that nobody began to read runs none of it.
+    """
+
+    def __init__(self, events: Events, lane: BackgroundLane, began: float) -> None:
+        self._events = events
+        self._lane = lane
+        self._began = began
+        self._over = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> str:
+        try:
+            return await anext(self._events)
+        except StopAsyncIteration:
+            self._leave(time.monotonic() - self._began)
+            raise
+        except BaseException:
+            self._leave()
+            raise
+
+    async def aclose(self) -> None:
+        """Stop the generation; harmless when it is over."""
+        try:
+            await self._events.aclose()
+        finally:
+            self._leave()
+
+    def _leave(self, after_s: float | None = None) -> None:
+        if not self._over:
+            self._over = True
+            self._lane.left(after_s)

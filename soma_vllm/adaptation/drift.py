@@ -1,0 +1,177 @@
+"""Watching a switched session for drift: sampled audits, and the turns that left the locality.
+
+* A sampled turn of the surrogate is shown to the original, in the background, in one of two ways: it answers
+  too (a gap), or it only reads the surrogate's answer in one prefill (a surprise, nats per token).
+* A turn that went to the original because it left the locality is asked of the surrogate too: the original's
+  answer is there already, so this evidence costs no time of the original.
+
+Enough breaches in a row, of either kind, roll the session back. Nothing here delays a reply: the original is
+asked within a budget, in its quiet times, one audit at a time. An audit that comes to nothing is one event,
+`audit_dropped`, with its reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from soma_vllm.adaptation.background_lane import BackgroundLane, JobDropped
+from soma_vllm.adaptation.shadow_answers import (
+    adapted_answer,
+    comparable,
+    gaps_between,
+    shadow_answer,
+    shadow_tokens,
+)
+from soma_vllm.adaptation.threaded_encoder import Encoder
+from soma_vllm.adaptation.token_bucket import TokenBucket
+from soma_vllm.adapters.leases import AdapterLeases
+from soma_vllm.config import Config
+from soma_vllm.engines.engine import AdapterEngine, ChatCall, ScoringEngine
+from soma_vllm.errors import AdapterError, EngineError
+from soma_vllm.sessions.registry import SessionRegistry
+from soma_vllm.sessions.state.gate import AuditKind
+from soma_vllm.sessions.state.phases import Phase
+from soma_vllm.sessions.state.session import Session, Turn
+from soma_vllm.types import AdapterRef, Event, Message, Role, SessionKey
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one audit measured."""
+
+    kind: AuditKind
+    value: float
+    top1: float | None = None
+    """Share of the answer's tokens that are the original's own first choice, where it read them."""
+
+
+class DriftWatch:
+    """Audits turns and rolls sessions back."""
+
+    def __init__(
+        self,
+        config: Config,
+        registry: SessionRegistry,
+        original: ScoringEngine,
+        surrogate: AdapterEngine,
+        encoder: Encoder,
+        leases: AdapterLeases,
+        retire: Callable[[SessionKey, AdapterRef], Awaitable[None]],
+        lane: BackgroundLane,
+    ) -> None:
+        """`quiet` are the original's times without users."""
+        self._config = config
+        self._registry = registry
+        self._original = original
+        self._surrogate = surrogate
+        self._encoder = encoder
+        self._leases = leases
+        self._retire = retire
+        self._lane = lane
+        self._sample = random.Random(config.training.seed)
+        self._budget = TokenBucket(config.gate.audits_per_minute)
+
+    def wants(self, turn: Turn) -> bool:
+        """Whether this turn is to be audited: every locality miss, a share of the surrogate's turns."""
+        if turn.phase is not Phase.SWITCHED or not turn.complete or not turn.answer:
+            return False
+        if turn.engine is Role.ORIGINAL:
+            return turn.reason.startswith("locality")
+        return self._sample.random() < self._config.gate.audit_rate
+
+    async def audit(
+        self, key: SessionKey, turn: Turn, asked: tuple[Message, ...], shown: tuple[Message, ...]
+    ) -> None:
+        """Measure one turn and act on it. `asked` is the client's history, `shown` the surrogate's."""
+        session = self._registry.session(key)
+        try:
+            if turn.engine is Role.SURROGATE:
+                self._require_budget()
+                finding = await self._lane.run(lambda: self._ask_original(key, turn, asked, session))
+            else:
+                finding = await self._ask_surrogate(key, turn, shown, session.adapter)
+            self._require_same(key, session)
+        except (EngineError, AdapterError, JobDropped) as error:
+            logger.info("an audit was dropped: %s", error)
+            self._note(key, "audit_dropped", turn=turn.number, reason=str(error))
+            return
+        await self._observe(key, turn, finding)
+
+    async def _ask_surrogate(
+        self, key: SessionKey, turn: Turn, shown: tuple[Message, ...], adapter: AdapterRef | None
+    ) -> Finding:
+        """The gap of what the surrogate would have answered in place of the original."""
+        limit = self._limit(turn)
+        shadow = await adapted_answer(self._surrogate, self._leases, key.tenant, shown, limit, adapter)
+        return await self._gap(turn, shadow)
+
+    async def _ask_original(
+        self, key: SessionKey, turn: Turn, asked: tuple[Message, ...], before: Session
+    ) -> Finding:
+        """What the original makes of the surrogate's turn; it may be cancelled at any moment."""
+        self._require_same(key, before)  # it may have waited long
+        if self._config.gate.audit == "generate":
+            limit = self._limit(turn)
+            return await self._gap(turn, await shadow_answer(self._original, key.tenant, asked, limit))
+        call = ChatCall({"messages": list(asked)}, None, key.tenant, background=True)
+        agreement = await self._original.score(call, turn.answer)
+        return Finding("surprise", agreement.nll, agreement.top1)
+
+    async def _gap(self, turn: Turn, shadow: str) -> Finding:
+        answer = comparable(turn.answer, turn.length, self._limit(turn))
+        (value,) = await gaps_between(self._encoder, [answer], [shadow])
+        return Finding("gap", value)
+
+    def _limit(self, turn: Turn) -> int:
+        return shadow_tokens(self._config.max_new_tokens, turn.length)
+
+    def _require_budget(self) -> None:
+        if not self._budget.take():
+            raise JobDropped(f"more than {self._config.gate.audits_per_minute:g} audits a minute")
+
+    def _require_same(self, key: SessionKey, before: Session) -> None:
+        """Keep an audit out of a drift window that it was not taken for.
+
+        Raises:
+            Dropped: the session was rolled back, restarted or closed meanwhile, whatever it is now.
+        """
+        session = self._registry.session(key)
+        if session.phase is not Phase.SWITCHED or session.switches != before.switches:
+            raise JobDropped(f"the session left the switch that was audited and is {session.phase}")
+
+    async def _observe(self, key: SessionKey, turn: Turn, finding: Finding) -> None:
+        """Put a finding into the drift window, and roll back where that demands it."""
+        session = self._note(
+            key,
+            "audited",
+            turn=turn.number,
+            kind=finding.kind,
+            gap=round(finding.value, 4) if finding.kind == "gap" else None,
+            surprise=round(finding.value, 4) if finding.kind == "surprise" else None,
+            top1=None if finding.top1 is None else round(finding.top1, 4),
+            served_by=turn.engine,
+        )
+        if not session.drift.demands_rollback(self._config.gate):
+            return
+        adapter = session.adapter
+        self._note(
+            key,
+            "rolled_back",
+            moving=round(session.drift.moving(), 4),
+            window=[asdict(audit) for audit in session.drift.window],
+            breaches=session.drift.breaches,
+            drift_threshold=self._config.gate.drift_threshold,
+            surprise_threshold=self._config.gate.surprise_threshold,
+        )
+        if adapter is not None:
+            await self._retire(key, adapter)
+
+    def _note(self, key: SessionKey, event: str, **data: Any) -> Session:
+        return self._registry.record(key, Event(event, time.time(), data))

@@ -1,0 +1,1 @@
+"""Where adapters are published: a directory tree or an object store, behind one protocol."""

@@ -1,0 +1,316 @@
+"""The adapter store on a file system: publish, never edit. Its format is described in adapters_store/README.md.
+
+Guarantees:
+
+* What is listed is whole: files are verified, copied aside, flushed to the disk, and appear by one rename.
+* A failed publication leaves nothing of the adapter; what a killed one leaves is never listed and collected.
+* A number or a name is never given out twice: across restarts, crashes and processes that share the root.
+* A client's session id never becomes a path.
+* `get` and `resolve` open the files of one adapter, however many there are.
+
+The directory tree is the truth; what is kept in memory only makes `list` quick. Methods block on the disk and
+may be called from any thread. An object store, which has no rename, is `remote.py`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from soma_vllm.adapters.store.atomic_files import Changes, Counter, is_locked, locked, locked_with_others, sync
+from soma_vllm.adapters.store.listing import Listing, read_at
+from soma_vllm.adapters.store.manifest import (
+    MANIFEST,
+    PublishedAdapter,
+    document,
+    plain_json,
+    read,
+    spelt,
+    whole,
+)
+from soma_vllm.adapters.store.naming import Place, checked, digest_of_session, home_of, place_of, version_of
+from soma_vllm.adapters.store.staging import Copy, Staging, fill
+from soma_vllm.adapters.store.verify import NOTHING, AdapterFacts, Demands, digest_of, verify_files
+from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
+from soma_vllm.types import AdapterRef, SessionKey
+
+
+class AdapterStore:
+    """Adapters under one root. Several processes may share a root.
+
+    `demands` are made of every adapter. `owner` is written into each, and says which server's record speaks of
+    it. `copy` brings one file from the trainer's directory into the store's.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        demands: Demands = NOTHING,
+        owner: str = "",
+        copy: Copy = shutil.copyfile,
+    ) -> None:
+        self._root = Path(root).resolve()
+        self.owner = owner
+        self._lock = self._root / ".lock"
+        self._pins = self._root / ".pins"
+        self._serving = self._root / ".serving"
+        self._staging = Staging(self._root, self._lock)
+        self._numbers = Counter(self._root / ".number")
+        self._changes = Changes(self._root / ".changes")
+        self._listing = Listing(self._root, self._changes)
+        self._demands = demands
+        self._copy = copy
+
+    # -- publishing -------------------------------------------------------------------------------------
+
+    def publish(
+        self, key: SessionKey, trained: Path, *, base_model: str, manifest: Mapping[str, Any]
+    ) -> PublishedAdapter:
+        """Verify a trainer's directory and publish a copy of it as the session's next version.
+
+        `base_model` is recorded, and so is `manifest`: hardness, losses, parents, ... (JSON-compatible).
+
+        Raises:
+            AdapterRejected: the files are not fit to be loaded.
+            AdapterError: the store cannot be written (a full disk, for one); nothing was published.
+        """
+        training = plain_json(manifest)
+        with disk_errors(f"adapter not published to {self._root}"):
+            facts = verify_files(trained, self._demands)
+            with self._staged(key) as (staged, place):
+                content = spelt(document(key, place, facts, base_model, self.owner, training))
+                fill(staged, trained, facts, content, self._copy)
+                final = self._reveal(staged, place)
+        return read(content, str(final))
+
+    @contextmanager
+    def _staged(self, key: SessionKey) -> Iterator[tuple[Path, Place]]:
+        """An empty directory that nobody lists, with the place allocated to it."""
+        home = self._root / home_of(key)
+        with ExitStack() as held:
+            with self._staging.ordered():
+                # A lost counter starts again above what is still published.
+                published = () if self._numbers.started else self.list()
+                number = self._numbers.next(above=max((one.ref.number for one in published), default=0))
+                home.mkdir(parents=True, exist_ok=True)
+                version = Counter(home / ".version").next(above=_last_version(home))
+                staged = self._staging.locked(str(number), held)
+            yield staged, Place(key.tenant, digest_of_session(key), version, number)
+
+    def _reveal(self, staged: Path, place: Place) -> Path:
+        """List a filled directory, by renaming it into place."""
+        final = self._root / place.path
+        with locked(self._lock), self._changes.under_way():
+            final.parent.mkdir(parents=True, exist_ok=True)
+            staged.rename(final)
+            with ExitStack() as undo:
+                undo.callback(shutil.rmtree, final, ignore_errors=True)
+                for folder in (final.parent, final.parent.parent, self._root):
+                    sync(folder)
+                undo.pop_all()
+        return final
+
+    # -- finding ----------------------------------------------------------------------------------------
+
+    def list(self, tenant: str | None = None) -> tuple[PublishedAdapter, ...]:
+        """What is published, of one tenant or of all, oldest first."""
+        return self._listing.of(None if tenant is None else checked(tenant))
+
+    def get(self, name: str) -> PublishedAdapter:
+        """The adapter of that name, its files in place at their full lengths.
+
+        Raises:
+            NotFound: no such adapter is published.
+            AdapterRejected: files are missing or cut off.
+        """
+        adapter = self._find(name)
+        reject_damage(name, Path(adapter.ref.path), adapter, digests=False)
+        return adapter
+
+    def resolve(self, name: str) -> AdapterRef:
+        """The adapter as an engine needs it, byte by byte what was published. Reads the files once.
+
+        Raises:
+            NotFound: no such adapter is published.
+            AdapterRejected: its files are damaged.
+        """
+        adapter = self._find(name)
+        reject_damage(name, Path(adapter.ref.path), adapter)
+        return adapter.ref
+
+    def latest(self, key: SessionKey) -> PublishedAdapter | None:
+        """The session's newest version, if it has any."""
+        mine = self._of(key)
+        return mine[-1] if mine else None
+
+    def manifest(self, name: str) -> Mapping[str, Any]:
+        """soma.json of an adapter.
+
+        Raises:
+            NotFound: no such adapter is published.
+        """
+        with disk_errors(f"adapter {name} cannot be read"):
+            return whole((Path(self._find(name).ref.path) / MANIFEST).read_bytes())
+
+    def verify(self, name: str) -> PublishedAdapter:
+        """Check a published adapter's files once more, and that they are the ones published.
+
+        Raises:
+            NotFound: no such adapter is published.
+            AdapterRejected: the files are damaged or were edited.
+        """
+        adapter = self._find(name)
+        with disk_errors(f"adapter {name} cannot be read"):
+            verify_again(name, Path(adapter.ref.path), adapter, self._demands)
+        return adapter
+
+    def _find(self, name: str) -> PublishedAdapter:
+        """Raises NotFound."""
+        adapter = read_at(str(self._root / place_of(name).path))
+        if adapter is None or adapter.ref.name != name:
+            raise NotFound(f"adapter {name}: not published under {self._root}")
+        return adapter
+
+    def _of(self, key: SessionKey) -> tuple[PublishedAdapter, ...]:
+        versions = sorted(self._home(key).glob("v*"))
+        found = [read_at(str(path)) for path in versions]
+        mine = (adapter for adapter in found if adapter is not None and adapter.key == key)
+        return tuple(sorted(mine, key=lambda one: one.version))
+
+    def _home(self, key: SessionKey) -> Path:
+        return self._root / home_of(key)
+
+    # -- ending -----------------------------------------------------------------------------------------
+
+    def retire(self, name: str) -> None:
+        """Take an adapter out of the listing, then delete its files. Its name and number stay spent.
+
+        The caller's duty: no request holds the adapter, and the engine has dropped it. An engine that has
+        to read a retired adapter's files dies, with everyone's requests.
+
+        Raises:
+            NotFound: no such adapter is published.
+            AdapterError: the store cannot be written; the adapter is still published.
+        """
+        place = place_of(name)
+        with disk_errors(f"adapter {name} not retired"), ExitStack() as held:
+            with locked(self._lock):
+                path = self._root / place.path
+                found = read_at(str(path))
+                # Without a manifest that can be read it goes all the same: somebody damaged it.
+                if not path.is_dir() or (found is not None and found.ref.name != name):
+                    raise NotFound(f"adapter {name}: not published under {self._root}")
+                # Not locked: should this process be killed, the next one may sweep it up at once.
+                with self._changes.under_way():
+                    gone = self._staging.take(path, f"retired-{place.number}")
+            held.callback(self._unpinned, name)
+        shutil.rmtree(gone, ignore_errors=True)  # what stays behind is garbage, collected later
+
+    def forget(self, key: SessionKey) -> None:
+        """Remove the folder of a session that is gone, where no version is left in it.
+
+        Raises:
+            AdapterError: the store cannot be written.
+        """
+        home = self._home(key)
+        if not home.is_dir():
+            return
+        with disk_errors("a session's folder not removed"), locked(self._lock):
+            if not any(home.glob("v*")):
+                shutil.rmtree(home)
+
+    def collect_garbage(self) -> int:
+        """Delete what killed publications and retirements left; how many of them. `publish` does so too.
+
+        Raises:
+            AdapterError: the store cannot be written.
+        """
+        with disk_errors(f"garbage of {self._root} not collected"):
+            swept = self._staging.sweep()
+            for name in self.pins():
+                with suppress(AdapterError):
+                    try:
+                        self._find(name)
+                    except NotFound:
+                        self._unpinned(name)
+            return swept
+
+    # -- pins -------------------------------------------------------------------------------------------
+
+    def pins(self) -> frozenset[str]:
+        """Names of the adapters that are never evicted."""
+        return frozenset(path.name for path in self._pins.glob("*"))
+
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Have an adapter never evicted, or let it go again.
+
+        Raises:
+            NotFound: no such adapter is published.
+            AdapterError: the store cannot be written.
+        """
+        self._find(name)
+        with disk_errors(f"adapter {name} not pinned"):
+            if not pinned:
+                self._unpinned(name)
+                return
+            self._pins.mkdir(exist_ok=True)
+            (self._pins / name).touch()
+            sync(self._pins)
+
+    def _unpinned(self, name: str) -> None:
+        (self._pins / name).unlink(missing_ok=True)
+
+    # -- who uses the root ------------------------------------------------------------------------------
+
+    def in_service(self) -> AbstractContextManager[None]:
+        """Held by a server while it serves from this root."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        return locked_with_others(self._serving)
+
+    def serves(self) -> bool:
+        """Whether a living server serves from this root."""
+        return self._serving.exists() and is_locked(self._serving)
+
+
+def reject_damage(name: str, directory: Path, adapter: PublishedAdapter, digests: bool = True) -> None:
+    """Raise AdapterRejected where files are missing, or are not those that were published."""
+    problems = []
+    for file, facts in adapter.files().items():
+        path = directory / file
+        try:
+            size = path.stat().st_size
+            if size != facts.size:
+                problems.append(f"{file}: found {size} bytes; expected {facts.size}")
+            elif digests and (found := digest_of(path)) != facts.sha256:
+                problems.append(f"{file}: expected SHA-256 {facts.sha256}, found {found}")
+        except OSError as error:
+            problems.append(f"{file} cannot be read: {error.strerror or error}")
+    if problems:
+        raise AdapterRejected(name, problems)
+
+
+def verify_again(name: str, directory: Path, adapter: PublishedAdapter, demands: Demands) -> AdapterFacts:
+    """Check files as a publication does, and that they are those published. Raises AdapterRejected."""
+    try:
+        facts = verify_files(directory, demands)
+    except AdapterRejected as error:
+        raise AdapterRejected(name, error.problems) from error
+    reject_damage(name, directory, adapter)
+    return facts
+
+
+def _last_version(home: Path) -> int:
+    return max((version_of(path.name) or 0 for path in home.glob("v*")), default=0)
+
+
+@contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Tell of a disk's refusal (full, read-only, not permitted) as an AdapterError."""
+    try:
+        yield
+    except OSError as error:
+        raise AdapterError(f"{what}: {error.strerror or error}") from error

@@ -1,0 +1,155 @@
+"""`soma.json`, what a store knows of an adapter, and the noun that is read from it.
+
+Guarantees: a manifest is written once, with the adapter; one that is cut off, or of another format, is none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from soma_vllm.adapters.store.naming import Place
+from soma_vllm.adapters.store.verify import CONFIG, WEIGHTS, AdapterFacts
+from soma_vllm.errors import AdapterError
+from soma_vllm.types import AdapterRef, SessionKey
+
+FORMAT = 2
+MANIFEST = "soma.json"
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """One file as it was published."""
+
+    sha256: str
+    """Hexadecimal."""
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class PublishedAdapter:
+    """One version of one session's adapter. Light: thousands stay in memory."""
+
+    ref: AdapterRef
+    key: SessionKey
+    version: int
+    """Grows with every publication of the session, from 1."""
+    created: float
+    """Unix time, seconds."""
+    base_model: str
+    rank: int
+    owner: str
+    """Which server's record speaks of it: digest of that record's URL, "" where none was given."""
+    weights: FileFacts
+    config: FileFacts
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes up, but for its manifest."""
+        return self.weights.size + self.config.size
+
+    def files(self) -> Mapping[str, FileFacts]:
+        """What has to be there for an engine, by file name."""
+        return {CONFIG: self.config, WEIGHTS: self.weights}
+
+    def view(self) -> dict[str, Any]:
+        """As JSON, for people. Where it lies is the server's business."""
+        return {
+            "name": self.ref.name,
+            "number": self.ref.number,
+            "tenant": self.key.tenant,
+            "session": self.key.session,
+            "version": self.version,
+            "base_model": self.base_model,
+            "rank": self.rank,
+            "bytes": self.size_bytes,
+            "created": self.created,
+        }
+
+
+def plain_json(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training reports, as JSON has it.
+
+    Raises:
+        AdapterError: JSON cannot hold it.
+    """
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(dict(manifest), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"manifest cannot be written as JSON: {error}") from error
+    return found
+
+
+def document(
+    key: SessionKey,
+    place: Place,
+    facts: AdapterFacts,
+    base_model: str,
+    owner: str,
+    training: Mapping[str, Any],
+) -> dict[str, Any]:
+    """soma.json."""
+    return {
+        "format": FORMAT,
+        "name": place.name,
+        "number": place.number,
+        "version": place.version,
+        "tenant": key.tenant,
+        "session": key.session,
+        "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "owner": owner,
+        "base_model": base_model,
+        "rank": facts.rank,
+        "alpha": facts.alpha,
+        "modules": list(facts.modules),
+        "weights": {"sha256": facts.digest, "bytes": facts.size_bytes},
+        "config": {"sha256": facts.config_digest, "bytes": facts.config_bytes},
+        "training": training,
+    }
+
+
+def spelt(content: Mapping[str, Any]) -> bytes:
+    """The file's bytes."""
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def whole(content: bytes) -> Mapping[str, Any]:
+    """All that a manifest says.
+
+    Raises:
+        AdapterError: it is not JSON.
+    """
+    try:
+        found: Mapping[str, Any] = json.loads(content)
+    except ValueError as error:
+        raise AdapterError(f"{MANIFEST} is not JSON: {error}") from error
+    return found
+
+
+def read(content: bytes | str, path: str) -> PublishedAdapter:
+    """The adapter whose manifest this is, and whose files lie, or belong, at `path`.
+
+    Raises:
+        ValueError: it is no whole manifest of this format.
+    """
+    try:
+        found = json.loads(content)
+        if found["format"] != FORMAT:
+            raise ValueError(f"found format {found['format']!r}; expected {FORMAT}")
+        return PublishedAdapter(
+            ref=AdapterRef(found["name"], found["number"], path),
+            key=SessionKey(found["tenant"], found["session"]),
+            version=found["version"],
+            created=datetime.fromisoformat(found["created"]).timestamp(),
+            base_model=found["base_model"],
+            rank=found["rank"],
+            owner=found["owner"],
+            weights=FileFacts(found["weights"]["sha256"], found["weights"]["bytes"]),
+            config=FileFacts(found["config"]["sha256"], found["config"]["bytes"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a manifest of format {FORMAT}") from error

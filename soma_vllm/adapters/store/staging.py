@@ -1,0 +1,96 @@
+"""A directory beside the truth, where adapters are made and unmade: what lies there is listed nowhere.
+
+Guarantees: a staged directory is locked while somebody works in it, so that what a dead process left is told
+from what a living one makes; what a failure leaves is deleted at once, what a kill leaves by the next `sweep`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from soma_vllm.adapters.store.atomic_files import is_locked, locked, sync
+from soma_vllm.adapters.store.manifest import MANIFEST
+from soma_vllm.adapters.store.verify import CONFIG, WEIGHTS, AdapterFacts, digest_of
+from soma_vllm.errors import AdapterError
+
+Copy = Callable[[Path, Path], object]
+"""Brings one file from the first place to the second."""
+
+
+class Staging:
+    """Staged directories under a root. `lock` orders those who make and sweep them."""
+
+    def __init__(self, root: Path, lock: Path) -> None:
+        self._root = root
+        self._folder = root / ".staging"
+        self._lock = lock
+
+    @contextmanager
+    def made(self, name: str) -> Iterator[Path]:
+        """An empty directory of this name; what is left of it at the end is deleted."""
+        with ExitStack() as held:
+            with self.ordered():
+                path = self.locked(name, held)
+            yield path
+
+    @contextmanager
+    def ordered(self) -> Iterator[None]:
+        """Hold the lock, with what dead processes left swept away."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        with locked(self._lock):
+            self._sweep()
+            yield
+
+    def locked(self, name: str, held: ExitStack) -> Path:
+        """An empty directory, locked and deleted with `held`. The caller holds the lock of all."""
+        path = self._folder / name
+        path.mkdir(parents=True)
+        held.enter_context(locked(path))
+        held.callback(shutil.rmtree, path, ignore_errors=True)
+        return path
+
+    def take(self, path: Path, name: str) -> Path:
+        """Move a listed directory here, out of every listing, in one step. The caller holds the lock of all."""
+        self._folder.mkdir(exist_ok=True)
+        gone = path.rename(self._folder / name)
+        sync(path.parent)
+        return gone
+
+    def sweep(self) -> int:
+        """Delete what dead processes left; how many directories."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        with locked(self._lock):
+            return self._sweep()
+
+    def _sweep(self) -> int:
+        dead = [path for path in self._folder.glob("*") if not is_locked(path)]
+        for path in dead:
+            shutil.rmtree(path, ignore_errors=True)
+        return len(dead)
+
+
+def fill(staged: Path, trained: Path, facts: AdapterFacts, manifest: bytes, copy: Copy) -> None:
+    """Write every file of an adapter and wait until all of it is on the disk.
+
+    Raises:
+        AdapterError: what arrived is not what was verified.
+        OSError: the disk refuses.
+    """
+    for name in (CONFIG, WEIGHTS):
+        copy(trained / name, staged / name)
+    expect_digests(staged, {CONFIG: facts.config_digest, WEIGHTS: facts.digest})
+    (staged / MANIFEST).write_bytes(manifest)
+    for path in (*staged.iterdir(), staged):
+        sync(path)
+
+
+def expect_digests(directory: Path, expected: Mapping[str, str]) -> None:
+    """Raise AdapterError where a file is not the one that was verified."""
+    for name, digest in expected.items():
+        found = digest_of(directory / name)
+        if found != digest:
+            kind = "weights" if name == WEIGHTS else name
+            raise AdapterError(f"{kind} changed on the way: expected SHA-256 {digest}, found {found}")

@@ -1,0 +1,216 @@
+"""Who is asking, and how much of what he may ask is left.
+
+Guarantees: with keys in use nobody is a caller without one; a check and the count that follows it are one step,
+so that no number of requests at once passes a limit on requests; a refusal names the wait that is enough; where
+no limit is configured, nothing is kept. One object serves the middleware and, as the scheduler's `Meter`, the
+dispatcher.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from hashlib import sha256
+
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.registry import REGISTRY
+
+from soma_vllm.api.auth.key_cache import KeyCache, Keys
+from soma_vllm.api.auth.sliding_window import UsageWindow
+from soma_vllm.config import Access, Config, Limits
+from soma_vllm.errors import TooManyRequests, Unauthorized
+from soma_vllm.sessions.state.identity import tenant_of
+from soma_vllm.types import Usage
+
+SESSION_RETRY_S = 60.0
+"""Hint to a tenant with too many live sessions: nobody knows when one of them ends."""
+
+
+class Refusal(StrEnum):
+    """Why a request was refused; the label of the metric."""
+
+    KEY = "key"
+    """Status 401: no API key, or none that is known."""
+    ADMIN = "admin"
+    """403: a known key on a route for the admin."""
+    MALFORMED = "malformed"
+    """400: an Authorization header that cannot be one."""
+    BODY = "body"
+    """413."""
+    REQUESTS = "requests_per_minute"
+    TOKENS = "tokens_per_minute"
+    SESSIONS = "live_sessions"
+    STORE = "store"
+    """503: the database is away, and the key was not seen before."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whoever sent a request, in its ASGI scope as `state["soma_caller"]`."""
+
+    tenant: str
+    admin: bool
+    limits: Limits
+    """The key's own values over the configured ones."""
+
+
+class Quotas:
+    """Callers by their bearer tokens, and what each tenant has left."""
+
+    def __init__(
+        self,
+        access: Access,
+        limits: Limits,
+        ring: KeyCache | None = None,
+        admin_key: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        registry: CollectorRegistry = REGISTRY,
+    ) -> None:
+        """Without a `ring` any bearer token is a tenant; without an `admin_key` nobody is an admin."""
+        self.access = access
+        self._default = limits
+        self._own: dict[str, Limits] = {}
+        """Limits of the tenants seen so far whose keys have limits of their own."""
+        self._ring = ring
+        # Without an admin key, one that nobody has: the comparison stays the same.
+        self._admin_digest = sha256(_as_set(admin_key or secrets.token_hex())).digest()
+        self._clock = clock
+        self._ledger = UsageWindow()
+        self._refusals = Counter("soma_refusals", "Refused requests by reason.", ["reason"], registry=registry)
+        for reason in Refusal:
+            self._refusals.labels(reason)
+
+    @classmethod
+    def configured(
+        cls,
+        config: Config,
+        keys: Keys,
+        environment: Mapping[str, str] = os.environ,
+        registry: CollectorRegistry = REGISTRY,
+    ) -> Quotas:
+        """As the configuration says; `keys` is asked only where keys are in use."""
+        access = config.access
+        ring = KeyCache(keys, access.cache_s) if access.mode == "keys" else None
+        admin_key = environment.get(access.admin_key_env)
+        return cls(access, config.limits, ring, admin_key, registry=registry)
+
+    @property
+    def needs_keys(self) -> bool:
+        """False where any bearer token is a tenant."""
+        return self._ring is not None
+
+    def is_admin(self, authorization: str | None) -> bool:
+        """Whether this header carries the admin key. Takes the same time whatever it carries."""
+        token = bearer(authorization) or ""
+        return hmac.compare_digest(sha256(_as_sent(token)).digest(), self._admin_digest)
+
+    async def caller(self, authorization: str | None) -> Caller:
+        """Whoever sends this header.
+
+        Raises:
+            Unauthorized: the header is no bearer token, or none that is known where one is needed.
+            StoreUnavailable: nobody can tell now.
+        """
+        token = bearer(authorization)
+        if token is None and (authorization or "").strip().lower() not in ("", "bearer"):
+            # Two clients with other credentials must not meet in the tenant of those without any.
+            raise Unauthorized("Authorization: found another scheme; expected 'Bearer <key>'")
+        tenant = tenant_of(authorization)
+        admin = self.is_admin(authorization)
+        if self._ring is None or admin:
+            return Caller(tenant, admin, self._default)
+        if token is None:
+            raise Unauthorized("Authorization: found none; expected 'Bearer <key>'")
+        key = await self._ring.verify(token)
+        if key is None:
+            raise Unauthorized("Authorization: this API key is unknown or was revoked")
+        limits = self._default.model_copy(update=key.limits.model_dump(exclude_unset=True))
+        self._own[tenant] = limits
+        return Caller(tenant, False, limits)
+
+    def admit(self, caller: Caller) -> None:
+        """Count one request to generate.
+
+        Raises:
+            TooManyRequests: the tenant's requests or tokens of this minute are used up.
+        """
+        most_requests, most_tokens = caller.limits.requests_per_minute, caller.limits.tokens_per_minute
+        if most_requests is None and most_tokens is None:
+            return
+        now = self._clock()
+        spending = self._ledger.of(caller.tenant, now)
+        waits = [
+            (0.0 if most is None else window.wait(now, most), most, reason)
+            for window, most, reason in (
+                (spending.requests, most_requests, Refusal.REQUESTS),
+                (spending.tokens, most_tokens, Refusal.TOKENS),
+            )
+        ]
+        wait, most, reason = max(waits, key=lambda found: found[0])
+        if wait > 0.0:
+            self.refused(reason)
+            raise TooManyRequests(f"{reason}: this key's {most} are used up; ask again in {wait:.1f} s", wait)
+        if most_requests is not None:
+            spending.requests.spend(now, 1)
+
+    def refused(self, reason: Refusal) -> None:
+        """Count a refusal."""
+        self._refusals.labels(reason).inc()
+
+    # -- the dispatcher's Meter -------------------------------------------------------------------------
+
+    def spent(self, tenant: str, usage: Usage) -> None:
+        """Count the tokens of a reply."""
+        tokens = (usage.prompt_tokens or 0) + (usage.completion_tokens or 0)
+        if tokens and self._limits(tenant).tokens_per_minute is not None:
+            now = self._clock()
+            self._ledger.of(tenant, now).tokens.spend(now, tokens)
+
+    def limits_sessions(self, tenant: str) -> bool:
+        """Whether a tenant's sessions need counting."""
+        return self._limits(tenant).live_sessions is not None
+
+    def check_new_session(self, tenant: str, live: int) -> None:
+        """Refuse one session more to a tenant that has its share of live ones.
+
+        Raises:
+            TooManyRequests: it has.
+        """
+        most = self._limits(tenant).live_sessions
+        if most is not None and live >= most:
+            self.refused(Refusal.SESSIONS)
+            raise TooManyRequests(
+                f"live_sessions: found {live}; expected fewer than {most} before a new one", SESSION_RETRY_S
+            )
+
+    def may_adapt(self, tenant: str, adapters: int) -> bool:
+        """Whether a tenant that holds `adapters` may have one more."""
+        most = self._limits(tenant).adapters
+        return most is None or adapters < most
+
+    def _limits(self, tenant: str) -> Limits:
+        return self._own.get(tenant, self._default)
+
+
+def bearer(authorization: str | None) -> str | None:
+    """The bearer token, as `session.identity.tenant_of` reads it; None without one."""
+    scheme, _, token = (authorization or "").partition(" ")
+    return token.strip() or None if scheme.lower() == "bearer" else None
+
+
+def _as_set(key: str) -> bytes:
+    """An environment variable's bytes."""
+    return key.encode("utf-8", "surrogateescape")
+
+
+def _as_sent(token: str) -> bytes:
+    """A token's bytes: servers hand headers over as Latin-1, clients send UTF-8."""
+    try:
+        return token.encode("latin-1")
+    except UnicodeEncodeError:
+        return token.encode("utf-8", "surrogatepass")

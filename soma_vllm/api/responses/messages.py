@@ -1,0 +1,157 @@
+"""Items of OpenAI's Responses API as chat messages.
+
+Guarantees: pure; the same dialogue gives the same messages whether a client sends its history as items or names
+it by an id, so that its session is recognised either way; an item that nobody here can use is refused by its
+place; errors never hold text of the conversation.
+
+Instructions are those of one request: the next one of the dialogue has its own, or none. They are sent as the
+first system message, with their text in a part, while a system message of the input is always a plain string
+and, like all input, stays in the dialogue. By that a transcript on record tells which of its messages were
+instructions: they are dropped, and the request's own put in their place. While they stay the same the
+transcript stays the same, and so does the session; other instructions are another prompt from the first word
+on, and begin a branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from soma_vllm.api.responses.request import shown
+from soma_vllm.errors import BadRequest
+from soma_vllm.sessions.state.transcript import text_of
+from soma_vllm.types import Message
+
+
+def messages_of(given: str | Sequence[Mapping[str, Any]]) -> list[Message]:
+    """The `input` of a request as chat messages; at least one.
+
+    What a model answered in several items is one message, as it is on record. Its thoughts are left out, as
+    chat clients leave them out.
+
+    Raises:
+        BadRequest: an item is wrong, or of a kind that is not served; names it.
+    """
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    messages: list[dict[str, Any]] = []
+    for index, item in enumerate(given):
+        where = f"input[{index}]"
+        kind = item.get("type") or ("message" if "role" in item else None)
+        add = _ITEMS.get(kind) if isinstance(kind, str) else None
+        if add is None:
+            raise BadRequest(
+                f"{where}.type: found {shown(kind)}; expected one of {', '.join(_ITEMS)}", f"{where}.type"
+            )
+        add(item, where, messages)
+    if not messages:
+        raise BadRequest("input: found nothing to answer; expected at least one message", "input")
+    return list(messages)
+
+
+def prompt(instructions: str | None, history: Sequence[Message], added: Sequence[Message]) -> list[Message]:
+    """The messages to send: the request's own instructions, the dialogue so far, what was added."""
+    if history and _is_instructions(history[0], instructions):
+        history = history[1:]
+    return [*([_as_instructions(instructions)] if instructions else []), *history, *added]
+
+
+def _add_message(item: Mapping[str, Any], where: str, messages: list[dict[str, Any]]) -> None:
+    role = item.get("role")
+    if role not in ("user", "assistant", "system", "developer"):
+        raise BadRequest(
+            f"{where}.role: found {shown(role)}; expected one of user, assistant, system, developer",
+            f"{where}.role",
+        )
+    content = _content(item.get("content"), f"{where}.content", images=role == "user")
+    last = messages[-1] if messages else {}
+    if role == "assistant" and last.get("role") == "assistant" and last["content"] is None:
+        last["content"] = content
+        return
+    # Most chat templates know no developer; where one does, the developer is its system.
+    messages.append({"role": "system" if role == "developer" else role, "content": content})
+
+
+def _add_call(item: Mapping[str, Any], where: str, messages: list[dict[str, Any]]) -> None:
+    function = {name: _string(item, name, where) for name in ("name", "arguments")}
+    call = {"id": _string(item, "call_id", where), "type": "function", "function": function}
+    if messages and messages[-1]["role"] == "assistant":
+        messages[-1].setdefault("tool_calls", []).append(call)
+    else:
+        messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+
+
+def _add_result(item: Mapping[str, Any], where: str, messages: list[dict[str, Any]]) -> None:
+    call = _string(item, "call_id", where)
+    content = _content(item.get("output"), f"{where}.output", images=True)
+    messages.append({"role": "tool", "tool_call_id": call, "content": content})
+
+
+def _leave_out(item: Mapping[str, Any], where: str, messages: list[dict[str, Any]]) -> None:
+    return
+
+
+_ITEMS: Mapping[str, Callable[[Mapping[str, Any], str, list[dict[str, Any]]], None]] = {
+    "message": _add_message,
+    "function_call": _add_call,
+    "function_call_output": _add_result,
+    "reasoning": _leave_out,
+}
+
+_TEXTS = {"input_text": "text", "output_text": "text", "refusal": "refusal"}
+"""Kind of a part -> where it has its text."""
+
+
+def _content(content: object, where: str, images: bool) -> str | list[dict[str, Any]]:
+    """Text as one string; parts only where there is more than text."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise BadRequest(f"{where}: found {type(content).__name__}; expected text or a list of parts", where)
+    parts = [_part(part, f"{where}[{index}]", images) for index, part in enumerate(content)]
+    if all(part["type"] == "text" for part in parts):
+        return "\n".join(part["text"] for part in parts)
+    return parts
+
+
+def _part(part: object, where: str, images: bool) -> dict[str, Any]:
+    if not isinstance(part, dict):
+        raise BadRequest(f"{where}: found {type(part).__name__}; expected an object", where)
+    kind = part.get("type")
+    if kind == "input_image" and images:
+        return _image(part, where)
+    if not isinstance(kind, str) or kind not in _TEXTS:
+        served = ", ".join([*_TEXTS, "input_image"] if images else _TEXTS)
+        raise BadRequest(f"{where}.type: found {shown(kind)}; expected one of {served}", f"{where}.type")
+    return {"type": "text", "text": _string(part, _TEXTS[kind], where)}
+
+
+def _image(part: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if part.get("file_id") is not None:
+        raise BadRequest(f"{where}.file_id: no files are kept here; expected image_url", f"{where}.file_id")
+    image = {"url": _string(part, "image_url", where)}
+    detail = part.get("detail") or "auto"
+    if detail not in ("auto", "low", "high"):
+        raise BadRequest(
+            f"{where}.detail: found {shown(detail)}; expected auto, low or high", f"{where}.detail"
+        )
+    # The default is left out, so that a history says the same with it and without.
+    return {"type": "image_url", "image_url": image | ({} if detail == "auto" else {"detail": detail})}
+
+
+def _string(item: Mapping[str, Any], name: str, where: str) -> str:
+    value = item.get(name)
+    if not isinstance(value, str):
+        found = "nothing" if value is None else type(value).__name__
+        raise BadRequest(f"{where}.{name}: found {found}; expected text", f"{where}.{name}")
+    return value
+
+
+def _as_instructions(text: str) -> Message:
+    return {"role": "system", "content": [{"type": "text", "text": text}]}
+
+
+def _is_instructions(message: Message, instructions: str | None) -> bool:
+    """Whether a transcript's first message was instructions, or is a system message that says the same."""
+    text = text_of(message)
+    return message == _as_instructions(text) or (message.get("role") == "system" and text == instructions)

@@ -1,0 +1,63 @@
+"""Which routes of vLLM's own are served beside ours.
+
+Guarantees: what reaches a model is dispatched and counted as ours is, or closed; a route that a later vLLM
+brings is closed too, until it is named here. A closed route answers 404 and not 403: clients take that for an
+API that is not there, as it is, and no other key would open it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
+
+from soma_vllm.api.error_responses import failure
+
+KEPT = frozenset(
+    {
+        "/docs",
+        "/docs/oauth2-redirect",
+        "/redoc",
+        "/openapi.json",
+        "/health",
+        "/ping",
+        "/version",
+        "/load",
+        "/metrics",
+        "/tokenize",
+        "/detokenize",
+    }
+)
+"""Routes of vLLM that stay: none of them generates, or steers what all tenants share."""
+
+
+def narrow(app: FastAPI, ours: Iterable[BaseRoute]) -> list[str]:
+    """Close every route that is neither ours nor kept; returns their paths.
+
+    To be called once the application is complete: vLLM registers some routes after its plugins' own.
+    """
+    own = {id(route) for route in ours}
+    routes: list[BaseRoute] = []
+    closed: list[str] = []
+    for route in app.router.routes:
+        if id(route) in own or not isinstance(route, Route | Mount | WebSocketRoute) or route.path in KEPT:
+            routes.append(route)
+            continue
+        closed.append(route.path)
+        if isinstance(route, Route):
+            routes.append(Route(route.path, not_served, methods=route.methods, include_in_schema=False))
+    app.router.routes[:] = routes
+    app.openapi_schema = None
+    return closed
+
+
+async def not_served(request: Request) -> Response:
+    """The answer of a closed route."""
+    message = (
+        f"{request.method} {request.url.path} is not served here; server.extra_routes: true opens vLLM's "
+        "further routes, which ask the surrogate without sessions and are not counted"
+    )
+    return failure(HTTPStatus.NOT_FOUND, message)

@@ -1,0 +1,1 @@
+"""soma-serve: put together, checked, started and stopped."""

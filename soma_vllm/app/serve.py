@@ -1,0 +1,89 @@
+"""`soma-serve`: read the configuration, check the machine, serve."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from soma_vllm.config import load_config
+from soma_vllm.errors import PreflightError, SomaError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Option(help="YAML file, such as configs/cpu_demo.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, such as gate.accept_threshold=0.1.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only check config, models and machine.")] = False,
+) -> None:
+    """Serve dialogues that begin on the original and move to the surrogate."""
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        _serve(config, overrides or [], check, console)
+    except SomaError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"soma-serve: {error}", markup=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print("stopped before it was ready")
+        raise typer.Exit(130) from None
+
+
+def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> None:
+    config = load_config(path, overrides).for_serving(str(path))
+    # Imported late: a wrong configuration is told in milliseconds.
+    from soma_vllm.adapters.store.atomic_files import locked
+    from soma_vllm.app.preflight.checks import preflight
+    from soma_vllm.app.server import ModelPaths, SomaServer, make_run_dir
+    from soma_vllm.app.terminal import log_as_configured, output_to, tail
+    from soma_vllm.engines.arithmetic import settle
+    from soma_vllm.models.hub import folder_here, local_path
+    from soma_vllm.scheduler.policies.base import Policies
+
+    policies = Policies(config)
+    external = config.original.url is not None
+    assert config.surrogate_model is not None, "for_serving has checked"
+    original = None if external or config.original_model is None else local_path(config.original_model)
+    # An external original's weights are elsewhere; its tokenizer may be here all the same.
+    named = None if config.original_model is None else folder_here(config.original_model)
+    paths = ModelPaths(
+        original=original,
+        surrogate=local_path(config.surrogate_model),
+        encoder=local_path(config.encoder.model),
+        original_vocabulary=original or named,
+    )
+    config, chosen = settle(config, paths.original, paths.surrogate)
+    for line in chosen:
+        console.print(f"machine    {line}", markup=False)
+    for line in preflight(config, paths.original, paths.surrogate, paths.encoder):
+        console.print(f"checked    {line}", markup=False)
+    if check:
+        return
+    import uvloop
+
+    run_dir = make_run_dir(config.server.run_dir)
+    log = run_dir / "surrogate.log"
+    console.print(f"logs       {run_dir}", markup=False)
+    with locked(run_dir), output_to(log) as terminal:
+        log_as_configured(config.server.log_level)
+        screen = Console(file=terminal, highlight=False, soft_wrap=True)
+        server = SomaServer(config, paths, policies, run_dir, lambda line: screen.print(line, markup=False))
+        try:
+            uvloop.run(server.run())
+        except SomaError:
+            raise
+        except Exception as error:  # a process edge: whatever an engine died of, people get one message
+            traceback.print_exc()
+            raise PreflightError(
+                f"the surrogate failed ({type(error).__name__}: {error}); the end of {log}:\n{tail(log)}"
+            ) from error
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""The only home of vLLM's internals, behind the version check of `soma_vllm.versions`."""

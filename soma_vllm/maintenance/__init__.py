@@ -1,0 +1,1 @@
+"""What is done outside any request: recovery, retention, eviction, administration."""

@@ -1,0 +1,284 @@
+"""Care for the adapters on the shelf: they are kept within their budgets, and an administrator may order them.
+
+Guarantees:
+
+* What has to go is decided by `eviction_policy.py` from the store's listing, the pins, and the last use
+  of each adapter: its sessions' last append on record, so that it survives restarts and costs no writing.
+* An adapter goes in one order: its sessions are given back to the original (`adapter_evicted`), its last tokens
+  come out, it leaves the engine, its files are deleted. They may be adapted again.
+* An adapter whose files are missing or damaged serves nobody: its sessions go back to the original.
+* An adapter that an adaptation under way made is left to that. One of ours that nobody speaks of (the server
+  was killed between publishing it and saying so) is deleted; what other servers published under the same root
+  is not ours, and only budgets delete it.
+* While the session store is away nothing is evicted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from soma_vllm.adaptation.pipeline import Adaptation
+from soma_vllm.adapters.eviction_policy import Eviction, Reason, StoredAdapter, to_evict
+from soma_vllm.adapters.store.manifest import PublishedAdapter
+from soma_vllm.adapters.store.protocol import Shelf, StockMeter
+from soma_vllm.config import Config
+from soma_vllm.errors import NotFound, SomaError, StoreUnavailable
+from soma_vllm.maintenance.sweeper import SweepTrigger
+from soma_vllm.sessions.ports import Store
+from soma_vllm.sessions.registry import SessionRegistry
+from soma_vllm.sessions.sql.records import AdapterRecord
+from soma_vllm.sessions.state.adapter_states import IN_THE_MAKING, AdapterState
+from soma_vllm.types import AdapterRef, SessionKey
+
+logger = logging.getLogger(__name__)
+
+ORPHAN_AFTER_S = 600.0
+"""Age from which an adapter of ours that no session speaks of is taken for one that a kill left."""
+
+LAST_TOKEN_S = 30.0
+"""Longest time that a sweep waits for evicted adapters to be gone; they go on going by themselves."""
+
+
+class AdapterEvictor:
+    """Looks after adapters."""
+
+    def __init__(
+        self,
+        config: Config,
+        registry: SessionRegistry,
+        store: Store,
+        adaptation: Adaptation,
+        adapter_store: Shelf,
+        sweep_trigger: SweepTrigger,
+        meter: StockMeter,
+        orphan_after_s: float = ORPHAN_AFTER_S,
+    ) -> None:
+        self._budgets = config.adapters
+        self._registry = registry
+        self._store = store
+        self._adaptation = adaptation
+        self._adapter_store = adapter_store
+        self._sweep_trigger = sweep_trigger
+        self._meter = meter
+        self._orphan_after_s = orphan_after_s
+        self._going: dict[str, asyncio.Task[None]] = {}
+
+    # -- looking ----------------------------------------------------------------------------------------
+
+    async def listed(self, tenant: str | None = None) -> list[dict[str, Any]]:
+        """Adapters as an administrator sees them, the most recently used first.
+
+        Raises:
+            StoreUnavailable: the session store does not answer.
+            AdapterError: the shelf does not.
+        """
+        used, records = await self._on_record()
+        listed = await asyncio.to_thread(self._adapter_store.list, tenant)
+        pins = await asyncio.to_thread(self._adapter_store.pins)
+        rows = [
+            adapter_view(one, used.get(one.ref.name), self._state(one.ref.name, records), one.ref.name in pins)
+            for one in listed
+        ]
+        return sorted(rows, key=lambda row: -float(row["last_used"]))
+
+    async def show(self, tenant: str | None, name: str) -> dict[str, Any]:
+        """One adapter. Raises NotFound as well: there is none of this name, or it is another tenant's."""
+        adapter = await self._get(tenant, name)
+        used, records = await self._on_record()
+        pins = await asyncio.to_thread(self._adapter_store.pins)
+        users = [key.session for key in await self._registry.users_of(name)]
+        state = self._state(name, records)
+        return {**adapter_view(adapter, used.get(name), state, name in pins), "serves": users}
+
+    # -- orders -----------------------------------------------------------------------------------------
+
+    async def remove(self, name: str) -> None:
+        """Evict one adapter, pinned or not; returns when it is gone.
+
+        Raises:
+            NotFound: there is no such adapter.
+            SomaError: it could not be retired now; no session is served by it any more.
+        """
+        adapter = await self._find(name)
+        # Not awaited itself: an administrator who leaves does not stop it half way.
+        await asyncio.wait([self._begin(adapter.ref, Reason.ASKED)])
+        if any(
+            one.ref.name == name
+            for one in await asyncio.to_thread(self._adapter_store.list, adapter.key.tenant)
+        ):
+            raise SomaError(f"adapter {name} serves nobody, but could not be deleted yet; the log says why")
+
+    async def sweep(self) -> int:
+        """Evict what has to go; how many adapters.
+
+        Raises:
+            StoreUnavailable: the session store does not answer.
+            AdapterError: the shelf does not.
+        """
+        damaged = self._sweep_trigger.take_damaged()
+        # In this order: what is on record as serving was on the shelf before, so that it is missed rightly.
+        used, records = await self._on_record()
+        listed = await asyncio.to_thread(self._adapter_store.list)
+        pins = await asyncio.to_thread(self._adapter_store.pins)
+        self._meter.kept(len(listed), sum(one.size_bytes for one in listed))
+        standing = [one for one in listed if one.ref.name not in self._going]
+        wanted = [
+            *self._lost(used, records, {one.ref.name for one in listed}, damaged),
+            *await self._orphans(standing, used, records),
+            *to_evict(self._kept(standing, used, pins, records), self._budgets, time.time()),
+        ]
+        refs = {name: AdapterRef(name, record.number, record.path) for name, record in records.items()}
+        refs |= {one.ref.name: one.ref for one in listed}
+        reasons = {one.name: one.reason for one in reversed(wanted) if one.name in refs}
+        tasks = [self._begin(refs[name], reason) for name, reason in reasons.items()]
+        if tasks:
+            await asyncio.wait(tasks, timeout=LAST_TOKEN_S)
+        return len(tasks)
+
+    async def stop(self) -> None:
+        """End what is under way; the next start takes it up."""
+        tasks = list(self._going.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- deciding ---------------------------------------------------------------------------------------
+
+    def _kept(
+        self,
+        listed: Sequence[PublishedAdapter],
+        used: Mapping[str, float],
+        pins: frozenset[str],
+        records: Mapping[str, AdapterRecord],
+    ) -> list[StoredAdapter]:
+        """The shelf as the decision sees it."""
+        return [
+            StoredAdapter(
+                name := one.ref.name,
+                one.key.tenant,
+                one.size_bytes,
+                max(one.created, used.get(name, 0.0)),
+                spared=name in pins or self._state(name, records) in IN_THE_MAKING,
+            )
+            for one in listed
+        ]
+
+    def _lost(
+        self,
+        used: Mapping[str, float],
+        records: Mapping[str, AdapterRecord],
+        listed: set[str],
+        damaged: frozenset[str],
+    ) -> list[Eviction]:
+        """Adapters that serve sessions, but whose files are gone or damaged."""
+        names = {name for name in used if name in records and name not in listed} | damaged
+        return [Eviction(name, Reason.LOST) for name in sorted(names - self._going.keys())]
+
+    async def _orphans(
+        self,
+        listed: Sequence[PublishedAdapter],
+        used: Mapping[str, float],
+        records: Mapping[str, AdapterRecord],
+    ) -> list[Eviction]:
+        """Adapters of ours that serve nobody and that no adaptation looks after."""
+        before = time.time() - self._orphan_after_s
+        mine = (one for one in listed if self._adapter_store.owner and one.owner == self._adapter_store.owner)
+        return [
+            Eviction(name, Reason.ORPHANED)
+            for one in mine
+            if (name := one.ref.name) not in used
+            and one.created < before
+            and self._state(name, records) not in IN_THE_MAKING
+            and not await self._registry.in_use(one.ref)  # it may have switched a moment ago
+        ]
+
+    def _state(self, name: str, records: Mapping[str, AdapterRecord]) -> AdapterState | None:
+        """Where an adapter stands: as live sessions say, else as the record does."""
+        if (live := self._registry.adapter_state(name)) is not None:
+            return live
+        return AdapterState(records[name].state) if name in records else None
+
+    async def _on_record(self) -> tuple[dict[str, float], dict[str, AdapterRecord]]:
+        """(last use of each adapter that serves sessions, every adapter's record)."""
+        try:
+            used = await self._store.adapters_used()
+            return used, {record.name: record for record in await self._store.adapters(retired=False)}
+        except (SQLAlchemyError, OSError) as error:
+            raise StoreUnavailable(f"the session store does not answer ({type(error).__name__})") from error
+
+    async def _get(self, tenant: str | None, name: str) -> PublishedAdapter:
+        """Raises NotFound where an adapter is not there, or is another tenant's."""
+        adapter = await self._find(name)
+        if tenant is not None and adapter.key.tenant != tenant:
+            raise NotFound(f"no adapter {name!r}")
+        return adapter
+
+    async def _find(self, name: str) -> PublishedAdapter:
+        for one in await asyncio.to_thread(self._adapter_store.list):
+            if one.ref.name == name:
+                return one
+        raise NotFound(f"no adapter {name!r}")
+
+    # -- doing ------------------------------------------------------------------------------------------
+
+    def _begin(self, ref: AdapterRef, reason: Reason) -> asyncio.Task[None]:
+        """Evict in a task of its own, once."""
+        task = self._going.get(ref.name)
+        if task is None:
+            task = asyncio.create_task(self._evict(ref, reason), name=f"soma-evict-{ref.number}")
+            self._going[ref.name] = task
+            task.add_done_callback(lambda done: self._ended(ref.name, done))
+        return task
+
+    def _ended(self, name: str, task: asyncio.Task[None]) -> None:
+        self._going.pop(name, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("adapter %s is not evicted yet: %s", name, error)
+
+    async def _evict(self, ref: AdapterRef, reason: Reason) -> None:
+        users = await self._give_back(ref, reason)
+        gone = False
+        try:
+            if users:
+                await self._adaptation.retire(users[0], ref)
+                gone = self._registry.adapter_state(ref.name) is AdapterState.RETIRED
+            elif not await self._registry.in_use(ref) and await self._adaptation.withdraw(ref):
+                await self._store.retired(ref.name)
+                gone = True
+        finally:
+            for key in users:
+                self._registry.release(key)
+        if gone:
+            self._meter.evicted(reason)
+            logger.info("adapter %s evicted: %s", ref.name, reason)
+
+    async def _give_back(self, ref: AdapterRef, reason: Reason) -> list[SessionKey]:
+        """Give every session that an adapter serves back to the original; they are held."""
+        held = []
+        for key in await self._registry.users_of(ref.name):
+            session = await self._registry.open(key)
+            if session.adapter is None or session.adapter.name != ref.name:
+                continue
+            self._registry.hold(key)
+            held.append(key)
+            self._registry.note(key, "adapter_evicted", adapter=asdict(session.adapter), reason=reason)
+        return held
+
+
+def adapter_view(
+    adapter: PublishedAdapter, used: float | None, state: str | None, pinned: bool
+) -> dict[str, Any]:
+    """One adapter and what is made of it, as JSON."""
+    return {
+        **adapter.view(),
+        "last_used": max(adapter.created, used or 0.0),
+        "state": state,
+        "pinned": pinned,
+    }

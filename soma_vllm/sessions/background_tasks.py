@@ -1,0 +1,58 @@
+"""Work on a session that no request waits for: adaptation, audits, retiring an adapter.
+
+Guarantees: a session with work under way stays in memory; work that fails unexpectedly says so in the log and
+in the session, which the original keeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+from soma_vllm.sessions.registry import SessionRegistry
+from soma_vllm.sessions.state.phases import Phase
+from soma_vllm.types import SessionKey
+
+logger = logging.getLogger(__name__)
+
+
+class BackgroundTasks:
+    """Tasks by session."""
+
+    def __init__(self, registry: SessionRegistry) -> None:
+        self._registry = registry
+        self._tasks: dict[asyncio.Task[None], SessionKey] = {}
+
+    def spawn(self, key: SessionKey, work: Coroutine[Any, Any, None]) -> None:
+        """Begin work on a live session."""
+        task = asyncio.create_task(work, name=f"soma-background-{key.session}")
+        self._tasks[task] = key
+        self._registry.hold(key)
+        task.add_done_callback(self._finished)
+
+    def idle(self, key: SessionKey) -> bool:
+        """True when nothing is under way for this session."""
+        return key not in self._tasks.values()
+
+    async def cancel(self, key: SessionKey) -> None:
+        """End what is under way for a session; returns once it has cleaned up after itself."""
+        await self._end([task for task, owner in self._tasks.items() if owner == key])
+
+    async def stop(self) -> None:
+        """End everything. An unfinished adaptation is begun again when the server is."""
+        await self._end(list(self._tasks))
+
+    async def _end(self, tasks: list[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        key = self._tasks.pop(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("background work of a session failed", exc_info=error)
+            if self._registry.session(key).phase is Phase.ADAPTING:
+                self._registry.note(key, "training_failed", error=type(error).__name__, message="unexpected")
+        self._registry.release(key)

@@ -1,0 +1,80 @@
+"""What the session store is handed and what it hands out, beside events: plain values, free of SQLAlchemy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from soma_vllm.types import SessionKey
+
+
+@dataclass(frozen=True)
+class SessionSnapshot:
+    """Where a session stands after an append: its row."""
+
+    family: str
+    """Shared by all branches of one dialogue."""
+    phase: str
+    chain: str
+    """Digest of the transcript so far; "" before the first turn."""
+    turns: int
+    adapter: str | None
+    """Name of the adapter that serves it."""
+
+
+@dataclass(frozen=True)
+class TurnMark:
+    """One turn, by which a later request's history is recognised."""
+
+    seq: int
+    """Of the event that recorded it."""
+    number: int
+    """1-based place in its session."""
+    chain: str
+    response: str | None
+    """Id under which a client may name it."""
+    link: str | None = None
+    """Digest of its last exchange alone."""
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """One adapter as the record has it."""
+
+    name: str
+    number: int
+    path: str
+    state: str
+
+
+@dataclass(frozen=True)
+class TurnLocation:
+    """A turn on record."""
+
+    session: str
+    seq: int
+    number: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One row of a listing."""
+
+    key: SessionKey
+    family: str
+    phase: str
+    turns: int
+    adapter: str | None
+    updated_at: float
+    """Unix time, seconds."""
+
+
+@dataclass(frozen=True)
+class LengthCount:
+    """How many dialogues of a tenant have so many turns, or have gone on to so many; branches of one dialogue
+    count once, by the longest."""
+
+    tenant: str
+    turns: int
+    over: bool
+    """Whether they have been silent for long."""
+    sessions: int

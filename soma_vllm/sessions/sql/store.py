@@ -1,0 +1,192 @@
+"""The session store: an append-only log of events per session, and an index to find sessions by.
+
+Guarantees: events of one session have sequence numbers of their own, enforced by the primary key, so that two
+writers can never both append the same one; an append is one transaction, with the text, the turns and the
+adapters that belong to it; what was erased is gone from an SQLite database's files. SQLite (WAL) by default,
+PostgreSQL by URL.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Delete, Insert, delete, insert, select, tuple_, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from soma_vllm.errors import ConfigError
+from soma_vllm.sessions.sql.connections import BUSY_MS, parse, told
+from soma_vllm.sessions.sql.queries import SessionReader, of
+from soma_vllm.sessions.sql.records import AdapterRecord, SessionSnapshot, TurnMark
+from soma_vllm.sessions.sql.schema import bring_up_to_date
+from soma_vllm.sessions.sql.tables import RETIRED, AdapterRow, Base, EventRow, SessionRow, TextRow, TurnRow
+from soma_vllm.types import Event, SessionKey
+
+logger = logging.getLogger(__name__)
+
+ERASED_AT_ONCE = 1000
+"""Texts per transaction where many are erased: writers wait for no more than these."""
+SCRUB_BUSY_MS = 1_000
+"""Longest wait for readers of an SQLite file when its write-ahead log is emptied; writers wait as long."""
+
+
+class SessionStore(SessionReader):
+    """Sessions and events behind a pool of connections. Call `open` first and `close` last.
+
+    Every verb raises SQLAlchemyError or OSError while the database is away, and works again when it is back.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Connects to nothing yet.
+
+        Raises:
+            ConfigError: `url` is of no database that the store knows.
+        """
+        super().__init__(url)
+        self._is_sqlite = self._engine.dialect.name == "sqlite"
+        self._put_session = self._upsert(SessionRow)
+        self._put_adapter = self._upsert(AdapterRow)
+        self._latest = 0.0
+
+    async def open(self) -> None:
+        """Make the tables, or bring those of an older version up to date.
+
+        Raises:
+            ConfigError: the database is newer than this code, or its tables are another program's.
+        """
+        await bring_up_to_date(self._engine)
+
+    async def append(
+        self,
+        key: SessionKey,
+        first_seq: int,
+        events: Sequence[Event],
+        standing: SessionSnapshot,
+        marks: Sequence[TurnMark] = (),
+        adapters: Sequence[AdapterRecord] = (),
+    ) -> None:
+        """Append events from sequence number `first_seq` on and say where the session stands: one transaction.
+
+        `marks` are turns of these events. `adapters` replace what was on record under their names: the session
+        that appended an adapter last owns it.
+
+        Raises:
+            sqlalchemy.exc.IntegrityError: another writer appended these sequence numbers first.
+        """
+        owner = {"tenant": key.tenant, "session": key.session}
+        now = {"updated_at": self._now()}
+        numbered = dict(enumerate(events, first_seq))
+        logged = [
+            owner | {"seq": seq, "kind": event.kind, "at": event.at, "data": event.data}
+            for seq, event in numbered.items()
+        ]
+        said = [
+            owner | {"seq": seq, "at": event.at, "data": event.text}
+            for seq, event in numbered.items()
+            if event.text is not None
+        ]
+        turns = [
+            owner | vars(mark) | {"family": standing.family, "at": numbered[mark.seq].at} for mark in marks
+        ]
+        async with self._engine.begin() as connection:
+            await _put(connection, insert(EventRow), logged)
+            await _put(connection, insert(TextRow), said)
+            await _put(connection, insert(TurnRow), turns)
+            await _put(connection, self._put_session, [owner | vars(standing) | now])
+            await _put(connection, self._put_adapter, [owner | vars(adapter) | now for adapter in adapters])
+
+    async def retired(self, adapter: str) -> None:
+        """An adapter's files are gone."""
+        gone = update(AdapterRow).where(AdapterRow.name == adapter)
+        async with self._engine.begin() as connection:
+            await connection.execute(gone.values(state=RETIRED, updated_at=self._now()))
+
+    async def erase_text(self, key: SessionKey) -> int:
+        """Erase what was said in a session and keep the rest; how many events lost their text."""
+        erased = await self._delete(delete(TextRow).where(of(TextRow, key)))
+        await self._scrub()
+        return erased
+
+    async def erase_texts_before(self, at: float) -> int:
+        """Erase what was said before a Unix time, in all sessions; how many events lost their text."""
+        place = (TextRow.tenant, TextRow.session, TextRow.seq)
+        oldest = select(*place).where(TextRow.at < at).order_by(TextRow.at).limit(ERASED_AT_ONCE)
+        total = 0
+        while erased := await self._delete(delete(TextRow).where(tuple_(*place).in_(oldest))):
+            total += erased
+        await self._scrub()
+        return total
+
+    async def delete(self, key: SessionKey) -> None:
+        """Remove everything of a session, the records of adapters that it owns included, in one transaction."""
+        tables = (TextRow, TurnRow, EventRow, AdapterRow, SessionRow)
+        await self._delete(*(delete(table).where(of(table, key)) for table in tables))
+        await self._scrub()
+
+    async def _delete(self, *statements: Delete) -> int:
+        """Rows deleted by the statements, all in one transaction."""
+        async with self._engine.begin() as connection:
+            return sum([(await connection.execute(statement)).rowcount for statement in statements])
+
+    async def _scrub(self) -> None:
+        """Empty SQLite's write-ahead log, which still holds pages as they were before they were overwritten."""
+        if not self._is_sqlite:
+            return
+        async with self._engine.connect() as connection:
+            await connection.exec_driver_sql(f"PRAGMA busy_timeout={SCRUB_BUSY_MS}")
+            try:
+                emptied = await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+                busy, *_ = emptied.one()
+            finally:
+                await connection.exec_driver_sql(f"PRAGMA busy_timeout={BUSY_MS}")
+        if busy:
+            logger.warning("erased text stays in SQLite's log until the next erasure: a reader is in the way")
+
+    def _upsert(self, table: type[Base]) -> Insert:
+        """Insert rows, or replace those of the same key."""
+        dialect = sqlite if self._is_sqlite else postgresql
+        statement: sqlite.Insert | postgresql.Insert = dialect.insert(table)
+        columns = table.__table__.columns
+        replaced = {
+            column.name: statement.excluded[column.name] for column in columns if not column.primary_key
+        }
+        keys = [column.name for column in columns if column.primary_key]
+        return statement.on_conflict_do_update(index_elements=keys, set_=replaced)
+
+    def _now(self) -> float:
+        """Unix time, never the same twice: listings go on from one session's time to the next."""
+        self._latest = max(time.time(), math.nextafter(self._latest, math.inf))
+        return self._latest
+
+
+@asynccontextmanager
+async def reading(url: str) -> AsyncIterator[SessionStore]:
+    """A store that exists, to read from; nothing is created, and nothing brought up to date.
+
+    Raises:
+        ConfigError: there is no session store of this version at this URL, or it cannot be read.
+    """
+    parsed = parse(url)
+    file = parsed.database if parsed.get_backend_name() == "sqlite" else None
+    if file is not None and not Path(file).is_file():
+        raise ConfigError(told(parsed), [f"found no file {file}; expected a session store"])
+    store = SessionStore(url)
+    try:
+        await store.refuse_other_versions()
+        yield store
+    except (SQLAlchemyError, OSError) as error:
+        raise ConfigError(told(parsed), [f"cannot be read ({type(error).__name__})"]) from error
+    finally:
+        await store.close()
+
+
+async def _put(connection: AsyncConnection, statement: Insert, rows: Sequence[Mapping[str, Any]]) -> None:
+    if rows:
+        await connection.execute(statement, rows)

@@ -1,0 +1,138 @@
+"""The writer behind the book: everything that goes to the session store, in order, awaited by nobody.
+
+Guarantees: while the database is away, or its disk is full, writes wait and are tried again, so that nothing is
+lost that its return can save; a session whose write is contradicted is given up alone, and what is on record of
+it stays a true beginning, because nothing is written after a gap: a kill costs each session at most the writes
+that were still queued, the latest ones; `stop` ends within its limit whatever the
+database does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_exponential
+
+from soma_vllm.types import SessionKey
+
+logger = logging.getLogger(__name__)
+
+STOP_LIMIT_S = 10.0
+"""Longest wait for the last writes when the server stops."""
+
+CONTRADICTED = (IntegrityError, DataError, ProgrammingError)
+
+
+@dataclass(frozen=True)
+class Write:
+    """One thing to do to the store for one session."""
+
+    key: SessionKey
+    do: Callable[[], Awaitable[object]]
+    anew: bool = False
+    """It makes good whatever is missing before it: a removal."""
+
+
+class WriteBehindQueue:
+    """Does one write after another."""
+
+    def __init__(self, stop_limit_s: float = STOP_LIMIT_S) -> None:
+        self._stop_limit_s = stop_limit_s
+        self._writes: asyncio.Queue[Write | asyncio.Future[None]] = asyncio.Queue()
+        self._waiting: Counter[SessionKey] = Counter()
+        self._given_up: set[SessionKey] = set()
+        self._writer: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin writing."""
+        self._writer = asyncio.create_task(self._write_all(), name="soma-session-writer")
+
+    async def stop(self) -> None:
+        """Write what is still to be written, then end."""
+        if self._writer is None:
+            return
+        written = asyncio.ensure_future(self._writes.join())
+        either = asyncio.FIRST_COMPLETED
+        await asyncio.wait([written, self._writer], timeout=self._stop_limit_s, return_when=either)
+        if self.behind:
+            logger.error("%d writes to the session store are lost", self.behind)
+        written.cancel()
+        self._writer.cancel()
+
+    def put(self, write: Write) -> None:
+        """Queue a write."""
+        self._waiting[write.key] += 1
+        self._writes.put_nowait(write)
+
+    async def written(self) -> None:
+        """Return when everything queued so far is done; what is queued meanwhile is not waited for."""
+        here = asyncio.get_running_loop().create_future()
+        self._writes.put_nowait(here)
+        await here
+
+    @property
+    def behind(self) -> int:
+        """Writes that are not done yet."""
+        return self._waiting.total()
+
+    def has(self, key: SessionKey) -> bool:
+        """Whether the record of this session is not what memory has."""
+        return key in self._waiting or key in self._given_up
+
+    async def _write_all(self) -> None:
+        while True:
+            item = await self._writes.get()
+            try:
+                if isinstance(item, Write):
+                    await self._write(item)
+                elif not item.done():
+                    item.set_result(None)
+            finally:
+                if isinstance(item, Write):
+                    self._waiting.subtract([item.key])
+                    if not self._waiting[item.key]:
+                        del self._waiting[item.key]
+                self._writes.task_done()
+
+    async def _write(self, write: Write) -> None:
+        if write.key in self._given_up and not write.anew:
+            return
+        attempts = AsyncRetrying(
+            retry=retry_if_exception(_may_pass),
+            wait=wait_exponential(multiplier=0.1, max=5),
+            before_sleep=_say_once,
+            reraise=True,
+        )
+        tried = 0
+        try:
+            async for attempt in attempts:
+                tried = attempt.retry_state.attempt_number
+                with attempt:
+                    await write.do()
+        except (SQLAlchemyError, OSError) as error:
+            if isinstance(error, IntegrityError) and tried > 1:
+                return  # it was taken the first time, and only the word of it was lost
+            self._given_up.add(write.key)
+            logger.error("a session goes on in memory only: %s", type(error).__name__)
+            return
+        if write.anew:
+            self._given_up.discard(write.key)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether trying again can help: the database was away or full, not contradicted."""
+    if isinstance(error, SQLAlchemyError):
+        return isinstance(error, DBAPIError | PoolTimeout) and not isinstance(error, CONTRADICTED)
+    return isinstance(error, OSError)
+
+
+def _say_once(state: RetryCallState) -> None:
+    if state.attempt_number == 1 and state.outcome is not None:
+        error = type(state.outcome.exception()).__name__
+        logger.warning("the session store does not take a write (%s); it is tried until it does", error)

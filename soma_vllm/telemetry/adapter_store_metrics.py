@@ -1,0 +1,60 @@
+"""Prometheus series of the adapter store: what it holds, what had to go, how long files take to be at hand.
+
+Labels are closed sets: nothing here grows with adapters or tenants. Gauges are as of the last sweep.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.registry import REGISTRY
+
+from soma_vllm.adapters.eviction_policy import Reason
+from soma_vllm.types import Event, SessionKey
+
+FETCH_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+class AdapterStoreMetrics:
+    """A meter of the stock, and an observer of events."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self._count = Gauge("soma_adapters_stored", "Adapters on the shelf.", registry=registry)
+        self._bytes = Gauge("soma_adapters_stored_bytes", "Bytes of adapters on the shelf.", registry=registry)
+        self._published = Counter("soma_adapters_published", "Adapters published.", registry=registry)
+        self._retired = Counter(
+            "soma_adapters_retired", "Adapters that left the engine and the shelf.", registry=registry
+        )
+        self._evicted = Counter(
+            "soma_store_evictions",
+            "Adapters that had to go from the shelf, by reason.",
+            ["reason"],
+            registry=registry,
+        )
+        self._fetch = Histogram(
+            "soma_adapter_fetch_seconds",
+            "Until an adapter's files were on this machine, and found to be those published.",
+            buckets=FETCH_SECONDS,
+            registry=registry,
+        )
+        for reason in Reason:
+            self._evicted.labels(reason.value)
+
+    def __call__(self, key: SessionKey, event: Event) -> None:
+        """Count one event."""
+        if event.kind == "adapter_published":
+            self._published.inc()
+        elif event.kind == "adapter_retired":
+            self._retired.inc()
+
+    def kept(self, count: int, size_bytes: int) -> None:
+        """So much is on the shelf."""
+        self._count.set(count)
+        self._bytes.set(size_bytes)
+
+    def evicted(self, reason: Reason) -> None:
+        """An adapter had to go."""
+        self._evicted.labels(reason.value).inc()
+
+    def fetched(self, seconds: float) -> None:
+        """It took so long to have an adapter's files at hand."""
+        self._fetch.observe(seconds)

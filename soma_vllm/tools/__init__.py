@@ -1,0 +1,1 @@
+"""Commands that study, replay and calibrate; no server imports them."""

@@ -1,0 +1,1 @@
+"""Chooses thresholds from recorded evidence."""

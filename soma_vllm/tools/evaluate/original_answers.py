@@ -1,0 +1,131 @@
+"""The original for the length of a block: a child server started for it, or someone else's endpoint.
+
+Guarantees: a server started here is stopped here, whatever happens in between; nothing is started where every
+trajectory is on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+from soma_vllm.config import Config
+from soma_vllm.engines.engine import Engine
+from soma_vllm.engines.original import OriginalEngine
+from soma_vllm.engines.supervisor import ChildServer, Patience, Supervisor
+from soma_vllm.engines.vllm.arguments import child_command, child_environment, vllm_arguments
+from soma_vllm.models.home import soma_home
+from soma_vllm.models.hub import local_path
+from soma_vllm.tools.evaluate.trajectory import Recipe, Told, Trajectory, TrajectoryShelf, play_all
+
+Opening = Callable[[], AbstractAsyncContextManager[Engine]]
+
+
+def recipe_of(config: Config) -> Recipe:
+    """What the trajectories of a configuration depend on."""
+    original = config.original
+    name = original.name or config.original_model or ""
+    if original.url is None:
+        # The model, not the name it is served under, decides what it says.
+        return Recipe(config.original_model or "", config.max_new_tokens, original.top_logprobs)
+    shows = original.top_logprobs if original.api == "vllm" else 0
+    return Recipe(f"{name} at {original.url}", config.max_new_tokens, shows)
+
+
+async def played_for(
+    config: Config, dialogues: Mapping[str, Sequence[str]], at_once: int, tell: Told
+) -> dict[str, Trajectory]:
+    """The trajectories of the configured original, remembered under $SOMA_HOME; `at_once` dialogues at a time.
+
+    Raises:
+        ModelError: the original's folder is needed and not there.
+        EngineError: the original did not start, or did not answer.
+        PreflightError: an endpoint's key is not in the environment.
+        asyncio.CancelledError: the process was told to end by SIGTERM; what was started is stopped.
+    """
+    loop, current = asyncio.get_running_loop(), asyncio.current_task()
+    assert current is not None
+    adapter_store = TrajectoryShelf(soma_home() / "trajectories")
+    # Ended from outside, an original started here must still be stopped: SIGTERM unwinds as Ctrl-C does.
+    loop.add_signal_handler(signal.SIGTERM, current.cancel)
+    try:
+        return await trajectories(
+            dialogues, recipe_of(config), adapter_store, lambda: opened(config, tell), at_once, tell
+        )
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+
+
+async def trajectories(
+    dialogues: Mapping[str, Sequence[str]],
+    recipe: Recipe,
+    adapter_store: TrajectoryShelf,
+    opening: Opening,
+    at_once: int,
+    tell: Told,
+) -> dict[str, Trajectory]:
+    """Every dialogue's trajectory, in the order of `dialogues`; what is not on disk is played.
+
+    Raises:
+        EngineError: the original did not start, or did not answer.
+    """
+    found = {name: adapter_store.find(recipe, queries) for name, queries in dialogues.items()}
+    missing = {name: dialogues[name] for name, kept in found.items() if kept is None}
+    played: dict[str, Trajectory] = {}
+    if missing:
+        tell(f"{len(missing)} of {len(dialogues)} dialogues have to be played to the original")
+        async with opening() as engine:
+            played = await play_all(engine, missing, recipe, adapter_store, at_once, tell)
+    else:
+        tell(f"all {len(dialogues)} dialogues were played to the original before: it is not started")
+    return {name: kept or played[name] for name, kept in found.items()}
+
+
+@asynccontextmanager
+async def opened(config: Config, tell: Told) -> AsyncIterator[Engine]:
+    """The configured original, ready.
+
+    Raises:
+        ModelError: a child's model is not there.
+        EngineUnavailable: the child did not get ready; with the end of its log.
+        PreflightError: the endpoint's key is not in the environment.
+    """
+    original = config.original
+    name = original.name or config.original_model or ""
+    if original.url is not None:
+        engine = OriginalEngine(
+            name, original.url, api_key_env=original.api_key_env, connect_timeout_s=original.connect_timeout_s
+        )
+        try:
+            yield engine
+        finally:
+            await engine.close()
+        return
+    assert config.original_model is not None, "for_serving has checked"
+    with tempfile.TemporaryDirectory(prefix="soma-original-") as folder:
+        async with _child(config, str(local_path(config.original_model)), name, Path(folder), tell) as engine:
+            yield engine
+
+
+@asynccontextmanager
+async def _child(
+    config: Config, model: str, name: str, folder: Path, tell: Told
+) -> AsyncIterator[OriginalEngine]:
+    """A vLLM server of our own, with its log and its socket in `folder`."""
+    original, socket, log = config.original, folder / "original.sock", folder / "original.log"
+    command = child_command(vllm_arguments(original, model, name), socket)
+    child = ChildServer(command, child_environment(original, model), log, socket)
+    supervisor = Supervisor(child, patience=Patience(start=original.start_timeout_s))
+    engine = OriginalEngine.of_child(name, supervisor, original.connect_timeout_s)
+    try:
+        tell(f"starting the original {name} (20-60 s); its log meanwhile is {log}")
+        supervisor.start()
+        await supervisor.wait_ready(original.start_timeout_s)
+        yield engine
+    finally:
+        await engine.close()
+        await supervisor.stop()

@@ -1,0 +1,200 @@
+"""What the original answers in each dialogue: played once, greedily, under the full history.
+
+Guarantees: every variant is measured against the same answers; a dialogue whose trajectory is on disk asks no
+engine; a trajectory is written whole or not at all. The files hold conversation text and are for their owner's
+eyes only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from soma_vllm.engines.engine import ChatCall, Engine
+from soma_vllm.engines.logprobs import teacher_from_logprobs, teaching_fields
+from soma_vllm.errors import EngineRefused, EngineUnavailable
+from soma_vllm.types import Teacher
+
+Told = Callable[[str], None]
+"""Takes a line for people about what was just done."""
+
+
+@dataclass(frozen=True)
+class PlayedTurn:
+    """One turn of a dialogue and the original's answer."""
+
+    query: str
+    answer: str
+    cut: bool
+    """True when the answer ended at the limit and not by itself: it has no end of turn."""
+    teacher: Teacher | None
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A dialogue as the original went through it."""
+
+    turns: tuple[PlayedTurn, ...]
+    ended: str | None = None
+    """Why the original answered fewer turns than were asked; None where it answered all."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a trajectory depends on, beside the dialogue's own turns."""
+
+    original: str
+    """The model's name, with its URL where it is someone else's endpoint."""
+    max_new_tokens: int
+    top_logprobs: int
+    """0 where only words are to be had."""
+
+
+async def play(engine: Engine, queries: Sequence[str], recipe: Recipe) -> Trajectory:
+    """Put a dialogue's turns to the original, one after the other.
+
+    A turn that it refuses (a history beyond its context) ends the trajectory; earlier turns stand.
+
+    Raises:
+        EngineUnavailable: it did not answer, or not as an OpenAI endpoint does.
+        EngineError: log-probabilities were asked for and are not in the answer.
+    """
+    messages: list[dict[str, str]] = []
+    turns: list[PlayedTurn] = []
+    for query in queries:
+        messages.append({"role": "user", "content": query})
+        body = {"messages": messages, "max_tokens": recipe.max_new_tokens, "temperature": 0.0}
+        try:
+            reply = await engine.chat(ChatCall(body | teaching_fields(recipe.top_logprobs)))
+        except EngineRefused as refusal:
+            return Trajectory(tuple(turns), f"turn {len(turns) + 1} was refused with status {refusal.status}")
+        assert reply.body is not None, "a request without stream=true is answered whole"
+        turns.append(_heard(query, reply.body, recipe))
+        messages.append({"role": "assistant", "content": turns[-1].answer})
+    return Trajectory(tuple(turns))
+
+
+async def play_all(
+    engine: Engine,
+    dialogues: Mapping[str, Sequence[str]],
+    recipe: Recipe,
+    adapter_store: TrajectoryShelf,
+    at_once: int,
+    tell: Told,
+) -> dict[str, Trajectory]:
+    """Play several dialogues at once; each is kept as soon as it is whole.
+
+    Raises:
+        EngineError: as `play` does; what was whole by then is kept.
+    """
+    room = asyncio.Semaphore(at_once)
+
+    async def one(name: str, queries: Sequence[str]) -> tuple[str, Trajectory]:
+        async with room:
+            played = await play(engine, queries, recipe)
+        if played.ended is None:
+            adapter_store.keep(recipe, queries, played)
+        tell(f"{name}: {len(played.turns)} turns played" + (f"; {played.ended}" if played.ended else ""))
+        return name, played
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(name, queries)) for name, queries in dialogues.items()]
+    except* EngineUnavailable as errors:
+        raise errors.exceptions[0] from None
+    return dict(task.result() for task in tasks)
+
+
+class TrajectoryShelf:
+    """Trajectories on disk, one file each, named by a digest of all they depend on."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def find(self, recipe: Recipe, queries: Sequence[str]) -> Trajectory | None:
+        """The whole trajectory of these turns, or None where it has yet to be played."""
+        try:
+            # Opened here: numpy leaves a damaged file open.
+            with (
+                self._path(recipe, queries).open("rb") as file,
+                np.load(file, allow_pickle=False) as arrays,
+            ):
+                return _unpacked(arrays)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return None  # not a file this version wrote: played and written anew
+
+    def keep(self, recipe: Recipe, queries: Sequence[str], played: Trajectory) -> None:
+        """Write a whole trajectory."""
+        assert played.ended is None, "what a larger context would mend is not kept"
+        path = self._path(recipe, queries)
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, draft = tempfile.mkstemp(prefix=".draft-", dir=self._folder)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez_compressed(file, allow_pickle=False, **_packed(played))
+            Path(draft).replace(path)
+        except BaseException:
+            Path(draft).unlink(missing_ok=True)
+            raise
+
+    def _path(self, recipe: Recipe, queries: Sequence[str]) -> Path:
+        named = json.dumps([_FORMAT, asdict(recipe), list(queries)], sort_keys=True)
+        return self._folder / f"{hashlib.sha256(named.encode()).hexdigest()[:32]}.npz"
+
+
+_FORMAT = 1
+_WORDS = "turns"
+
+
+def _heard(query: str, body: Mapping[str, Any], recipe: Recipe) -> PlayedTurn:
+    try:
+        choice = body["choices"][0]
+        answer = choice["message"].get("content") or ""
+        content = choice["logprobs"]["content"] if recipe.top_logprobs else None
+    except (KeyError, IndexError, TypeError) as error:
+        raise EngineUnavailable(
+            f"the original's answer is not what was asked for: {type(error).__name__} at {error}; "
+            "expected choices, message" + (" and logprobs" if recipe.top_logprobs else "")
+        ) from error
+    teacher = teacher_from_logprobs(content) if content else None
+    return PlayedTurn(query, answer, choice.get("finish_reason") == "length", teacher)
+
+
+def _packed(played: Trajectory) -> dict[str, Any]:
+    """Words as JSON bytes, teachers as arrays."""
+    words = [{"query": t.query, "answer": t.answer, "cut": t.cut} for t in played.turns]
+    arrays: dict[str, Any] = {_WORDS: np.frombuffer(json.dumps(words).encode(), dtype=np.uint8)}
+    for number, turn in enumerate(played.turns):
+        if turn.teacher is not None:
+            arrays[f"tokens{number}"] = np.asarray(turn.teacher.tokens, dtype=np.int64)
+            arrays[f"top{number}"] = turn.teacher.top
+            arrays[f"logprobs{number}"] = turn.teacher.logprobs
+    return arrays
+
+
+def _unpacked(arrays: Mapping[str, Any]) -> Trajectory:
+    return Trajectory(
+        tuple(
+            PlayedTurn(words["query"], words["answer"], words["cut"], _teacher(arrays, number))
+            for number, words in enumerate(json.loads(arrays[_WORDS].tobytes()))
+        )
+    )
+
+
+def _teacher(arrays: Mapping[str, Any], number: int) -> Teacher | None:
+    if f"tokens{number}" not in arrays:
+        return None
+    tokens = tuple(int(token) for token in arrays[f"tokens{number}"])
+    return Teacher(tokens, arrays[f"top{number}"], arrays[f"logprobs{number}"])

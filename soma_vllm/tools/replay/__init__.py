@@ -1,0 +1,1 @@
+"""Plays recorded dialogues against a server and shows who answered which turn."""

@@ -1,0 +1,235 @@
+"""`soma replay`: plays dialogues against a server as an ordinary chat client, and records who answered.
+
+Guarantees: every mistake in the command line, the configuration and the dialogues is reported at once, before
+anything starts; the log is written whole or not at all, also after an interruption.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from soma_vllm.config import Config, load_config
+from soma_vllm.errors import ConfigError, EngineUnavailable, SomaError
+from soma_vllm.tools.replay import replay_view as view
+from soma_vllm.tools.replay.child_server import serve_command, started_server, while_alive
+from soma_vllm.tools.replay.client import Player
+from soma_vllm.tools.replay.closing import missed, where_to_look
+from soma_vllm.tools.replay.dialogues import Dialogues, Script, load_dialogues, make_script
+from soma_vllm.tools.replay.fitting import fitted, planned
+from soma_vllm.tools.replay.pace import Rules, Timekeeper
+from soma_vllm.tools.replay.replay_view import Expectation, Screen, SessionRecord
+
+CONNECT_S = 60.0
+"""Longest wait for a connection to the server."""
+
+
+def replay(
+    config: Annotated[Path, typer.Option(help="Configuration of the server.")],
+    dialogues: Annotated[Path, typer.Option(help='JSON file {"id": ["user turn 1", ...]}.')],
+    out: Annotated[Path, typer.Option(help="Directory for soma_log.json and timeline.png.")],
+    url: Annotated[
+        str | None,
+        typer.Option(help="A running server, such as http://127.0.0.1:8000/v1. Without it one is started."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value over the configuration; repeatable.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Most dialogues under way at once.")] = 3,
+    think_time: Annotated[float, typer.Option(min=0, help="Seconds a user waits between turns.")] = 0.0,
+    await_verdicts: Annotated[
+        bool,
+        typer.Option(
+            "--await-verdicts",
+            help="After the warm start the user reads until the session has its verdict: training done, "
+            "judged, or given up. It stands for reading time; no user ever waits for training.",
+        ),
+    ] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="Be over in about so many minutes: measures this machine first (some seconds), then leaves "
+            "out what it has no time for, says so, and lets no dialogue begin that would not end in time.",
+        ),
+    ] = None,
+    first: Annotated[
+        list[str] | None,
+        typer.Option(help="Begin with this dialogue, and play it however slow the machine is; repeatable."),
+    ] = None,
+    force_adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Ask for the adapter in this dialogue, whatever the gate decides; repeatable. "
+            "Needs adaptation.allow_force_header."
+        ),
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Play this dialogue alone; repeatable.")] = None,
+    limit_turns: Annotated[int | None, typer.Option(min=1, help="Play the first N turns only.")] = None,
+    expect: Annotated[
+        list[Expectation] | None,
+        typer.Option(help="Exit with 1 unless a session shows this; repeatable."),
+    ] = None,
+) -> None:
+    """Replay dialogues against a server and record who answered each turn, as a log, a table and a figure.
+
+    Exits with 1 when a dialogue broke off, the server died or an --expect was not met; with 2 on wrong input.
+    """
+    screen = Screen(Console())
+    config_now, script = _prepare(
+        config,
+        dialogues,
+        overrides or [],
+        only=only or [],
+        limit_turns=limit_turns,
+        force_adapter=force_adapter or [],
+        concurrency=concurrency,
+        think_s=think_time,
+        awaits_verdicts=await_verdicts,
+        first=first or [],
+    )
+    for name in sorted(script.forced):
+        screen.say(f"{name}: forced to its adapter, whatever the gate decides", style="yellow")
+    began, settings, plan = time.monotonic(), list(overrides or []), None
+    if minutes is not None and url is None:
+        plan = fitted(script, config_now, first or [], 60 * minutes, screen.say)
+    if plan is not None:
+        settings += plan.overrides
+        config_now, script = load_config(config, settings), planned(script, plan)
+    timekeeper = Timekeeper(
+        Rules(script.warm_window, think_time, script.concurrency, config_now.adaptation.train_timeout_s),
+        None if plan is None else plan.expected,
+        None if minutes is None else began + 60 * minutes,
+        always={*(first or []), *script.forced} or {next(iter(script.dialogues))},
+    )
+    host = "127.0.0.1" if config_now.server.host == "0.0.0.0" else config_now.server.host
+    base_url = url or f"http://{host}:{config_now.server.port}/v1"
+    server = None if url else serve_command(config, settings)
+    # Both engines start within this time, one after the other.
+    start_timeout_s = 2 * config_now.original.start_timeout_s
+    sessions, trouble = asyncio.run(run(script, screen, base_url, server, start_timeout_s, timekeeper))
+    log = write_log(out / "soma_log.json", config_now, sessions)
+    drawn = any(session.turns for session in sessions)
+    if drawn:
+        from soma_vllm.tools.replay import timeline  # matplotlib takes a second to load
+
+        timeline.draw(log, out / "timeline.png")
+    _report(screen, sessions, trouble, expect or [], where_to_look(out, drawn))
+
+
+def _prepare(config: Path, dialogues: Path, overrides: Sequence[str], **choices: Any) -> tuple[Config, Script]:
+    """Read everything, or exit with 2 after printing all that is wrong."""
+    problems: list[str] = []
+    resolved: Config | None = None
+    parsed: Dialogues | None = None
+    try:
+        resolved = load_config(config, overrides)
+    except ConfigError as error:
+        problems.append(str(error))
+    try:
+        parsed = load_dialogues(dialogues)
+    except ConfigError as error:
+        problems.append(str(error))
+    if resolved is not None and parsed is not None:
+        try:
+            return resolved, make_script("soma replay", parsed, resolved, **choices)
+        except SomaError as error:
+            problems.append(str(error))
+    typer.echo("\n".join(problems), err=True)
+    raise typer.Exit(2)
+
+
+def _report(
+    screen: Screen,
+    sessions: Sequence[SessionRecord],
+    trouble: str | None,
+    expect: Sequence[Expectation],
+    look: str,
+) -> None:
+    """Print table, summary, what went wrong and where to look; exit with 1 if anything went wrong."""
+    screen.console.print(view.table(sessions))
+    for line in view.summary(sessions):
+        screen.say(line)
+    lines = missed(expect, sessions)
+    for line in ([f"the replay ended early: {trouble}"] if trouble else []) + lines:
+        screen.say(line, style="bold red")
+    screen.say(look, style="bold")
+    if trouble or lines or any(session.error for session in sessions):
+        raise typer.Exit(1)
+
+
+async def run(
+    script: Script,
+    screen: Screen,
+    base_url: str,
+    server: Sequence[str] | None,
+    start_timeout_s: float,
+    timekeeper: Timekeeper,
+) -> tuple[list[SessionRecord], str | None]:
+    """Play a script, against a server started for it if a command is given.
+
+    Returns:
+        Every dialogue's record, and why the replay ended early, if it did.
+    """
+    from openai import AsyncOpenAI, Timeout
+
+    root = base_url.rstrip("/").removesuffix("/v1")
+    # A slow answer is no failure; a server that dies ends the replay by itself.
+    patient = Timeout(None, connect=CONNECT_S)
+    client = AsyncOpenAI(
+        base_url=f"{root}/v1", api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=patient
+    )
+    player = Player(client, root, script, screen.show, timekeeper)
+    screen.left_s = player.left_s
+    # Ended from outside, a server started here must still be stopped: SIGTERM unwinds as Ctrl-C does.
+    current = asyncio.current_task()
+    assert current is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, current.cancel)
+    trouble: str | None = None
+    try:
+        async with client:
+            await _drive(player, screen, root, server, start_timeout_s)
+    except EngineUnavailable as error:
+        trouble = str(error)
+    except asyncio.CancelledError:
+        trouble = "interrupted"
+    finally:
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
+    return list(player.sessions.values()), trouble
+
+
+async def _drive(
+    player: Player, screen: Screen, root: str, server: Sequence[str] | None, start_timeout_s: float
+) -> None:
+    with screen.live(player.sessions):
+        if server is None:
+            await player.play()
+            return
+
+        def relay(line: str) -> None:
+            screen.say(f"server | {line}", style="dim")
+
+        async with started_server(server, root, start_timeout_s, relay) as process:
+            await while_alive(process, player.play())
+
+
+def write_log(path: Path, config: Config, sessions: Sequence[SessionRecord]) -> dict[str, Any]:
+    """Write `soma_log.json` whole or not at all, and return what it holds."""
+    log = {
+        "config": config.model_dump(mode="json"),
+        "sessions": {session.dialogue: session.to_json() for session in sessions},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(log, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    draft.replace(path)
+    return log

@@ -1,0 +1,390 @@
+"""A dispatcher on fakes whose timing a test controls, over a real session store."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from soma_vllm.adaptation.background_lane import BackgroundLane
+from soma_vllm.adaptation.cost_model import CostModel
+from soma_vllm.adaptation.drift import DriftWatch
+from soma_vllm.adaptation.pipeline import Adaptation
+from soma_vllm.adaptation.shadow_traffic import ShadowTraffic
+from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs, why_text
+from soma_vllm.adapters.eviction_policy import Reason
+from soma_vllm.adapters.leases import AdapterLeases
+from soma_vllm.adapters.store.manifest import FileFacts, PublishedAdapter
+from soma_vllm.config import Config
+from soma_vllm.engines.engine import ChatCall, Salts
+from soma_vllm.engines.fake import FakeEngine
+from soma_vllm.errors import AdapterRejected, EngineError, NotFound, TooManyRequests, TrainingError
+from soma_vllm.maintenance.adapter_eviction import AdapterEvictor
+from soma_vllm.maintenance.session_admin import SessionAdmin
+from soma_vllm.maintenance.sweeper import SweepTrigger
+from soma_vllm.scheduler.dispatcher import Answer, ChatRequest, Dispatcher
+from soma_vllm.scheduler.policies.base import Policies
+from soma_vllm.scheduler.turn_recorder import TurnRecorder
+from soma_vllm.sessions.background_tasks import BackgroundTasks
+from soma_vllm.sessions.registry import SessionRegistry
+from soma_vllm.sessions.sql.store import SessionStore
+from soma_vllm.sessions.state.session import Session
+from soma_vllm.training.messages import ScoreRequest, TrainRequest, TrainResult
+from soma_vllm.types import AdapterRef, Agreement, Event, SessionKey, Usage
+
+SETTINGS: dict[str, Any] = {
+    "warm_window": 2,
+    "acceptance_min_turns": 1,
+    "gate": {
+        "accept_threshold": 0.1,
+        "locality_threshold": 2.0,
+        "audit_rate": 0.0,
+        "drift_window": 1,
+        "drift_threshold": 0.3,
+    },
+    "adaptation": {"allow_force_header": True, "payback": "always"},
+    "surrogate": {"max_loras": 1},
+}
+
+
+class Versatile(FakeEngine):
+    """An engine that also calls tools, and gives several choices, as it is told to."""
+
+    def __init__(self, name: str, answers: Sequence[str]) -> None:
+        super().__init__(name, answers)
+        self.calls_tools: list[dict[str, Any]] = []
+        self.choices = 1
+
+    def _completion(self, answer: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        found = super()._completion(answer, body)
+        (first,) = found["choices"]
+        if self.calls_tools:
+            first["message"] = {"role": "assistant", "content": None, "tool_calls": self.calls_tools}
+        for index in range(1, self.choices):
+            message = {"role": "assistant", "content": f"{answer}, or {index}"}
+            found["choices"].append({**first, "index": index, "message": message})
+        return found
+
+
+class FakeOriginal(Versatile):
+    """An engine that also reads answers, as it is told to find them."""
+
+    def __init__(self) -> None:
+        super().__init__("large", ["same"])
+        self.finds = Agreement(0.5, 0.9, 10)
+        self.read: list[tuple[ChatCall, str]] = []
+
+    async def score(self, call: ChatCall, answer: str) -> Agreement:
+        self.read.append((call, answer))
+        await self.chat(call)
+        return self.finds
+
+
+class FakeSurrogate(Versatile):
+    """An engine that counts adapters in and out."""
+
+    def __init__(self) -> None:
+        super().__init__("small", ["same"])
+        self.loaded: dict[str, AdapterRef] = {}
+        self.log: list[str] = []
+        self.prefetched: list[str] = []
+        self.finds: Agreement | None = None
+        """How it finds every answer; None where it cannot read."""
+        self.rejection: AdapterRejected | None = None
+
+    async def score(self, call: ChatCall, answer: str) -> Agreement:
+        if self.finds is None:
+            raise EngineError("found another prompt")
+        return self.finds
+
+    def prefetch(self, ref: AdapterRef) -> None:
+        self.prefetched.append(ref.name)
+
+    async def load(self, ref: AdapterRef) -> None:
+        if self.rejection is not None:
+            raise self.rejection
+        if ref.name not in self.loaded:
+            self.loaded[ref.name] = ref
+            self.log.append(f"load {ref.name}")
+
+    async def unload(self, ref: AdapterRef) -> None:
+        if self.loaded.pop(ref.name, None) is not None:
+            self.log.append(f"unload {ref.name}")
+
+
+class FakeTrainer:
+    """Answers at once, or when told to."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+        self.go.set()
+        self.requests: list[TrainRequest] = []
+        self.failure: TrainingError | None = None
+        self.writes: Callable[[Path], object] = lambda directory: None
+        """Makes the trained files in the directory of a request."""
+        self.plain = Agreement(1.0, 0.5, 10)
+        self.adapted = Agreement(0.5, 0.8, 10)
+
+    async def score(self, request: ScoreRequest) -> Agreement:
+        return self.plain
+
+    async def train(self, request: TrainRequest) -> TrainResult:
+        self.requests.append(request)
+        await self.go.wait()
+        if self.failure is not None:
+            raise self.failure
+        self.writes(Path(request.out_dir))
+        return TrainResult(
+            directory=request.out_dir,
+            plain=self.plain,
+            adapted=self.adapted,
+            checkpoints=((0, self.plain), (4, self.adapted)),
+            hardness={1: 1.0},
+            steps=4,
+            distilled=False,
+            losses=(1.0, 0.5),
+            flops=1.0,
+            mining_s=0.1,
+            finetune_s=0.2,
+            scoring_s=0.3,
+        )
+
+
+class FakeShelf:
+    """Numbers adapters and remembers what was retired."""
+
+    owner = "us"
+
+    def __init__(self, log: list[str]) -> None:
+        self.published: list[str] = []
+        self.owners: dict[str, SessionKey] = {}
+        self.there: dict[str, PublishedAdapter] = {}
+        self.pinned: set[str] = set()
+        self._log = log
+
+    def publish(
+        self, key: SessionKey, trained: Path, *, base_model: str, manifest: Mapping[str, Any]
+    ) -> AdapterRef:
+        number = len(self.published) + 1
+        name = f"adapter-{key.session}-{number}"
+        self.published.append(name)
+        self.owners[name] = key
+        ref = AdapterRef(name, number, str(trained))
+        self.there[name] = PublishedAdapter(
+            ref, key, 1, time.time(), base_model, 8, self.owner, FileFacts("0", 1000), FileFacts("0", 24)
+        )
+        return ref
+
+    def retire(self, name: str) -> None:
+        self.there.pop(name, None)
+        self._log.append(f"delete {name}")
+
+    def workplace(self) -> str:
+        return tempfile.mkdtemp(prefix="soma-train-")
+
+    def clear(self) -> None:
+        pass
+
+    def resolve(self, name: str) -> AdapterRef:
+        if name not in self.there:
+            raise NotFound(f"adapter {name}")
+        return self.there[name].ref
+
+    def list(self, tenant: str | None = None) -> tuple[PublishedAdapter, ...]:
+        return tuple(one for one in self.there.values() if tenant in (None, one.key.tenant))
+
+    def pins(self) -> frozenset[str]:
+        return frozenset(self.pinned)
+
+    def forget(self, key: SessionKey) -> None:
+        pass
+
+
+class OpenMeter:
+    """Counts, and limits as it is told to."""
+
+    def __init__(self) -> None:
+        self.spendings: list[tuple[str, Usage]] = []
+        self.sessions: int | None = None
+        self.adapters: int | None = None
+
+    def spent(self, tenant: str, usage: Usage) -> None:
+        self.spendings.append((tenant, usage))
+
+    def limits_sessions(self, tenant: str) -> bool:
+        return self.sessions is not None
+
+    def check_new_session(self, tenant: str, live: int) -> None:
+        if self.sessions is not None and live >= self.sessions:
+            raise TooManyRequests(f"found {live}", 60.0)
+
+    def may_adapt(self, tenant: str, adapters: int) -> bool:
+        return self.adapters is None or adapters < self.adapters
+
+
+class Stock:
+    """Remembers what was measured of adapters."""
+
+    def __init__(self) -> None:
+        self.on_shelf = (0, 0)
+        self.evictions: list[Reason] = []
+
+    def kept(self, count: int, size_bytes: int) -> None:
+        self.on_shelf = (count, size_bytes)
+
+    def evicted(self, reason: Reason) -> None:
+        self.evictions.append(reason)
+
+    def fetched(self, seconds: float) -> None:
+        pass
+
+
+class HashEncoder:
+    """Equal texts are equal, different ones orthogonal or nearly so."""
+
+    async def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        rows = np.zeros((len(texts), 257), dtype=np.float32)
+        for row, text in zip(rows, texts, strict=True):
+            row[int.from_bytes(hashlib.sha256(text.encode()).digest()[:2], "big") % 257] = 1.0
+        return rows
+
+
+class Services:
+    """Everything a test needs to talk to a dispatcher and look behind it."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: SessionStore,
+        *,
+        adapter_store: Any = None,
+        trainer: FakeTrainer | None = None,
+        original: FakeOriginal | None = None,
+        surrogate: FakeSurrogate | None = None,
+    ) -> None:
+        self.config = config
+        self.store = store
+        speaks_vllm = config.original.api == "vllm"
+        self.teacher_logprobs = TeacherLogprobs(config, why_text(config, speaks_vllm, same_vocabulary=True))
+        self.original = original or FakeOriginal()
+        self.surrogate = surrogate or FakeSurrogate()
+        self.trainer = trainer or FakeTrainer()
+        self.adapter_store = adapter_store or FakeShelf(self.surrogate.log)
+        self.sweep_trigger = SweepTrigger()
+        self.stock = Stock()
+        self.meter = OpenMeter()
+        self.events: list[tuple[SessionKey, Event]] = []
+        self.payback = CostModel(config, store)
+        self.shadow_traffic = ShadowTraffic(config, self.surrogate)
+        watch = [self.teacher_logprobs, self.sweep_trigger, self.payback, self.shadow_traffic]
+        observers = [lambda key, event: self.events.append((key, event)), *watch]
+        self.registry = SessionRegistry(config, store, observers)
+        slots = config.surrogate
+        limit = slots.queue_limit if slots.overflow == "wait" else 0
+        self.leases = AdapterLeases(slots.max_loras, limit, slots.queue_wait_s)
+        self.encoder = encoder = HashEncoder()
+        self.adaptation = Adaptation(
+            config,
+            self.registry,
+            self.surrogate,
+            self.trainer,
+            self.adapter_store,
+            encoder,
+            self.leases,
+            self.teacher_logprobs,
+            self.meter,
+            self.payback,
+            self.shadow_traffic,
+        )
+        self.background = BackgroundTasks(self.registry)
+        self.lane = BackgroundLane(config.gate.audit_yields, config.gate.audit_wait_s)
+        drift = DriftWatch(
+            config,
+            self.registry,
+            self.original,
+            self.surrogate,
+            encoder,
+            self.leases,
+            self.adaptation.retire,
+            self.lane,
+        )
+        self.policies = Policies(config)
+        recorder = TurnRecorder(
+            config, self.registry, self.adaptation, drift, self.teacher_logprobs, self.background
+        )
+        self.dispatcher = Dispatcher(
+            config,
+            self.policies,
+            self.registry,
+            self.lane.watched(self.original),
+            self.surrogate,
+            encoder,
+            self.leases,
+            recorder,
+            self.teacher_logprobs,
+            self.meter,
+            self.shadow_traffic,
+        )
+        self.salts = Salts()
+        self.adapters = AdapterEvictor(
+            config,
+            self.registry,
+            store,
+            self.adaptation,
+            self.adapter_store,
+            self.sweep_trigger,
+            self.stock,
+            orphan_after_s=0.0,
+        )
+        self.session_admin = SessionAdmin(
+            config,
+            self.registry,
+            store,
+            self.adaptation,
+            self.background,
+            self.adapter_store,
+            self.salts,
+            self.meter,
+            self.adapters,
+            self.sweep_trigger,
+            self.shadow_traffic,
+        )
+
+    async def say(
+        self, history: list[dict[str, Any]], query: str, session: str | None = "s", **extra: Any
+    ) -> Answer:
+        """One turn of a client that keeps the history itself; `history` grows."""
+        history.append({"role": "user", "content": query})
+        headers = {"authorization": f"Bearer {extra.pop('key', 'k')}", **extra.pop("headers", {})}
+        if session is not None:
+            headers["x-session-id"] = session
+        body = {"model": "soma", "messages": [dict(m) for m in history], **extra}
+        answer = await self.dispatcher.chat(ChatRequest(body, headers))
+        if answer.reply.body is not None:
+            history.append(answer.reply.body["choices"][0]["message"])
+        return answer
+
+    def session(self, session: str = "s", key: str = "k") -> Session:
+        tenant = hashlib.sha256(key.encode()).hexdigest()[:16]
+        return self.registry.session(SessionKey(tenant, session))
+
+    def kinds(self, session: str = "s") -> list[str]:
+        return [event.kind for key, event in self.events if key.session == session]
+
+    async def settled(self) -> None:
+        """Return when no background work is left."""
+        while tasks := list(self.background._tasks):
+            await asyncio.wait(tasks, timeout=10)
+
+
+Build = Callable[..., Services]
+
+Later = Callable[[float], None]
+"""Moves the clock on by so many seconds."""

@@ -1,0 +1,178 @@
+"""What a server that was killed finds, and makes good, when it starts again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.guard import GUARD_S
+from support.services import Build, Services
+
+from soma_vllm.errors import AdapterError
+from soma_vllm.sessions.state.phases import Phase
+from soma_vllm.types import AdapterRef
+
+History = list[dict[str, Any]]
+PLAY = Path(__file__).parents[2] / "killed_play.py"
+PROCESSES = 2
+
+
+@pytest.mark.slow
+def test_whatever_step_a_server_is_killed_at_nothing_that_was_written_is_lost_and_nothing_is_left_over(
+    tmp_path: Path,
+) -> None:
+    commands = [
+        [sys.executable, "-W", "error", str(PLAY), str(tmp_path), str(first), str(PROCESSES)]
+        for first in range(1, PROCESSES + 1)
+    ]
+    pipe = subprocess.PIPE
+    places = [str(PLAY.parents[1]), str(PLAY.parent)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+    plays = [subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env) for command in commands]
+    told = [play.communicate(timeout=GUARD_S) for play in plays]
+    assert [play.returncode for play in plays] == [0] * PROCESSES, told
+    found = [json.loads(line) for printed, _ in told for line in printed.splitlines()]
+    assert [one for one in found if one["problems"]] == [], told
+    moments = {"commit", "training begins", "copyfile", "fsync", "replace", "rename", "rename done", "rmtree"}
+    assert moments <= {one["name"] for one in found}
+    assert len(found) > 80
+
+
+async def started(build: Build, **changes: Any) -> Services:
+    services = build(**changes)
+    await services.registry.start()
+    return services
+
+
+async def adapted(services: Services) -> History:
+    services.surrogate.answers = ["different", "same"]
+    history: History = []
+    for number in (1, 2):
+        await services.say(history, f"question {number}")
+    await services.settled()
+    await services.registry.written()
+    return history
+
+
+async def never(ref: Any) -> None:
+    await asyncio.Event().wait()
+
+
+async def test_an_interrupted_adaptation_is_taken_up_at_the_start(build: Build) -> None:
+    first = await started(build)
+    first.surrogate.answers = ["different", "same"]
+    first.trainer.go.clear()
+    history: History = []
+    for number in (1, 2):
+        await first.say(history, f"question {number}")
+    await first.registry.written()
+    second = await started(build)
+    await second.session_admin.start()
+    await second.settled()
+    assert second.session().phase is Phase.SWITCHED
+    await second.session_admin.stop()
+    first.trainer.go.set()
+
+
+async def test_an_adapter_that_a_crash_left_without_a_session_is_deleted_at_the_start(build: Build) -> None:
+    first = await started(build)
+    first.surrogate.answers = ["different"] * 2
+    first.surrogate.load = never
+    history: History = []
+    for number in (1, 2):
+        await first.say(history, f"question {number}")
+    while not first.adapter_store.published:
+        await asyncio.sleep(0.01)
+    await first.registry.written()
+    second = await started(build)
+    await second.session_admin._recovery.run()
+    assert second.surrogate.log == ["delete adapter-s-1"]
+    await second.session_admin._recovery.run()
+    assert second.surrogate.log == ["delete adapter-s-1"]
+
+
+async def test_an_adapter_that_serves_nobody_and_cannot_be_deleted_is_tried_again_at_the_next_start(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await started(build)
+    first.surrogate.answers = ["different"] * 2
+    first.surrogate.load = never
+    history: History = []
+    for number in (1, 2):
+        await first.say(history, f"question {number}")
+    while not first.adapter_store.published:
+        await asyncio.sleep(0.01)
+    await first.registry.written()
+
+    def refuse(name: str) -> None:
+        raise AdapterError("read-only")
+
+    second = await started(build)
+    with monkeypatch.context() as patch:
+        patch.setattr(second.adapter_store, "retire", refuse)
+        await second.session_admin._recovery._delete_what_serves_nobody()
+    await second.session_admin._recovery._delete_what_serves_nobody()
+    assert second.surrogate.log == ["delete adapter-s-1"]
+
+
+async def test_a_session_whose_adapters_files_are_gone_goes_back_to_the_original(build: Build) -> None:
+    history = await adapted(await started(build))
+    second = await started(build)
+
+    def gone(ref: AdapterRef) -> bool:
+        return False
+
+    second.adapter_store.has = gone
+    await second.session_admin._recovery.run()
+    answer = await second.say(history, "question 3")
+    assert (answer.headers["X-SOMA-Phase"], answer.headers["X-SOMA-Engine"]) == ("ROLLED_BACK", "original")
+    assert second.session().phase is Phase.ROLLED_BACK
+
+
+async def test_an_adapter_goes_only_once_the_record_says_that_nobody_needs_it(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = await started(build)
+    await adapted(services)
+    store = services.session_admin._store
+    append, go = store.append, asyncio.Event()
+
+    async def slow(*arguments: Any) -> None:
+        await go.wait()
+        await append(*arguments)
+
+    monkeypatch.setattr(store, "append", slow)
+    await services.session_admin.roll_back(services.session().key)
+    await asyncio.sleep(0.05)
+    assert "delete adapter-s-1" not in services.surrogate.log
+    go.set()
+    await services.settled()
+    assert services.surrogate.log[-1] == "delete adapter-s-1"
+
+
+async def test_while_the_record_is_away_an_adapter_stays_and_the_next_start_deletes_it(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = await started(build)
+    await adapted(services)
+    monkeypatch.setattr("soma_vllm.adaptation.pipeline.RECORD_S", 0.05)
+    store = services.session_admin._store
+
+    async def away(*_: Any) -> None:
+        raise ConnectionRefusedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "append", away)
+        await services.session_admin.roll_back(services.session().key)
+        await services.settled()
+    await services.registry.written()
+    assert "delete adapter-s-1" not in services.surrogate.log
+    second = await started(build)
+    await second.session_admin._recovery.run()
+    assert second.surrogate.log == ["delete adapter-s-1"]

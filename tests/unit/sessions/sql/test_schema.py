@@ -1,0 +1,191 @@
+"""How a database comes to have the tables, and which databases are refused."""
+
+from __future__ import annotations
+
+import asyncio
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import setuptools
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection, text
+from sqlalchemy.ext.asyncio import create_async_engine
+from support.guard import GUARD_S
+
+import soma_vllm
+from soma_vllm.errors import ConfigError
+from soma_vllm.sessions.sql.records import SessionSnapshot, TurnLocation
+from soma_vllm.sessions.sql.schema import _alembic
+from soma_vllm.sessions.sql.store import SessionStore, reading
+from soma_vllm.sessions.sql.tables import Base
+from soma_vllm.types import Event, SessionKey
+
+ROOT = Path(soma_vllm.__file__).parent.parent
+OPENS = """
+import asyncio, sys
+from soma_vllm.sessions.sql.store import SessionStore
+
+async def main(url):
+    store = SessionStore(url)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    await store.open()
+    print(await store.missing_tables(), flush=True)
+    await store.close()
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+async def run(url: str, *statements: str) -> None:
+    engine = create_async_engine(url)
+    try:
+        async with engine.begin() as connection:
+            for statement in statements:
+                await connection.execute(text(statement))
+    finally:
+        await engine.dispose()
+
+
+async def opened(url: str) -> None:
+    store = SessionStore(url)
+    try:
+        await store.open()
+    finally:
+        await store.close()
+
+
+def differences(connection: Connection) -> list[object]:
+    context = MigrationContext.configure(connection, opts={"compare_server_default": True})
+    return compare_metadata(context, Base.metadata)
+
+
+async def test_the_steps_give_exactly_the_tables(url: str) -> None:
+    await opened(url)
+    engine = create_async_engine(url)
+    async with engine.connect() as connection:
+        assert await connection.run_sync(differences) == []
+    await engine.dispose()
+
+
+async def test_a_difference_between_steps_and_tables_would_be_seen(url: str) -> None:
+    await opened(url)
+    await run(url, "DROP INDEX ix_turns_chain", "ALTER TABLE turns DROP COLUMN chain")
+    engine = create_async_engine(url)
+    async with engine.connect() as connection:
+        assert len(await connection.run_sync(differences)) == 2
+    await engine.dispose()
+
+
+async def test_a_database_that_is_up_to_date_stays_as_it_is(url: str) -> None:
+    key, event = SessionKey("t", "s"), Event("turn", 1.0, {}, {"answer": "hello"})
+    for _ in range(2):
+        await opened(url)
+    store = SessionStore(url)
+    await store.append(key, 0, [event], SessionSnapshot("", "WARM_START", "c", 1, None))
+    await store.open()
+    assert await store.events(key) == [event]
+    await store.close()
+
+
+async def test_a_database_of_the_first_version_is_brought_up_to_date_with_all_it_has(url: str) -> None:
+    def first_version(connection: Connection) -> None:
+        config = _alembic()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+
+    engine = create_async_engine(url)
+    async with engine.begin() as connection:
+        await connection.run_sync(first_version)
+    await engine.dispose()
+    await run(
+        url,
+        "INSERT INTO sessions VALUES ('t', 's', '', 'WARM_START', 'c', 1, NULL, 1.0)",
+        "INSERT INTO turns VALUES ('t', 's', 0, 1, '', 'c', NULL, 1.0)",
+    )
+    await opened(url)
+    async with reading(url) as store:
+        assert await store.find("t", "", ["c"]) == TurnLocation("s", 0, 1)
+        assert await store.standing("t", "", "link", 5) == []
+
+
+async def test_tables_of_others_may_be_beside_ours(url: str) -> None:
+    await run(url, "CREATE TABLE invoices (id integer)")
+    await opened(url)
+    await opened(url)
+    await run(url, "SELECT * FROM invoices")
+
+
+async def test_tables_that_no_step_made_are_refused_and_left_alone(url: str) -> None:
+    await run(url, "CREATE TABLE sessions (id integer)", "CREATE TABLE events (id integer)")
+    with pytest.raises(
+        ConfigError, match="found tables events, sessions without a revision; expected an empty"
+    ):
+        await opened(url)
+    await run(url, "SELECT id FROM sessions", "SELECT id FROM events")
+    with pytest.raises(Exception, match="texts"):
+        await run(url, "SELECT * FROM texts")
+
+
+async def test_a_newer_database_is_refused(url: str) -> None:
+    await opened(url)
+    await run(url, "UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(
+        ConfigError, match="found revision 9999; expected 0002 or older: it was made by a newer"
+    ):
+        await opened(url)
+    with pytest.raises(ConfigError, match="found revision 9999; expected 0002"):
+        async with reading(url):
+            pass
+
+
+async def test_a_refusal_shows_no_password(tmp_path: Path) -> None:
+    url = f"postgresql+asyncpg://me:secret@/db?host={tmp_path}"
+    with pytest.raises(ConfigError) as caught:
+        async with reading(url):
+            pass
+    assert "me:***@" in str(caught.value)
+
+
+async def test_two_stores_of_one_process_open_a_new_database_at_once(url: str) -> None:
+    await asyncio.gather(*(opened(url) for _ in range(4)))
+    async with reading(url) as store:
+        assert await store.missing_tables() == []
+
+
+async def test_one_process_opens_several_new_databases_at_once(tmp_path: Path) -> None:
+    urls = [f"sqlite+aiosqlite:///{tmp_path}/{n}.db" for n in range(4)]
+    await asyncio.gather(*map(opened, urls))
+    for url in urls:
+        async with reading(url) as store:
+            assert await store.missing_tables() == []
+
+
+async def test_two_processes_open_a_new_database_at_once(url: str) -> None:
+    command = [sys.executable, "-c", OPENS, url]
+    pipe = subprocess.PIPE
+    processes = [
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=ROOT) for _ in range(2)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    told = [process.communicate(timeout=GUARD_S) for process in processes]
+    assert [printed for printed, _ in told] == ["[]\n", "[]\n"], told
+
+
+def test_the_steps_are_part_of_the_installed_package() -> None:
+    with mock.patch.object(setuptools, "setup") as setup:
+        runpy.run_path(str(ROOT / "setup.py"))
+    packages = set(setup.call_args.kwargs["packages"])
+    assert {"soma_vllm.sessions.sql.migrations", "soma_vllm.sessions.sql.migrations.versions"} <= packages

@@ -1,0 +1,188 @@
+"""The book of sessions, its writer, and what happens when their store fails."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from sqlalchemy.exc import IntegrityError
+from support.guard import GUARD_S
+
+from soma_vllm.config import Config
+from soma_vllm.errors import StoreUnavailable
+from soma_vllm.sessions.registry import SessionRegistry
+from soma_vllm.sessions.state.transcript import read
+from soma_vllm.sessions.write_behind import Write, WriteBehindQueue
+from soma_vllm.types import Event, SessionKey
+
+KEY = SessionKey("t", "s")
+
+
+class FailingStore:
+    """A store that is away while `away` is set, and keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.away = False
+        self.contradicts = False
+        self.kept: list[tuple[int, str]] = []
+
+    async def append(
+        self, key: SessionKey, first_seq: int, events: Any, standing: Any, marks: Any, adapters: Any
+    ) -> None:
+        if self.away:
+            raise ConnectionRefusedError("no database")
+        if self.contradicts:
+            raise IntegrityError("insert", {}, Exception())
+        self.kept += [(first_seq + offset, event.kind) for offset, event in enumerate(events)]
+
+    async def events(self, key: SessionKey) -> list[Event]:
+        if self.away:
+            raise ConnectionRefusedError("no database")
+        return []
+
+    async def find(self, tenant: str, family: str, chains: Any) -> None:
+        return None
+
+
+def book_on(store: FailingStore, live_sessions: int = 10) -> SessionRegistry:
+    return SessionRegistry(Config(), store, live_sessions=live_sessions)
+
+
+async def test_what_is_recorded_while_the_store_is_away_is_written_when_it_is_back() -> None:
+    store = FailingStore()
+    registry = book_on(store)
+    await registry.start()
+    await registry.open(KEY)
+    store.away = True
+    for kind in ("one", "two"):
+        registry.note(KEY, kind)
+    await asyncio.sleep(0.15)
+    assert store.kept == []
+    store.away = False
+    await asyncio.wait_for(registry.written(), GUARD_S)
+    await registry.stop()
+    assert store.kept == [(0, "one"), (1, "two")]
+
+
+async def test_what_was_queued_is_waited_for_and_what_is_queued_meanwhile_is_not() -> None:
+    journal = WriteBehindQueue()
+    await journal.start()
+    ended = asyncio.Event()
+
+    async def one_more() -> None:
+        await asyncio.sleep(0)
+        if not ended.is_set():
+            journal.put(Write(KEY, one_more))
+
+    journal.put(Write(KEY, one_more))
+    await asyncio.wait_for(journal.written(), GUARD_S)
+    ended.set()
+    await asyncio.wait_for(journal.stop(), GUARD_S)
+
+
+async def test_after_a_contradicted_write_nothing_of_that_session_is_written() -> None:
+    store = FailingStore()
+    registry = book_on(store)
+    await registry.start()
+    await registry.open(KEY)
+    registry.note(KEY, "one")
+    await registry.written()
+    store.contradicts = True
+    registry.note(KEY, "two")
+    await registry.written()
+    store.contradicts = False
+    registry.note(KEY, "three")
+    await registry.open(SessionKey("t", "other"))
+    registry.note(SessionKey("t", "other"), "four")
+    await asyncio.wait_for(registry.stop(), GUARD_S)
+    assert store.kept == [(0, "one"), (0, "four")]
+
+
+async def test_a_write_whose_acknowledgement_was_lost_costs_its_session_nothing() -> None:
+    attempts: list[str] = []
+
+    async def taken_but_not_told() -> None:
+        attempts.append("tried")
+        raise ConnectionResetError if len(attempts) == 1 else IntegrityError("insert", {}, Exception())
+
+    async def next_one() -> None:
+        attempts.append("next")
+
+    journal = WriteBehindQueue()
+    await journal.start()
+    journal.put(Write(KEY, taken_but_not_told))
+    journal.put(Write(KEY, next_one))
+    await asyncio.wait_for(journal.stop(), GUARD_S)
+    assert attempts == ["tried", "tried", "next"]
+
+
+async def test_a_removal_makes_good_what_was_missing_before_it() -> None:
+    done: list[str] = []
+    journal = WriteBehindQueue()
+    await journal.start()
+
+    async def contradicted() -> None:
+        raise IntegrityError("insert", {}, Exception())
+
+    async def do(what: str) -> None:
+        done.append(what)
+
+    journal.put(Write(KEY, contradicted))
+    journal.put(Write(KEY, lambda: do("lost")))
+    journal.put(Write(KEY, lambda: do("removed"), anew=True))
+    journal.put(Write(KEY, lambda: do("begun anew")))
+    await asyncio.wait_for(journal.stop(), GUARD_S)
+    assert done == ["removed", "begun anew"]
+
+
+async def test_stopping_while_the_store_is_away_does_not_hang_and_tells_what_is_lost(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def away() -> None:
+        raise ConnectionRefusedError("no database")
+
+    journal = WriteBehindQueue(stop_limit_s=0.1)
+    await journal.start()
+    journal.put(Write(KEY, away))
+    await asyncio.wait_for(journal.stop(), GUARD_S)
+    assert "1 writes to the session store are lost" in caplog.text
+
+
+async def test_without_its_record_a_session_is_not_begun_anew() -> None:
+    store = FailingStore()
+    store.away = True
+    registry = book_on(store)
+    with pytest.raises(StoreUnavailable, match="session store"):
+        await registry.open(KEY)
+    with pytest.raises(StoreUnavailable):
+        await registry.place("t", "s", read("t", [{"role": "user", "content": "hi"}]))
+    store.away = False
+    assert (await registry.open(KEY)).turns == ()
+
+
+async def test_only_the_latest_sessions_stay_in_memory_and_those_in_use() -> None:
+    registry = book_on(FailingStore(), live_sessions=2)
+    keys = [SessionKey("t", str(number)) for number in range(4)]
+    await registry.open(keys[0])
+    registry.hold(keys[0])
+    for key in keys[1:]:
+        await registry.open(key)
+    assert registry.session(keys[0])
+    assert registry.session(keys[3])
+    for key in keys[1:3]:
+        with pytest.raises(KeyError):
+            registry.session(key)
+
+
+async def test_a_session_that_is_not_on_record_yet_is_not_forgotten() -> None:
+    registry = book_on(FailingStore(), live_sessions=1)
+    await registry.open(KEY)
+    registry.note(KEY, "one")
+    await registry.open(SessionKey("t", "other"))
+    assert registry.session(KEY)
+    await registry.start()
+    await asyncio.wait_for(registry.stop(), GUARD_S)
+    await registry.open(SessionKey("t", "third"))
+    with pytest.raises(KeyError):
+        registry.session(KEY)
