@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.responses_services import Spoken, checked, token
 
 from soma_vllm.api.responses.convert import Frame, chat_body, response_of
-from soma_vllm.api.responses.messages import messages_of, prompt
+from soma_vllm.api.responses.input_items import messages_of, prompt
 from soma_vllm.api.responses.request import parse
 from soma_vllm.engines.vllm.internals import ChatCompletionRequest
 from soma_vllm.errors import EngineError
