@@ -30,6 +30,7 @@ from soma_vllm.adaptation.survival import (
 from soma_vllm.config import Config
 from soma_vllm.sessions.ports import Store
 from soma_vllm.sessions.sql.records import LengthCount
+from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.session import Session
 from soma_vllm.types import Candidate, Event, Role, SessionKey
 
@@ -50,9 +51,9 @@ class CostModel:
         self._read_at: float | None = None
         self._busy = {role: BusyTime() for role in Role}
         self._on: Mapping[str, Callable[[Event], Costs]] = {
-            "turn": self._turn,
-            "trained": self._trained,
-            "judged": self._judged,
+            EventKind.TURN: self._turn,
+            EventKind.TRAINED: self._trained,
+            EventKind.JUDGED: self._judged,
         }
 
     def __call__(self, key: SessionKey, event: Event) -> None:

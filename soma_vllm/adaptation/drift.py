@@ -34,6 +34,7 @@ from soma_vllm.config import Config
 from soma_vllm.engines.engine import AdapterEngine, ChatCall, ScoringEngine
 from soma_vllm.errors import AdapterError, EngineError
 from soma_vllm.sessions.registry import SessionRegistry
+from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.gate import AuditKind
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.session import Session, Turn
@@ -100,7 +101,7 @@ class DriftWatch:
             self._require_same(key, session)
         except (EngineError, AdapterError, JobDropped) as error:
             logger.info("an audit was dropped: %s", error)
-            self._note(key, "audit_dropped", turn=turn.number, reason=str(error))
+            self._note(key, EventKind.AUDIT_DROPPED, turn=turn.number, reason=str(error))
             return
         await self._observe(key, turn, finding)
 
@@ -150,7 +151,7 @@ class DriftWatch:
         """Put a finding into the drift window, and roll back where that demands it."""
         session = self._note(
             key,
-            "audited",
+            EventKind.AUDITED,
             turn=turn.number,
             kind=finding.kind,
             gap=round(finding.value, 4) if finding.kind == "gap" else None,
@@ -163,7 +164,7 @@ class DriftWatch:
         adapter = session.adapter
         self._note(
             key,
-            "rolled_back",
+            EventKind.ROLLED_BACK,
             moving=round(session.drift.moving(), 4),
             window=[asdict(audit) for audit in session.drift.window],
             breaches=session.drift.breaches,
@@ -173,5 +174,5 @@ class DriftWatch:
         if adapter is not None:
             await self._retire(key, adapter)
 
-    def _note(self, key: SessionKey, event: str, **data: Any) -> Session:
+    def _note(self, key: SessionKey, event: EventKind, **data: Any) -> Session:
         return self._registry.record(key, Event(event, time.time(), data))

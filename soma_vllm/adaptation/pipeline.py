@@ -50,6 +50,7 @@ from soma_vllm.sessions.ports import Meter
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.state.adaptation_rules import AdaptationRules
 from soma_vllm.sessions.state.adapter_states import AdapterState
+from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.gate import Verdict, centroid, judge
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.prefix import compress
@@ -112,7 +113,7 @@ class Adaptation:
         """
         rules = asdict(adapting or AdaptationRules())
         return self._run(
-            key, self._registry.note(key, "adaptation_started", forced=forced, adapting=rules), forced
+            key, self._registry.note(key, EventKind.ADAPTATION_STARTED, forced=forced, adapting=rules), forced
         )
 
     async def _run(self, key: SessionKey, session: Session, forced: Candidate | None) -> None:
@@ -126,11 +127,15 @@ class Adaptation:
                 return
             verdict = await self._choose(key, examples, held_out, forced, made)
             self._registry.note(
-                key, "judged", candidate=verdict.candidate, reason=verdict.reason, numbers=verdict.numbers
+                key,
+                EventKind.JUDGED,
+                candidate=verdict.candidate,
+                reason=verdict.reason,
+                numbers=verdict.numbers,
             )
             if verdict.candidate is Candidate.ORIGINAL:
                 wanting = bool(verdict.numbers["candidates"])
-                self._registry.note(key, "refused", reason=verdict.reason, found_wanting=wanting)
+                self._registry.note(key, EventKind.REFUSED, reason=verdict.reason, found_wanting=wanting)
             else:
                 serving = made[0] if verdict.candidate is Candidate.ADAPTER else None
                 await self._switch(key, session, verdict, serving)
@@ -155,7 +160,7 @@ class Adaptation:
         self._still_adapting(key)
         self._registry.note(
             key,
-            "switched",
+            EventKind.SWITCHED,
             candidate=Candidate.ADAPTER,
             reason=f"loaded; policy {adapting.policy} has no gate",
             adapter=asdict(ref),
@@ -176,12 +181,12 @@ class Adaptation:
         """Say once why an adaptation came to nothing."""
         phase = self._registry.session(key).phase
         if phase is not Phase.ADAPTING:
-            self._registry.note(key, "adaptation_abandoned", phase=phase)
+            self._registry.note(key, EventKind.ADAPTATION_ABANDONED, phase=phase)
         elif isinstance(error, TooMuch):
-            self._registry.note(key, "refused", reason=str(error), found_wanting=False)
+            self._registry.note(key, EventKind.REFUSED, reason=str(error), found_wanting=False)
         else:
             logger.warning("adaptation failed: %s", error)
-            self._registry.note(key, "training_failed", error=type(error).__name__, message=str(error))
+            self._registry.note(key, EventKind.TRAINING_FAILED, error=type(error).__name__, message=str(error))
 
     def _still_adapting(self, key: SessionKey) -> None:
         """Raises Abandoned where the session was closed or rewritten meanwhile."""
@@ -197,9 +202,9 @@ class Adaptation:
         self._retiring.add(ref.name)
         try:
             if await self._on_record(ref) and not await self._registry.in_use(ref):
-                self._registry.note(key, "adapter_draining", adapter=asdict(ref))
+                self._registry.note(key, EventKind.ADAPTER_DRAINING, adapter=asdict(ref))
                 if await self.withdraw(ref):
-                    self._registry.note(key, "adapter_retired", adapter=asdict(ref))
+                    self._registry.note(key, EventKind.ADAPTER_RETIRED, adapter=asdict(ref))
         finally:
             self._retiring.discard(ref.name)
 
@@ -292,7 +297,7 @@ class Adaptation:
         if mode != "auto":
             return None if mode == "always" else "adaptation.payback is never"
         judgement = await self._cost_model.judge(self._registry.session(key))
-        self._registry.note(key, "payback_judged", **judgement.numbers())
+        self._registry.note(key, EventKind.PAYBACK_JUDGED, **judgement.numbers())
         if judgement.pays:
             return None
         return f"an expected gain of {judgement.gain:.3g} does not cover its cost of {judgement.cost:.3g}"
@@ -361,7 +366,7 @@ class Adaptation:
     ) -> TrainResult:
         turns = [example.turn for example in examples]
         lessons = self._teacher_logprobs.account(examples)
-        session = self._registry.note(key, "training_submitted", turns=turns, **lessons)
+        session = self._registry.note(key, EventKind.TRAINING_SUBMITTED, turns=turns, **lessons)
         out_dir = self._adapter_store.workplace()
         request = TrainRequest(
             examples,
@@ -376,7 +381,7 @@ class Adaptation:
             if held_out:
                 _finite(result.plain)
                 _finite(result.adapted)
-            self._registry.note(key, "trained", **_costs(result))
+            self._registry.note(key, EventKind.TRAINED, **_costs(result))
             self._still_adapting(key)
         except BaseException:
             shutil.rmtree(out_dir, ignore_errors=True)
@@ -403,15 +408,17 @@ class Adaptation:
         finally:
             shutil.rmtree(result.directory, ignore_errors=True)
         made.append(ref)
-        self._registry.note(key, "adapter_published", adapter=asdict(ref))
+        self._registry.note(key, EventKind.ADAPTER_PUBLISHED, adapter=asdict(ref))
         self._still_adapting(key)
         try:
             async with self._leases.shadowing(ref.name):
                 await self._surrogate.load(ref)
         except AdapterRejected as error:
-            self._registry.note(key, "adapter_rejected", adapter=asdict(ref), problems=list(error.problems))
+            self._registry.note(
+                key, EventKind.ADAPTER_REJECTED, adapter=asdict(ref), problems=list(error.problems)
+            )
             raise
-        self._registry.note(key, "adapter_loaded", adapter=asdict(ref))
+        self._registry.note(key, EventKind.ADAPTER_LOADED, adapter=asdict(ref))
         return ref
 
     async def _switch(
@@ -422,13 +429,13 @@ class Adaptation:
         queries = [text_of(turn.messages[-1]) for turn in session.warm_turns()]
         vectors = await self._encoder.encode(queries)
         if (phase := self._registry.session(key).phase) is not Phase.ADAPTING:
-            self._registry.note(key, "adaptation_abandoned", phase=phase)
+            self._registry.note(key, EventKind.ADAPTATION_ABANDONED, phase=phase)
             return
         # Taken now: what was said may be erased with the switch.
         history = self._registry.session(key).seen_last()
         self._registry.note(
             key,
-            "switched",
+            EventKind.SWITCHED,
             candidate=verdict.candidate,
             reason=verdict.reason,
             adapter=None if ref is None else asdict(ref),

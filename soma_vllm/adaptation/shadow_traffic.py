@@ -28,6 +28,7 @@ from soma_vllm.config import Config
 from soma_vllm.engines.engine import Engine
 from soma_vllm.errors import EngineError
 from soma_vllm.sessions.state.adaptation_rules import AdaptationRules
+from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.prefix import compress
 from soma_vllm.sessions.state.session import Session
 from soma_vllm.sessions.state.turn_query import TurnQuery
@@ -61,8 +62,11 @@ class ShadowTraffic:
 
     def __call__(self, key: SessionKey, event: Event) -> None:
         """Forget a session that was switched or removed, or that will not be judged again."""
-        over = event.kind in ("switched", "closed")
-        silent = event.kind in ("refused", "training_failed") and self._config.retention.text != "session"
+        over = event.kind in (EventKind.SWITCHED, EventKind.CLOSED)
+        silent = (
+            event.kind in (EventKind.REFUSED, EventKind.TRAINING_FAILED)
+            and self._config.retention.text != "session"
+        )
         if over or silent:
             self.forget(key)
 

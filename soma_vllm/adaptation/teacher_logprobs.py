@@ -30,6 +30,7 @@ from soma_vllm.engines.engine import Events, Reply
 from soma_vllm.engines.logprobs import teacher_from_logprobs, teaching_fields
 from soma_vllm.engines.reply_parser import ParsedReply
 from soma_vllm.errors import EngineError
+from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.session import Session
 from soma_vllm.types import Candidate, Event, Example, SessionKey, Teacher
@@ -75,10 +76,10 @@ ABSENT: Mapping[str, Any] = {
 }
 """Values of other fields that say the same as leaving them out; null always does."""
 
-OVER = frozenset({"switched", "adaptation_abandoned", "closed"})
+OVER = frozenset({EventKind.SWITCHED, EventKind.ADAPTATION_ABANDONED, EventKind.CLOSED})
 """Events after which a session's teachers have done their work."""
 
-REFUSED = frozenset({"refused", "training_failed"})
+REFUSED = frozenset({EventKind.REFUSED, EventKind.TRAINING_FAILED})
 """Events after which they have where retention has what was said erased; else a later training may use
 them."""
 
@@ -253,7 +254,7 @@ class TeacherLogprobs:
         """Drop what an event makes useless; hand a branch what was heard with the turns it begins with."""
         if event.kind in OVER or (event.kind in REFUSED and self._config.retention.text != "session"):
             self._drop(key, 1)
-        elif event.kind == "branched":
+        elif event.kind == EventKind.BRANCHED:
             self._share(SessionKey(key.tenant, event.data["of"]), key, len(event.data["turns"]))
 
     def fields(self, session: Session, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from soma_vllm.sessions.registry import Entry
 from soma_vllm.sessions.sql.records import Summary
+from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.session import Turn
 from soma_vllm.types import Event
 
@@ -71,8 +72,8 @@ def event_view(event: Event) -> dict[str, Any]:
 
 def training_view(events: list[Event]) -> dict[str, Any] | None:
     """Cost and evidence of the session's latest adaptation; None before the first verdict."""
-    trained = next((e.data for e in reversed(events) if e.kind == "trained"), {})
-    judged = next((e.data for e in reversed(events) if e.kind == "judged"), None)
+    trained = next((e.data for e in reversed(events) if e.kind == EventKind.TRAINED), {})
+    judged = next((e.data for e in reversed(events) if e.kind == EventKind.JUDGED), None)
     if not trained and judged is None:
         return None
     return {

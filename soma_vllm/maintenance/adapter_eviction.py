@@ -35,6 +35,7 @@ from soma_vllm.sessions.ports import Store
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.sql.records import AdapterRecord
 from soma_vllm.sessions.state.adapter_states import IN_THE_MAKING, AdapterState
+from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.types import AdapterRef, SessionKey
 
 logger = logging.getLogger(__name__)
@@ -268,7 +269,7 @@ class AdapterEvictor:
                 continue
             self._registry.hold(key)
             held.append(key)
-            self._registry.note(key, "adapter_evicted", adapter=asdict(session.adapter), reason=reason)
+            self._registry.note(key, EventKind.ADAPTER_EVICTED, adapter=asdict(session.adapter), reason=reason)
         return held
 
 

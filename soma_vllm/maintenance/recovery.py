@@ -20,6 +20,7 @@ from soma_vllm.errors import AdapterError
 from soma_vllm.sessions.background_tasks import BackgroundTasks
 from soma_vllm.sessions.ports import Store
 from soma_vllm.sessions.registry import SessionRegistry
+from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.types import SessionKey
 
@@ -77,7 +78,7 @@ class Recovery:
         for key, adapter in served:
             if adapter not in there and (await self._registry.open(key)).phase is Phase.SWITCHED:
                 logger.warning("a session goes back to the original: its adapter %s has no files", adapter)
-                self._registry.note(key, "rolled_back", reason="the files of its adapter are gone")
+                self._registry.note(key, EventKind.ROLLED_BACK, reason="the files of its adapter are gone")
         await self._registry.written()
 
     async def _delete_what_serves_nobody(self) -> None:

@@ -29,6 +29,7 @@ from soma_vllm.sessions.background_tasks import BackgroundTasks
 from soma_vllm.sessions.ports import Meter, Store
 from soma_vllm.sessions.registry import Entry, SessionRegistry
 from soma_vllm.sessions.sql.records import Summary
+from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.session import Session
 from soma_vllm.types import AdapterRef, Event, Role, SessionKey
@@ -109,7 +110,7 @@ class SessionAdmin:
     async def pin(self, key: SessionKey, engine: Role | None) -> Session:
         """Bind a session to an engine, or let it go again. Raises NotFound."""
         async with self._held(key):
-            return self._registry.note(key, "pinned", engine=engine)
+            return self._registry.note(key, EventKind.PINNED, engine=engine)
 
     async def roll_back(self, key: SessionKey) -> Session:
         """Give a session back to the original.
@@ -121,7 +122,7 @@ class SessionAdmin:
         async with self._held(key) as session:
             if session.phase is not Phase.SWITCHED:
                 raise BadRequest(f"found the session in phase {session.phase}; expected {Phase.SWITCHED}")
-            rolled_back = self._registry.note(key, "rolled_back", reason=ASKED)
+            rolled_back = self._registry.note(key, EventKind.ROLLED_BACK, reason=ASKED)
             self._retire(key, session)
             return rolled_back
 
@@ -141,7 +142,7 @@ class SessionAdmin:
                 raise BadRequest(f"found the session in phase {session.phase}; expected another")
             if not self._meter.may_adapt(key.tenant, held - (session.adapter is not None)):
                 raise TooManyRequests("limits.adapters: this key's are used up", ADAPTER_RETRY_S)
-            restarted = self._registry.note(key, "restarted", reason=ASKED)
+            restarted = self._registry.note(key, EventKind.RESTARTED, reason=ASKED)
             self._retire(key, session)
             if restarted.wants_adaptation(self._config):
                 self._background.spawn(key, self._adaptation.begin(key, None, session.adapting))
@@ -188,7 +189,7 @@ class SessionAdmin:
         self._registry.hold(key)
         try:
             if entry.session.phase is not Phase.CLOSED:
-                self._registry.note(key, "closed")
+                self._registry.note(key, EventKind.CLOSED)
             await self._background.cancel(key)
             await self._registry.unheld(key, LAST_REQUEST_S)
             for ref in _left(entry.events):
@@ -269,7 +270,7 @@ def _left(events: Sequence[Event]) -> list[AdapterRef]:
         found = event.data.get("adapter")
         if not isinstance(found, dict):
             continue
-        if event.kind == "adapter_retired":
+        if event.kind == EventKind.ADAPTER_RETIRED:
             refs.pop(found["name"], None)
         else:
             refs[found["name"]] = AdapterRef(**found)

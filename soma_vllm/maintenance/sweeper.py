@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
+from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.types import Event, SessionKey
 
 SETTLED_S = 0.5
@@ -20,7 +21,7 @@ class SweepTrigger:
 
     def __call__(self, key: SessionKey, event: Event) -> None:
         """Ring when an adapter was published: budgets may be exceeded."""
-        if event.kind == "adapter_published":
+        if event.kind == EventKind.ADAPTER_PUBLISHED:
             self._bell.set()
 
     def damaged(self, name: str) -> None:

@@ -20,6 +20,7 @@ from soma_vllm.scheduler.policies.base import TurnQuery
 from soma_vllm.sessions.background_tasks import BackgroundTasks
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.state.adaptation_rules import AdaptationRules
+from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.prefix import compress
 from soma_vllm.sessions.state.session import Session, Turn, turn_event
@@ -79,7 +80,7 @@ class TurnRecorder:
             if adapting is not None:
                 may_teach = session.turns_to_adaptation(self._config) is not None
                 if may_teach and (why := turn.unteachable()):
-                    self._registry.note(key, "turn_skipped", turn=turn.number, why=why)
+                    self._registry.note(key, EventKind.TURN_SKIPPED, turn=turn.number, why=why)
                 self._follow_up(key, session, turn, asked, adapting, forced)
         finally:
             self._registry.release(key)
@@ -137,7 +138,7 @@ class TurnRecorder:
         if adapting.gate and self._drift.wants(turn):
             shown = compress(asked.messages, self._config.prefix, self._config.compressed_prefix_turns)
             if turn.engine is Role.ORIGINAL:
-                self._registry.note(key, "locality_miss", turn=turn.number, distance=asked.distance)
+                self._registry.note(key, EventKind.LOCALITY_MISS, turn=turn.number, distance=asked.distance)
             self._background.spawn(key, self._drift.audit(key, turn, asked.messages, shown))
 
 
@@ -151,7 +152,7 @@ def _events(turn: Turn, builds_on: int, others: Sequence[Choice], tenant: str, a
         variants.append(replace(turn, answer=other.text, calls=other.calls, chain=said.asked, links=links))
     return [
         turn_event(turn, builds_on, now),
-        *(turn_event(variant, builds_on, now, "variant") for variant in variants),
+        *(turn_event(variant, builds_on, now, EventKind.VARIANT) for variant in variants),
     ]
 
 

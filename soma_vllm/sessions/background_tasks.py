@@ -12,6 +12,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from soma_vllm.sessions.registry import SessionRegistry
+from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.types import SessionKey
 
@@ -54,5 +55,7 @@ class BackgroundTasks:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("background work of a session failed", exc_info=error)
             if self._registry.session(key).phase is Phase.ADAPTING:
-                self._registry.note(key, "training_failed", error=type(error).__name__, message="unexpected")
+                self._registry.note(
+                    key, EventKind.TRAINING_FAILED, error=type(error).__name__, message="unexpected"
+                )
         self._registry.release(key)

@@ -26,6 +26,7 @@ from soma_vllm.sessions.ports import Observer, Store
 from soma_vllm.sessions.sql.records import AdapterRecord, SessionSnapshot, TurnLocation, TurnMark
 from soma_vllm.sessions.sql.tables import RETIRED
 from soma_vllm.sessions.state.adapter_states import AdapterLives, AdapterState
+from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.session import (
     RECOGNISED,
@@ -189,7 +190,7 @@ class SessionRegistry:
         """The turns of a session as one of its events left them."""
         events = self._entries[session.key].events[: seq + 1]
         past = restore(session.key, events, self._config)
-        if events[-1].kind != "variant":
+        if events[-1].kind != EventKind.VARIANT:
             return past.turns
         turn = turn_of(events[-1])
         return (*past.turns[: turn.number - 1], turn)
@@ -411,7 +412,7 @@ class SessionRegistry:
             self._fall_silent(entry)
         return entry.session
 
-    def note(self, key: SessionKey, kind: str, **data: Any) -> Session:
+    def note(self, key: SessionKey, kind: EventKind, **data: Any) -> Session:
         """Record one event that happens now."""
         return self.record(key, Event(kind, time.time(), data))
 
@@ -517,7 +518,7 @@ def _silent(event: Event) -> Event:
 
 
 def _marks(seq: int, event: Event) -> tuple[TurnMark, ...]:
-    if event.kind not in ("turn", "variant"):
+    if event.kind not in (EventKind.TURN, EventKind.VARIANT):
         return ()
     data = event.data
     links = data.get("links") or (None,)

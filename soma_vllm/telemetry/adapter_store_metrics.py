@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.registry import REGISTRY
 
 from soma_vllm.adapters.eviction_policy import Reason
+from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.types import Event, SessionKey
 
 FETCH_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -41,9 +42,9 @@ class AdapterStoreMetrics:
 
     def __call__(self, key: SessionKey, event: Event) -> None:
         """Count one event."""
-        if event.kind == "adapter_published":
+        if event.kind == EventKind.ADAPTER_PUBLISHED:
             self._published.inc()
-        elif event.kind == "adapter_retired":
+        elif event.kind == EventKind.ADAPTER_RETIRED:
             self._retired.inc()
 
     def kept(self, count: int, size_bytes: int) -> None:

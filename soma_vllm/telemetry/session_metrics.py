@@ -11,6 +11,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.registry import REGISTRY
 
+from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.types import Event, SessionKey
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -63,13 +64,13 @@ class SessionMetrics:
             "soma_payback", "Whether an adapter was expected to pay.", ["verdict"], registry=registry
         )
         self._on: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
-            "turn": self._turn,
-            "audited": self._audited,
-            "trained": self._trained,
-            "payback_judged": lambda data: self._cost_model.labels(
+            EventKind.TURN: self._turn,
+            EventKind.AUDITED: self._audited,
+            EventKind.TRAINED: self._trained,
+            EventKind.PAYBACK_JUDGED: lambda data: self._cost_model.labels(
                 "pays" if data["pays"] else "costs_more"
             ).inc(),
-            "judged": lambda data: self._verdicts.labels(data["candidate"]).inc(),
+            EventKind.JUDGED: lambda data: self._verdicts.labels(data["candidate"]).inc(),
         }
 
     def __call__(self, key: SessionKey, event: Event) -> None:

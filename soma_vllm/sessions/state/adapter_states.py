@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 
 from soma_vllm.errors import IllegalMove
+from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.types import AdapterRef, Event
 
 
@@ -46,12 +47,12 @@ MOVES: Mapping[AdapterState, frozenset[AdapterState]] = {
 """State -> the states that may follow it."""
 
 BY_EVENT: Mapping[str, AdapterState] = {
-    "adapter_published": AdapterState.VERIFIED,
-    "adapter_loaded": AdapterState.LOADED,
-    "switched": AdapterState.ACTIVE,
-    "inherited": AdapterState.ACTIVE,
-    "adapter_draining": AdapterState.DRAINING,
-    "adapter_retired": AdapterState.RETIRED,
+    EventKind.ADAPTER_PUBLISHED: AdapterState.VERIFIED,
+    EventKind.ADAPTER_LOADED: AdapterState.LOADED,
+    EventKind.SWITCHED: AdapterState.ACTIVE,
+    EventKind.INHERITED: AdapterState.ACTIVE,
+    EventKind.ADAPTER_DRAINING: AdapterState.DRAINING,
+    EventKind.ADAPTER_RETIRED: AdapterState.RETIRED,
 }
 """Event of a session -> the state in which it leaves the adapter that it names."""
 
@@ -97,7 +98,7 @@ class AdapterLives:
         if to is None or not isinstance(ref, Mapping):
             return None
         name = str(ref["name"])
-        if event.kind == "adapter_published":
+        if event.kind == EventKind.ADAPTER_PUBLISHED:
             moved(name, self.of(name) or AdapterState.TRAINED, to)
         elif (state := self.of(name)) is not None:
             moved(name, state, to)

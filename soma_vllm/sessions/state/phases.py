@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 
+from soma_vllm.sessions.state.events import EventKind
+
 
 class Phase(StrEnum):
     """Where a session stands."""
@@ -27,22 +29,22 @@ class Phase(StrEnum):
 
 
 TRANSITIONS: Mapping[tuple[Phase, str], Phase] = {
-    (Phase.WARM_START, "adaptation_started"): Phase.ADAPTING,
-    (Phase.ROLLED_BACK, "adaptation_started"): Phase.ADAPTING,
-    (Phase.ORIGINAL_ONLY, "adaptation_started"): Phase.ADAPTING,
+    (Phase.WARM_START, EventKind.ADAPTATION_STARTED): Phase.ADAPTING,
+    (Phase.ROLLED_BACK, EventKind.ADAPTATION_STARTED): Phase.ADAPTING,
+    (Phase.ORIGINAL_ONLY, EventKind.ADAPTATION_STARTED): Phase.ADAPTING,
     # A server that was stopped meanwhile starts an unfinished adaptation again.
-    (Phase.ADAPTING, "adaptation_started"): Phase.ADAPTING,
-    (Phase.ADAPTING, "switched"): Phase.SWITCHED,
-    (Phase.ADAPTING, "refused"): Phase.ORIGINAL_ONLY,
-    (Phase.ADAPTING, "training_failed"): Phase.ORIGINAL_ONLY,
-    (Phase.SWITCHED, "rolled_back"): Phase.ROLLED_BACK,
+    (Phase.ADAPTING, EventKind.ADAPTATION_STARTED): Phase.ADAPTING,
+    (Phase.ADAPTING, EventKind.SWITCHED): Phase.SWITCHED,
+    (Phase.ADAPTING, EventKind.REFUSED): Phase.ORIGINAL_ONLY,
+    (Phase.ADAPTING, EventKind.TRAINING_FAILED): Phase.ORIGINAL_ONLY,
+    (Phase.SWITCHED, EventKind.ROLLED_BACK): Phase.ROLLED_BACK,
     # Its adapter had to make room, or its files are lost.
-    (Phase.SWITCHED, "adapter_evicted"): Phase.ROLLED_BACK,
+    (Phase.SWITCHED, EventKind.ADAPTER_EVICTED): Phase.ROLLED_BACK,
     # A branch of a session goes on as that session would have, where it learned from common turns alone.
-    (Phase.WARM_START, "inherited"): Phase.SWITCHED,
+    (Phase.WARM_START, EventKind.INHERITED): Phase.SWITCHED,
     # An administrator asked for another adaptation.
-    **{(phase, "restarted"): Phase.WARM_START for phase in Phase if phase is not Phase.CLOSED},
-    **{(phase, "closed"): Phase.CLOSED for phase in Phase},
+    **{(phase, EventKind.RESTARTED): Phase.WARM_START for phase in Phase if phase is not Phase.CLOSED},
+    **{(phase, EventKind.CLOSED): Phase.CLOSED for phase in Phase},
 }
 """(phase, event) -> next phase. Every other event leaves the phase as it is, or may not happen in it."""
 

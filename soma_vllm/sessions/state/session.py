@@ -8,7 +8,7 @@ erased is recognised, served and rolled back as before.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from soma_vllm.config import Config
 from soma_vllm.sessions.state.adaptation_rules import AdaptationRules, adapting_of
+from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.gate import AuditKind, Drift, Vector
 from soma_vllm.sessions.state.phases import COOLING_DOWN, Phase, after, may_happen
 from soma_vllm.sessions.state.prefix import compress
@@ -313,7 +314,7 @@ def fold(session: Session, event: Event, config: Config) -> Session:
     return moved if apply is None else apply(moved, event, config)
 
 
-def turn_event(turn: Turn, builds_on: int, at: float, kind: str = "turn") -> Event:
+def turn_event(turn: Turn, builds_on: int, at: float, kind: str = EventKind.TURN) -> Event:
     """The event of an answered turn. `builds_on` is how many recorded turns the client's history repeated.
 
     Kind "variant" records an answer that was given too, beside the one that counts (OpenAI's `n`).
@@ -371,7 +372,7 @@ def branch_event(parent: Session, turns: Sequence[Turn], at: float) -> Event:
         "turns": [event.data for event in events],
     }
     texts = [event.text for event in events]
-    return Event("branched", at, data, None if None in texts else {"turns": texts})
+    return Event(EventKind.BRANCHED, at, data, None if None in texts else {"turns": texts})
 
 
 def inheritance(parent: Session, turns: Sequence[Turn], at: float) -> Event | None:
@@ -388,7 +389,7 @@ def inheritance(parent: Session, turns: Sequence[Turn], at: float) -> Event | No
         "learned": learned,
         "adapting": None if parent.adapting is None else asdict(parent.adapting),
     }
-    return Event("inherited", at, data)
+    return Event(EventKind.INHERITED, at, data)
 
 
 def _turn(session: Session, event: Event, config: Config) -> Session:
@@ -495,19 +496,19 @@ def _closed(session: Session, event: Event, config: Config) -> Session:
     return replace(session, serving=Candidate.ORIGINAL, adapter=None)
 
 
-_APPLY = {
-    "turn": _turn,
-    "adaptation_started": _adaptation_started,
-    "training_submitted": _training_submitted,
-    "switched": _switched,
-    "audited": _audited,
-    "refused": _refused,
-    "training_failed": _refused,
-    "rolled_back": _rolled_back,
-    "adapter_evicted": _adapter_evicted,
-    "branched": _branched,
-    "inherited": _inherited,
-    "restarted": _restarted,
-    "pinned": _pinned,
-    "closed": _closed,
+_APPLY: Mapping[str, Callable[[Session, Event, Config], Session]] = {
+    EventKind.TURN: _turn,
+    EventKind.ADAPTATION_STARTED: _adaptation_started,
+    EventKind.TRAINING_SUBMITTED: _training_submitted,
+    EventKind.SWITCHED: _switched,
+    EventKind.AUDITED: _audited,
+    EventKind.REFUSED: _refused,
+    EventKind.TRAINING_FAILED: _refused,
+    EventKind.ROLLED_BACK: _rolled_back,
+    EventKind.ADAPTER_EVICTED: _adapter_evicted,
+    EventKind.BRANCHED: _branched,
+    EventKind.INHERITED: _inherited,
+    EventKind.RESTARTED: _restarted,
+    EventKind.PINNED: _pinned,
+    EventKind.CLOSED: _closed,
 }
