@@ -95,7 +95,7 @@ class Arm:
         elif self._leases is None:
             await self._generate(prompt, tokens, adapter, heard)
         else:
-            ticket = await self._leases.hold(str(adapter))
+            ticket = await self._leases.acquire(str(adapter))
             try:
                 await self._generate(prompt, tokens, adapter, heard)
             finally:

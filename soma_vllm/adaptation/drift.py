@@ -14,31 +14,21 @@ from __future__ import annotations
 
 import logging
 import random
-import time
-from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from soma_vllm.adaptation.background_lane import BackgroundLane, JobDropped
-from soma_vllm.adaptation.shadow_answers import (
-    adapted_answer,
-    comparable,
-    gaps_between,
-    shadow_answer,
-    shadow_tokens,
-)
-from soma_vllm.adaptation.threaded_encoder import Encoder
+from soma_vllm.adaptation.shadow_answers import ShadowAnswers, comparable, shadow_answer, shadow_tokens
 from soma_vllm.adaptation.token_bucket import TokenBucket
-from soma_vllm.adapters.leases import AdapterLeases
+from soma_vllm.adapters.lifecycle import AdapterLifecycle
 from soma_vllm.config import Config
-from soma_vllm.engines.engine import AdapterEngine, ChatCall, ScoringEngine
+from soma_vllm.engines.engine import ChatCall, ScoringEngine
 from soma_vllm.errors import AdapterError, EngineError
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.gate import AuditKind
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.session import Session, Turn
-from soma_vllm.types import AdapterRef, Event, Message, Role, SessionKey
+from soma_vllm.types import AdapterRef, Message, Role, SessionKey
 
 logger = logging.getLogger(__name__)
 
@@ -61,20 +51,16 @@ class DriftWatch:
         config: Config,
         registry: SessionRegistry,
         original: ScoringEngine,
-        surrogate: AdapterEngine,
-        encoder: Encoder,
-        leases: AdapterLeases,
-        retire: Callable[[SessionKey, AdapterRef], Awaitable[None]],
+        shadow_answers: ShadowAnswers,
+        adapters: AdapterLifecycle,
         lane: BackgroundLane,
     ) -> None:
-        """`quiet` are the original's times without users."""
+        """`lane` runs jobs while the original has no users."""
         self._config = config
         self._registry = registry
         self._original = original
-        self._surrogate = surrogate
-        self._encoder = encoder
-        self._leases = leases
-        self._retire = retire
+        self._shadow_answers = shadow_answers
+        self._adapters = adapters
         self._lane = lane
         self._sample = random.Random(config.training.seed)
         self._budget = TokenBucket(config.gate.audits_per_minute)
@@ -101,7 +87,7 @@ class DriftWatch:
             self._require_same(key, session)
         except (EngineError, AdapterError, JobDropped) as error:
             logger.info("an audit was dropped: %s", error)
-            self._note(key, EventKind.AUDIT_DROPPED, turn=turn.number, reason=str(error))
+            self._registry.note(key, EventKind.AUDIT_DROPPED, turn=turn.number, reason=str(error))
             return
         await self._observe(key, turn, finding)
 
@@ -110,7 +96,7 @@ class DriftWatch:
     ) -> Finding:
         """The gap of what the surrogate would have answered in place of the original."""
         limit = self._limit(turn)
-        shadow = await adapted_answer(self._surrogate, self._leases, key.tenant, shown, limit, adapter)
+        shadow = await self._shadow_answers.answer(key.tenant, shown, limit, adapter)
         return await self._gap(turn, shadow)
 
     async def _ask_original(
@@ -127,7 +113,7 @@ class DriftWatch:
 
     async def _gap(self, turn: Turn, shadow: str) -> Finding:
         answer = comparable(turn.answer, turn.length, self._limit(turn))
-        (value,) = await gaps_between(self._encoder, [answer], [shadow])
+        (value,) = await self._shadow_answers.gaps([answer], [shadow])
         return Finding("gap", value)
 
     def _limit(self, turn: Turn) -> int:
@@ -149,7 +135,7 @@ class DriftWatch:
 
     async def _observe(self, key: SessionKey, turn: Turn, finding: Finding) -> None:
         """Put a finding into the drift window, and roll back where that demands it."""
-        session = self._note(
+        session = self._registry.note(
             key,
             EventKind.AUDITED,
             turn=turn.number,
@@ -162,7 +148,7 @@ class DriftWatch:
         if not session.drift.demands_rollback(self._config.gate):
             return
         adapter = session.adapter
-        self._note(
+        self._registry.note(
             key,
             EventKind.ROLLED_BACK,
             moving=round(session.drift.moving(), 4),
@@ -172,7 +158,4 @@ class DriftWatch:
             surprise_threshold=self._config.gate.surprise_threshold,
         )
         if adapter is not None:
-            await self._retire(key, adapter)
-
-    def _note(self, key: SessionKey, event: EventKind, **data: Any) -> Session:
-        return self._registry.record(key, Event(event, time.time(), data))
+            await self._adapters.retire(adapter, key)

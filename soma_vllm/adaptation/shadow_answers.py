@@ -1,7 +1,7 @@
-"""Answers that no user sees: what an engine would have said, for acceptance and audits.
+"""Answers that are never returned to clients: what the surrogate would have said, for acceptance and audits.
 
-Guarantee: what is compared is equally long. A shadow is given no more tokens than the client allowed for the
-answer it stands beside; of an answer longer than a shadow may be (`max_new_tokens`) the beginning is compared.
+Guarantee: what is compared is equally long. A shadow answer gets no more tokens than the client allowed for the
+answer it is compared with; of an answer longer than `max_new_tokens` the beginning is compared.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from soma_vllm.adaptation.threaded_encoder import Encoder
-from soma_vllm.adapters.leases import AdapterLeases
+from soma_vllm.adapters.lifecycle import AdapterLifecycle
 from soma_vllm.engines.engine import AdapterEngine, ChatCall, Engine
-from soma_vllm.sessions.state.gate import gap
+from soma_vllm.sessions.state.gate import centroid, gap
 from soma_vllm.types import AdapterRef, Length, Message
 
 
 def most_tokens(body: Mapping[str, Any]) -> int | None:
-    """The longest answer that a request allows; None where it does not say."""
+    """The longest answer that a request allows, tokens; None where it does not say."""
     given = [body.get(name) for name in ("max_completion_tokens", "max_tokens")]
     return next((found for found in given if isinstance(found, int)), None)
 
@@ -49,27 +49,31 @@ async def shadow_answer(
     return str(reply.body["choices"][0]["message"].get("content") or "")
 
 
-async def adapted_answer(
-    engine: AdapterEngine,
-    leases: AdapterLeases,
-    tenant: str,
-    messages: Sequence[Message],
-    max_tokens: int,
-    adapter: AdapterRef | None,
-) -> str:
-    """The same under an adapter, which is loaded where need be and stays in the engine meanwhile.
+class ShadowAnswers:
+    """The surrogate's answers, plain or under an adapter, and their distance from the original's."""
 
-    Raises:
-        EngineError: it did not answer, or the adapter is leaving or does not load.
-        AdapterRejected: the adapter is not served as it was trained.
-    """
-    async with leases.shadowing(None if adapter is None else adapter.name):
-        if adapter is not None:
-            await engine.load(adapter)
-        return await shadow_answer(engine, tenant, messages, max_tokens, adapter)
+    def __init__(self, surrogate: AdapterEngine, adapters: AdapterLifecycle, encoder: Encoder) -> None:
+        self.surrogate = surrogate
+        self._adapters = adapters
+        self._encoder = encoder
 
+    async def answer(
+        self, tenant: str, messages: Sequence[Message], max_tokens: int, adapter: AdapterRef | None
+    ) -> str:
+        """The surrogate's greedy answer; an adapter is loaded where need be, and leased until the answer ends.
 
-async def gaps_between(encoder: Encoder, these: Sequence[str], those: Sequence[str]) -> tuple[float, ...]:
-    """The gap of each pair of texts."""
-    vectors = await encoder.encode([*these, *those])
-    return tuple(gap(a, b) for a, b in zip(vectors[: len(these)], vectors[len(these) :], strict=True))
+        Raises:
+            EngineError: it did not answer, or the adapter is being retired or does not load.
+            AdapterRejected: the adapter is not served as it was trained.
+        """
+        async with self._adapters.background(adapter):
+            return await shadow_answer(self.surrogate, tenant, messages, max_tokens, adapter)
+
+    async def gaps(self, these: Sequence[str], those: Sequence[str]) -> tuple[float, ...]:
+        """The gap (cosine distance of embeddings) of each pair of texts."""
+        vectors = await self._encoder.encode([*these, *those])
+        return tuple(gap(a, b) for a, b in zip(vectors[: len(these)], vectors[len(these) :], strict=True))
+
+    async def centroid(self, texts: Sequence[str]) -> list[float]:
+        """The centroid of the texts' embeddings, as it is stored."""
+        return [round(float(x), 6) for x in centroid(list(await self._encoder.encode(texts)))]

@@ -2,7 +2,7 @@
 
 Guarantees: no more distinct adapters are held than the engine has slots, so no request queues behind another
 session's adapter inside the engine; who waits for a slot is served in a fair order (`slots.py`) and waits at
-most the configured time; `leaving` returns only when nobody uses the adapter any more, and from its call on
+most the configured time; `drain` returns only when nobody uses the adapter any more, and from its call on
 nobody new can; a wait that is cancelled leaves nothing behind.
 """
 
@@ -56,7 +56,7 @@ class AdapterLeases:
         self._waiting: dict[SlotRequest, asyncio.Future[None]] = {}
         self._unused: dict[str, asyncio.Event] = {}
 
-    async def hold(self, name: str) -> SlotRequest:
+    async def acquire(self, name: str) -> SlotRequest:
         """A hold on an adapter, to be given to `release`.
 
         Raises:
@@ -75,12 +75,12 @@ class AdapterLeases:
 
     async def release(self, ticket: SlotRequest) -> None:
         """Give a hold back."""
-        self._tell(self._slots.give_back(ticket))
+        self._tell(self._slots.release(ticket))
         if not self._slots.in_use(ticket.name) and (unused := self._unused.pop(ticket.name, None)) is not None:
             unused.set()
 
     @asynccontextmanager
-    async def shadowing(self, name: str | None) -> AsyncIterator[None]:
+    async def background(self, name: str | None) -> AsyncIterator[None]:
         """Use an adapter in the background: users come first, and the adapter does not leave meanwhile.
 
         Raises:
@@ -99,19 +99,19 @@ class AdapterLeases:
         finally:
             await self.release(ticket)
 
-    async def leaving(self, name: str) -> None:
+    async def drain(self, name: str) -> None:
         """Let nobody new use the adapter, for ever, and wait until nobody does."""
-        self._tell(self._slots.leave(name))
+        self._tell(self._slots.drain(name))
         if self._slots.in_use(name):
             await self._unused.setdefault(name, asyncio.Event()).wait()
 
-    def left(self, name: str) -> None:
+    def forget(self, name: str) -> None:
         """The adapter's files are gone; nothing need be remembered of it."""
-        self._slots.left(name)
+        self._slots.forget(name)
 
-    def would_grant(self, name: str) -> bool:
+    def can_acquire(self, name: str) -> bool:
         """Whether a user would get a hold at once."""
-        return self._slots.would_grant(name)
+        return self._slots.can_acquire(name)
 
     def in_use(self, name: str) -> bool:
         """Whether somebody uses an adapter, a user or the background."""
@@ -119,7 +119,7 @@ class AdapterLeases:
 
     def count(self) -> int:
         """Holds under way."""
-        return self._slots.leases()
+        return self._slots.count()
 
     def distinct(self) -> int:
         """Adapters held."""
@@ -130,7 +130,7 @@ class AdapterLeases:
         return self._slots.waiting()
 
     def _ask(self, name: str, background: bool = False) -> SlotRequest:
-        ticket, others = self._slots.ask(name, background)
+        ticket, others = self._slots.acquire(name, background)
         self._tell(others)
         return ticket
 
@@ -146,7 +146,7 @@ class AdapterLeases:
         finally:
             del self._waiting[ticket]
             if ticket.state is State.WAITING:
-                self._tell(self._slots.give_up(ticket))
+                self._tell(self._slots.cancel(ticket))
 
     def _tell(self, decided: list[SlotRequest]) -> None:
         for ticket in decided:
@@ -157,17 +157,17 @@ class AdapterLeases:
 _OUTCOMES: dict[State, Outcome] = {
     State.GRANTED: "granted",
     State.OVER: "timed_out",
-    State.LEAVING: "leaving",
+    State.DRAINING: "leaving",
 }
 _OVERFLOWS: dict[State, Overflow] = {
     State.FULL: "full",
     State.OVER: "timed_out",
-    State.LEAVING: "leaving",
+    State.DRAINING: "leaving",
 }
 
 
 def _why(ticket: SlotRequest) -> str:
-    if ticket.state is State.LEAVING:
+    if ticket.state is State.DRAINING:
         return f"adapter {ticket.name} is leaving"
     waited = " and stayed so" if ticket.state is State.OVER else ""
     return f"all adapter slots are in use{waited}"

@@ -34,7 +34,7 @@ class State(StrEnum):
     WAITING = "waiting"
     FULL = "full"
     """Refused: every slot is taken, and so is every place in the queue."""
-    LEAVING = "leaving"
+    DRAINING = "draining"
     """Refused: the adapter is being removed."""
     OVER = "over"
     """Given back, or given up."""
@@ -69,17 +69,17 @@ class AdapterSlots:
         self._by_background: Counter[str] = Counter()
         self._queue: dict[str, _Line] = {}
         self._background: dict[str, _Line] = {}
-        self._leaving: set[str] = set()
+        self._draining: set[str] = set()
         self._overtaken = 0
         self._user_grants = 0
 
     # -- verbs: each says which other tickets it decided ------------------------------------------------
 
-    def ask(self, name: str, background: bool = False) -> tuple[SlotRequest, list[SlotRequest]]:
+    def acquire(self, name: str, background: bool = False) -> tuple[SlotRequest, list[SlotRequest]]:
         """(a ticket that is granted, waits or is refused; the others). The background always may wait."""
         ticket = SlotRequest(name, background, State.WAITING)
-        if name in self._leaving:
-            ticket.state = State.LEAVING
+        if name in self._draining:
+            ticket.state = State.DRAINING
         elif self._may_enter(ticket):
             self._grant(ticket)
         elif background:
@@ -90,7 +90,7 @@ class AdapterSlots:
             ticket.state = State.FULL
         return ticket, self._admit()
 
-    def give_back(self, ticket: SlotRequest) -> list[SlotRequest]:
+    def release(self, ticket: SlotRequest) -> list[SlotRequest]:
         """End a use."""
         assert ticket.state is State.GRANTED, f"found a ticket that is {ticket.state}; expected granted"
         ticket.state = State.OVER
@@ -99,7 +99,7 @@ class AdapterSlots:
             _take(self._by_background, ticket.name)
         return self._admit()
 
-    def give_up(self, ticket: SlotRequest) -> list[SlotRequest]:
+    def cancel(self, ticket: SlotRequest) -> list[SlotRequest]:
         """Wait no longer."""
         assert ticket.state is State.WAITING, f"found a ticket that is {ticket.state}; expected waiting"
         ticket.state = State.OVER
@@ -111,20 +111,20 @@ class AdapterSlots:
                     del queue[ticket.name]
         return self._admit()
 
-    def leave(self, name: str) -> list[SlotRequest]:
+    def drain(self, name: str) -> list[SlotRequest]:
         """Let nobody new use an adapter; those who wait for it are refused."""
-        self._leaving.add(name)
+        self._draining.add(name)
         refused = []
         for queue in (self._queue, self._background):
             if (line := queue.pop(name, None)) is not None:
                 refused += line.tickets
         for ticket in refused:
-            ticket.state = State.LEAVING
+            ticket.state = State.DRAINING
         return refused + self._admit()
 
-    def left(self, name: str) -> None:
+    def forget(self, name: str) -> None:
         """An adapter is gone; nothing need be remembered of it."""
-        self._leaving.discard(name)
+        self._draining.discard(name)
 
     # -- looking ----------------------------------------------------------------------------------------
 
@@ -132,11 +132,11 @@ class AdapterSlots:
         """Whether anybody uses an adapter."""
         return name in self._used
 
-    def would_grant(self, name: str) -> bool:
+    def can_acquire(self, name: str) -> bool:
         """Whether a user would get in at once."""
-        return name not in self._leaving and self._may_enter(SlotRequest(name, False, State.WAITING))
+        return name not in self._draining and self._may_enter(SlotRequest(name, False, State.WAITING))
 
-    def leases(self) -> int:
+    def count(self) -> int:
         """Uses under way."""
         return self._used.total()
 

@@ -80,5 +80,5 @@ def _caller(raw_request: Request) -> Caller:
 
 
 def _adapters(raw_request: Request) -> AdapterEvictor:
-    adapters: AdapterEvictor = raw_request.app.state.soma_custody.adapters
+    adapters: AdapterEvictor = raw_request.app.state.soma_evictor
     return adapters

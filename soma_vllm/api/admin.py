@@ -124,5 +124,5 @@ def _caller(raw_request: Request) -> Caller:
 
 
 def _session_admin(raw_request: Request) -> SessionAdmin:
-    session_admin: SessionAdmin = raw_request.app.state.soma_custody
+    session_admin: SessionAdmin = raw_request.app.state.soma_session_admin
     return session_admin

@@ -22,6 +22,7 @@ from soma_vllm.api.error_responses import http_failed
 from soma_vllm.api.responses import routes as responses_routes
 from soma_vllm.api.route_filter import narrow
 from soma_vllm.errors import PreflightError
+from soma_vllm.maintenance.adapter_eviction import AdapterEvictor
 from soma_vllm.maintenance.session_admin import SessionAdmin
 from soma_vllm.scheduler.dispatcher import Dispatcher
 
@@ -31,6 +32,17 @@ HOST = "soma_host"
 """Attribute of the server's arguments under which soma-serve leaves its host."""
 
 
+class Services(Protocol):
+    """What the routes need of `app.build.SomaServices`."""
+
+    @property
+    def dispatcher(self) -> Dispatcher: ...
+    @property
+    def session_admin(self) -> SessionAdmin: ...
+    @property
+    def evictor(self) -> AdapterEvictor: ...
+
+
 class Host(Protocol):
     """soma-serve, as the plugin sees it."""
 
@@ -38,7 +50,7 @@ class Host(Protocol):
     extra_routes: bool
     """Whether vLLM's further routes are served beside ours."""
 
-    async def begin(self, engine_client: Any, state: Any) -> tuple[Dispatcher, SessionAdmin]:
+    async def begin(self, engine_client: Any, state: Any) -> Services:
         """Called when vLLM's engine and serving objects are ready; returns once dispatch can begin."""
         ...
 
@@ -79,7 +91,10 @@ class SomaEndpointPlugin:
             closed = narrow(self._app, self._ours)
             logger.info("closed vLLM's routes %s", ", ".join(sorted(closed)))
         state.soma_host = host
-        state.soma, state.soma_custody = await host.begin(engine_client, state)
+        services = await host.begin(engine_client, state)
+        state.soma = services.dispatcher
+        state.soma_session_admin = services.session_admin
+        state.soma_evictor = services.evictor
 
 
 def _host(args: Namespace) -> Host:

@@ -40,7 +40,8 @@ def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> N
     # Imported late: a wrong configuration is told in milliseconds.
     from soma_vllm.adapters.store.atomic_files import locked
     from soma_vllm.app.preflight.checks import preflight
-    from soma_vllm.app.server import ModelPaths, SomaServer, make_run_dir
+    from soma_vllm.app.run_dir import make_run_dir
+    from soma_vllm.app.server import ModelPaths, SomaServer
     from soma_vllm.app.terminal import log_as_configured, output_to, tail
     from soma_vllm.engines.arithmetic import settle
     from soma_vllm.models.hub import folder_here, local_path

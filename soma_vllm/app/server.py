@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -22,22 +20,17 @@ from typing import Any
 
 import aiohttp
 
-from soma_vllm.adaptation.background_lane import BackgroundLane
-from soma_vllm.adaptation.cost_model import CostModel
-from soma_vllm.adaptation.drift import DriftWatch
-from soma_vllm.adaptation.pipeline import Adaptation
-from soma_vllm.adaptation.shadow_traffic import ShadowTraffic
 from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs, why_text
 from soma_vllm.adaptation.threaded_encoder import ThreadedEncoder
 from soma_vllm.adapters.file_provider import AdapterFileProvider
 from soma_vllm.adapters.leases import AdapterLeases
 from soma_vllm.adapters.loaded import LoadedAdapters, room_for
-from soma_vllm.adapters.store.atomic_files import is_locked
 from soma_vllm.adapters.store.facade import RecordShelf
 from soma_vllm.adapters.store.file_check import check_adapter_files
 from soma_vllm.adapters.store.opening import open_root
 from soma_vllm.adapters.store.verify import Demands
 from soma_vllm.api.auth.quotas import Quotas
+from soma_vllm.app.build import Parts, SomaServices, build
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import Salts
 from soma_vllm.engines.original import OriginalEngine
@@ -52,17 +45,11 @@ from soma_vllm.engines.vllm.arguments import (
     vllm_environment,
 )
 from soma_vllm.errors import PolicyUnavailable, PreflightError, TrainingError
-from soma_vllm.maintenance.adapter_eviction import AdapterEvictor
-from soma_vllm.maintenance.session_admin import SessionAdmin
-from soma_vllm.maintenance.sweeper import SweepTrigger
+from soma_vllm.maintenance.sweep_trigger import SweepTrigger
 from soma_vllm.models.home import soma_home
 from soma_vllm.models.vocabulary import Vocabulary, read_vocabulary
-from soma_vllm.scheduler.dispatcher import DISPATCH_NAME, Dispatcher
+from soma_vllm.scheduler.dispatcher import DISPATCH_NAME
 from soma_vllm.scheduler.policies.base import Policies
-from soma_vllm.scheduler.turn_recorder import TurnRecorder
-from soma_vllm.sessions.background_tasks import BackgroundTasks
-from soma_vllm.sessions.ports import Observer
-from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.sql.api_keys import KeyStore
 from soma_vllm.sessions.sql.connections import identity
 from soma_vllm.sessions.sql.store import SessionStore
@@ -155,7 +142,7 @@ class SomaServer:
         """Names that may be asked for."""
         return [DISPATCH_NAME, self._original_name, self._surrogate_name]
 
-    async def begin(self, engine_client: Any, state: Any) -> tuple[Dispatcher, SessionAdmin]:
+    async def begin(self, engine_client: Any, state: Any) -> SomaServices:
         """Called by the plugin once vLLM's engine is ready: start the rest, hand out what its routes need."""
         from soma_vllm.engines.vllm.internals import PrivateChat, keep_adapters_out_of_metrics
 
@@ -167,80 +154,32 @@ class SomaServer:
         original = await self._reach_original()
         await self._open_policy()
         stock, sweep_trigger = AdapterStoreMetrics(), SweepTrigger()
-        adapter_store = self._open_shelf()
-        serving = PrivateChat(engine_client, state)
-        leases, surrogate = self._engage_surrogate(
-            serving, AdapterFileProvider(adapter_store, sweep_trigger, stock)
+        adapter_store = self._open_adapter_store()
+        files = AdapterFileProvider(adapter_store, sweep_trigger, stock)
+        leases, surrogate = self._engage_surrogate(PrivateChat(engine_client, state), files)
+        services = build(
+            Parts(
+                config=self._config,
+                policies=self._policies,
+                original=original,
+                surrogate=surrogate,
+                encoder=encoder,
+                trainer=trainer,
+                store=store,
+                adapter_store=adapter_store,
+                leases=leases,
+                teacher_logprobs=await self._engage_teachers(original.speaks_vllm),
+                meter=self.quotas,
+                stock=stock,
+                salts=self._salts,
+                sweep_trigger=sweep_trigger,
+                observers=(SessionMetrics(), stock),
+            )
         )
-        teacher_logprobs = await self._engage_teachers(original.speaks_vllm)
-        meter = self.quotas
-        cost_model = CostModel(self._config, store)
-        shadow_traffic = ShadowTraffic(self._config, surrogate)
-        observers: list[Observer] = [
-            SessionMetrics(),
-            stock,
-            sweep_trigger,
-            teacher_logprobs,
-            cost_model,
-            shadow_traffic,
-        ]
-        registry = SessionRegistry(self._config, store, observers)
-        await registry.start()
-        self._cleanup.push_async_callback(registry.stop)
-        adaptation = Adaptation(
-            self._config,
-            registry,
-            surrogate,
-            trainer,
-            adapter_store,
-            encoder,
-            leases,
-            teacher_logprobs,
-            meter,
-            cost_model,
-            shadow_traffic,
-        )
-        self._cleanup.push_async_callback(shadow_traffic.stop)
-        background = BackgroundTasks(registry)
-        self._cleanup.push_async_callback(background.stop)
-        lane = BackgroundLane(self._config.gate.audit_yields, self._config.gate.audit_wait_s)
-        drift = DriftWatch(
-            self._config, registry, original, surrogate, encoder, leases, adaptation.retire, lane
-        )
-        recorder = TurnRecorder(self._config, registry, adaptation, drift, teacher_logprobs, background)
-        dispatcher = Dispatcher(
-            self._config,
-            self._policies,
-            registry,
-            lane.watched(original),
-            surrogate,
-            encoder,
-            leases,
-            recorder,
-            teacher_logprobs,
-            meter,
-            shadow_traffic,
-        )
-        adapters = AdapterEvictor(
-            self._config, registry, store, adaptation, adapter_store, sweep_trigger, stock
-        )
-        session_admin = SessionAdmin(
-            self._config,
-            registry,
-            store,
-            adaptation,
-            background,
-            adapter_store,
-            self._salts,
-            meter,
-            adapters,
-            sweep_trigger,
-            shadow_traffic,
-        )
-        await session_admin.start()
-        self._cleanup.push_async_callback(session_admin.stop)
+        self._cleanup.push_async_callback(services.stop)
+        await services.start()
         self._begun = True
-        return dispatcher, session_admin
+        return services
 
     # -- parts ------------------------------------------------------------------------------------------
 
@@ -345,7 +284,7 @@ class SomaServer:
         self._say(f"sessions   {await store.count()} on record")
         return store
 
-    def _open_shelf(self) -> RecordShelf:
+    def _open_adapter_store(self) -> RecordShelf:
         store = open_root(
             self._filled(self._config.adapters.root),
             self._filled(self._config.adapters.cache),
@@ -403,34 +342,6 @@ class SomaServer:
 
     def _filled(self, template: str) -> str:
         return template.format(soma_home=soma_home(), run_dir=self._run_dir)
-
-
-RUNS_KEPT = 20
-"""Run folders kept under $SOMA_HOME/run, beside those of running servers; a folder holds logs and a socket."""
-
-
-def make_run_dir(configured: str | None) -> Path:
-    """The configured folder, or a fresh one under $SOMA_HOME/run: sockets need short paths.
-
-    Raises:
-        PreflightError: it cannot be made.
-    """
-    runs = soma_home() / "run"
-    try:
-        if configured is not None:
-            folder = Path(configured).expanduser().absolute()
-            folder.mkdir(parents=True, exist_ok=True)
-            return folder
-        runs.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"{time.strftime('%Y%m%d-%H%M%S')}-", dir=runs))
-    except OSError as error:
-        raise PreflightError(
-            f"server.run_dir: {configured or runs} cannot be made: {error.strerror}"
-        ) from error
-    for old in sorted(path for path in runs.iterdir() if path.is_dir())[:-RUNS_KEPT]:
-        if not is_locked(old):
-            shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
 def _served_name(model: str | None) -> str:

@@ -22,16 +22,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
-
-from soma_vllm.adaptation.pipeline import Adaptation
 from soma_vllm.adapters.eviction_policy import Eviction, Reason, StoredAdapter, to_evict
+from soma_vllm.adapters.lifecycle import AdapterLifecycle
 from soma_vllm.adapters.store.manifest import PublishedAdapter
-from soma_vllm.adapters.store.protocol import Shelf, StockMeter
-from soma_vllm.config import Config
-from soma_vllm.errors import NotFound, SomaError, StoreUnavailable
-from soma_vllm.maintenance.sweeper import SweepTrigger
-from soma_vllm.sessions.ports import Store
+from soma_vllm.adapters.store.protocol import StockMeter
+from soma_vllm.config import Adapters
+from soma_vllm.errors import NotFound, SomaError
+from soma_vllm.maintenance.sweep_trigger import SweepTrigger
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.sql.records import AdapterRecord
 from soma_vllm.sessions.state.adapter_states import IN_THE_MAKING, AdapterState
@@ -52,20 +49,16 @@ class AdapterEvictor:
 
     def __init__(
         self,
-        config: Config,
+        budgets: Adapters,
         registry: SessionRegistry,
-        store: Store,
-        adaptation: Adaptation,
-        adapter_store: Shelf,
+        adapters: AdapterLifecycle,
         sweep_trigger: SweepTrigger,
         meter: StockMeter,
         orphan_after_s: float = ORPHAN_AFTER_S,
     ) -> None:
-        self._budgets = config.adapters
+        self._budgets = budgets
         self._registry = registry
-        self._store = store
-        self._adaptation = adaptation
-        self._adapter_store = adapter_store
+        self._adapters = adapters
         self._sweep_trigger = sweep_trigger
         self._meter = meter
         self._orphan_after_s = orphan_after_s
@@ -81,8 +74,8 @@ class AdapterEvictor:
             AdapterError: the shelf does not.
         """
         used, records = await self._on_record()
-        listed = await asyncio.to_thread(self._adapter_store.list, tenant)
-        pins = await asyncio.to_thread(self._adapter_store.pins)
+        listed = await self._adapters.stored(tenant)
+        pins = await self._adapters.pins()
         rows = [
             adapter_view(one, used.get(one.ref.name), self._state(one.ref.name, records), one.ref.name in pins)
             for one in listed
@@ -93,7 +86,7 @@ class AdapterEvictor:
         """One adapter. Raises NotFound as well: there is none of this name, or it is another tenant's."""
         adapter = await self._get(tenant, name)
         used, records = await self._on_record()
-        pins = await asyncio.to_thread(self._adapter_store.pins)
+        pins = await self._adapters.pins()
         users = [key.session for key in await self._registry.users_of(name)]
         state = self._state(name, records)
         return {**adapter_view(adapter, used.get(name), state, name in pins), "serves": users}
@@ -110,10 +103,7 @@ class AdapterEvictor:
         adapter = await self._find(name)
         # Not awaited itself: an administrator who leaves does not stop it half way.
         await asyncio.wait([self._begin(adapter.ref, Reason.ASKED)])
-        if any(
-            one.ref.name == name
-            for one in await asyncio.to_thread(self._adapter_store.list, adapter.key.tenant)
-        ):
+        if any(one.ref.name == name for one in await self._adapters.stored(adapter.key.tenant)):
             raise SomaError(f"adapter {name} serves nobody, but could not be deleted yet; the log says why")
 
     async def sweep(self) -> int:
@@ -126,8 +116,8 @@ class AdapterEvictor:
         damaged = self._sweep_trigger.take_damaged()
         # In this order: what is on record as serving was on the shelf before, so that it is missed rightly.
         used, records = await self._on_record()
-        listed = await asyncio.to_thread(self._adapter_store.list)
-        pins = await asyncio.to_thread(self._adapter_store.pins)
+        listed = await self._adapters.stored()
+        pins = await self._adapters.pins()
         self._meter.kept(len(listed), sum(one.size_bytes for one in listed))
         standing = [one for one in listed if one.ref.name not in self._going]
         wanted = [
@@ -190,7 +180,7 @@ class AdapterEvictor:
     ) -> list[Eviction]:
         """Adapters of ours that serve nobody and that no adaptation looks after."""
         before = time.time() - self._orphan_after_s
-        mine = (one for one in listed if self._adapter_store.owner and one.owner == self._adapter_store.owner)
+        mine = (one for one in listed if self._adapters.owner and one.owner == self._adapters.owner)
         return [
             Eviction(name, Reason.ORPHANED)
             for one in mine
@@ -208,11 +198,9 @@ class AdapterEvictor:
 
     async def _on_record(self) -> tuple[dict[str, float], dict[str, AdapterRecord]]:
         """(last use of each adapter that serves sessions, every adapter's record)."""
-        try:
-            used = await self._store.adapters_used()
-            return used, {record.name: record for record in await self._store.adapters(retired=False)}
-        except (SQLAlchemyError, OSError) as error:
-            raise StoreUnavailable(f"the session store does not answer ({type(error).__name__})") from error
+        used = await self._registry.store.adapters_used()
+        records = await self._registry.store.adapters(retired=False)
+        return used, {record.name: record for record in records}
 
     async def _get(self, tenant: str | None, name: str) -> PublishedAdapter:
         """Raises NotFound where an adapter is not there, or is another tenant's."""
@@ -222,7 +210,7 @@ class AdapterEvictor:
         return adapter
 
     async def _find(self, name: str) -> PublishedAdapter:
-        for one in await asyncio.to_thread(self._adapter_store.list):
+        for one in await self._adapters.stored():
             if one.ref.name == name:
                 return one
         raise NotFound(f"no adapter {name!r}")
@@ -245,14 +233,8 @@ class AdapterEvictor:
 
     async def _evict(self, ref: AdapterRef, reason: Reason) -> None:
         users = await self._give_back(ref, reason)
-        gone = False
         try:
-            if users:
-                await self._adaptation.retire(users[0], ref)
-                gone = self._registry.adapter_state(ref.name) is AdapterState.RETIRED
-            elif not await self._registry.in_use(ref) and await self._adaptation.withdraw(ref):
-                await self._store.retired(ref.name)
-                gone = True
+            gone = await self._adapters.retire(ref, users[0] if users else None)
         finally:
             for key in users:
                 self._registry.release(key)

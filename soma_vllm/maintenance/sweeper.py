@@ -1,42 +1,53 @@
-"""What the care for adapters should hear of at once: a publication, and files found damaged at a load."""
+"""Runs retention and adapter eviction at intervals, and early after a publication or a damaged load."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+import logging
 
-from soma_vllm.sessions.state.events import EventKind
-from soma_vllm.types import Event, SessionKey
+from soma_vllm.errors import AdapterError, SomaError
+from soma_vllm.maintenance.adapter_eviction import AdapterEvictor
+from soma_vllm.maintenance.retention import Retention
+from soma_vllm.maintenance.sweep_trigger import SweepTrigger
 
-SETTLED_S = 0.5
-"""Publications within this time are one reason to sweep."""
+logger = logging.getLogger(__name__)
+
+SWEEP_EVERY_S = 60.0
 
 
-class SweepTrigger:
-    """An observer of events, and a bell."""
+class Sweeper:
+    """One task that sweeps until it is stopped."""
 
-    def __init__(self) -> None:
-        self._bell = asyncio.Event()
-        self._damaged: set[str] = set()
+    def __init__(
+        self,
+        retention: Retention,
+        evictor: AdapterEvictor,
+        trigger: SweepTrigger,
+        every_s: float = SWEEP_EVERY_S,
+    ) -> None:
+        self._retention = retention
+        self._evictor = evictor
+        self._trigger = trigger
+        self._every_s = every_s
+        self._task: asyncio.Task[None] | None = None
 
-    def __call__(self, key: SessionKey, event: Event) -> None:
-        """Ring when an adapter was published: budgets may be exceeded."""
-        if event.kind == EventKind.ADAPTER_PUBLISHED:
-            self._bell.set()
+    def start(self) -> None:
+        """Begin to sweep."""
+        self._task = asyncio.create_task(self._run(), name="soma-sweeper")
 
-    def damaged(self, name: str) -> None:
-        """Ring because an adapter cannot be loaded any more."""
-        self._damaged.add(name)
-        self._bell.set()
+    async def stop(self) -> None:
+        """End the sweep under way."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
-    def take_damaged(self) -> frozenset[str]:
-        """Adapters reported since the last call."""
-        found, self._damaged = frozenset(self._damaged), set()
-        return found
-
-    async def wait(self, limit_s: float) -> None:
-        """Return when the bell rang (and whoever rings close to it has), or the time is over."""
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._bell.wait(), limit_s)
-            await asyncio.sleep(SETTLED_S)
-        self._bell.clear()
+    async def _run(self) -> None:
+        while True:
+            await self._trigger.wait(self._every_s)
+            try:
+                await self._retention.sweep()
+                await self._evictor.sweep()
+            except AdapterError as error:
+                logger.warning("the adapter store did not answer; the next sweep evicts adapters: %s", error)
+            except SomaError as error:
+                logger.warning("the session store did not answer; the next sweep keeps retention: %s", error)

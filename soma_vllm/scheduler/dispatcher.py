@@ -210,7 +210,7 @@ class Dispatcher:
     def _prefetch(self, session: Session) -> None:
         """Have the adapter of a session that returns loaded while its request is read."""
         ref = session.adapter
-        if ref is not None and session.phase is Phase.SWITCHED and self._leases.would_grant(ref.name):
+        if ref is not None and session.phase is Phase.SWITCHED and self._leases.can_acquire(ref.name):
             self._surrogate.prefetch(ref)
 
     async def _read(self, key: SessionKey, reading: TranscriptDigest, incoming: ChatRequest) -> TurnQuery:
@@ -310,7 +310,7 @@ class Dispatcher:
             AdapterError: the engine does not serve the adapter as it was trained.
         """
         ref = route.adapter
-        held = None if ref is None else await self._leases.hold(ref.name)
+        held = None if ref is None else await self._leases.acquire(ref.name)
         try:
             if ref is not None:
                 await self._surrogate.load(ref)

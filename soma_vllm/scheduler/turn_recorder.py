@@ -133,7 +133,7 @@ class TurnRecorder:
         if session.wants_adaptation(self._config) or unfinished:
             if idle:
                 rules = session.adapting if unfinished else None
-                self._background.spawn(key, self._adaptation.begin(key, forced, rules or adapting))
+                self._adaptation.start(key, forced, rules or adapting)
             return
         if adapting.gate and self._drift.wants(turn):
             shown = compress(asked.messages, self._config.prefix, self._config.compressed_prefix_turns)

@@ -24,9 +24,9 @@ class BackgroundTasks:
 
     def __init__(self, registry: SessionRegistry) -> None:
         self._registry = registry
-        self._tasks: dict[asyncio.Task[None], SessionKey] = {}
+        self._tasks: dict[asyncio.Task[object], SessionKey] = {}
 
-    def spawn(self, key: SessionKey, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, key: SessionKey, work: Coroutine[Any, Any, object]) -> None:
         """Begin work on a live session."""
         task = asyncio.create_task(work, name=f"soma-background-{key.session}")
         self._tasks[task] = key
@@ -45,12 +45,12 @@ class BackgroundTasks:
         """End everything. An unfinished adaptation is begun again when the server is."""
         await self._end(list(self._tasks))
 
-    async def _end(self, tasks: list[asyncio.Task[None]]) -> None:
+    async def _end(self, tasks: list[asyncio.Task[object]]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
+    def _finished(self, task: asyncio.Task[object]) -> None:
         key = self._tasks.pop(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("background work of a session failed", exc_info=error)

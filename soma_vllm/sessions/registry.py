@@ -105,6 +105,11 @@ class SessionRegistry:
         self._live: dict[str, int] = {}
         self._adapters = AdapterLives()
 
+    @property
+    def store(self) -> Store:
+        """The record, for questions about sessions that need not be live."""
+        return self._store
+
     async def start(self) -> None:
         """Begin writing."""
         await self._write_behind.start()
@@ -373,6 +378,10 @@ class SessionRegistry:
         """Whether a session is on record only: not in memory, and not removed from it a moment ago."""
         return key not in self._entries and not self._write_behind.has(key)
 
+    async def retired(self, adapter: str) -> None:
+        """Put on record that an adapter is gone of which no live session speaks. Raises StoreUnavailable."""
+        await self._store.retired(adapter)
+
     def adapter_state(self, name: str) -> AdapterState | None:
         """Where an adapter stands; None where no live session has said so."""
         return self._adapters.of(name)
@@ -412,7 +421,7 @@ class SessionRegistry:
             self._fall_silent(entry)
         return entry.session
 
-    def note(self, key: SessionKey, kind: EventKind, **data: Any) -> Session:
+    def note(self, key: SessionKey, kind: EventKind, /, **data: Any) -> Session:
         """Record one event that happens now."""
         return self.record(key, Event(kind, time.time(), data))
 

@@ -24,8 +24,6 @@ from soma_vllm.api.auth.quotas import Quotas
 from soma_vllm.api.plugin import HOST
 from soma_vllm.config import parse_config
 from soma_vllm.engines.engine import ChatCall, Reply
-from soma_vllm.maintenance.session_admin import SessionAdmin
-from soma_vllm.scheduler.dispatcher import Dispatcher
 from soma_vllm.sessions.sql.api_keys import KeyStore
 from soma_vllm.sessions.sql.store import SessionStore
 from support.guard import GUARD_S
@@ -81,10 +79,9 @@ class FakeHost:
         self.extra_routes: bool = services.config.server.extra_routes
         self._house = services
 
-    async def begin(self, engine_client: Any, state: Any) -> tuple[Dispatcher, SessionAdmin]:
-        await self._house.registry.start()
-        await self._house.session_admin.start()
-        return self._house.dispatcher, self._house.session_admin
+    async def begin(self, engine_client: Any, state: Any) -> Services:
+        await self._house.start()
+        return self._house
 
     def models(self) -> list[str]:
         return ["soma", self._house.original.name, self._house.surrogate.name]
@@ -141,9 +138,7 @@ class SurfaceHouse:
 
     async def close(self) -> None:
         await self._client.aclose()
-        await self.services.session_admin.stop()
-        await self.services.background.stop()
-        await self.services.registry.stop()
+        await self.services.stop()
         await self._store.close()
         await self._keys.close()
 

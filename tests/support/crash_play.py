@@ -1,11 +1,11 @@
 """A dialogue server that kills itself at its k-th durable step, and what a fresh one finds of it, for every k.
 
 Everything is real but the engines and the trainer's arithmetic: dispatcher, recorder, adaptation, drift watch,
-custody, recovery, an SQLite session store and an adapter store. Steps are each commit to the session store,
+session removal, recovery, an SQLite session store and an adapter store. Steps are each commit to the session store,
 each file that the adapter store copies, synchronises, renames or deletes, and the beginning and end of a
 training.
 
-`python killed_play.py FOLDER FIRST STRIDE` forks a process for each kill and one for each look afterwards
+`python crash_play.py FOLDER FIRST STRIDE` forks a process for each kill and one for each look afterwards
 (nothing is imported anew), and prints one JSON object a line: {"step", "name", "problems"}.
 """
 
@@ -214,7 +214,7 @@ async def look(place: Place) -> list[str]:
     services = place.services(store)
     services.surrogate.answers = ["different", "same"]
     await services.registry.start()
-    await services.session_admin.start()
+    await services.start()
     problems += [f"at the start: {found}" for found in await _agreement(place, store, started=False)]
     await services.settled()
     await services.registry.written()
@@ -229,7 +229,7 @@ async def look(place: Place) -> list[str]:
     await services.settled()
     await services.registry.written()
     problems += [f"later: {found}" for found in await _agreement(place, store)]
-    await services.session_admin.stop()
+    await services.stop()
     await services.registry.stop()
     await store.close()
     return problems

@@ -13,27 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from soma_vllm.adaptation.background_lane import BackgroundLane
-from soma_vllm.adaptation.cost_model import CostModel
-from soma_vllm.adaptation.drift import DriftWatch
-from soma_vllm.adaptation.pipeline import Adaptation
-from soma_vllm.adaptation.shadow_traffic import ShadowTraffic
 from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs, why_text
 from soma_vllm.adapters.eviction_policy import Reason
 from soma_vllm.adapters.leases import AdapterLeases
 from soma_vllm.adapters.store.manifest import FileFacts, PublishedAdapter
+from soma_vllm.app.build import Parts, build
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import ChatCall, Salts
 from soma_vllm.engines.fake import FakeEngine
 from soma_vllm.errors import AdapterRejected, EngineError, NotFound, TooManyRequests, TrainingError
-from soma_vllm.maintenance.adapter_eviction import AdapterEvictor
-from soma_vllm.maintenance.session_admin import SessionAdmin
-from soma_vllm.maintenance.sweeper import SweepTrigger
-from soma_vllm.scheduler.dispatcher import Answer, ChatRequest, Dispatcher
+from soma_vllm.maintenance.sweep_trigger import SweepTrigger
+from soma_vllm.scheduler.dispatcher import Answer, ChatRequest
 from soma_vllm.scheduler.policies.base import Policies
-from soma_vllm.scheduler.turn_recorder import TurnRecorder
-from soma_vllm.sessions.background_tasks import BackgroundTasks
-from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.sql.store import SessionStore
 from soma_vllm.sessions.state.session import Session
 from soma_vllm.training.messages import ScoreRequest, TrainRequest, TrainResult
@@ -157,7 +148,7 @@ class FakeTrainer:
         )
 
 
-class FakeShelf:
+class FakeAdapterStore:
     """Numbers adapters and remembers what was retired."""
 
     owner = "us"
@@ -276,86 +267,59 @@ class Services:
         self.original = original or FakeOriginal()
         self.surrogate = surrogate or FakeSurrogate()
         self.trainer = trainer or FakeTrainer()
-        self.adapter_store = adapter_store or FakeShelf(self.surrogate.log)
+        self.adapter_store = adapter_store or FakeAdapterStore(self.surrogate.log)
         self.sweep_trigger = SweepTrigger()
         self.stock = Stock()
         self.meter = OpenMeter()
         self.events: list[tuple[SessionKey, Event]] = []
-        self.payback = CostModel(config, store)
-        self.shadow_traffic = ShadowTraffic(config, self.surrogate)
-        watch = [self.teacher_logprobs, self.sweep_trigger, self.payback, self.shadow_traffic]
-        observers = [lambda key, event: self.events.append((key, event)), *watch]
-        self.registry = SessionRegistry(config, store, observers)
         slots = config.surrogate
         limit = slots.queue_limit if slots.overflow == "wait" else 0
         self.leases = AdapterLeases(slots.max_loras, limit, slots.queue_wait_s)
-        self.encoder = encoder = HashEncoder()
-        self.adaptation = Adaptation(
-            config,
-            self.registry,
-            self.surrogate,
-            self.trainer,
-            self.adapter_store,
-            encoder,
-            self.leases,
-            self.teacher_logprobs,
-            self.meter,
-            self.payback,
-            self.shadow_traffic,
-        )
-        self.background = BackgroundTasks(self.registry)
-        self.lane = BackgroundLane(config.gate.audit_yields, config.gate.audit_wait_s)
-        drift = DriftWatch(
-            config,
-            self.registry,
-            self.original,
-            self.surrogate,
-            encoder,
-            self.leases,
-            self.adaptation.retire,
-            self.lane,
-        )
+        self.encoder = HashEncoder()
         self.policies = Policies(config)
-        recorder = TurnRecorder(
-            config, self.registry, self.adaptation, drift, self.teacher_logprobs, self.background
-        )
-        self.dispatcher = Dispatcher(
-            config,
-            self.policies,
-            self.registry,
-            self.lane.watched(self.original),
-            self.surrogate,
-            encoder,
-            self.leases,
-            recorder,
-            self.teacher_logprobs,
-            self.meter,
-            self.shadow_traffic,
-        )
         self.salts = Salts()
-        self.adapters = AdapterEvictor(
-            config,
-            self.registry,
-            store,
-            self.adaptation,
-            self.adapter_store,
-            self.sweep_trigger,
-            self.stock,
-            orphan_after_s=0.0,
+        built = build(
+            Parts(
+                config=config,
+                policies=self.policies,
+                original=self.original,
+                surrogate=self.surrogate,
+                encoder=self.encoder,
+                trainer=self.trainer,
+                store=store,
+                adapter_store=self.adapter_store,
+                leases=self.leases,
+                teacher_logprobs=self.teacher_logprobs,
+                meter=self.meter,
+                stock=self.stock,
+                salts=self.salts,
+                sweep_trigger=self.sweep_trigger,
+                observers=(lambda key, event: self.events.append((key, event)),),
+            )
         )
-        self.session_admin = SessionAdmin(
-            config,
-            self.registry,
-            store,
-            self.adaptation,
-            self.background,
-            self.adapter_store,
-            self.salts,
-            self.meter,
-            self.adapters,
-            self.sweep_trigger,
-            self.shadow_traffic,
-        )
+        self.built = built
+        self.registry = built.registry
+        self.background = built.background
+        self.lane = built.lane
+        self.shadow_traffic = built.shadow_traffic
+        self.cost_model = built.cost_model
+        self.adapters = built.adapters
+        self.adaptation = built.adaptation
+        self.dispatcher = built.dispatcher
+        self.evictor = built.evictor
+        self.retention = built.retention
+        self.recovery = built.recovery
+        self.session_admin = built.session_admin
+        # No adapter is too young to be an orphan: tests do not wait.
+        self.evictor._orphan_after_s = 0.0
+
+    async def start(self) -> None:
+        """As a server starts."""
+        await self.built.start()
+
+    async def stop(self) -> None:
+        """As a server stops."""
+        await self.built.stop()
 
     async def say(
         self, history: list[dict[str, Any]], query: str, session: str | None = "s", **extra: Any

@@ -265,5 +265,5 @@ async def test_a_sweep_forgets_rehearsals_as_old_as_the_words_it_erases(build: B
     await talked(services, 3)
     assert services.shadow_traffic._of
     await asyncio.sleep(0.02)
-    await services.session_admin.sweep()
+    await services.retention.sweep()
     assert not services.shadow_traffic._of

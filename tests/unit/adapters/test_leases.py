@@ -36,10 +36,10 @@ async def a_moment() -> None:
 async def test_without_a_queue_a_full_engine_refuses_at_once() -> None:
     meter = Meter()
     leases = AdapterLeases(1, meter=meter)
-    held = await leases.hold("a")
+    held = await leases.acquire("a")
     with pytest.raises(EngineUnavailable, match="all adapter slots are in use"):
-        await leases.hold("b")
-    assert await leases.hold("a")
+        await leases.acquire("b")
+    assert await leases.acquire("a")
     await leases.release(held)
     assert (leases.in_use("a"), leases.count(), leases.distinct()) == (True, 1, 1)
     assert meter.told == ["overflowed full"]
@@ -48,8 +48,8 @@ async def test_without_a_queue_a_full_engine_refuses_at_once() -> None:
 async def test_a_request_waits_for_a_slot_and_gets_it() -> None:
     meter = Meter()
     leases = queueing(meter=meter)
-    held = await leases.hold("a")
-    waiting = asyncio.create_task(leases.hold("b"))
+    held = await leases.acquire("a")
+    waiting = asyncio.create_task(leases.acquire("b"))
     await a_moment()
     assert (waiting.done(), leases.waiting()) == (False, 1)
     await leases.release(held)
@@ -61,19 +61,19 @@ async def test_a_request_waits_for_a_slot_and_gets_it() -> None:
 async def test_after_the_longest_wait_the_original_answers() -> None:
     meter = Meter()
     leases = queueing(wait_s=0.01, meter=meter)
-    held = await leases.hold("a")
+    held = await leases.acquire("a")
     with pytest.raises(EngineUnavailable, match="in use and stayed so"):
-        await leases.hold("b")
+        await leases.acquire("b")
     assert leases.waiting() == 0
     assert meter.told == ["waited timed_out", "overflowed timed_out"]
     await leases.release(held)
-    assert await leases.hold("b")
+    assert await leases.acquire("b")
 
 
 async def test_a_cancelled_wait_leaves_nothing_behind() -> None:
     leases = queueing()
-    held = await leases.hold("a")
-    waiting = [asyncio.create_task(leases.hold(name)) for name in ("b", "c")]
+    held = await leases.acquire("a")
+    waiting = [asyncio.create_task(leases.acquire(name)) for name in ("b", "c")]
     await a_moment()
     waiting[0].cancel()
     await a_moment()
@@ -85,8 +85,8 @@ async def test_a_cancelled_wait_leaves_nothing_behind() -> None:
 
 async def test_who_is_cancelled_in_the_moment_of_getting_a_slot_gives_it_back() -> None:
     leases = queueing()
-    held = await leases.hold("a")
-    lucky, next_one = (asyncio.create_task(leases.hold(name)) for name in ("b", "c"))
+    held = await leases.acquire("a")
+    lucky, next_one = (asyncio.create_task(leases.acquire(name)) for name in ("b", "c"))
     await a_moment()
     await leases.release(held)  # decides for b, which has not run yet
     assert leases.in_use("b")
@@ -102,7 +102,7 @@ async def test_a_cold_session_is_served_beside_hot_ones_that_never_pause() -> No
     served: list[str] = []
 
     async def ask(name: str) -> None:
-        held = await leases.hold(name)
+        held = await leases.acquire(name)
         try:
             served.append(name)
             await asyncio.sleep(0.001)
@@ -132,7 +132,7 @@ async def test_many_waiters_of_many_adapters_are_all_served() -> None:
 
     async def one(number: int) -> None:
         nonlocal most
-        held = await leases.hold(f"adapter-{number % 17}")
+        held = await leases.acquire(f"adapter-{number % 17}")
         most = max(most, leases.distinct())
         await asyncio.sleep(0)
         await leases.release(held)
@@ -145,11 +145,11 @@ async def test_many_waiters_of_many_adapters_are_all_served() -> None:
 
 async def test_the_background_waits_for_users_and_keeps_an_adapter_from_leaving() -> None:
     leases = queueing()
-    held = await leases.hold("a")
+    held = await leases.acquire("a")
     entered, go = asyncio.Event(), asyncio.Event()
 
     async def shadow() -> None:
-        async with leases.shadowing("b"):
+        async with leases.background("b"):
             entered.set()
             await go.wait()
 
@@ -158,36 +158,36 @@ async def test_the_background_waits_for_users_and_keeps_an_adapter_from_leaving(
     assert not entered.is_set()
     await leases.release(held)
     await asyncio.wait_for(entered.wait(), GUARD_S)
-    leaving = asyncio.create_task(leases.leaving("b"))
+    leaving = asyncio.create_task(leases.drain("b"))
     await a_moment()
     assert not leaving.done()
     go.set()
     await asyncio.wait_for(leaving, GUARD_S)
     await shadowing
     with pytest.raises(EngineUnavailable, match="adapter b is leaving"):
-        await leases.hold("b")
+        await leases.acquire("b")
 
 
 async def test_leaving_returns_when_the_last_hold_is_given_back() -> None:
     leases = AdapterLeases(1)
-    first, second = await leases.hold("a"), await leases.hold("a")
-    waiting = asyncio.create_task(leases.leaving("a"))
+    first, second = await leases.acquire("a"), await leases.acquire("a")
+    waiting = asyncio.create_task(leases.drain("a"))
     await leases.release(first)
     await a_moment()
     assert not waiting.done()
     await leases.release(second)
     await asyncio.wait_for(waiting, GUARD_S)
-    assert not leases.would_grant("a")
-    leases.left("a")
-    assert leases.would_grant("a")
+    assert not leases.can_acquire("a")
+    leases.forget("a")
+    assert leases.can_acquire("a")
 
 
 async def test_who_waits_for_an_adapter_that_leaves_is_told() -> None:
     leases = queueing()
-    held = await leases.hold("a")
-    waiting = asyncio.create_task(leases.hold("b"))
+    held = await leases.acquire("a")
+    waiting = asyncio.create_task(leases.acquire("b"))
     await a_moment()
-    await leases.leaving("b")
+    await leases.drain("b")
     with pytest.raises(EngineUnavailable, match="adapter b is leaving"):
         await waiting
     await leases.release(held)

@@ -12,7 +12,7 @@ from soma_vllm.adapters.slots import BACKGROUND_SLOTS, OVERTAKES, PATIENCE, Adap
 
 
 def asked(slots: AdapterSlots, name: str, background: bool = False) -> SlotRequest:
-    ticket, others = slots.ask(name, background)
+    ticket, others = slots.acquire(name, background)
     assert others == []
     return ticket
 
@@ -21,16 +21,16 @@ def test_never_more_distinct_adapters_are_in_use_than_there_are_slots() -> None:
     slots = AdapterSlots(2)
     states = [asked(slots, name).state for name in ("a", "b", "c", "a")]
     assert states == [State.GRANTED, State.GRANTED, State.FULL, State.GRANTED]
-    assert (slots.distinct(), slots.leases()) == (2, 3)
+    assert (slots.distinct(), slots.count()) == (2, 3)
 
 
 def test_users_wait_in_the_order_they_came_and_those_of_one_adapter_get_it_together() -> None:
     slots = AdapterSlots(1, queue_limit=10)
     holder = asked(slots, "a")
     first, second, third = asked(slots, "b"), asked(slots, "c"), asked(slots, "b")
-    assert slots.give_back(holder) == [first, third]
-    assert slots.give_back(first) == []
-    assert slots.give_back(third) == [second]
+    assert slots.release(holder) == [first, third]
+    assert slots.release(first) == []
+    assert slots.release(third) == [second]
 
 
 def test_a_hot_adapter_overtakes_a_waiting_one_a_few_times_and_then_queues_behind_it() -> None:
@@ -40,7 +40,7 @@ def test_a_hot_adapter_overtakes_a_waiting_one_a_few_times_and_then_queues_behin
     later = [asked(slots, "hot") for _ in range(OVERTAKES + 3)]
     assert [ticket.state for ticket in later] == [State.GRANTED] * OVERTAKES + [State.WAITING] * 3
     for ticket in [*hot, *later[:OVERTAKES]]:
-        slots.give_back(ticket)
+        slots.release(ticket)
     assert cold.state is State.GRANTED
 
 
@@ -55,8 +55,8 @@ def test_who_gives_up_frees_the_place_and_lets_the_next_one_in() -> None:
     asked(slots, "a")
     other = asked(slots, "b")
     first, second = asked(slots, "c"), asked(slots, "a2")
-    assert slots.give_up(first) == []
-    assert slots.give_back(other) == [second]
+    assert slots.cancel(first) == []
+    assert slots.release(other) == [second]
     assert first.state is State.OVER
 
 
@@ -64,9 +64,9 @@ def test_a_leaving_adapter_takes_nobody_and_those_who_wait_for_it_are_told() -> 
     slots = AdapterSlots(1, queue_limit=10)
     asked(slots, "a")
     waiting = asked(slots, "b")
-    assert slots.leave("b") == [waiting]
-    assert waiting.state is asked(slots, "b").state is State.LEAVING
-    slots.left("b")
+    assert slots.drain("b") == [waiting]
+    assert waiting.state is asked(slots, "b").state is State.DRAINING
+    slots.forget("b")
     assert asked(slots, "b").state is State.WAITING
 
 
@@ -77,7 +77,7 @@ def test_the_background_takes_one_slot_and_comes_after_users() -> None:
     user = asked(slots, "a")
     waiting = asked(slots, "b")
     assert user.state is State.GRANTED
-    assert slots.give_back(user) == [waiting]
+    assert slots.release(user) == [waiting]
 
 
 def test_the_background_is_not_starved_by_users_that_never_leave_a_slot_free() -> None:
@@ -85,8 +85,8 @@ def test_the_background_is_not_starved_by_users_that_never_leave_a_slot_free() -
     ticket = asked(slots, "hot")
     shadow = asked(slots, "shadow", background=True)
     for count in range(PATIENCE * 3):
-        following, _ = slots.ask("hot" if count % 2 else "warm")
-        slots.give_back(ticket)
+        following, _ = slots.acquire("hot" if count % 2 else "warm")
+        slots.release(ticket)
         if shadow.state is State.GRANTED:
             break
         assert following.state is State.GRANTED
@@ -119,12 +119,12 @@ class AnySequence(RuleBasedStateMachine):
         self.leaving: set[str] = set()
 
     @rule(name=NAMES, background=st.booleans())
-    def ask(self, name: str, background: bool) -> None:
+    def acquire(self, name: str, background: bool) -> None:
         queued = [watched for watched in self.waiting.values() if not watched.ticket.background]
-        ticket, others = self.slots.ask(name, background)
+        ticket, others = self.slots.acquire(name, background)
         self._told(others)
         if name in self.leaving:
-            assert ticket.state is State.LEAVING
+            assert ticket.state is State.DRAINING
         elif ticket.state is State.GRANTED:
             self.granted.append(ticket)
             if not background:
@@ -140,30 +140,30 @@ class AnySequence(RuleBasedStateMachine):
 
     @precondition(lambda self: self.granted)
     @rule(data=st.data())
-    def give_back(self, data: st.DataObject) -> None:
+    def release(self, data: st.DataObject) -> None:
         ticket = self.granted.pop(data.draw(st.integers(0, len(self.granted) - 1)))
-        self._told(self.slots.give_back(ticket))
+        self._told(self.slots.release(ticket))
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
-    def give_up(self, data: st.DataObject) -> None:
+    def cancel(self, data: st.DataObject) -> None:
         ticket = data.draw(st.sampled_from(list(self.waiting)))
         del self.waiting[ticket]
-        self._told(self.slots.give_up(ticket))
+        self._told(self.slots.cancel(ticket))
 
     @rule(name=NAMES)
-    def leave(self, name: str) -> None:
+    def drain(self, name: str) -> None:
         self.leaving.add(name)
-        decided = self.slots.leave(name)
+        decided = self.slots.drain(name)
         self._told([ticket for ticket in decided if ticket.state is State.GRANTED])
         for ticket in decided:
-            if ticket.state is State.LEAVING:
+            if ticket.state is State.DRAINING:
                 del self.waiting[ticket]
 
     @rule(name=NAMES)
-    def left(self, name: str) -> None:
+    def forget(self, name: str) -> None:
         self.leaving.discard(name)
-        self.slots.left(name)
+        self.slots.forget(name)
 
     def _told(self, decided: list[SlotRequest]) -> None:
         """Those let in were waiting; nobody who came after a waiting user of another adapter is among them,
@@ -177,7 +177,7 @@ class AnySequence(RuleBasedStateMachine):
     def no_more_adapters_than_slots_are_in_use(self) -> None:
         names = {ticket.name for ticket in self.granted}
         assert self.slots.distinct() == len(names) <= self.capacity
-        assert self.slots.leases() == len(self.granted)
+        assert self.slots.count() == len(self.granted)
 
     @invariant()
     def nobody_is_overtaken_more_often_than_the_rules_allow(self) -> None:
@@ -207,9 +207,9 @@ class AnySequence(RuleBasedStateMachine):
         for _ in range(10_000):
             if not self.granted:
                 break
-            self._told(self.slots.give_back(self.granted.pop(0)))
+            self._told(self.slots.release(self.granted.pop(0)))
         assert not self.waiting
-        assert self.slots.distinct() == self.slots.leases() == 0
+        assert self.slots.distinct() == self.slots.count() == 0
 
 
 TestAnySequence = AnySequence.TestCase

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -39,7 +38,7 @@ async def client(services: Services) -> AsyncIterator[httpx.AsyncClient]:
     app.include_router(router)
     quotas = Quotas(Access(), Limits(), admin_key="the-admin", registry=CollectorRegistry())
     app.add_middleware(AccessControl, quotas=quotas)
-    app.state.soma_custody = SimpleNamespace(adapters=services.adapters)
+    app.state.soma_evictor = services.evictor
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://soma") as client:
         yield client
 

@@ -143,9 +143,9 @@ async def test_an_interrupted_adaptation_is_taken_up_under_its_own_rules(build: 
     await first.registry.stop()
     second = build()
     await second.registry.start()
-    await second.session_admin.start()
+    await second.start()
     await second.settled()
-    await second.session_admin.stop()
+    await second.stop()
     answer = await second.say(history, "question 3", model=FINE_TUNING)
     assert answer.headers["X-SOMA-Engine"] == "surrogate"
     assert "judged" not in second.kinds()

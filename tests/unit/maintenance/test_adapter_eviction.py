@@ -46,7 +46,7 @@ async def adapted(services: Services, session: str) -> History:
 
 
 async def swept(services: Services) -> int:
-    count = await services.adapters.sweep()
+    count = await services.evictor.sweep()
     await services.settled()
     await services.registry.written()
     return count
@@ -74,7 +74,7 @@ async def test_a_session_whose_adapter_was_evicted_is_adapted_again_and_no_rollb
 ) -> None:
     services = await started(build, adaptation={"cool_down_turns": 2})
     history = await adapted(services, "a")
-    await services.adapters.remove("adapter-a-1")
+    await services.evictor.remove("adapter-a-1")
     assert services.session("a").rollbacks == 0
     plain_fails_next(services)
     for number in (3, 4):
@@ -117,7 +117,7 @@ async def test_every_branch_that_an_adapter_serves_goes_back_to_the_original(bui
     await services.say(history, "question 3", "a")
     branch = (await services.say(history[:4], "another question", "a")).headers["X-SOMA-Session"]
     assert services.session(branch).phase is Phase.SWITCHED
-    await services.adapters.remove("adapter-a-1")
+    await services.evictor.remove("adapter-a-1")
     assert {services.session(name).phase for name in ("a", branch)} == {Phase.ROLLED_BACK}
     assert services.surrogate.log.count("delete adapter-a-1") == 1
 
@@ -126,7 +126,7 @@ async def test_the_last_token_comes_before_the_files_go_and_nobody_new_gets_the_
     services = await started(build)
     history = await adapted(services, "a")
     stream = await services.say(history, "question 3", "a", stream=True)
-    removal = asyncio.create_task(services.adapters.remove("adapter-a-1"))
+    removal = asyncio.create_task(services.evictor.remove("adapter-a-1"))
     await asyncio.sleep(0.05)
     assert services.registry.adapter_state("adapter-a-1") is AdapterState.DRAINING
     assert "adapter-a-1" in services.adapter_store.there
@@ -157,7 +157,7 @@ async def test_an_adapter_in_the_making_is_left_to_its_adaptation(build: Build) 
     await asyncio.wait_for(judging.wait(), GUARD_S)
     await services.registry.written()
     await asyncio.sleep(0.01)
-    assert await services.adapters.sweep() == 0
+    assert await services.evictor.sweep() == 0
     go.set()
     await services.settled()
     assert services.session("a").phase is Phase.SWITCHED
@@ -165,14 +165,14 @@ async def test_an_adapter_in_the_making_is_left_to_its_adaptation(build: Build) 
 
 async def test_publishing_rings_the_sweep(build: Build) -> None:
     services = await started(build, adapters={"max_count": 1})
-    await services.session_admin.start()
+    await services.start()
     await adapted(services, "a")
     await adapted(services, "b")
     async with asyncio.timeout(GUARD_S):
         while "adapter-a-1" in services.adapter_store.there:
             await asyncio.sleep(0.02)
     assert services.session("b").phase is Phase.SWITCHED
-    await services.session_admin.stop()
+    await services.stop()
 
 
 async def test_a_session_whose_adapter_lost_its_files_goes_back_to_the_original(build: Build) -> None:
@@ -230,14 +230,14 @@ async def test_an_adapter_that_cannot_leave_the_engine_keeps_its_files_and_is_tr
 
     services.surrogate.unload = refuse
     with pytest.raises(SomaError, match="could not be deleted yet"):
-        await services.adapters.remove("adapter-a-1")
+        await services.evictor.remove("adapter-a-1")
     await services.registry.written()
     assert services.session("a").phase is Phase.ROLLED_BACK
     assert "adapter-a-1" in services.adapter_store.there
     services.surrogate.unload = unload
     assert await swept(services) == 1
     assert services.adapter_store.there == {}
-    records = await services.session_admin._store.adapters()
+    records = await services.store.adapters()
     assert [record.state for record in records] == ["RETIRED"]
 
 
@@ -252,9 +252,9 @@ async def test_while_the_session_store_is_away_nothing_is_evicted(
         raise ConnectionRefusedError
 
     with monkeypatch.context() as patch:
-        patch.setattr(services.session_admin._store, "adapters_used", away)
+        patch.setattr(services.store, "adapters_used", away)
         with pytest.raises(StoreUnavailable):
-            await services.adapters.sweep()
+            await services.evictor.sweep()
     assert len(services.adapter_store.there) == 2
     assert await swept(services) == 1
 
@@ -264,20 +264,20 @@ async def test_a_listing_shows_states_and_uses_and_a_tenant_sees_its_own(build: 
     await adapted(services, "a")
     await adapted(services, "b")
     services.adapter_store.pinned.add("adapter-b-2")
-    rows = await services.adapters.listed()
+    rows = await services.evictor.listed()
     assert [(row["name"], row["state"], row["pinned"]) for row in rows] == [
         ("adapter-b-2", "ACTIVE", True),
         ("adapter-a-1", "ACTIVE", False),
     ]
     assert "path" not in str(rows)
-    assert await services.adapters.listed("stranger") == []
+    assert await services.evictor.listed("stranger") == []
     tenant = services.session("a").key.tenant
-    assert (await services.adapters.show(tenant, "adapter-a-1"))["serves"] == ["a"]
+    assert (await services.evictor.show(tenant, "adapter-a-1"))["serves"] == ["a"]
     for whose, name in (("stranger", "adapter-a-1"), (None, "adapter-x")):
         with pytest.raises(NotFound):
-            await services.adapters.show(whose, name)
+            await services.evictor.show(whose, name)
     with pytest.raises(NotFound):
-        await services.adapters.remove("adapter-x")
+        await services.evictor.remove("adapter-x")
 
 
 async def test_a_call_for_an_evicted_adapter_never_reaches_the_engine(build: Build) -> None:
@@ -285,7 +285,7 @@ async def test_a_call_for_an_evicted_adapter_never_reaches_the_engine(build: Bui
     await adapted(services, "a")
     ref = services.session("a").adapter
     assert ref is not None
-    await services.adapters.remove(ref.name)
+    await services.evictor.remove(ref.name)
     calls = len(services.surrogate.calls)
     await services.say([], "hello", "a")
     assert all(isinstance(call, ChatCall) and call.adapter is None for call in services.surrogate.calls[calls:])

@@ -77,17 +77,17 @@ async def adapted(folder: Path, kind: str) -> str:
 
 async def evicted(folder: Path, kind: str, name: str) -> None:
     async with Server(folder, kind) as services:
-        await services.adapters.remove(name)
+        await services.evictor.remove(name)
 
 
 async def served_afterwards(folder: Path, kind: str, name: str) -> bool:
     """Whether the session is still served with its adapter, by a server that starts after the kill."""
     server = Server(folder, kind)
     async with server as services:
-        await services.session_admin.start()
-        await services.adapters.sweep()
+        await services.start()
+        await services.evictor.sweep()
         await services.registry.written()
-        (key,) = await services.session_admin._store.keys()
+        (key,) = await services.store.keys()
         entry = await services.session_admin.entry(key)
         listed = [one.ref.name for one in server.adapter_store.list()]
         if entry.session.phase is Phase.SWITCHED:
@@ -96,8 +96,8 @@ async def served_afterwards(folder: Path, kind: str, name: str) -> bool:
         else:
             assert entry.session.phase is Phase.ROLLED_BACK
             assert listed == []
-            assert [record.state for record in await services.session_admin._store.adapters()] == ["RETIRED"]
-        await services.session_admin.stop()
+            assert [record.state for record in await services.store.adapters()] == ["RETIRED"]
+        await services.stop()
         return entry.session.phase is Phase.SWITCHED
 
 

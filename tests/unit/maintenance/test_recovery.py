@@ -19,7 +19,7 @@ from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.types import AdapterRef
 
 History = list[dict[str, Any]]
-PLAY = Path(__file__).parents[2] / "killed_play.py"
+PLAY = Path(__file__).parents[2] / "support" / "crash_play.py"
 PROCESSES = 2
 
 
@@ -28,11 +28,11 @@ def test_whatever_step_a_server_is_killed_at_nothing_that_was_written_is_lost_an
     tmp_path: Path,
 ) -> None:
     commands = [
-        [sys.executable, "-W", "error", str(PLAY), str(tmp_path), str(first), str(PROCESSES)]
+        [sys.executable, "-P", "-W", "error", str(PLAY), str(tmp_path), str(first), str(PROCESSES)]
         for first in range(1, PROCESSES + 1)
     ]
     pipe = subprocess.PIPE
-    places = [str(PLAY.parents[1]), str(PLAY.parent)]
+    places = [str(PLAY.parents[2]), str(PLAY.parents[1])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     plays = [subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env) for command in commands]
     told = [play.communicate(timeout=GUARD_S) for play in plays]
@@ -73,10 +73,10 @@ async def test_an_interrupted_adaptation_is_taken_up_at_the_start(build: Build) 
         await first.say(history, f"question {number}")
     await first.registry.written()
     second = await started(build)
-    await second.session_admin.start()
+    await second.start()
     await second.settled()
     assert second.session().phase is Phase.SWITCHED
-    await second.session_admin.stop()
+    await second.stop()
     first.trainer.go.set()
 
 
@@ -91,9 +91,9 @@ async def test_an_adapter_that_a_crash_left_without_a_session_is_deleted_at_the_
         await asyncio.sleep(0.01)
     await first.registry.written()
     second = await started(build)
-    await second.session_admin._recovery.run()
+    await second.recovery.run()
     assert second.surrogate.log == ["delete adapter-s-1"]
-    await second.session_admin._recovery.run()
+    await second.recovery.run()
     assert second.surrogate.log == ["delete adapter-s-1"]
 
 
@@ -116,8 +116,8 @@ async def test_an_adapter_that_serves_nobody_and_cannot_be_deleted_is_tried_agai
     second = await started(build)
     with monkeypatch.context() as patch:
         patch.setattr(second.adapter_store, "retire", refuse)
-        await second.session_admin._recovery._delete_what_serves_nobody()
-    await second.session_admin._recovery._delete_what_serves_nobody()
+        await second.recovery._retire_what_serves_no_session()
+    await second.recovery._retire_what_serves_no_session()
     assert second.surrogate.log == ["delete adapter-s-1"]
 
 
@@ -129,7 +129,7 @@ async def test_a_session_whose_adapters_files_are_gone_goes_back_to_the_original
         return False
 
     second.adapter_store.has = gone
-    await second.session_admin._recovery.run()
+    await second.recovery.run()
     answer = await second.say(history, "question 3")
     assert (answer.headers["X-SOMA-Phase"], answer.headers["X-SOMA-Engine"]) == ("ROLLED_BACK", "original")
     assert second.session().phase is Phase.ROLLED_BACK
@@ -140,7 +140,7 @@ async def test_an_adapter_goes_only_once_the_record_says_that_nobody_needs_it(
 ) -> None:
     services = await started(build)
     await adapted(services)
-    store = services.session_admin._store
+    store = services.store
     append, go = store.append, asyncio.Event()
 
     async def slow(*arguments: Any) -> None:
@@ -161,8 +161,8 @@ async def test_while_the_record_is_away_an_adapter_stays_and_the_next_start_dele
 ) -> None:
     services = await started(build)
     await adapted(services)
-    monkeypatch.setattr("soma_vllm.adaptation.pipeline.RECORD_S", 0.05)
-    store = services.session_admin._store
+    monkeypatch.setattr("soma_vllm.adapters.lifecycle.RECORD_S", 0.05)
+    store = services.store
 
     async def away(*_: Any) -> None:
         raise ConnectionRefusedError
@@ -174,5 +174,5 @@ async def test_while_the_record_is_away_an_adapter_stays_and_the_next_start_dele
     await services.registry.written()
     assert "delete adapter-s-1" not in services.surrogate.log
     second = await started(build)
-    await second.session_admin._recovery.run()
+    await second.recovery.run()
     assert second.surrogate.log == ["delete adapter-s-1"]

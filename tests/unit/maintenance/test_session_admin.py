@@ -105,7 +105,7 @@ async def test_a_removal_that_was_cut_short_is_finished_by_the_next_sweep(servic
     await warmed(services)
     services.registry.note(services.session().key, "closed")
     await services.registry.written()
-    await services.session_admin.sweep()
+    await services.retention.sweep()
     await services.registry.written()
     assert services.surrogate.log[-1] == "delete adapter-s-1"
     assert await services.session_admin.summaries(None, 10, None) == []
@@ -214,7 +214,7 @@ async def test_text_that_is_too_old_is_erased_and_its_session_goes_on(build: Bui
     history = await warmed(services)
     await services.registry.written()
     await asyncio.sleep(0.02)
-    await services.session_admin.sweep()
+    await services.retention.sweep()
     assert WORD.encode() not in on_disk(tmp_path)
     answer = await services.say(history, "question 3")
     assert answer.headers["X-SOMA-Engine"] == "surrogate"
@@ -227,7 +227,7 @@ async def test_sessions_unused_for_too_long_are_removed_and_others_stay(build: B
     later(3600.0)
     await warmed(services, "new")
     await services.registry.written()
-    assert await services.session_admin.sweep() == 1
+    assert await services.retention.sweep() == 1
     await services.registry.written()
     found = await services.session_admin.summaries(None, 10, None)
     assert [summary.key.session for summary in found] == ["new"]
@@ -307,7 +307,7 @@ async def test_while_the_store_is_away_the_original_answers_and_afterwards_the_s
         raise ConnectionRefusedError
 
     with monkeypatch.context() as patch:
-        patch.setattr(services.session_admin._store, "events", away)
+        patch.setattr(services.store, "events", away)
         answer = await services.say(history, "question 3")
         with pytest.raises(StoreUnavailable):
             await services.session_admin.entry(first.session().key)

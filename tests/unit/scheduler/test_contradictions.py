@@ -165,7 +165,7 @@ async def test_a_disk_that_is_full_when_an_adapter_is_published_costs_the_sessio
     services = build()
     await services.registry.start()
     adapter_store = RecordShelf(AdapterStore(tmp_path / "adapters", owner="ours", copy=full))
-    services.adaptation._adapter_store = adapter_store
+    services.adapters._store = adapter_store
     services.trainer.writes = write_adapter
     services.surrogate.answers = ["different", "same"]
     history: History = []

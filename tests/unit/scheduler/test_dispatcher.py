@@ -645,7 +645,7 @@ async def test_a_turn_waits_for_a_slot_where_the_configuration_says_so(build: Bu
     await services.registry.start()
     services.surrogate.answers = ["different", "same"]
     history = await warmed(services)
-    other = await services.leases.hold("another")
+    other = await services.leases.acquire("another")
     asking = asyncio.create_task(services.say(history, "question 3"))
     async with asyncio.timeout(GUARD_S):
         while not services.leases.waiting():
@@ -659,7 +659,7 @@ async def test_after_waiting_in_vain_the_original_answers(build: Build) -> None:
     await services.registry.start()
     services.surrogate.answers = ["different", "same"]
     history = await warmed(services)
-    await services.leases.hold("another")
+    await services.leases.acquire("another")
     answer = await services.say(history, "question 3")
     assert answer.headers["X-SOMA-Engine"] == "original"
     assert answer.headers["X-SOMA-Reason"] == "surrogate failed: all adapter slots are in use and stayed so"

@@ -15,8 +15,8 @@ async def test_holds_and_waits_are_shown_without_any_adapters_name() -> None:
     metrics = AdapterMetrics(registry)
     leases = AdapterLeases(1, 10, 5.0, metrics)
     metrics.watch(resident=lambda: 7, leases=leases.count, distinct=leases.distinct, waiting=leases.waiting)
-    held = [await leases.hold("secret-1"), await leases.hold("secret-1")]
-    waiting = asyncio.create_task(leases.hold("secret-2"))
+    held = [await leases.acquire("secret-1"), await leases.acquire("secret-1")]
+    waiting = asyncio.create_task(leases.acquire("secret-2"))
     await asyncio.sleep(0)
     shown = {
         name: registry.get_sample_value(name)

@@ -1,0 +1,179 @@
+"""One training of one session: whether it may and pays, the run itself, and the publication of its adapter.
+
+Guarantees: a run that fails, is cancelled, or whose session left the adaptation leaves no files behind; nobody
+starts from what another tenant's sessions taught; the adapter that is published is loaded and proven.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from soma_vllm.adaptation.acceptance import require_finite
+from soma_vllm.adaptation.cost_model import CostModel
+from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs
+from soma_vllm.adapters.lifecycle import AdapterLifecycle
+from soma_vllm.config import Config, Lora
+from soma_vllm.errors import SomaError, StoreUnavailable
+from soma_vllm.sessions.ports import Meter
+from soma_vllm.sessions.registry import SessionRegistry
+from soma_vllm.sessions.state.adaptation_rules import AdaptationRules
+from soma_vllm.sessions.state.events import EventKind
+from soma_vllm.sessions.state.phases import Phase
+from soma_vllm.training.messages import Trainer, TrainRequest, TrainResult
+from soma_vllm.training.pair import may_start_from, owner_of
+from soma_vllm.types import AdapterRef, Candidate, Example, SessionKey
+
+
+class AdaptationAbandoned(SomaError):
+    """The session is not adapting any more."""
+
+
+class TrainingBudget:
+    """Whether a session may have an adapter, and whether it pays."""
+
+    def __init__(self, config: Config, registry: SessionRegistry, meter: Meter, cost_model: CostModel) -> None:
+        self._config = config
+        self._registry = registry
+        self._meter = meter
+        self._cost_model = cost_model
+
+    async def allowed(self, tenant: str) -> tuple[Candidate, ...]:
+        """The configured candidates, without an adapter where the tenant may have no further one."""
+        candidates = self._config.adaptation.candidates
+        if Candidate.ADAPTER not in candidates:
+            return candidates
+        try:
+            count = await self._registry.adapters(tenant)
+        except StoreUnavailable:
+            return candidates
+        if self._meter.may_adapt(tenant, count):
+            return candidates
+        return tuple(candidate for candidate in candidates if candidate is not Candidate.ADAPTER)
+
+    async def objection(self, key: SessionKey) -> str | None:
+        """Why an adapter of this session would not be worth its cost; None where it would."""
+        mode = self._config.adaptation.payback
+        if mode != "auto":
+            return None if mode == "always" else "adaptation.payback is never"
+        judgement = await self._cost_model.judge(self._registry.session(key))
+        self._registry.note(key, EventKind.PAYBACK_JUDGED, **judgement.numbers())
+        if judgement.pays:
+            return None
+        return f"an expected gain of {judgement.gain:.3g} does not cover its cost of {judgement.cost:.3g}"
+
+
+class TrainingRun:
+    """Trains and publishes."""
+
+    def __init__(
+        self,
+        config: Config,
+        registry: SessionRegistry,
+        trainer: Trainer,
+        adapters: AdapterLifecycle,
+        teacher_logprobs: TeacherLogprobs,
+    ) -> None:
+        self._config = config
+        self._registry = registry
+        self._trainer = trainer
+        self._adapters = adapters
+        self._teacher_logprobs = teacher_logprobs
+
+    def attach_teachers(self, key: SessionKey, examples: Sequence[Example]) -> tuple[Example, ...]:
+        """The examples, each with the original's log-probabilities where they were captured."""
+        return self._teacher_logprobs.attach(key, examples)
+
+    async def train(
+        self,
+        key: SessionKey,
+        examples: tuple[Example, ...],
+        held_out: tuple[Example, ...],
+        rules: AdaptationRules | None,
+    ) -> TrainResult:
+        """Train an adapter on the examples and score it on the held-out turns.
+
+        Raises:
+            TrainingError: the training failed.
+            AdaptationAbandoned: the session was closed or rewritten before it ended.
+        """
+        turns = [example.turn for example in examples]
+        account = self._teacher_logprobs.account(examples)
+        session = self._registry.note(key, EventKind.TRAINING_SUBMITTED, turns=turns, **account)
+        mining = self._config.mining
+        if rules is not None and not rules.mining:
+            mining = mining.model_copy(update={"enabled": False})
+        out_dir = self._adapters.workplace()
+        seed = self._config.training.seed + session.trainings
+        request = TrainRequest(examples, held_out, mining, self._lora_of(key.tenant), seed, out_dir)
+        try:
+            result = await self._trainer.train(request)
+            if held_out:
+                require_finite(result.plain)
+                require_finite(result.adapted)
+            self._registry.note(key, EventKind.TRAINED, **training_costs(result))
+            self.require_adapting(key)
+        except BaseException:
+            shutil.rmtree(out_dir, ignore_errors=True)
+            raise
+        return result
+
+    async def publish(self, key: SessionKey, result: TrainResult, made: list[AdapterRef]) -> AdapterRef:
+        """Publish a trained adapter, then load it into the engine, which must serve what was trained.
+
+        It is put into `made` as soon as it is published.
+
+        Raises:
+            AdapterError: it cannot be published, or is not served as it was trained.
+            EngineError: the engine did not load it.
+            AdaptationAbandoned: the session was closed or rewritten before it was published.
+        """
+        signature = {} if result.signature is None else {"signature": asdict(result.signature)}
+        try:
+            ref = await self._adapters.publish(key, Path(result.directory), training_costs(result) | signature)
+        finally:
+            shutil.rmtree(result.directory, ignore_errors=True)
+        made.append(ref)
+        self.require_adapting(key)
+        await self._adapters.prove(key, ref)
+        return ref
+
+    async def retire(self, ref: AdapterRef, key: SessionKey) -> None:
+        """Retire an adapter, unless a session is served by it."""
+        await self._adapters.retire(ref, key)
+
+    def require_adapting(self, key: SessionKey) -> None:
+        """Raises AdaptationAbandoned where the session was closed or rewritten."""
+        phase = self._registry.session(key).phase
+        if phase is not Phase.ADAPTING:
+            raise AdaptationAbandoned(f"found the session in phase {phase}; expected {Phase.ADAPTING}")
+
+    def _lora_of(self, tenant: str) -> Lora:
+        """The training's settings for a tenant."""
+        lora = self._config.lora
+        if lora.init_from is None or may_start_from(owner_of(lora.init_from), tenant):
+            return lora
+        return lora.model_copy(update={"init_from": None})
+
+
+def training_costs(result: TrainResult) -> dict[str, Any]:
+    """A training's statistics, JSON-compatible."""
+    return {
+        "mining_s": round(result.mining_s, 3),
+        "finetune_s": round(result.finetune_s, 3),
+        "scoring_s": round(result.scoring_s, 3),
+        "steps": result.steps,
+        "distilled": result.distilled,
+        "flops": result.flops,
+        "losses": [round(loss, 4) for loss in result.losses],
+        "hardness": {str(turn): round(value, 4) for turn, value in result.hardness.items()},
+        "checkpoints": [
+            {"steps": steps, "nll": round(judged.nll, 4), "top1": round(judged.top1, 4)}
+            for steps, judged in result.checkpoints
+        ],
+        "plain": asdict(result.plain) if result.plain.tokens else None,
+        "adapted": asdict(result.adapted) if result.adapted.tokens else None,
+    }

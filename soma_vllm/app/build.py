@@ -1,0 +1,151 @@
+"""The one wiring: how a server's services are put together, and the order in which they start and stop.
+
+soma-serve gives it real engines, stores and trainers; tests give it fakes of those, and nothing else differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from soma_vllm.adaptation.acceptance import Acceptance
+from soma_vllm.adaptation.background_lane import BackgroundLane
+from soma_vllm.adaptation.cost_model import CostModel
+from soma_vllm.adaptation.drift import DriftWatch
+from soma_vllm.adaptation.pipeline import Adaptation
+from soma_vllm.adaptation.shadow_answers import ShadowAnswers
+from soma_vllm.adaptation.shadow_traffic import ShadowTraffic
+from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs
+from soma_vllm.adaptation.threaded_encoder import Encoder
+from soma_vllm.adaptation.training_run import TrainingBudget, TrainingRun
+from soma_vllm.adapters.leases import AdapterLeases
+from soma_vllm.adapters.lifecycle import AdapterLifecycle
+from soma_vllm.adapters.store.protocol import Shelf, StockMeter
+from soma_vllm.config import Config
+from soma_vllm.engines.engine import AdapterEngine, Salts, ScoringEngine
+from soma_vllm.maintenance.adapter_eviction import AdapterEvictor
+from soma_vllm.maintenance.recovery import Recovery
+from soma_vllm.maintenance.removal import SessionRemoval
+from soma_vllm.maintenance.retention import Retention
+from soma_vllm.maintenance.session_admin import SessionAdmin
+from soma_vllm.maintenance.sweep_trigger import SweepTrigger
+from soma_vllm.maintenance.sweeper import Sweeper
+from soma_vllm.scheduler.dispatcher import Dispatcher
+from soma_vllm.scheduler.policies.base import Policies
+from soma_vllm.scheduler.turn_recorder import TurnRecorder
+from soma_vllm.sessions.background_tasks import BackgroundTasks
+from soma_vllm.sessions.ports import Meter, Observer, Store
+from soma_vllm.sessions.registry import SessionRegistry
+from soma_vllm.training.messages import Trainer
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the services are made of, open or loaded already; the caller closes them afterwards."""
+
+    config: Config
+    policies: Policies
+    original: ScoringEngine
+    surrogate: AdapterEngine
+    encoder: Encoder
+    trainer: Trainer
+    store: Store
+    adapter_store: Shelf
+    leases: AdapterLeases
+    teacher_logprobs: TeacherLogprobs
+    meter: Meter
+    stock: StockMeter
+    salts: Salts
+    sweep_trigger: SweepTrigger
+    observers: Sequence[Observer] = ()
+    """Told of every event, before the services' own."""
+
+
+@dataclass(frozen=True)
+class SomaServices:
+    """Everything that serves dialogues; `start` before the first request, `stop` after the last."""
+
+    registry: SessionRegistry
+    background: BackgroundTasks
+    lane: BackgroundLane
+    shadow_traffic: ShadowTraffic
+    cost_model: CostModel
+    adapters: AdapterLifecycle
+    adaptation: Adaptation
+    dispatcher: Dispatcher
+    evictor: AdapterEvictor
+    removal: SessionRemoval
+    retention: Retention
+    recovery: Recovery
+    session_admin: SessionAdmin
+    sweeper: Sweeper
+
+    async def start(self) -> None:
+        """Take up what a kill interrupted, then begin to sweep. Raises StoreUnavailable."""
+        await self.registry.start()
+        await self.recovery.run()
+        self.sweeper.start()
+
+    async def stop(self) -> None:
+        """End all work, then write what is still to be written."""
+        await self.sweeper.stop()
+        await self.removal.stop()
+        await self.evictor.stop()
+        await self.background.stop()
+        await self.shadow_traffic.stop()
+        await self.registry.stop()
+
+
+def build(parts: Parts) -> SomaServices:
+    """Put the services together; nothing starts."""
+    config, teacher_logprobs = parts.config, parts.teacher_logprobs
+    cost_model = CostModel(config, parts.store)
+    shadow_traffic = ShadowTraffic(config, parts.surrogate)
+    watching = (parts.sweep_trigger, teacher_logprobs, cost_model, shadow_traffic)
+    registry = SessionRegistry(config, parts.store, (*parts.observers, *watching))
+    background = BackgroundTasks(registry)
+    adapters = AdapterLifecycle(parts.adapter_store, parts.surrogate, parts.leases, registry)
+    shadow_answers = ShadowAnswers(parts.surrogate, adapters, parts.encoder)
+    adaptation = Adaptation(
+        config,
+        registry,
+        background,
+        Acceptance(config, shadow_answers, shadow_traffic, parts.trainer),
+        TrainingBudget(config, registry, parts.meter, cost_model),
+        TrainingRun(config, registry, parts.trainer, adapters, teacher_logprobs),
+    )
+    lane = BackgroundLane(config.gate.audit_yields, config.gate.audit_wait_s)
+    drift = DriftWatch(config, registry, parts.original, shadow_answers, adapters, lane)
+    recorder = TurnRecorder(config, registry, adaptation, drift, teacher_logprobs, background)
+    dispatcher = Dispatcher(
+        config,
+        parts.policies,
+        registry,
+        lane.watched(parts.original),
+        parts.surrogate,
+        parts.encoder,
+        parts.leases,
+        recorder,
+        teacher_logprobs,
+        parts.meter,
+        shadow_traffic,
+    )
+    removal = SessionRemoval(registry, background, adapters, parts.salts)
+    retention = Retention(config.retention, registry, removal, (shadow_traffic,))
+    evictor = AdapterEvictor(config.adapters, registry, adapters, parts.sweep_trigger, parts.stock)
+    return SomaServices(
+        registry=registry,
+        background=background,
+        lane=lane,
+        shadow_traffic=shadow_traffic,
+        cost_model=cost_model,
+        adapters=adapters,
+        adaptation=adaptation,
+        dispatcher=dispatcher,
+        evictor=evictor,
+        removal=removal,
+        retention=retention,
+        recovery=Recovery(registry, adapters, adaptation, background, removal),
+        session_admin=SessionAdmin(registry, adaptation, background, adapters, parts.meter, removal),
+        sweeper=Sweeper(retention, evictor, parts.sweep_trigger),
+    )

@@ -1,0 +1,126 @@
+"""Removing a session and everything it has.
+
+Guarantees: a session is removed in one order, so that no request is answered by what is going: it is closed,
+its background work ends, its requests end, its adapters are retired, its record and text are deleted, and its
+tenant's cached prefixes become unreachable. A failure on the way leaves it closed; the next sweep, or the next
+start, removes the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+
+from soma_vllm.adapters.lifecycle import AdapterLifecycle
+from soma_vllm.engines.engine import Salts
+from soma_vllm.errors import AdapterError, NotFound, StoreUnavailable
+from soma_vllm.sessions.background_tasks import BackgroundTasks
+from soma_vllm.sessions.registry import SessionRegistry
+from soma_vllm.sessions.state.events import EventKind
+from soma_vllm.sessions.state.phases import Phase
+from soma_vllm.types import AdapterRef, Event, SessionKey
+
+LAST_REQUEST_S = 600.0
+"""Longest wait for the requests of a session that is being removed."""
+
+WRITTEN_S = 30.0
+"""Longest wait for a removal to be on record."""
+
+
+class SessionRemoval:
+    """Removes sessions."""
+
+    def __init__(
+        self,
+        registry: SessionRegistry,
+        background: BackgroundTasks,
+        adapters: AdapterLifecycle,
+        salts: Salts,
+    ) -> None:
+        self._registry = registry
+        self._background = background
+        self._adapters = adapters
+        self._salts = salts
+        self._removals: dict[SessionKey, asyncio.Task[None]] = {}
+
+    async def remove_family(self, key: SessionKey) -> None:
+        """Remove a session that a client named, with all its branches. Returns when nothing of it is left.
+
+        Raises:
+            NotFound: there is no such session.
+            StoreUnavailable: the session store does not answer; the removal is done when it does.
+        """
+        session = (await self._registry.entry(key)).session
+        self._registry.hold(key)
+        try:
+            family = await self._registry.family(session)
+        finally:
+            self._registry.release(key)
+        for member in family:
+            await self.remove(member)
+        # What the engines have cached of it cannot be told from what else they have cached for the tenant.
+        self._salts.renew(key.tenant)
+        try:
+            async with asyncio.timeout(WRITTEN_S):
+                await self._registry.written()
+        except TimeoutError as error:
+            raise StoreUnavailable("the removal waits for the session store") from error
+
+    async def remove(self, key: SessionKey) -> None:
+        """Remove one session, once, however many ask for it: each would wait for the others' leases to end."""
+        task = self._removals.get(key)
+        if task is None:
+            task = asyncio.create_task(self._remove(key), name="soma-removal")
+            self._removals[key] = task
+            task.add_done_callback(lambda _: self._removals.pop(key, None))
+        # A client that disconnects ends nothing: others may wait too.
+        await asyncio.shield(task)
+
+    async def finish_interrupted(self) -> None:
+        """Remove what is closed and still on record. Raises StoreUnavailable."""
+        for key in await self._registry.store.in_phase(Phase.CLOSED):
+            await self.remove(key)
+
+    async def stop(self) -> None:
+        """End the removals under way; the next start finishes them."""
+        tasks = list(self._removals.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _remove(self, key: SessionKey) -> None:
+        if self._registry.is_live(key) and self._registry.is_new(key):
+            self._registry.discard(key)  # a branch whose first answer is not over: it is not recorded any more
+            return
+        try:
+            entry = await self._registry.entry(key)
+        except NotFound:
+            return  # removed by another request
+        self._registry.hold(key)
+        try:
+            if entry.session.phase is not Phase.CLOSED:
+                self._registry.note(key, EventKind.CLOSED)
+            await self._background.cancel(key)
+            await self._registry.unheld(key, LAST_REQUEST_S)
+            for ref in adapters_left(entry.events):
+                await self._adapters.retire(ref, key)
+            with suppress(AdapterError):  # an empty folder stays behind
+                await self._adapters.forget_session(key)
+            self._registry.remove(key)
+        finally:
+            self._registry.release(key)
+
+
+def adapters_left(events: Sequence[Event]) -> list[AdapterRef]:
+    """Adapters that a session ever had and that were not retired, as far as its events say."""
+    refs: dict[str, AdapterRef] = {}
+    for event in events:
+        found = event.data.get("adapter")
+        if not isinstance(found, dict):
+            continue
+        if event.kind == EventKind.ADAPTER_RETIRED:
+            refs.pop(found["name"], None)
+        else:
+            refs[found["name"]] = AdapterRef(**found)
+    return list(refs.values())
