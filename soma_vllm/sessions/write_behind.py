@@ -50,8 +50,9 @@ class WriteBehindQueue:
         self._writer: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begin writing."""
-        self._writer = asyncio.create_task(self._write_all(), name="soma-session-writer")
+        """Begin writing, once: two writers would not keep the order."""
+        if self._writer is None:
+            self._writer = asyncio.create_task(self._write_all(), name="soma-session-writer")
 
     async def stop(self) -> None:
         """Write what is still to be written, then end."""

@@ -1,7 +1,7 @@
 """A dialogue server that kills itself at its k-th durable step, and what a fresh one finds of it, for every k.
 
 Everything is real but the engines and the trainer's arithmetic: dispatcher, recorder, adaptation, drift watch,
-session removal, recovery, an SQLite session store and an adapter store. Steps are each commit to the session store,
+session removal, recovery, an SQLite session store and an adapter store. Steps are each commit to the first,
 each file that the adapter store copies, synchronises, renames or deletes, and the beginning and end of a
 training.
 
@@ -213,7 +213,6 @@ async def look(place: Place) -> list[str]:
     was = {key.session for key in await store.in_phase(Phase.ADAPTING)}
     services = place.services(store)
     services.surrogate.answers = ["different", "same"]
-    await services.registry.start()
     await services.start()
     problems += [f"at the start: {found}" for found in await _agreement(place, store, started=False)]
     await services.settled()
@@ -230,7 +229,6 @@ async def look(place: Place) -> list[str]:
     await services.registry.written()
     problems += [f"later: {found}" for found in await _agreement(place, store)]
     await services.stop()
-    await services.registry.stop()
     await store.close()
     return problems
 

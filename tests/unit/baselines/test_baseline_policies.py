@@ -142,7 +142,6 @@ async def test_an_interrupted_adaptation_is_taken_up_under_its_own_rules(build: 
     await first.background.stop()
     await first.registry.stop()
     second = build()
-    await second.registry.start()
     await second.start()
     await second.settled()
     await second.stop()
