@@ -16,6 +16,7 @@ import httpx
 from openai import AsyncOpenAI, OpenAIError
 from openai.types.chat import ChatCompletionMessageParam
 
+from soma_vllm.tools.replay.client import stream_answer
 from study.connections import fresh_client
 from study.plan import Block, Visit
 
@@ -122,45 +123,29 @@ class Users:
     async def _ask(
         self, arm: str, visit: Visit, number: int, messages: list[ChatCompletionMessageParam], begun: float
     ) -> Answered:
-        start = time.perf_counter()
-        stream = await self._client.with_options(
-            api_key=visit.session
-        ).chat.completions.with_raw_response.create(
+        at = time.perf_counter() - begun
+        reply = await stream_answer(
+            self._client.with_options(api_key=visit.session),
             model=f"soma:{arm}",
             messages=messages,
             max_tokens=self._max_tokens,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
             extra_headers={"X-Session-ID": visit.session},
             extra_body=self._extra,
         )
-        pieces: list[str] = []
-        first = usage = None
-        finished = False
-        async for chunk in stream.parse():
-            usage = chunk.usage or usage
-            for choice in chunk.choices:
-                if choice.delta.content:
-                    first = first or time.perf_counter() - start
-                    pieces.append(choice.delta.content)
-                finished = finished or choice.finish_reason is not None
-        latency = time.perf_counter() - start
-        if not finished or usage is None:
+        if not reply.finished or reply.usage is None:
             raise BrokenOff(f"the stream of turn {number} ended without a finish reason and its usage")
-        details = usage.prompt_tokens_details
         return Answered(
             turn=number,
-            engine=stream.headers.get("x-soma-engine", ""),
-            adapter=stream.headers.get("x-soma-adapter") or None,
-            phase=stream.headers.get("x-soma-phase", ""),
-            at=start - begun,
-            ttft_s=first or latency,
-            latency_s=latency,
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-            cached_tokens=details.cached_tokens if details else None,
-            answer="".join(pieces),
+            engine=reply.headers.get("x-soma-engine", ""),
+            adapter=reply.headers.get("x-soma-adapter") or None,
+            phase=reply.headers.get("x-soma-phase", ""),
+            at=at,
+            ttft_s=reply.ttft_s or reply.latency_s,
+            latency_s=reply.latency_s,
+            prompt_tokens=reply.usage.prompt_tokens,
+            completion_tokens=reply.usage.completion_tokens,
+            cached_tokens=reply.cached_tokens,
+            answer=reply.answer,
         )
 
     async def _settled(self, played: Played) -> Played:

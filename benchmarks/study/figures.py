@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-INK = "#22262b"
-PALE_INK = "#66707c"
+from soma_vllm.tools.figures import BLUE, GREEN, INK, PALE_INK, PURPLE, RED, YELLOW, draw_frame, figure_file
+
 COLORS = {
-    "original": "#3b6ea8",
-    "surrogate": "#f2b84b",
-    "soma": "#4fa36c",
-    "history_prefix": "#8a5fb5",
-    "history_ft": "#cf3a3a",
+    "original": BLUE,
+    "surrogate": YELLOW,
+    "soma": GREEN,
+    "history_prefix": PURPLE,
+    "history_ft": RED,
     "llmlingua2": "#3aa6b5",
     "routellm": "#b5733a",
     "speculative": "#7a7f86",
@@ -23,33 +23,25 @@ OTHERS = "#a0a6ad"
 
 def draw(document: Mapping[str, Any], out: Path) -> list[Path]:
     """Write the figures; their paths."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     out.mkdir(parents=True, exist_ok=True)
-    paths = []
-    drawings = (("latency_by_turn", _latency), ("cost_by_length", _cost), ("fidelity_and_cost", _frontier))
-    for name, drawing in drawings:
-        with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 10}):
-            figure = Figure(figsize=(8.5, 4.6), layout="constrained")
+    drawings = {
+        "latency_by_turn": ("Latency of a turn", _latency),
+        "cost_by_length": ("What a session has cost", _cost),
+        "fidelity_and_cost": ("Fidelity against cost: up and to the left is better", _frontier),
+    }
+    for name, (title, drawing) in drawings.items():
+        with figure_file(out / f"{name}.png", (8.5, 4.6), title) as figure:
             axes = figure.add_subplot()
-            title = drawing(document, axes)
-            axes.tick_params(length=0)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(axis="y", color="#e6eaef", linewidth=0.8)
-            axes.set_axisbelow(True)
-            figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
-            path = out / f"{name}.png"
-            figure.savefig(path, dpi=130, format="png")
-        paths.append(path)
-    return paths
+            drawing(document, axes)
+            draw_frame(axes, "y")
+    return [out / f"{name}.png" for name in drawings]
 
 
 def _color(arm: str) -> str:
     return COLORS.get(arm, OTHERS)
 
 
-def _latency(document: Mapping[str, Any], axes: Any) -> str:
+def _latency(document: Mapping[str, Any], axes: Any) -> None:
     for name, arm in document["arms"].items():
         rows = arm["by_turn"]
         turns = [row["turn"] for row in rows]
@@ -82,10 +74,9 @@ def _latency(document: Mapping[str, Any], axes: Any) -> str:
     axes.set_ylabel("latency, seconds (line: median, shade: to p90)")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, ncols=3)
-    return "Latency of a turn"
 
 
-def _cost(document: Mapping[str, Any], axes: Any) -> str:
+def _cost(document: Mapping[str, Any], axes: Any) -> None:
     tariff = next(iter(document["costs"]))
     curves = document["costs"][tariff]
     for name, curve in curves.items():
@@ -103,10 +94,9 @@ def _cost(document: Mapping[str, Any], axes: Any) -> str:
     axes.set_ylabel(f"net cost so far (tariff {tariff})")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    return "What a session has cost"
 
 
-def _frontier(document: Mapping[str, Any], axes: Any) -> str:
+def _frontier(document: Mapping[str, Any], axes: Any) -> None:
     arms = document["arms"]
     points = {name: (arm["net_cost"], arm["fidelity"]) for name, arm in arms.items()}
     best, frontier = float("-inf"), []
@@ -128,7 +118,6 @@ def _frontier(document: Mapping[str, Any], axes: Any) -> str:
     axes.set_xlim(0, 1.25 * max(cost for cost, _ in points.values()) or 1.0)
     axes.set_xlabel(f"net cost of a session (tariff {next(iter(document['costs']))})")
     axes.set_ylabel("fidelity on later turns: 1 - gap to the original's answers")
-    return "Fidelity against cost: up and to the left is better"
 
 
 def _warm(document: Mapping[str, Any], axes: Any) -> None:

@@ -32,9 +32,10 @@ from soma_vllm.adapters.store.verify import Demands
 from soma_vllm.api.auth.quotas import Quotas
 from soma_vllm.app.build import Parts, SomaServices, build
 from soma_vllm.config import Config
+from soma_vllm.engines.child_process import ChildServer
 from soma_vllm.engines.engine import Salts
 from soma_vllm.engines.original import OriginalEngine
-from soma_vllm.engines.supervisor import ChildServer, Patience, Supervisor
+from soma_vllm.engines.supervisor import Patience, Supervisor
 from soma_vllm.engines.surrogate import ChatServing, SurrogateEngine
 from soma_vllm.engines.vllm.arguments import (
     child_command,

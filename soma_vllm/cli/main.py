@@ -5,8 +5,7 @@ from __future__ import annotations
 import typer
 
 from soma_vllm.cli import adapters, keys, models, sessions
-from soma_vllm.tools.calibrate.calibrate import calibrate
-from soma_vllm.tools.calibrate.calibrate_router import calibrate_router
+from soma_vllm.tools.calibrate.calibrate import calibrate, calibrate_router
 from soma_vllm.tools.distill import distill
 from soma_vllm.tools.evaluate.evaluate import evaluate
 from soma_vllm.tools.replay.replay import replay
@@ -14,8 +13,8 @@ from soma_vllm.tools.replay.replay import replay
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(models.app, name="models", help="Fetch, list and make models.")
 app.add_typer(keys.app, name="keys", help="Issue, list and revoke API keys.")
-app.add_typer(adapters.app, name="adapters", help="Look at the adapter store, verify it and clear it.")
-app.add_typer(sessions.app, name="sessions", help="Look at a running server's sessions, and order them about.")
+app.add_typer(adapters.app, name="adapters", help="List, verify, pin and delete adapters.")
+app.add_typer(sessions.app, name="sessions", help="Inspect and control the sessions of a running server.")
 app.command()(replay)
 app.command()(calibrate)
 app.command()(calibrate_router)

@@ -1,30 +1,36 @@
-"""`soma calibrate`: the threshold to use for a target false-accept rate, from what was logged.
+"""`soma calibrate`: the thresholds to use for a target false-accept rate, from what was logged; and
+`soma calibrate-router`: the threshold at which `routellm` gives the original a wanted share of the queries.
 
 What a case, a bad outcome and each rate are, and what logs cannot say: `tools/calibrate/thresholds.py`.
 
 Guarantees: everything wrong with the command line and the sources is reported at once and ends with exit code
 2; without enough cases for a recommendation the curve is printed all the same and the exit code is 1; nothing
-is recommended beyond what the sources can speak for.
+is recommended beyond what the sources can speak for. Routers score queries as `routellm.calibrate_threshold`
+does; no query is shown.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from soma_vllm.config import load_config
-from soma_vllm.errors import ConfigError
-from soma_vllm.models.home import soma_home
-from soma_vllm.tools.calibrate.calibration_report import Calibrated, document, left_out, limits, table, verdict
-from soma_vllm.tools.calibrate.calibration_sources import Reading, merged, read_file, read_store
-from soma_vllm.tools.calibrate.thresholds import Axis, Bad, Case, Outcome, curve, recommend, supported
+from soma_vllm.config import Config, load_config
+from soma_vllm.errors import ConfigError, SomaError
+from soma_vllm.sessions.state.transcript import text_of
+from soma_vllm.tools.calibrate.calibration_report import Calibrated, count_missing, document, draw
+from soma_vllm.tools.calibrate.sources import Source, merge, read_file, read_store
+from soma_vllm.tools.calibrate.thresholds import Axis, Bad, Case, Missing, Outcome, curve, recommend, supported
+from soma_vllm.tools.command_line import InputProblems, fill_paths, write_json
+from soma_vllm.tools.replay.dialogues import load_dialogues
+
+BATCH = 32
+"""Queries that a router scores per request: each has `baselines.timeout_s`."""
 
 
 def calibrate(
@@ -59,35 +65,7 @@ def calibrate(
 
     Exits with 1 when the cases do not suffice for a threshold of the gap; with 2 on wrong input.
     """
-    readings, bad = _prepare(sources or [], storage, tenant, config, target, bad_gap, bad_top1)
-    cases, repeated = merged(readings)
-    found = [_calibrated(cases, axis, bad, target, point) for axis in Axis]
-    console = Console()
-    _tell(console, cases, bad, _asides(readings, repeated, cases, bad))
-    for one in found:
-        _tell_axis(console, one, point)
-    if out is not None:
-        names = [str(path) for path in sources or []] + (["session store"] if storage else [])
-        _write(out, document(cases, found, bad, point, names))
-        if any(one.points for one in found):
-            from soma_vllm.tools.calibrate import calibration_figure  # matplotlib takes a second to load
-
-            calibration_figure.draw([one for one in found if one.points], out / "calibration.png")
-    if found[0].advice.point is None:
-        raise typer.Exit(1)
-
-
-def _prepare(
-    sources: Sequence[Path],
-    storage: str | None,
-    tenant: str | None,
-    config: Path | None,
-    target: float,
-    bad_gap: float | None,
-    bad_top1: float | None,
-) -> tuple[list[Reading], Bad]:
-    """Read everything, or exit with 2 after printing all that is wrong."""
-    problems: list[str] = []
+    problems = InputProblems()
     if not sources and storage is None:
         problems.append("found no source; expected a soma_log.json, an evaluation.json, or --storage URL")
     if tenant is not None and storage is None:
@@ -98,101 +76,163 @@ def _prepare(
         problems.append(f"--bad-gap: found {bad_gap:g}; expected a gap between 0 and 2")
     if bad_top1 is not None and not 0 <= bad_top1 <= 1:
         problems.append(f"--bad-top1: found {bad_top1:g}; expected a share between 0 and 1")
-
-    def attempt(read: Callable[[], Reading]) -> list[Reading]:
-        try:
-            return [read()]
-        except ConfigError as error:
-            problems.append(str(error))
-            return []
-
-    readings = [reading for path in sources for reading in attempt(lambda path=path: read_file(path))]  # type: ignore[misc]
+    read = [problems.attempt(partial(read_file, path)) for path in sources or []]
     if storage is not None:
-        readings += attempt(lambda: asyncio.run(read_store(_filled(storage), tenant)))
-    known = {reading.drift_threshold for reading in readings} - {None}
-    if bad_gap is None and config is not None:
-        try:
-            known = {load_config(config).gate.drift_threshold}
-        except ConfigError as error:
-            problems.append(str(error))
-    if bad_gap is None and len(known) > 1:
-        values = ", ".join(f"{value:g}" for value in sorted(v for v in known if v is not None))
+        read.append(problems.attempt(partial(_read_storage, storage, tenant)))
+    found = [source for source in read if source is not None]
+    if bad_gap is None:
+        bad_gap = _known_bad_gap(found, config, problems)
+    if problems or bad_gap is None:
+        problems.exit()
+    bad = Bad(bad_gap, bad_top1)
+    every, repeated = merge(found)
+    cases = [case for case in every if case.outcome is not Missing.VOID]
+    axes = [_calibrate_axis(cases, axis, bad, target, point) for axis in Axis]
+    _print(cases, bad, axes, len(every) - len(cases), repeated)
+    if out is not None:
+        names = [str(path) for path in sources or []] + (["session store"] if storage else [])
+        write_json(out / "calibration.json", document(cases, axes, bad, names))
+        if drawn := [one for one in axes if one.points]:
+            draw(drawn, out / "calibration.png")
+    if axes[0].advice.point is None:
+        raise typer.Exit(1)
+
+
+def _read_storage(url: str, tenant: str | None) -> Source:
+    return asyncio.run(read_store(fill_paths(url, "--storage", "the folder itself"), tenant))
+
+
+def _known_bad_gap(sources: Sequence[Source], config: Path | None, problems: InputProblems) -> float | None:
+    """The drift threshold of the configuration, or the one that all sources were made with."""
+    if config is not None:
+        loaded = problems.attempt(partial(load_config, config))
+        return None if loaded is None else loaded.gate.drift_threshold
+    known = {source.drift_threshold for source in sources if source.drift_threshold is not None}
+    if len(known) > 1:
+        values = ", ".join(f"{value:g}" for value in sorted(known))
         problems.append(
             f"found drift thresholds {values} in the sources; expected one, or --bad-gap or --config"
         )
-    if bad_gap is None and not known and not problems:
+    elif not known and not problems:
         problems.append("found no configuration in the sources; expected --bad-gap or --config")
-    if problems:
-        typer.echo("\n".join(problems), err=True)
-        raise typer.Exit(2)
-    gap = next(iter(known)) if bad_gap is None else bad_gap
-    assert gap is not None, "told above"
-    return readings, Bad(gap, bad_top1)
+    return next(iter(known), None)
 
 
-def _filled(url: str) -> str:
-    """A URL as in the configuration.
-
-    Raises:
-        ConfigError: it names the folder of a run, which only that server knows.
-    """
-    if "{run_dir}" in url:
-        raise ConfigError("--storage", ["found {run_dir}; expected the folder itself"])
-    return url.replace("{soma_home}", str(soma_home()))
-
-
-def _calibrated(cases: Sequence[Case], axis: Axis, bad: Bad, target: float, point: bool) -> Calibrated:
+def _calibrate_axis(cases: Sequence[Case], axis: Axis, bad: Bad, target: float, by_rate: bool) -> Calibrated:
     points = curve(cases, axis, bad)
-    in_force = {c.accept_threshold if axis is Axis.GAP else c.min_agreement for c in cases}
-    free = sum(case.free and isinstance(case.outcome, Outcome) for case in cases)
-    advice = recommend(points, axis, target, point)
-    return Calibrated(axis, points, advice, supported(cases, axis), free, tuple(sorted(in_force)))
+    return Calibrated(
+        axis=axis,
+        points=points,
+        advice=recommend(points, target, by_rate),
+        by_rate=by_rate,
+        supported=supported(cases, axis),
+        free=sum(case.free and isinstance(case.outcome, Outcome) for case in cases),
+        in_force=tuple(sorted({axis.threshold(case.in_force(axis)) for case in cases})),
+    )
 
 
-def _asides(readings: Sequence[Reading], repeated: int, cases: Sequence[Case], bad: Bad) -> list[str]:
-    """What did not count, and why."""
-    lines = [f"  {count} left out: {why}" for why, count in left_out(cases).items()]
-    if void := sum(reading.void for reading in readings):
-        lines.append(f"  {void} left out: judged on no gap that is a number")
+def _print(cases: Sequence[Case], bad: Bad, axes: Sequence[Calibrated], void: int, repeated: int) -> None:
+    """What was counted, what was not and why; then each axis."""
+    console = Console()
+    outcomes = [case.outcome for case in cases if isinstance(case.outcome, Outcome)]
+    rule = f"mean later gap above {bad.gap:g}"
+    if bad.top1 is not None:
+        rule += f" or top-1 below {bad.top1:g}"
+    lines = [
+        f"{len(cases)} cases, {len(outcomes)} with an outcome, {sum(map(bad, outcomes))} of these bad ({rule})"
+    ]
+    lines += [f"  {count} left out: {why}" for why, count in count_missing(cases).items()]
+    if void:
+        lines.append(f"  {void} left out: {Missing.VOID}")
     if repeated:
         lines.append(f"  {repeated} found in two sources, counted once")
-    unmeasured = sum(isinstance(c.outcome, Outcome) and c.outcome.top1 is None for c in cases)
-    if bad.top1 is not None and unmeasured:
+    if bad.top1 is not None and (unmeasured := sum(outcome.top1 is None for outcome in outcomes)):
         lines.append(f"  {unmeasured} have no later top-1 and are judged by their gap alone")
-    return lines
+
+    def say(text: str, style: str = "") -> None:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    say("\n".join(lines))
+    for one in axes:
+        say(f"\ngate.{one.axis}", style="bold")
+        if one.points:
+            console.print(one.table())
+            say("\n".join(one.limits))
+        else:
+            say("no case has this evidence and an outcome: there is no curve")
+        say(one.verdict, style="bold yellow" if one.advice.point is None else "bold green")
 
 
-def _tell(console: Console, cases: Sequence[Case], bad: Bad, asides: Sequence[str]) -> None:
-    outcomes = [case.outcome for case in cases if isinstance(case.outcome, Outcome)]
-    wrong = sum(bad(outcome) for outcome in outcomes)
-    rule = f"mean later gap above {bad.gap:g}" + (
-        f" or top-1 below {bad.top1:g}" if bad.top1 is not None else ""
-    )
-    _say(console, f"{len(cases)} cases, {len(outcomes)} with an outcome, {wrong} of these bad ({rule})")
-    for line in asides:
-        _say(console, line)
+def calibrate_router(
+    config: Annotated[Path, typer.Option(help="Configuration: baselines.routellm's router and checkpoint.")],
+    share: Annotated[float, typer.Option(min=0, max=1, help="Share of queries for the original.")] = 0.5,
+    dialogues: Annotated[
+        Path | None, typer.Option(help='Queries: a dialogue file, {"id": ["user turn 1", ...]}.')
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Queries: those logged in this database (SQLAlchemy URL).")
+    ] = None,
+    most: Annotated[int, typer.Option(min=1, help="Most queries to score, of the latest sessions.")] = 1000,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value over the configuration; repeatable.")
+    ] = None,
+) -> None:
+    """Print a value for `baselines.routellm.threshold`.
+
+    Exits with 1 when nothing can be scored, with 2 on wrong input.
+    """
+    problems = InputProblems()
+    resolved = problems.attempt(lambda: load_config(config, overrides or []))
+    script = None if dialogues is None else problems.attempt(lambda: load_dialogues(dialogues))
+    if (dialogues is None) == (storage is None):
+        found = "neither" if dialogues is None else "both"
+        problems.append(f"found {found} of --dialogues and --storage; expected one")
+    if problems or resolved is None:
+        problems.exit()
+    queries = None if script is None else [query for turns in script.values() for query in turns][:most]
+    try:
+        asyncio.run(_calibrate_router(resolved, share, queries, storage or "", most))
+    except SomaError as error:
+        typer.echo(f"soma calibrate-router: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
-def _tell_axis(console: Console, found: Calibrated, point: bool) -> None:
-    _say(console, f"\ngate.{found.axis}", style="bold")
-    if not found.points:
-        _say(console, "no case has this evidence and an outcome: there is no curve")
-    else:
-        console.print(table(found))
-        for line in limits(found):
-            _say(console, line)
-    good = found.advice.point is not None
-    _say(console, verdict(found, point), style="bold green" if good else "bold yellow")
+async def _calibrate_router(
+    config: Config, share: float, queries: list[str] | None, storage: str, most: int
+) -> None:
+    # Imported late: wrong options are reported within milliseconds.
+    from soma_vllm.baselines.policies.routellm import Router, threshold_for
+
+    if queries is None:
+        queries = await _logged_queries(fill_paths(storage, "--storage", "the folder itself"), most)
+    if not queries:
+        raise ConfigError("queries", ["found none whose text was kept; expected at least one"])
+    router = Router(config)
+    try:
+        await router.start()
+        scores: list[float] = []
+        for start in range(0, len(queries), BATCH):
+            scores += await router.scores(queries[start : start + BATCH])
+    finally:
+        await router.close()
+    threshold = threshold_for(scores, share)
+    reached = sum(score >= threshold for score in scores) / len(scores)
+    typer.echo(f"scored     {len(scores)} queries: win rates {min(scores):.4f} to {max(scores):.4f}")
+    typer.echo(f"share      {reached:.3f} of them for the original, {share:g} wanted")
+    typer.echo(f"baselines.routellm.threshold: {threshold!r}")
 
 
-def _say(console: Console, text: str, style: str = "") -> None:
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+async def _logged_queries(storage: str, most: int) -> list[str]:
+    """Queries of the latest sessions in a store."""
+    from soma_vllm.sessions.sql.store import reading
 
-
-def _write(out: Path, content: Mapping[str, Any]) -> None:
-    """Write calibration.json whole or not at all."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "calibration.json"
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    draft.replace(path)
+    queries: list[str] = []
+    async with reading(storage) as store:
+        for summary in await store.summaries(None, most):
+            for event in await store.events(summary.key):
+                messages = (event.text or {}).get("messages") if event.kind == "turn" else None
+                if messages and messages[-1].get("role") == "user":
+                    queries.append(text_of(messages[-1]))
+            if len(queries) >= most:
+                break
+    return queries[:most]

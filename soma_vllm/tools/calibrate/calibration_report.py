@@ -1,19 +1,18 @@
-"""A calibration as people and machines read it: sentences, a table, the document calibration.json.
-
-Nothing here reads or writes a file.
-"""
+"""A calibration as people and machines read it: sentences, a table, `calibration.json`, a figure."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from soma_vllm.tools.calibrate.thresholds import Axis, Bad, Case, Missing, Outcome, Point, Rate, Recommendation
+from soma_vllm.tools.figures import BLUE, GREEN, INK, RED, figure_file
 
 ROWS = 20
 """Most rows of a printed curve; calibration.json has all of them."""
@@ -26,89 +25,163 @@ class Calibrated:
     axis: Axis
     points: tuple[Point, ...]
     advice: Recommendation
+    by_rate: bool
+    """Whether the rate itself is held to the target, and not the upper end of its interval."""
     supported: float | None
     """The loosest threshold that ordinary logs can speak for; None without any."""
     free: int
     """Cases with an outcome that was measured whatever the gate decided: they speak for every threshold."""
     in_force: tuple[float, ...]
 
+    @property
+    def limits(self) -> list[str]:
+        """How far the sources can see, and what to do to see further."""
+        free = f"Cases measured whatever the gate decided (forced sessions, evaluations): {self.free}"
+        if self.supported is None:
+            return [f"{free}. They speak for every threshold."]
+        if self.supported == self.axis.loosest:
+            return []
+        side = "above" if self.axis is Axis.GAP else "below"
+        lines = [
+            f"In force: {', '.join(f'{value:g}' for value in self.in_force)}. What the gate refused was never "
+            f"audited: {self.supported:g} is the loosest threshold that logs of served sessions can speak for."
+        ]
+        if self.free:
+            return [*lines, f"{free}. They alone speak {side} {self.supported:g}."]
+        see = "force sessions (X-SOMA-Force), serve some under a looser gate, or add an evaluation.json"
+        return [*lines, f"To see {side} that, {see}."]
 
-def left_out(cases: Sequence[Case]) -> dict[str, int]:
+    @property
+    def verdict(self) -> str:
+        """The recommendation as a sentence, or what is missing for one."""
+        advice, bound = self.advice, "rate" if self.by_rate else "upper 95 % bound"
+        if advice.point is not None:
+            return (
+                f"use gate.{self.axis}={advice.point.threshold:g}: false accepts "
+                f"{_share(advice.point.false_accepts)}, {bound} within {advice.target:g}; moves "
+                f"{_share(advice.point.moved)} of the adaptations"
+            )
+        if advice.nearest is None:
+            found = "found no accepted case"
+            return f"no recommendation: {found}; expected at least {advice.needed}, none of them bad"
+        rate = advice.nearest.false_accepts
+        start = (
+            f"no recommendation: the {bound} of the false-accept rate is within {advice.target:g} at no "
+            f"threshold. Closest: {advice.nearest.threshold:g} with {_share(rate)}."
+        )
+        if advice.needed_at_rate is not None:
+            needed = f"At that rate {advice.needed_at_rate} accepted cases are needed, found {rate.total}"
+            return f"{start} {needed}; {advice.needed} if none is bad."
+        own = "That rate itself is not below the target: more cases alone will not help there."
+        return f"{start} {own}" + ("" if self.by_rate else f" It takes {advice.needed} if none is bad.")
+
+    def table(self) -> Table:
+        """The curve, in 80 columns and at most `ROWS` rows, evenly chosen, besides the recommended one."""
+        grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
+        grid.add_column("threshold", no_wrap=True)
+        for heading in ("accepted", "bad", "false accepts\n95 %", "let through\n95 %", "moved\n95 %"):
+            grid.add_column(heading, justify="right", no_wrap=True)
+        last, rows = len(self.points) - 1, min(ROWS, len(self.points))
+        shown = {round(step * last / max(1, rows - 1)) for step in range(rows)}
+        for number, point in enumerate(self.points):
+            mark = " <" if point is self.advice.point else ""
+            if number in shown or mark:
+                grid.add_row(
+                    f"{point.threshold:.4f}{mark}",
+                    str(point.false_accepts.total),
+                    str(point.false_accepts.count),
+                    *(_cell(rate) for rate in (point.false_accepts, point.let_through, point.moved)),
+                    style="bold green" if mark else "",
+                )
+        return grid
+
+    def to_json(self) -> dict[str, Any]:
+        """This axis' entry in `calibration.json`."""
+        advice = self.advice
+        return {
+            "recommended": None if advice.point is None else advice.point.threshold,
+            "verdict": self.verdict,
+            "cases_needed": advice.needed,
+            "cases_needed_at_rate": advice.needed_at_rate,
+            "supported": self.supported,
+            "measured_anyway": self.free,
+            "in_force": list(self.in_force),
+            "curve": [
+                {
+                    "threshold": point.threshold,
+                    "cases": point.cases,
+                    "false_accepts": _rate_json(point.false_accepts),
+                    "let_through": _rate_json(point.let_through),
+                    "moved": _rate_json(point.moved),
+                }
+                for point in self.points
+            ],
+        }
+
+
+def count_missing(cases: Sequence[Case]) -> dict[str, int]:
     """How many cases have no outcome, by the reason."""
     counts = Counter(case.outcome for case in cases if isinstance(case.outcome, Missing))
     return {missing.value: counts[missing] for missing in Missing if counts[missing]}
 
 
-def limits(found: Calibrated) -> list[str]:
-    """How far these sources can see, and what to do to see further."""
-    free = f"Cases measured whatever the gate decided (forced sessions, evaluations): {found.free}"
-    loosest = 2.0 if found.axis is Axis.GAP else 0.0
-    if found.supported is None:
-        return [f"{free}. They speak for every threshold."]
-    if found.supported == loosest:
-        return []
-    side = "above" if found.axis is Axis.GAP else "below"
-    lines = [
-        f"In force: {', '.join(f'{value:g}' for value in found.in_force)}. What the gate refused was never "
-        f"audited: {found.supported:g} is the loosest threshold that logs of served sessions can speak for."
-    ]
-    if found.free:
-        return [*lines, f"{free}. They alone speak {side} {found.supported:g}."]
-    see = "force sessions (X-SOMA-Force), serve some under a looser gate, or add an evaluation.json"
-    return [*lines, f"To see {side} that, {see}."]
+def document(
+    cases: Sequence[Case], found: Sequence[Calibrated], bad: Bad, sources: Sequence[str]
+) -> dict[str, Any]:
+    """What `calibration.json` holds."""
+    outcomes = [case.outcome for case in cases if isinstance(case.outcome, Outcome)]
+    return {
+        "target": found[0].advice.target,
+        "held_to_target": "rate" if found[0].by_rate else "upper bound of the 95 % Wilson interval",
+        "bad": {"gap": bad.gap, "top1": bad.top1},
+        "sources": list(sources),
+        "cases": {
+            "all": len(cases),
+            "with_outcome": len(outcomes),
+            "bad": sum(map(bad, outcomes)),
+            "left_out": count_missing(cases),
+        },
+        **{one.axis.value: one.to_json() for one in found},
+        "evidence": [_case_json(case, bad) for case in cases],
+    }
 
 
-def verdict(found: Calibrated, point: bool) -> str:
-    """The recommendation as a sentence, or what is missing for one."""
-    advice = found.advice
-    bound = "rate" if point else "upper 95 % bound"
-    if advice.point is not None:
-        rate, moved = advice.point.false_accepts, advice.point.moved
-        return (
-            f"use gate.{found.axis}={advice.point.threshold:g}: false accepts {_share(rate)}, {bound} within "
-            f"{advice.target:g}; moves {_share(moved)} of the adaptations"
-        )
-    if advice.nearest is None:
-        return f"no recommendation: found no accepted case; expected at least {advice.needed}, none of them bad"
-    rate = advice.nearest.false_accepts
-    start = (
-        f"no recommendation: the {bound} of the false-accept rate is within {advice.target:g} at no threshold. "
-        f"Closest: {advice.nearest.threshold:g} with {_share(rate)}."
-    )
-    if advice.needed_at_rate is not None:
-        return (
-            f"{start} At that rate {advice.needed_at_rate} accepted cases are needed, found {rate.total}; "
-            f"{advice.needed} if none is bad."
-        )
-    own = "That rate itself is not below the target: more cases alone will not help there."
-    return f"{start} {own}" if point else f"{start} {own} It takes {advice.needed} if none is bad."
+def draw(found: Sequence[Calibrated], path: Path) -> None:
+    """The false-accept rate of each threshold with its interval, and what it moves, as a PNG.
+
+    Args:
+        found: at least one axis, each with a curve; one panel for each.
+        path: where to write; its directory exists.
+    """
+    with figure_file(path, (5.4 * len(found) + 0.6, 4.8), "What a threshold lets through") as figure:
+        panels = figure.subplots(1, len(found), squeeze=False)[0]
+        for axes, one in zip(panels, found, strict=True):
+            _draw_panel(axes, one)
+        shown = [panel.get_legend_handles_labels() for panel in panels]
+        # A panel with a recommendation has one entry more than one without.
+        handles, labels = max(shown, key=lambda entries: len(entries[1]))
+        figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
 
 
-def table(found: Calibrated) -> Table:
-    """The curve, in 80 columns."""
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
-    grid.add_column("threshold", no_wrap=True)
-    for heading in ("accepted", "bad", "false accepts\n95 %", "let through\n95 %", "moved\n95 %"):
-        grid.add_column(heading, justify="right", no_wrap=True)
-    for point in _thinned(found):
-        mark = " <" if point is found.advice.point else ""
-        grid.add_row(
-            f"{point.threshold:.4f}{mark}",
-            str(point.false_accepts.total),
-            str(point.false_accepts.count),
-            *(_cell(rate) for rate in (point.false_accepts, point.let_through, point.moved)),
-            style="bold green" if mark else "",
-        )
-    return grid
-
-
-def _thinned(found: Calibrated) -> list[Point]:
-    """At most ROWS points, evenly chosen, and the recommended one."""
-    points = found.points
-    if len(points) <= ROWS:
-        return list(points)
-    kept = {round(step * (len(points) - 1) / (ROWS - 1)) for step in range(ROWS)}
-    return [p for number, p in enumerate(points) if number in kept or p is found.advice.point]
+def _draw_panel(axes: Any, one: Calibrated) -> None:
+    # Decisions change at the thresholds alone; between two of them they are those of the stricter one.
+    points = one.points if one.axis is Axis.GAP else one.points[::-1]
+    where = "post" if one.axis is Axis.GAP else "pre"
+    accepting = [point for point in points if point.false_accepts.total]
+    at = [point.threshold for point in accepting]
+    low, high = zip(*(point.false_accepts.interval for point in accepting), strict=True) if at else ((), ())
+    axes.fill_between(at, low, high, step=where, color=RED, alpha=0.15, linewidth=0, label="its 95 % interval")
+    rates = [point.false_accepts.value for point in accepting]
+    axes.step(at, rates, where=where, color=RED, marker=".", label="false-accept rate")
+    moved = [point.moved.value for point in points]
+    thresholds = [point.threshold for point in points]
+    axes.step(thresholds, moved, where=where, color=BLUE, linewidth=1, label="adaptations moved")
+    axes.axhline(one.advice.target, color=INK, linestyle="--", linewidth=1, label="target")
+    if one.advice.point is not None:
+        axes.axvline(one.advice.point.threshold, color=GREEN, linewidth=2, label="recommended")
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel(f"gate.{one.axis} ({'gap' if one.axis is Axis.GAP else 'top-1'})")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _cell(rate: Rate) -> str:
@@ -121,62 +194,13 @@ def _share(rate: Rate) -> str:
     return f"{rate.count} of {rate.total} ({low:.1%} to {high:.1%})"
 
 
-def document(
-    cases: Sequence[Case], found: Sequence[Calibrated], bad: Bad, point: bool, sources: Sequence[str]
-) -> dict[str, Any]:
-    """What `calibration.json` holds."""
-    outcomes = [case.outcome for case in cases if isinstance(case.outcome, Outcome)]
-    return {
-        "target": found[0].advice.target,
-        "held_to_target": "rate" if point else "upper bound of the 95 % Wilson interval",
-        "bad": {"gap": bad.gap, "top1": bad.top1},
-        "sources": list(sources),
-        "cases": {
-            "all": len(cases),
-            "with_outcome": len(outcomes),
-            "bad": sum(bad(outcome) for outcome in outcomes),
-            "left_out": left_out(cases),
-        },
-        **{one.axis.value: _axis_json(one, point) for one in found},
-        "evidence": [_case_json(case, bad) for case in cases],
-    }
-
-
-def _axis_json(one: Calibrated, point: bool) -> dict[str, Any]:
-    advice = one.advice
-    return {
-        "recommended": None if advice.point is None else advice.point.threshold,
-        "verdict": verdict(one, point),
-        "cases_needed": advice.needed,
-        "cases_needed_at_rate": advice.needed_at_rate,
-        "supported": one.supported,
-        "measured_anyway": one.free,
-        "in_force": list(one.in_force),
-        "curve": [_point_json(p) for p in one.points],
-    }
-
-
-def _point_json(point: Point) -> dict[str, Any]:
-    rates = {"false_accepts": point.false_accepts, "let_through": point.let_through, "moved": point.moved}
-    return {
-        "threshold": point.threshold,
-        "cases": point.cases,
-        **{name: _rate_json(rate) for name, rate in rates.items()},
-    }
-
-
 def _rate_json(rate: Rate) -> dict[str, Any]:
     return {"count": rate.count, "total": rate.total, "rate": rate.value, "ci95": list(rate.interval)}
 
 
 def _case_json(case: Case, bad: Bad) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "session": case.session,
-        "adaptation": case.adaptation,
-        "candidate": case.candidate.value,
-        "gap": case.gap,
-        "top1": case.top1,
-    }
+    names = ("session", "adaptation", "candidate", "gap", "top1")
+    entry = {name: getattr(case, name) for name in names}
     if isinstance(case.outcome, Missing):
         return entry | {"left_out": case.outcome.value}
     outcome = case.outcome

@@ -1,11 +1,9 @@
 """Calibration of the gate's thresholds from judged cases: cases -> curve -> recommendation. No I/O.
 
-A *case* is one (session, adaptation, candidate). Its *evidence* is what the gate knew: the mean gap over the
-held-out turns plus the margin, and the token agreement (top-1) on them. Its *outcome* is what came of it: the
-mean gap of the turns that this candidate answered afterwards and that were audited (of an offline evaluation:
-of all later turns). Turns outside the locality do not count, since the candidate did not answer them.
-
-A case is *bad* if its outcome exceeds the bad gap, or if its later top-1 lies below the bad top-1 where one
+A *case* is one candidate of one adaptation of one session. Its *evidence* is what the gate knew: the mean gap
+over the held-out turns plus the margin, and the token agreement (top-1) on them. Its *outcome* is the mean gap
+of the turns that this candidate answered afterwards and that were audited (in an offline evaluation: of all
+later turns). It is *bad* if that exceeds the bad gap, or if its later top-1 lies below the bad top-1, where one
 is given. At a threshold, of the cases with an outcome:
 
 * false-accept rate = accepted bad / accepted
@@ -16,27 +14,26 @@ is given. At a threshold, of the cases with an outcome:
 A case is accepted on one axis when its evidence passes that axis' threshold and everything else the gate
 asked of it, as it was in force. Every rate carries its Wilson interval of 95 %.
 
-Censoring: what was refused is never audited, so a log knows nothing of candidates beyond the
-threshold in force. At each threshold only those cases count whose gate would have accepted up to it, or whose
-outcome was measured whatever the gate decided (`free`); the others would show the good side of their sessions
-alone. Further limits: a session that was rolled back has outcomes up to its rollback only, and a mean over
-few audits is noisy. The interval is that of one threshold; taking the loosest of many that pass is
-optimistic: in simulated populations of 250 cases, 6 % of recommendations miss the target instead of 2.5 %. A
-session that is judged again, after a rollback or a refusal, is held to a stricter eps, and counts with that one
-as the threshold in force; its cases are taken for independent, which they are not quite.
+Censoring: what was refused is never audited, so a log says nothing about candidates beyond the threshold in
+force. At each threshold only those cases count whose gate would have accepted up to it, or whose outcome was
+measured whatever the gate decided (`free`); the others would show the good side of their sessions alone.
+
+Further limits: a session that was rolled back has outcomes up to its rollback only, and a mean over few audits
+is noisy. The interval is that of one threshold; taking the loosest of many that pass is optimistic: in
+simulated populations of 250 cases, 6 % of recommendations miss the target instead of 2.5 %. A session that is
+judged again is held to a stricter threshold, which counts as the one in force; its cases are taken for
+independent, which they are not quite.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import NDArray
 
 from soma_vllm.types import Candidate
 
@@ -45,12 +42,24 @@ Z = NormalDist().inv_cdf(0.975)
 
 
 class Axis(StrEnum):
-    """A threshold of section `gate` in the configuration."""
+    """A threshold of section `gate` in the configuration.
+
+    Both are compared as *levels*, which grow as the threshold loosens: a case passes at or above its own level.
+    """
 
     GAP = "accept_threshold"
-    """Passes at or below the threshold; a larger one is looser."""
+    """Passes at or below the threshold."""
     TOP1 = "min_agreement"
-    """Passes at or above the threshold; a smaller one is looser."""
+    """Passes at or above the threshold."""
+
+    @property
+    def loosest(self) -> float:
+        """The level at which everything passes."""
+        return 2.0 if self is Axis.GAP else 0.0
+
+    def threshold(self, level: float) -> float:
+        """A level as it stands in the configuration."""
+        return level if self is Axis.GAP else abs(level)
 
 
 class Missing(StrEnum):
@@ -58,10 +67,11 @@ class Missing(StrEnum):
 
     REFUSED = "the original kept the session"
     OTHER = "another candidate served"
-    UNAUDITED = "it served, but no turn of its was audited"
+    UNAUDITED = "it served, but none of its turns was audited"
     SCORED = "it served, but its audits measured no gap (audit: score)"
     ENDED = "the session was rewritten or ended before the switch"
     UNSPOKEN = "its later turns were measured without free-running answers"
+    VOID = "judged on no gap that is a number"
 
 
 @dataclass(frozen=True)
@@ -88,14 +98,31 @@ class Case:
     top1: float | None
     """Token agreement on the held-out turns; None where it was not measured."""
     accept_threshold: float
-    """eps in force when it was judged."""
+    """In force when it was judged, as is `min_agreement`."""
     min_agreement: float
-    """In force when it was judged."""
     outcome: Outcome | Missing
     barred: bool = False
     """True when the gate refuses it whatever these two thresholds are."""
     free: bool = False
     """True when its outcome was measured whatever the gate decided: forced by the client, or offline."""
+    judgement: tuple[str, float] = ("", 0.0)
+    """The session's bare id and the Unix time: by these it is recognised in another source."""
+
+    def level(self, axis: Axis) -> float | None:
+        """The strictest level at which its evidence passes; None without evidence on this axis."""
+        if axis is Axis.GAP:
+            return self.gap
+        return None if self.top1 is None else -self.top1
+
+    def in_force(self, axis: Axis) -> float:
+        """The level in force when it was judged."""
+        return self.accept_threshold if axis is Axis.GAP else -self.min_agreement
+
+    def passes_otherwise(self, axis: Axis) -> bool:
+        """Whether it passes everything that the gate asks for besides this axis' threshold."""
+        if axis is Axis.TOP1:
+            return not self.barred and self.gap <= self.accept_threshold
+        return not self.barred and (self.top1 or 0.0) >= self.min_agreement
 
 
 @dataclass(frozen=True)
@@ -106,8 +133,8 @@ class Bad:
     top1: float | None = None
 
     def __call__(self, outcome: Outcome) -> bool:
-        """Whether this outcome is bad; a top-1 that was not measured is not held against it."""
-        if not outcome.gap <= self.gap:
+        """Whether this outcome is bad; an unmeasured top-1 does not count against it."""
+        if not outcome.gap <= self.gap:  # also NaN
             return True
         return self.top1 is not None and outcome.top1 is not None and outcome.top1 < self.top1
 
@@ -121,44 +148,40 @@ class Rate:
 
     @property
     def value(self) -> float | None:
-        """None of nothing."""
+        """The share; None if the total is 0."""
         return self.count / self.total if self.total else None
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's interval of 95 %; (0, 1) of nothing."""
+        """Wilson's interval of 95 %; (0, 1) if the total is 0."""
         return wilson(self.count, self.total)
 
 
 @dataclass(frozen=True)
 class Point:
-    """One threshold on the curve."""
+    """One threshold on the curve; its rates are defined at the top of this module."""
 
     threshold: float
     false_accepts: Rate
-    """Accepted bad / accepted."""
     let_through: Rate
-    """Accepted bad / all bad."""
     moved: Rate
-    """Adaptations in which some candidate passes / all adaptations."""
     cases: int
-    """Cases with an outcome that speak for this threshold, accepted or not."""
+    """Cases with an outcome that count at this threshold, accepted or not."""
 
 
 @dataclass(frozen=True)
 class Recommendation:
     """The threshold to use, or what is missing to name one."""
 
-    axis: Axis
     target: float
     point: Point | None
     """The loosest threshold within the target; None when there is none."""
     nearest: Point | None
     """The threshold that comes closest to the target; None without any accepted case."""
     needed: int
-    """Accepted cases without a single bad one that would do."""
+    """Accepted cases that suffice if none of them is bad."""
     needed_at_rate: int | None
-    """Accepted cases that would do at the nearest threshold's own rate; None if that is above the target."""
+    """Accepted cases that suffice at the nearest threshold's own rate; None if that is above the target."""
 
 
 def wilson(count: float, total: int) -> tuple[float, float]:
@@ -182,57 +205,59 @@ def cases_needed(target: float, rate: float = 0.0) -> int | None:
 
 
 def supported(cases: Sequence[Case], axis: Axis) -> float | None:
-    """The loosest threshold in force for a case with an outcome; beyond it only `free` cases speak.
+    """The loosest threshold in force for a case with an outcome; beyond it only `free` cases count.
 
-    None where there are no others than those.
+    None where all cases with an outcome are free.
     """
-    levels = [_in_force(case, axis) for case in _with_outcome(cases, axis) if not case.free]
-    return _threshold(max(levels), axis) if levels else None
+    levels = [case.in_force(axis) for case, _ in _with_outcome(cases, axis) if not case.free]
+    return axis.threshold(max(levels)) if levels else None
 
 
 def curve(cases: Sequence[Case], axis: Axis, bad: Bad) -> tuple[Point, ...]:
     """A point for every threshold at which something changes, strictest first.
 
-    Thresholds are the evidence of cases with an outcome and the thresholds in force. Cases without the evidence
-    of this axis are left out.
+    Thresholds are the evidence of cases with an outcome and the thresholds in force. Cases without evidence on
+    this axis are left out.
     """
     counted = _with_outcome(cases, axis)
-    if not counted:
-        return ()
-    costs = _array(_cost(case, axis) for case in counted)
-    limits = _array(_limit(case, axis) for case in counted)
-    ill = np.asarray([isinstance(case.outcome, Outcome) and bad(case.outcome) for case in counted])
-    passing = np.asarray([_passes_otherwise(case, axis) for case in counted])
-    doors = _array(_doors(cases, axis))
-    in_force = {_in_force(case, axis) for case in counted if not case.free}
+    levels = np.asarray([level for _, level in counted])
+    limits = np.asarray([axis.loosest if case.free else case.in_force(axis) for case, _ in counted])
+    ill = np.asarray([isinstance(case.outcome, Outcome) and bad(case.outcome) for case, _ in counted])
+    passing = np.asarray([case.passes_otherwise(axis) for case, _ in counted])
+    adaptations: dict[tuple[str, int], float] = {}
+    """The strictest level at which some candidate passes."""
+    for case in cases:
+        if (level := case.level(axis)) is not None:
+            name = (case.session, case.adaptation)
+            level = level if case.passes_otherwise(axis) else math.inf
+            adaptations[name] = min(level, adaptations.get(name, math.inf))
+    moves = np.asarray(list(adaptations.values()))
     points = []
-    for level in sorted({*costs.tolist(), *in_force}):
-        speaks = limits >= level
-        accepted = speaks & passing & (costs <= level)
+    for level in sorted({*levels.tolist(), *(case.in_force(axis) for case, _ in counted if not case.free)}):
+        counts = limits >= level
+        accepted = counts & passing & (levels <= level)
         wrong = int((accepted & ill).sum())
         points.append(
             Point(
-                _threshold(level, axis),
+                axis.threshold(level),
                 Rate(wrong, int(accepted.sum())),
-                Rate(wrong, int((speaks & ill).sum())),
-                Rate(int((doors <= level).sum()), len(doors)),
-                int(speaks.sum()),
+                Rate(wrong, int((counts & ill).sum())),
+                Rate(int((moves <= level).sum()), len(moves)),
+                int(counts.sum()),
             )
         )
     return tuple(points)
 
 
-def recommend(
-    points: Sequence[Point], axis: Axis, target: float, by_point_estimate: bool = False
-) -> Recommendation:
+def recommend(points: Sequence[Point], target: float, by_rate: bool = False) -> Recommendation:
     """The loosest threshold whose false-accept rate stays within the target.
 
-    Judged by the upper end of the rate's interval, or by the rate itself with `by_point_estimate`.
+    Judged by the upper end of the rate's interval, or by the rate itself with `by_rate`.
     """
 
     def reached(point: Point) -> float:
         rate = point.false_accepts
-        return rate.count / rate.total if by_point_estimate else rate.interval[1]
+        return rate.count / rate.total if by_rate else rate.interval[1]
 
     accepting = [point for point in points if point.false_accepts.total]
     within = [point for point in accepting if reached(point) <= target]
@@ -240,62 +265,13 @@ def recommend(
     needed = cases_needed(target)
     assert needed is not None, "a target above 0"
     at_rate = None if nearest is None else cases_needed(target, nearest.false_accepts.value or 0.0)
-    return Recommendation(axis, target, within[-1] if within else None, nearest, needed, at_rate)
+    return Recommendation(target, within[-1] if within else None, nearest, needed, at_rate)
 
 
-# Both axes as one: a case passes where its cost is at most the level. Levels grow as thresholds loosen.
-
-
-def _threshold(level: float, axis: Axis) -> float:
-    return level if axis is Axis.GAP else abs(level)
-
-
-def _cost(case: Case, axis: Axis) -> float:
-    if axis is Axis.GAP:
-        return case.gap
-    assert case.top1 is not None, "cases without a top-1 are left out"
-    return -case.top1
-
-
-def _in_force(case: Case, axis: Axis) -> float:
-    return case.accept_threshold if axis is Axis.GAP else -case.min_agreement
-
-
-def _limit(case: Case, axis: Axis) -> float:
-    """The loosest level up to which its gate would have let it serve."""
-    if case.free:
-        return 2.0 if axis is Axis.GAP else 0.0
-    return _in_force(case, axis)
-
-
-def _passes_otherwise(case: Case, axis: Axis) -> bool:
-    """Whether it passes all that the gate asks beside this axis' threshold."""
-    if case.barred:
-        return False
-    if axis is Axis.TOP1:
-        return case.gap <= case.accept_threshold
-    return case.min_agreement <= (0.0 if case.top1 is None else case.top1)
-
-
-def _doors(cases: Sequence[Case], axis: Axis) -> list[float]:
-    """For each adaptation, the strictest level at which some candidate passes; inf where none ever does."""
-    doors: dict[tuple[str, int], float] = defaultdict(lambda: math.inf)
-    for case in cases:
-        if not _has_evidence(case, axis):
-            continue
-        cost = _cost(case, axis) if _passes_otherwise(case, axis) else math.inf
-        name = (case.session, case.adaptation)
-        doors[name] = min(doors[name], cost)
-    return list(doors.values())
-
-
-def _has_evidence(case: Case, axis: Axis) -> bool:
-    return axis is Axis.GAP or case.top1 is not None
-
-
-def _with_outcome(cases: Sequence[Case], axis: Axis) -> list[Case]:
-    return [case for case in cases if isinstance(case.outcome, Outcome) and _has_evidence(case, axis)]
-
-
-def _array(values: Iterable[float]) -> NDArray[np.float64]:
-    return np.fromiter(values, dtype=np.float64)
+def _with_outcome(cases: Sequence[Case], axis: Axis) -> list[tuple[Case, float]]:
+    """The cases with an outcome and evidence on this axis, each with its level."""
+    return [
+        (case, level)
+        for case in cases
+        if isinstance(case.outcome, Outcome) and (level := case.level(axis)) is not None
+    ]

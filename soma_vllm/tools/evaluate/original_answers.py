@@ -14,9 +14,10 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 from soma_vllm.config import Config
+from soma_vllm.engines.child_process import ChildServer
 from soma_vllm.engines.engine import Engine
 from soma_vllm.engines.original import OriginalEngine
-from soma_vllm.engines.supervisor import ChildServer, Patience, Supervisor
+from soma_vllm.engines.supervisor import Patience, Supervisor
 from soma_vllm.engines.vllm.arguments import child_command, child_environment, vllm_arguments
 from soma_vllm.models.home import soma_home
 from soma_vllm.models.hub import local_path

@@ -1,26 +1,27 @@
-"""A `soma-serve` started for one replay, in a process group of its own.
+"""A `soma-serve` started for one replay.
 
-Guarantees: a server started here is stopped here, whatever happens in between; its death ends what was
-done with it; every line it prints is passed on.
+Guarantees: a server started here is stopped here, whatever happens in between, and dies with this process; its
+death ends what was done with it; every line it prints is passed on.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import IO
 
+from soma_vllm.engines.child_process import ChildProcess, is_healthy
 from soma_vllm.errors import EngineUnavailable
 
-HEALTH_POLL_S = 0.5
-"""Seconds between two looks at a starting server."""
+POLL_S = 0.2
+"""Seconds between two checks of a server."""
 STOP_S = 60.0
-"""Time a server gets to end after SIGTERM."""
+"""Time a server gets to end after SIGTERM; it stops its own children."""
 
 
 def serve_command(config: Path, overrides: Sequence[str]) -> list[str]:
@@ -34,93 +35,64 @@ def serve_command(config: Path, overrides: Sequence[str]) -> list[str]:
 @asynccontextmanager
 async def started_server(
     command: Sequence[str], root: str, start_timeout_s: float, say: Callable[[str], None]
-) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Run a server in a process group of its own while the block runs; ready when `root`/health answers 200.
+) -> AsyncIterator[ChildProcess]:
+    """Run a server while the block runs; ready when `root`/health answers 200.
 
     Raises:
         EngineUnavailable: another server holds the address; or this one ended, or was not healthy, within
             `start_timeout_s`.
     """
-    if await _answers(root):
+    if await is_healthy(root):
         raise EngineUnavailable(
             f"found a server at {root} already; expected a free address, or --url {root}/v1"
         )
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        start_new_session=True,
-        limit=1 << 20,
-    )
-    printing = asyncio.create_task(_print_lines(process, say))
+    process = ChildProcess(command)
+    output = process.start_with(subprocess.PIPE)
+    assert output is not None
+    passing_on = asyncio.create_task(_pass_on(output, say))
     try:
-        await _healthy(process, root, start_timeout_s)
+        deadline = time.monotonic() + start_timeout_s
+        while process.alive() and not await is_healthy(root):
+            if time.monotonic() > deadline:
+                raise EngineUnavailable(
+                    f"soma-serve: not healthy after {start_timeout_s:.0f} s at {root}/health"
+                )
+            await asyncio.sleep(POLL_S)
+        if not process.alive():
+            raise EngineUnavailable(f"soma-serve ended with status {process.exit_code()} before it was ready")
         yield process
     finally:
-        await _stop(process)
-        # A grandchild may outlive the server and hold the pipe open.
-        await asyncio.wait({printing}, timeout=5.0)
-        printing.cancel()
+        await process.stop(STOP_S)
+        # A process that left the group may still hold the pipe open.
+        await asyncio.wait({passing_on}, timeout=5.0)
+        passing_on.cancel()
 
 
-async def _print_lines(process: asyncio.subprocess.Process, say: Callable[[str], None]) -> None:
-    assert process.stdout is not None
-    async for line in process.stdout:
-        say(line.decode(errors="replace").rstrip())
-
-
-async def _healthy(process: asyncio.subprocess.Process, root: str, timeout_s: float) -> None:
-    end = time.monotonic() + timeout_s
-    while process.returncode is None:
-        if await _answers(root):
-            return
-        if time.monotonic() > end:
-            raise EngineUnavailable(f"soma-serve: not healthy after {timeout_s:.0f} s at {root}/health")
-        await asyncio.sleep(HEALTH_POLL_S)
-    raise EngineUnavailable(f"soma-serve ended with status {process.returncode} before it was ready")
-
-
-async def _answers(root: str) -> bool:
-    """True when `root`/health answers 200."""
-    import httpx
-
-    async with httpx.AsyncClient(trust_env=False, timeout=5.0) as http:
-        try:
-            return (await http.get(f"{root}/health")).status_code == 200
-        except httpx.TransportError:
-            return False
-
-
-async def _stop(process: asyncio.subprocess.Process) -> None:
-    """SIGTERM to the server alone, which stops its own children; SIGKILL to its group if that does not help."""
-    if process.returncode is not None:
-        return
-    process.send_signal(signal.SIGTERM)
+async def _pass_on(output: IO[bytes], say: Callable[[str], None]) -> None:
+    reader = asyncio.StreamReader(limit=1 << 20)
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), output)
     try:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), STOP_S)
+        async for line in reader:
+            say(line.decode(errors="replace").rstrip())
     finally:
-        # Also when a second Ctrl-C cuts the wait short.
-        if process.returncode is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+        transport.close()
 
 
-async def while_alive(process: asyncio.subprocess.Process, work: Coroutine[None, None, None]) -> None:
+async def while_alive(process: ChildProcess, work: Coroutine[None, None, None]) -> None:
     """Do `work` until its end, or until the server dies.
 
     Raises:
         EngineUnavailable: the server ended first.
     """
     working = asyncio.create_task(work)
-    dying = asyncio.create_task(process.wait())
     try:
-        await asyncio.wait({working, dying}, return_when=asyncio.FIRST_COMPLETED)
-        if dying.done():
-            raise EngineUnavailable(f"soma-serve ended with status {process.returncode} during the replay")
+        while not working.done():
+            if not process.alive():
+                status = process.exit_code()
+                raise EngineUnavailable(f"soma-serve ended with status {status} during the replay")
+            await asyncio.wait({working}, timeout=POLL_S)
         await working
     finally:
-        for task in (working, dying):
-            task.cancel()
-        await asyncio.gather(working, dying, return_exceptions=True)
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)

@@ -1,9 +1,9 @@
 """The client of a replay: plays a script against a server as an ordinary chat program would.
 
-Guarantees: knows nothing of the server but its public interface; one dialogue's failure does not end the
-others; the records are whole at any moment, also when the play is cut short. It waits for what sessions report
-and never for a time: a wait is given up only when nothing has happened anywhere for much longer than the
-longest thing measured in this run.
+Guarantees: uses the server's public interface alone; one dialogue's failure does not end others; the records
+are complete at any moment, also when the play is cut short. It waits for what sessions report and never for a
+fixed time: a wait is given up only when nothing has happened in any session for much longer than the longest
+thing measured in this run.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from soma_vllm.errors import EngineError, EngineUnavailable
 from soma_vllm.tools.replay.dialogues import Script
-from soma_vllm.tools.replay.lanes import Lanes
-from soma_vllm.tools.replay.pace import Rules, Timekeeper
+from soma_vllm.tools.replay.pace import Lanes, Rules, Timekeeper
 from soma_vllm.tools.replay.replay_view import SessionRecord, TurnRecord
 from soma_vllm.types import Role
 
@@ -26,6 +25,51 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
     from openai.types.chat import ChatCompletionMessageParam
     from openai.types.completion_usage import CompletionUsage
+
+
+@dataclass(frozen=True)
+class StreamedAnswer:
+    """An answer as its client saw it. Times in seconds."""
+
+    headers: Mapping[str, str]
+    answer: str
+    finished: bool
+    """Whether it ended with a finish reason."""
+    ttft_s: float | None
+    """To the first text; None where there was none."""
+    latency_s: float
+    usage: CompletionUsage | None
+
+    @property
+    def cached_tokens(self) -> int | None:
+        """Prompt tokens from the engine's prefix cache; None where the server does not report them."""
+        details = self.usage.prompt_tokens_details if self.usage else None
+        return details.cached_tokens if details else None
+
+
+async def stream_answer(client: AsyncOpenAI, **request: Any) -> StreamedAnswer:
+    """Send a chat request, greedy and streaming with usage, and read its answer to the end.
+
+    Raises:
+        OpenAIError: the server refused it or did not answer.
+    """
+    start = time.perf_counter()
+    reply = await client.chat.completions.with_raw_response.create(
+        temperature=0, stream=True, stream_options={"include_usage": True}, **request
+    )
+    pieces: list[str] = []
+    first: float | None = None
+    usage: CompletionUsage | None = None
+    finished = False
+    async for chunk in reply.parse():
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            if choice.delta.content:
+                first = first or time.perf_counter() - start
+                pieces.append(choice.delta.content)
+            finished = finished or choice.finish_reason is not None
+    latency = time.perf_counter() - start
+    return StreamedAnswer(reply.headers, "".join(pieces), finished, first, latency, usage)
 
 
 class Player:
@@ -47,7 +91,7 @@ class Player:
         rules = Rules(script.warm_window, script.think_s, script.concurrency)
         self._time = timekeeper or Timekeeper(rules)
         self._lanes = Lanes(script.concurrency)
-        self._begun: set[str] = set()
+        self._started: set[str] = set()
         self._waiting: set[str] = set()
         self._step = asyncio.Event()
         run = secrets.token_hex(3)
@@ -88,7 +132,7 @@ class Player:
         script = self._script
         turns = script.dialogues[name]
         messages: list[ChatCompletionMessageParam] = []
-        if not await self._lane_in_time(name, rank):
+        if not await self._enter_in_time(name, rank):
             return
         warm = script.warm_window if script.awaits_verdicts and script.warm_window < len(turns) else 0
         try:
@@ -102,12 +146,12 @@ class Player:
                 for number in range(warm + 1, len(turns) + 1):
                     await self._turn(name, number, messages)
 
-    async def _lane_in_time(self, name: str, rank: int) -> bool:
+    async def _enter_in_time(self, name: str, rank: int) -> bool:
         """Take a lane as soon as the dialogue would be over in time; False once nothing can change that."""
         while True:
             await self._lanes.enter(rank)
-            if self._time.may_begin(name, self.sessions, self._begun):
-                self._begun.add(name)
+            if self._time.may_begin(name, self.sessions, self._started):
+                self._started.add(name)
                 self._update(name, left_out=False)
                 return True
             self._lanes.leave()
@@ -136,14 +180,12 @@ class Player:
         headers = {"X-Session-ID": self.sessions[name].session}
         if name in self._script.forced:
             headers["X-SOMA-Force"] = "adapter"
-        at, start = time.time(), time.perf_counter()
-        reply = await self._client.chat.completions.with_raw_response.create(
+        at = time.time()
+        reply = await stream_answer(
+            self._client,
             model="soma",
             messages=list(messages),
             max_tokens=self._script.max_tokens,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
             extra_headers=headers,
         )
         engine = reply.headers.get("x-soma-engine", "")
@@ -151,33 +193,22 @@ class Player:
             raise EngineError(
                 f"found X-SOMA-Engine {engine!r}; expected original or surrogate, from soma-serve"
             )
-        pieces: list[str] = []
-        first: float | None = None
-        usage: CompletionUsage | None = None
-        finished = False
-        async for chunk in reply.parse():
-            usage = chunk.usage or usage
-            for choice in chunk.choices:
-                if choice.delta.content:
-                    first = first or time.perf_counter() - start
-                    pieces.append(choice.delta.content)
-                finished = finished or choice.finish_reason is not None
-        if not finished:
+        if not reply.finished:
             raise EngineUnavailable(f"the stream of turn {number} ended before its finish_reason")
-        details = usage.prompt_tokens_details if usage else None
+        usage = reply.usage
         return TurnRecord(
             turn=number,
             query=query,
-            answer="".join(pieces),
+            answer=reply.answer,
             engine=engine,
             adapter=reply.headers.get("x-soma-adapter") or None,
             phase=reply.headers.get("x-soma-phase", ""),
             reason=reply.headers.get("x-soma-reason", ""),
             at=at,
-            ttft_s=first,
-            latency_s=time.perf_counter() - start,
+            ttft_s=reply.ttft_s,
+            latency_s=reply.latency_s,
             prompt_tokens=usage.prompt_tokens if usage else None,
-            cached_tokens=details.cached_tokens if details else None,
+            cached_tokens=reply.cached_tokens,
             completion_tokens=usage.completion_tokens if usage else None,
         )
 
@@ -195,11 +226,11 @@ class Player:
         report = await self._until(name, lambda report: bool(report.get("idle")), "its audits")
         if report is None:
             return
-        told = {turn.get("turn"): turn for turn in report.get("turns") or ()}
+        reported = {turn.get("turn"): turn for turn in report.get("turns") or ()}
         self._update(
             name,
             phase=report.get("phase") or self.sessions[name].phase,
-            turns=tuple(_completed(turn, told.get(turn.turn, {})) for turn in self.sessions[name].turns),
+            turns=tuple(_complete(turn, reported.get(turn.turn, {})) for turn in self.sessions[name].turns),
             events=tuple(report.get("events") or ()),
             training=report.get("training"),
         )
@@ -229,7 +260,7 @@ class Player:
             self._waiting.discard(name)
 
     async def _report(self, name: str) -> Mapping[str, Any] | None:
-        """What the server says of a session; None if it knows none."""
+        """The server's report of a session; None if it has no such session."""
         from openai import NotFoundError
 
         try:
@@ -249,11 +280,11 @@ class Player:
     def _update(self, name: str, **changes: Any) -> None:
         self.sessions[name] = replace(self.sessions[name], **changes)
         self._changed(self.sessions[name])
-        self._step.set()  # wakes whoever waits now
+        self._step.set()  # wakes all that wait now
         self._step.clear()
 
 
-def _completed(turn: TurnRecord, told: Mapping[str, Any]) -> TurnRecord:
+def _complete(turn: TurnRecord, reported: Mapping[str, Any]) -> TurnRecord:
     """A turn with what only the server knows: its gap, phase and tokens. Times stay the client's."""
     keys = ("gap", "phase", "prompt_tokens", "cached_tokens", "completion_tokens")
-    return replace(turn, **{key: told[key] for key in keys if told.get(key) is not None})
+    return replace(turn, **{key: reported[key] for key in keys if reported.get(key) is not None})

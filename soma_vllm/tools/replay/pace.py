@@ -1,17 +1,22 @@
-"""How long things take in a replay, and therefore how long the rest of it will.
+"""The pace of a replay: which dialogue asks next, and how long the rest of it will take.
 
-Pure but for its clock: told what was expected before anything was seen and what is seen meanwhile, a
-`Timekeeper` says how much time is left, whether a dialogue may still begin, and how long nothing may happen
-before a wait is given up. What was measured in this run comes before what was expected of the machine.
+Guarantees: no two dialogues hold one lane, and a free lane goes to the waiter of the lowest rank,
+so that a dialogue which comes back goes on before one that has not begun. A `Timekeeper` is pure but for its
+clock: from what was expected of the machine and from what is measured during the run, which takes precedence,
+it says how much time is left, whether a dialogue may still begin, and how long nothing may happen before a wait
+is given up.
 """
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from statistics import median
 
 from soma_vllm.tools.replay.replay_view import SessionRecord
@@ -54,7 +59,7 @@ class Rules:
     lanes: int = 1
     """Dialogues under way at once."""
     training_limit_s: float = 900.0
-    """The server's own limit: where nothing else is known, nobody gives up earlier."""
+    """The server's own limit: where nothing else is known, no wait is given up earlier."""
 
 
 def makespan(seconds: Iterable[float], lanes: int) -> float:
@@ -63,6 +68,47 @@ def makespan(seconds: Iterable[float], lanes: int) -> float:
     for one in seconds:
         heapq.heappush(busy, heapq.heappop(busy) + one)
     return max(busy)
+
+
+class Lanes:
+    """Places for dialogues that ask at the same time: a counted lock with ranks. Single event loop."""
+
+    def __init__(self, lanes: int) -> None:
+        self._free = lanes
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._arrival = count()
+
+    @asynccontextmanager
+    async def lane(self, rank: int) -> AsyncIterator[None]:
+        """Hold a lane while the block runs; the waiter of the lowest `rank` is next."""
+        await self.enter(rank)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    async def enter(self, rank: int) -> None:
+        """Wait for a lane."""
+        if self._free > 0:
+            self._free -= 1
+            return
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (rank, next(self._arrival), granted))
+        try:
+            await granted
+        except asyncio.CancelledError:
+            if granted.done() and not granted.cancelled():
+                self.leave()
+            raise
+
+    def leave(self) -> None:
+        """Release a lane."""
+        while self._waiting:
+            _, _, granted = heapq.heappop(self._waiting)
+            if not granted.done():
+                granted.set_result(None)
+                return
+        self._free += 1
 
 
 class Timekeeper:
@@ -88,8 +134,6 @@ class Timekeeper:
         self._trainings: dict[str, float] = {}
         self._last_news = clock()
 
-    # -- told -------------------------------------------------------------------------------------------
-
     def turn(self, engine: str, seconds: float, opening: bool = False) -> None:
         """A turn was answered; `opening`: a dialogue's first."""
         (self._openings if opening else self._turns[engine]).append(seconds)
@@ -101,10 +145,8 @@ class Timekeeper:
         self._trainings[dialogue] = seconds
 
     def news(self) -> None:
-        """Something happened somewhere: every wait may go on."""
+        """Something happened: every wait may go on."""
         self._last_news = self._clock()
-
-    # -- asked ------------------------------------------------------------------------------------------
 
     def turn_s(self, engine: Role) -> float | None:
         """Seconds that a turn of `engine` takes; None where nothing is known of either engine."""
@@ -183,7 +225,7 @@ class Timekeeper:
         return max(LEAST_PATIENCE_S, PATIENCE * max(training, self._slowest) * max(1, waiting))
 
     def nothing_for_s(self) -> float:
-        """Seconds since something happened."""
+        """Seconds since anything happened."""
         return self._clock() - self._last_news
 
     def _of(self, engine: Role) -> float:

@@ -1,21 +1,23 @@
 """What a replay plays on this machine, so that it ends in the time it is given.
 
-Pure: from how fast a core is, how large the models are and what the dialogues say, a `Plan`: in which order,
-how many at once, how long answers may be, which dialogues are left out unless there is time after all, and what
-the server is told to do with less. Guarantees: the dialogues that a replay is asked to begin with are always
-played, and come first; on a machine that is fast enough nothing is left out and nothing is made smaller;
-whatever is, a note says so.
+From how fast a core is, how large the models are and what the dialogues say, a `Plan`: in which order, how many
+at once, how long answers may be, which dialogues are left out unless there is time after all, and how the
+server is configured to do with less. Guarantees: the dialogues that a replay is asked to begin with are always
+played, and come first; on a machine that is fast enough nothing is left out and nothing is made smaller; a note
+says what is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from soma_vllm import machine
 from soma_vllm.config import Config
-from soma_vllm.tools.replay.dialogues import Dialogues
+from soma_vllm.tools.replay.dialogues import Dialogues, Script
 from soma_vllm.tools.replay.pace import SURROGATES_SHARE, Expected, makespan
-from soma_vllm.tools.replay.speed import Product
+from soma_vllm.tools.replay.probe import ARITHMETIC, Machine, Product, machine_of, measure_speed
+from soma_vllm.tools.replay.replay_view import duration
 
 # What a dialogue is made of, for estimates; as seen in the shipped dialogues with the embedded pair.
 _CHARACTERS = 4.0
@@ -53,22 +55,6 @@ LEAST_STEPS = 2
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What an estimate needs to know. Weights in 10^9."""
-
-    product: Product
-    """Products of the engines."""
-    trainer: Product
-    import_s: float
-    original: float
-    """Weights of the original; of a vocabulary's two uses one."""
-    surrogate: float
-    surrogate_layers: int
-    original_cache_block: int = 32
-    """Tokens; what an engine has cached of a prompt ends at a multiple."""
-
-
-@dataclass(frozen=True)
 class Plan:
     """What is played, and what is expected of it."""
 
@@ -80,7 +66,7 @@ class Plan:
     max_tokens: int
     """Longest answer."""
     overrides: tuple[str, ...]
-    """For the server's configuration, as `--set` takes them."""
+    """Of the server's configuration, as `--set` takes them."""
     expected: Expected
     start_s: float
     """Until the server answers."""
@@ -88,35 +74,58 @@ class Plan:
     """From the start until a turn was answered by the surrogate."""
     total_s: float
     notes: tuple[str, ...] = ()
-    """What is smaller here than it might be, and why; for people."""
+    """What is made smaller than configured, for people."""
+
+    def script(self, script: Script) -> Script:
+        """The script as planned; dialogues that there may be no time for come last."""
+        spare = {name: script.dialogues[name] for name in self.left_out}
+        return replace(
+            script,
+            dialogues={**self.dialogues, **spare},
+            spare=frozenset(spare),
+            max_tokens=self.max_tokens,
+            concurrency=self.lanes,
+        )
+
+
+def fit_to_machine(
+    script: Script, config: Config, first: Sequence[str], budget_s: float, say: Callable[[str], None]
+) -> Plan | None:
+    """Measure this machine, plan for it and report both; None where there is nothing to base a plan on."""
+    say(f"machine    {machine.describe()}; measuring it")
+    speed = measure_speed()
+    here = None if speed is None else machine_of(config, speed)
+    if speed is None or here is None:
+        say("plan       none: nothing could be measured, or the models are elsewhere; all dialogues, in time")
+        return None
+    plan = make_plan(script, config, here, budget_s, first)
+    names = ARITHMETIC[here.product.arithmetic], ARITHMETIC[here.trainer.arithmetic]
+    pair = f"{config.original_model} over {config.surrogate_model}, {names[0]}; trainers {names[1]}"
+    played = f"{len(plan.dialogues)} dialogues, {plan.lanes} at once: {duration(plan.total_s)}"
+    say(f"machine    one core: {speed.describe()}")
+    say(f"plan       {pair}")
+    say(f"plan       {played}, the first switched turn after {duration(plan.first_switch_s)}")
+    if plan.notes:
+        say(f"plan       made smaller for this machine: {'; '.join(plan.notes)}")
+    return plan
 
 
 def make_plan(
-    dialogues: Dialogues,
-    config: Config,
-    machine: Machine,
-    *,
-    budget_s: float,
-    first: Sequence[str] = (),
-    forced: Sequence[str] = (),
-    lanes: int = 3,
-    think_s: float = 0.0,
+    script: Script, config: Config, machine: Machine, budget_s: float, first: Sequence[str] = ()
 ) -> Plan:
-    """Fit dialogues into `budget_s` seconds, counted from the start of the server.
+    """Fit a script into `budget_s` seconds, counted from the start of the server.
 
     Args:
-        dialogues: what there is to play.
         first: what to begin with, in this order, whatever it costs. Forced dialogues are always played too.
-        lanes: most dialogues at once.
-        think_s: seconds that a user waits before each turn.
     """
+    forced = tuple(sorted(script.forced))
     kept = tuple(dict.fromkeys((*first, *forced)))
-    ordered = {name: dialogues[name] for name in (*kept, *(name for name in dialogues if name not in kept))}
-    at_once = _worth(lanes, machine.product)
-    return _Draft(ordered, config, machine, kept, tuple(forced), at_once, think_s).fit(budget_s)
+    ordered = {name: script.dialogues[name] for name in (*kept, *script.dialogues)}
+    at_once = _worthwhile_lanes(script.concurrency, machine.product)
+    return _Draft(ordered, config, machine, kept, forced, at_once, script.think_s).fit(budget_s)
 
 
-def _worth(lanes: int, product: Product) -> int:
+def _worthwhile_lanes(lanes: int, product: Product) -> int:
     """Dialogues at once: as many as asked for where steps are shared well, else two, beside a training."""
     shares = product.shared_step_s / 4 < SHARING_PAYS * product.step_s
     return lanes if shares else min(lanes, 2)
@@ -142,36 +151,34 @@ class _Draft:
     def fit(self, budget_s: float) -> Plan:
         """The first draft that is over in time, each a little smaller than the last."""
         draft = replace(self, max_tokens=self.config.max_new_tokens, steps=self.config.lora.steps)
-        draft = draft._with_a_training_in(budget_s)
+        draft = draft._fit_training(budget_s)
         for length in (length for length in ANSWERS if length < draft.max_tokens):
             if draft.total_s() <= budget_s:
                 break
             draft = replace(draft, max_tokens=length)
         if draft.max_tokens < self.config.max_new_tokens:
-            draft = draft._noting(f"answers of at most {draft.max_tokens} tokens")
+            draft = draft._note(f"answers of at most {draft.max_tokens} tokens")
         while draft.total_s() > budget_s and len(draft.dialogues) > len(self.kept or (1,)):
             *staying, last = draft.dialogues
             fewer = {name: draft.dialogues[name] for name in staying}
             draft = replace(draft, dialogues=fewer, left_out=(last, *draft.left_out))
         if draft.left_out:
-            draft = draft._noting(f"{', '.join(draft.left_out)} only if there is time left")
+            draft = draft._note(f"{', '.join(draft.left_out)} only if there is time left")
         return draft._plan()
 
-    def _with_a_training_in(self, budget_s: float) -> _Draft:
+    def _fit_training(self, budget_s: float) -> _Draft:
         """The forced dialogue's training within its share of the time; no other beside it if they are dear."""
         draft, allowed_s = self, TRAINING_SHARE * budget_s
         while draft.training_s() > allowed_s and draft.steps > LEAST_STEPS:
             draft = replace(draft, steps=max(LEAST_STEPS, draft.steps // 2))
         if draft.steps < self.config.lora.steps:
-            draft = draft._noting(
-                f"adapters of {draft.steps} training steps instead of {self.config.lora.steps}"
-            )
+            draft = draft._note(f"adapters of {draft.steps} training steps instead of {self.config.lora.steps}")
         if self.forced and draft.training_s() > allowed_s / 2 and self.config.adaptation.payback != "never":
             only = ", ".join(self.forced)
-            draft = replace(draft, only_forced_train=True)._noting(f"only {only} trains an adapter")
+            draft = replace(draft, only_forced_train=True)._note(f"only {only} trains an adapter")
         return draft
 
-    def _noting(self, note: str) -> _Draft:
+    def _note(self, note: str) -> _Draft:
         return replace(self, notes=(*self.notes, note))
 
     # -- seconds ----------------------------------------------------------------------------------------
@@ -259,7 +266,7 @@ class _Draft:
         )
 
     def _overrides(self) -> tuple[str, ...]:
-        """What the server is told besides its configuration."""
+        """What the server's configuration is changed by."""
         found = []
         lora, limit = self.config.lora, self.config.adaptation.train_timeout_s
         if self.max_tokens < self.config.max_new_tokens:

@@ -7,7 +7,6 @@ anything starts; the log is written whole or not at all, also after an interrupt
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import time
@@ -19,15 +18,17 @@ import typer
 from rich.console import Console
 
 from soma_vllm.config import Config, load_config
-from soma_vllm.errors import ConfigError, EngineUnavailable, SomaError
+from soma_vllm.errors import EngineUnavailable
+from soma_vllm.tools.command_line import InputProblems, write_json
 from soma_vllm.tools.replay import replay_view as view
+from soma_vllm.tools.replay import timeline
 from soma_vllm.tools.replay.child_server import serve_command, started_server, while_alive
 from soma_vllm.tools.replay.client import Player
-from soma_vllm.tools.replay.closing import missed, where_to_look
-from soma_vllm.tools.replay.dialogues import Dialogues, Script, load_dialogues, make_script
-from soma_vllm.tools.replay.fitting import fitted, planned
+from soma_vllm.tools.replay.dialogues import Script, load_dialogues, make_script
+from soma_vllm.tools.replay.expectations import Expectation, missed
 from soma_vllm.tools.replay.pace import Rules, Timekeeper
-from soma_vllm.tools.replay.replay_view import Expectation, Screen, SessionRecord
+from soma_vllm.tools.replay.plan import fit_to_machine
+from soma_vllm.tools.replay.replay_view import Screen, SessionRecord
 
 CONNECT_S = 60.0
 """Longest wait for a connection to the server."""
@@ -101,10 +102,10 @@ def replay(
         screen.say(f"{name}: forced to its adapter, whatever the gate decides", style="yellow")
     began, settings, plan = time.monotonic(), list(overrides or []), None
     if minutes is not None and url is None:
-        plan = fitted(script, config_now, first or [], 60 * minutes, screen.say)
+        plan = fit_to_machine(script, config_now, first or [], 60 * minutes, screen.say)
     if plan is not None:
         settings += plan.overrides
-        config_now, script = load_config(config, settings), planned(script, plan)
+        config_now, script = load_config(config, settings), plan.script(script)
     timekeeper = Timekeeper(
         Rules(script.warm_window, think_time, script.concurrency, config_now.adaptation.train_timeout_s),
         None if plan is None else plan.expected,
@@ -120,32 +121,23 @@ def replay(
     log = write_log(out / "soma_log.json", config_now, sessions)
     drawn = any(session.turns for session in sessions)
     if drawn:
-        from soma_vllm.tools.replay import timeline  # matplotlib takes a second to load
-
         timeline.draw(log, out / "timeline.png")
-    _report(screen, sessions, trouble, expect or [], where_to_look(out, drawn))
+    look = f"look at {out / 'timeline.png'} and " if drawn else "look at "
+    look += str(out / "soma_log.json")
+    _report(screen, sessions, trouble, expect or [], look)
 
 
 def _prepare(config: Path, dialogues: Path, overrides: Sequence[str], **choices: Any) -> tuple[Config, Script]:
     """Read everything, or exit with 2 after printing all that is wrong."""
-    problems: list[str] = []
-    resolved: Config | None = None
-    parsed: Dialogues | None = None
-    try:
-        resolved = load_config(config, overrides)
-    except ConfigError as error:
-        problems.append(str(error))
-    try:
-        parsed = load_dialogues(dialogues)
-    except ConfigError as error:
-        problems.append(str(error))
+    problems = InputProblems()
+    resolved = problems.attempt(lambda: load_config(config, overrides))
+    parsed = problems.attempt(lambda: load_dialogues(dialogues))
+    script = None
     if resolved is not None and parsed is not None:
-        try:
-            return resolved, make_script("soma replay", parsed, resolved, **choices)
-        except SomaError as error:
-            problems.append(str(error))
-    typer.echo("\n".join(problems), err=True)
-    raise typer.Exit(2)
+        script = problems.attempt(lambda: make_script("soma replay", parsed, resolved, **choices))
+    if resolved is None or script is None:
+        problems.exit()
+    return resolved, script
 
 
 def _report(
@@ -228,8 +220,5 @@ def write_log(path: Path, config: Config, sessions: Sequence[SessionRecord]) -> 
         "config": config.model_dump(mode="json"),
         "sessions": {session.dialogue: session.to_json() for session in sessions},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(log, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_json(path, log)
     return log

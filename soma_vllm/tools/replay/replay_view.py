@@ -1,7 +1,6 @@
-"""A replay as it is recorded and shown: records of turns and sessions, strips, the table, expectations.
+"""A replay as it is recorded and shown: records of turns and sessions, strips, the table, the summary.
 
-Nothing here talks to a server or writes a file. No query or answer is ever shown; they live in the log
-alone.
+Nothing here talks to a server or writes a file. No query or answer is shown; the log alone has them.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from statistics import fmean, median
 from typing import Any
 
@@ -109,24 +107,6 @@ class SessionRecord:
             "events": [dict(event) for event in self.events],
             "training": None if self.training is None else dict(self.training),
         }
-
-
-class Expectation(StrEnum):
-    """What a replay may be asked to have shown (`--expect`)."""
-
-    SWITCH = "switch"
-    ADAPTER = "adapter"
-    ROLLBACK = "rollback"
-
-
-def met(expectation: Expectation, sessions: Sequence[SessionRecord]) -> bool:
-    """Whether some session shows what is expected."""
-    shown = {
-        Expectation.SWITCH: any(session.switched for session in sessions),
-        Expectation.ADAPTER: any(session.adapters for session in sessions),
-        Expectation.ROLLBACK: any(session.rolled_back for session in sessions),
-    }
-    return shown[expectation]
 
 
 _STYLES = {"O": "blue", "s": "yellow", "A": "green", "l": "magenta", "x": "red"}

@@ -20,7 +20,7 @@ from soma_vllm.errors import ConfigError
 from soma_vllm.sessions.sql.records import SessionSnapshot
 from soma_vllm.sessions.sql.store import SessionStore
 from soma_vllm.sessions.state.gate import judge
-from soma_vllm.tools.calibrate.calibration_sources import merged, read_file, read_store
+from soma_vllm.tools.calibrate.sources import merge, read_file, read_store
 from soma_vllm.tools.calibrate.thresholds import Case, Missing, Outcome
 from soma_vllm.tools.evaluate.evaluation_report import report, settings, write
 from soma_vllm.tools.evaluate.harness import Choice, Numbers, SessionResult
@@ -112,14 +112,14 @@ async def test_a_replays_log_and_the_servers_database_hold_the_same_cases(tmp_pa
     path = await logged(tmp_path)
     from_log, from_store = read_file(path), await read_store(url(tmp_path))
     for found in (from_log, from_store):
-        assert outcomes([one.case for one in found.judged]) == EXPECTED
-        evidence = {(one.session, one.case.candidate): one.case for one in found.judged}
+        assert outcomes(found.cases) == EXPECTED
+        evidence = {(case.judgement[0], case.candidate): case for case in found.cases}
         assert evidence["fine", Candidate.PLAIN].gap == 0.0
         assert evidence["refused", Candidate.PLAIN].gap == 1.0
         assert evidence["adapted", Candidate.ADAPTER].top1 == 0.8
         assert {case.accept_threshold for case in evidence.values()} == {0.1}
     assert from_log.drift_threshold == 0.3
-    cases, repeated = merged([from_log, from_store])
+    cases, repeated = merge([from_log, from_store])
     assert (len(cases), repeated) == (7, 7)
 
 
@@ -163,10 +163,10 @@ async def test_one_tenants_sessions_can_be_calibrated_alone(tmp_path: Path) -> N
     standing = SessionSnapshot("theirs", "SWITCHED", "c", 1, None)
     await store.append(SessionKey("other", "theirs"), 0, await store.events(fine), standing)
     await store.close()
-    assert len((await read_store(url(tmp_path))).judged) == 8
-    assert len((await read_store(url(tmp_path), tenant)).judged) == 7
-    (one,) = (await read_store(url(tmp_path), "other")).judged
-    assert one.case.session == "other/theirs"
+    assert len((await read_store(url(tmp_path))).cases) == 8
+    assert len((await read_store(url(tmp_path), tenant)).cases) == 7
+    (one,) = (await read_store(url(tmp_path), "other")).cases
+    assert one.session == "other/theirs"
     with pytest.raises(ConfigError, match="found no session of 'nobody'; 2 other tenants"):
         await read_store(url(tmp_path), "nobody")
 
@@ -185,8 +185,8 @@ async def test_turns_that_the_candidate_did_not_answer_are_not_its_outcome(tmp_p
     await services.registry.stop()
     await store.close()
     assert "audited" in services.kinds()
-    (one,) = (await read_store(url(tmp_path))).judged
-    assert one.case.outcome is Missing.UNAUDITED
+    (one,) = (await read_store(url(tmp_path))).cases
+    assert one.outcome is Missing.UNAUDITED
 
 
 async def test_audits_by_score_measure_no_gap(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ async def test_audits_by_score_measure_no_gap(tmp_path: Path) -> None:
         if event["kind"] == "audited":
             event["data"] |= {"gap": None, "kind": "surprise", "surprise": 0.4}
     path.write_text(json.dumps(document))
-    found = outcomes([one.case for one in read_file(path).judged])
+    found = outcomes(read_file(path).cases)
     assert found["fine", "plain"] is Missing.SCORED
 
 
@@ -212,7 +212,7 @@ async def test_a_forced_session_speaks_beyond_the_threshold_in_force(tmp_path: P
         await services.settled()
     await services.registry.stop()
     await store.close()
-    cases = {one.case.candidate: one.case for one in (await read_store(url(tmp_path))).judged}
+    cases = {case.candidate: case for case in (await read_store(url(tmp_path))).cases}
     forced = cases[Candidate.ADAPTER]
     assert (forced.free, forced.gap, forced.outcome) == (True, 1.0, Outcome(1.0, 1))
     assert cases[Candidate.PLAIN].outcome is Missing.OTHER
@@ -240,12 +240,12 @@ def evaluated(path: Path, gap: float | None = 0.25) -> Path:
 def test_an_evaluation_has_an_outcome_for_every_candidate(tmp_path: Path) -> None:
     found = read_file(evaluated(tmp_path / "evaluation.json"))
     assert found.drift_threshold == 0.3
-    assert outcomes([one.case for one in found.judged]) == {
+    assert outcomes(found.cases) == {
         (session, candidate): Outcome(0.25, 6, 0.7)
         for session in ("easy", "hard")
         for candidate in ("plain", "adapter")
     }
-    assert all(one.case.free for one in found.judged)
+    assert all(case.free for case in found.cases)
 
 
 def test_an_evaluation_without_free_running_answers_has_no_outcomes(tmp_path: Path, soma: Soma) -> None:

@@ -218,10 +218,10 @@ def true_rate(threshold: float, axis: Axis) -> float:
 
 @pytest.mark.parametrize("axis", Axis)
 def test_the_recommendation_is_right_for_a_population_whose_rate_is_known(axis: Axis) -> None:
-    advice = recommend(curve(population(4_000, seed=0), axis, BAD), axis, target=0.1)
+    advice = recommend(curve(population(4_000, seed=0), axis, BAD), target=0.1)
     assert advice.point is not None
     assert 0.07 <= true_rate(advice.point.threshold, axis) <= 0.1
-    by_rate = recommend(curve(population(4_000, seed=0), axis, BAD), axis, 0.1, by_point_estimate=True)
+    by_rate = recommend(curve(population(4_000, seed=0), axis, BAD), 0.1, by_rate=True)
     assert by_rate.point is not None
     assert true_rate(by_rate.point.threshold, axis) == pytest.approx(0.1, abs=0.015)
 
@@ -231,8 +231,8 @@ def test_small_samples_seldom_recommend_a_threshold_that_misses_the_target() -> 
     bound, rate, named = 0, 0, 0
     for seed in range(300):
         points = curve(population(250, seed), Axis.GAP, BAD)
-        careful = recommend(points, Axis.GAP, 0.15).point
-        bold = recommend(points, Axis.GAP, 0.15, by_point_estimate=True).point
+        careful = recommend(points, 0.15).point
+        bold = recommend(points, 0.15, by_rate=True).point
         named += careful is not None
         bound += careful is not None and careful.threshold > 0.15
         rate += bold is not None and bold.threshold > 0.15
@@ -242,26 +242,26 @@ def test_small_samples_seldom_recommend_a_threshold_that_misses_the_target() -> 
 
 
 def test_censored_logs_never_recommend_more_than_was_in_force() -> None:
-    advice = recommend(curve(population(5000, seed=3, eps=0.08), Axis.GAP, BAD), Axis.GAP, target=0.5)
+    advice = recommend(curve(population(5000, seed=3, eps=0.08), Axis.GAP, BAD), target=0.5)
     assert advice.point is not None
     assert advice.point.threshold == 0.08
 
 
 def test_too_few_cases_name_no_threshold_but_the_number_that_would_do() -> None:
     points = curve([case(str(n), 0.05, FINE) for n in range(10)], Axis.GAP, BAD)
-    advice = recommend(points, Axis.GAP, 0.05)
+    advice = recommend(points, 0.05)
     assert advice.point is None
     assert advice.needed == advice.needed_at_rate == 73
     enough = curve([case(str(n), 0.05, FINE) for n in range(73)], Axis.GAP, BAD)
-    found = recommend(enough, Axis.GAP, 0.05).point
+    found = recommend(enough, 0.05).point
     assert found is not None
     assert found.threshold == 0.2
     one_less = curve([case(str(n), 0.05, FINE) for n in range(72)], Axis.GAP, BAD)
-    assert recommend(one_less, Axis.GAP, 0.05).point is None
+    assert recommend(one_less, 0.05).point is None
 
 
 def test_without_outcomes_there_is_no_curve_and_no_recommendation() -> None:
     points = curve([case("a", 0.3, Missing.REFUSED)], Axis.GAP, BAD)
     assert points == ()
-    advice = recommend(points, Axis.GAP, 0.05)
+    advice = recommend(points, 0.05)
     assert (advice.point, advice.nearest, advice.needed) == (None, None, 73)

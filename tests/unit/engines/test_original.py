@@ -11,9 +11,10 @@ import pytest
 from aiohttp import web
 from support.guard import GUARD_S
 
+from soma_vllm.engines.child_process import ChildServer
 from soma_vllm.engines.engine import ChatCall
 from soma_vllm.engines.original import OriginalEngine
-from soma_vllm.engines.supervisor import ChildServer, Supervisor
+from soma_vllm.engines.supervisor import Supervisor
 from soma_vllm.errors import EngineRefused, EngineUnavailable, PreflightError
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from support.guard import GUARD_S, eventually
 
-from soma_vllm.engines.supervisor import Backoff, ChildServer, Patience, State, Supervisor
+from soma_vllm.engines.child_process import ChildServer
+from soma_vllm.engines.supervisor import Backoff, Patience, State, Supervisor
 from soma_vllm.errors import EngineUnavailable, PreflightError
 
 SERVER = """
@@ -207,7 +208,7 @@ async def test_a_child_dies_with_the_process_that_started_it(tmp_path: Path) -> 
     (tmp_path / "sleeper.py").write_text("import signal; print('begun', flush=True); signal.pause()")
     parent = (
         "import pathlib, signal, sys\n"
-        "from soma_vllm.engines.supervisor import ChildServer\n"
+        "from soma_vllm.engines.child_process import ChildServer\n"
         "root = pathlib.Path(sys.argv[1])\n"
         "child = ChildServer([sys.executable, str(root / 'sleeper.py')], {}, root / 'log', root / 's')\n"
         "child.start()\n"

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from aiohttp import web
 from openai import AsyncOpenAI
 from support.guard import GUARD_S
 
+from soma_vllm.engines.child_process import ChildProcess
 from soma_vllm.errors import EngineUnavailable
 from soma_vllm.tools.replay.child_server import serve_command, started_server, while_alive
 from soma_vllm.tools.replay.client import Player
@@ -274,7 +276,7 @@ async def test_a_started_server_is_ready_in_the_block_and_ended_after_it() -> No
     port, lines = free_port(), list[str]()
     command = [sys.executable, "-c", SERVER, str(port)]
     async with started_server(command, f"http://127.0.0.1:{port}", GUARD_S, lines.append) as process:
-        assert process.returncode is None
+        assert process.alive()
         with pytest.raises(EngineUnavailable, match="found a server at"):
             async with started_server(command, f"http://127.0.0.1:{port}", GUARD_S, lines.append):
                 pass
@@ -292,11 +294,13 @@ async def test_a_server_that_ends_before_it_is_ready_is_reported_with_its_status
 
 
 async def test_a_server_that_dies_ends_the_replay(soma: FakeSoma) -> None:
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", "raise SystemExit(4)")
+    process = ChildProcess([sys.executable, "-c", "raise SystemExit(4)"])
+    process.start_with(subprocess.DEVNULL)
     async with AsyncOpenAI(base_url=f"{soma.url}/v1", api_key="none") as client:
         player = Player(client, soma.url, Script({"a": ("one", "two")}, think_s=3600.0), lambda _: None)
         with pytest.raises(EngineUnavailable, match="ended with status 4 during the replay"):
             await while_alive(process, player.play())
+    assert await process.stop() == 4
 
 
 async def command(*arguments: str) -> tuple[int | None, str]:
@@ -332,6 +336,7 @@ async def test_the_command_writes_log_and_figure_and_checks_its_expectations(
     assert "expected rollback: found no session that was rolled back" in out
     assert "expected switch" not in out
     assert "reply 1" not in out
+    assert f"look at {tmp_path}/out/timeline.png and {tmp_path}/out/soma_log.json" in out
     log = json.loads((tmp_path / "out" / "soma_log.json").read_text(encoding="utf-8"))
     assert log["config"]["warm_window"] == 2
     assert log["sessions"]["a"]["forced"] == "adapter"
@@ -350,13 +355,16 @@ async def test_the_command_ends_well_when_its_expectations_are_met(soma: FakeSom
     assert status == 0, out
 
 
-async def test_a_server_started_by_the_command_has_its_overrides_and_is_heard(files: list[str]) -> None:
+async def test_a_server_started_by_the_command_has_its_overrides_and_is_heard(
+    files: list[str], tmp_path: Path
+) -> None:
     overrides = ["--set", f"server.port={free_port()}", "--set", "original.url=http://127.0.0.1:1/v1"]
     status, out = await command(*files, *overrides)
     assert status == 1
     assert "server | " in out
     assert "original.name: found null; expected the model's name at original.url" in out
     assert "the replay ended early: soma-serve ended with status 1 before it was ready" in out
+    assert f"look at {tmp_path}/out/soma_log.json" in out
 
 
 def test_a_server_is_started_with_the_configuration_and_every_override() -> None:

@@ -6,7 +6,7 @@ import asyncio
 
 from support.guard import GUARD_S
 
-from soma_vllm.tools.replay.lanes import Lanes
+from soma_vllm.tools.replay.pace import Lanes
 
 
 async def idle() -> None:

@@ -10,10 +10,17 @@ from pathlib import Path
 import pytest
 
 from soma_vllm.config import Config, load_config
-from soma_vllm.tools.replay import fitting
 from soma_vllm.tools.replay.dialogues import Dialogues, Script, load_dialogues
-from soma_vllm.tools.replay.plan import Machine, Plan, make_plan
-from soma_vllm.tools.replay.speed import Product, Speed, measured, read
+from soma_vllm.tools.replay.plan import Plan, make_plan
+from soma_vllm.tools.replay.probe import (
+    Machine,
+    Product,
+    Speed,
+    count_weights,
+    machine_of,
+    measure_speed,
+    parse_speed,
+)
 
 ROOT = Path(__file__).parents[3]
 FIRST = ("topic-change", "house-style", "rainfall-table")
@@ -46,16 +53,8 @@ def dialogues() -> Dialogues:
 
 
 def planned(dialogues: Dialogues, config: Config, product: Product, minutes: float = 15) -> Plan:
-    return make_plan(
-        dialogues,
-        config,
-        machine(product),
-        budget_s=60 * minutes,
-        first=FIRST,
-        forced=["house-style"],
-        lanes=3,
-        think_s=2.0,
-    )
+    script = Script(dialogues, frozenset(["house-style"]), concurrency=3, think_s=2.0)
+    return make_plan(script, config, machine(product), 60 * minutes, FIRST)
 
 
 @pytest.mark.parametrize("product", [FAST, MIDDLING], ids=["avx512_bf16", "avx2"])
@@ -91,7 +90,7 @@ def test_what_a_plan_leaves_out_is_played_last_and_only_in_time_to_spare(
     dialogues: Dialogues, config: Config
 ) -> None:
     plan = planned(dialogues, config, SLOW)
-    script = fitting.planned(Script(dialogues, concurrency=3), plan)
+    script = plan.script(Script(dialogues, concurrency=3))
     assert tuple(script.dialogues) == (*plan.dialogues, *plan.left_out)
     assert script.spare == set(plan.left_out)
     assert (script.concurrency, script.max_tokens) == (plan.lanes, plan.max_tokens)
@@ -144,19 +143,19 @@ PRINTED = {
 
 
 def test_what_the_probe_prints_becomes_a_speed() -> None:
-    speed = read(json.dumps(PRINTED))
+    speed = parse_speed(json.dumps(PRINTED))
     assert speed is not None
     assert speed.import_s == 3.0
     assert speed.products["float32"].gflops == pytest.approx(75.3, abs=0.1)
     assert speed.products["bfloat16"].step_of(4) == pytest.approx(0.48)
-    assert speed.told() == "bf16 17 GFLOP/s, float32 75 GFLOP/s"
+    assert speed.describe() == "bf16 17 GFLOP/s, float32 75 GFLOP/s"
 
 
 def test_engines_use_the_compiled_kernel_where_it_was_measured_unless_they_are_told_float32() -> None:
-    speed = read(json.dumps(PRINTED))
+    speed = parse_speed(json.dumps(PRINTED))
     assert speed is not None
     assert speed.engines_product("bfloat16").arithmetic == "bfloat16"
-    speed = read(json.dumps(PRINTED | {"packed": {"1": 0.2, "4": 0.2, "64": 1.6}}))
+    speed = parse_speed(json.dumps(PRINTED | {"packed": {"1": 0.2, "4": 0.2, "64": 1.6}}))
     assert speed is not None
     assert speed.engines_product("auto").arithmetic == "packed"
     assert speed.engines_product("float32").arithmetic == "float32"
@@ -166,20 +165,20 @@ def test_engines_use_the_compiled_kernel_where_it_was_measured_unless_they_are_t
     "printed", ["", "[]", "{}", '{"import_s": 1}', '{"import_s": 1, "bfloat16": {"1": 2}}']
 )
 def test_what_no_probe_prints_is_no_speed(printed: str) -> None:
-    assert read(printed) is None
+    assert parse_speed(printed) is None
 
 
 def test_a_probe_that_fails_costs_the_plan_alone() -> None:
-    assert measured((sys.executable, "-c", "raise SystemExit(1)")) is None
-    assert measured(("/nonexistent",)) is None
+    assert measure_speed((sys.executable, "-c", "raise SystemExit(1)")) is None
+    assert measure_speed(("/nonexistent",)) is None
 
 
 def test_models_that_are_elsewhere_leave_nothing_to_plan_with(config: Config) -> None:
     speed = Speed(3.0, {"bfloat16": FAST, "float32": replace(FAST, arithmetic="float32")})
     remote = config.model_copy(update={"original_model": "org/model"})
-    assert fitting.machine_of(remote, speed) is None
+    assert machine_of(remote, speed) is None
 
 
 def test_a_folder_is_as_many_weights_as_its_files_say(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 4000)
-    assert fitting.weights(tmp_path) == pytest.approx(2e-6)
+    assert count_weights(tmp_path) == pytest.approx(2e-6)

@@ -10,9 +10,9 @@ from rich.console import Console
 from soma_vllm.config import Config
 from soma_vllm.tools.replay import replay_view as view
 from soma_vllm.tools.replay import timeline
-from soma_vllm.tools.replay.closing import missed, where_to_look
+from soma_vllm.tools.replay.expectations import Expectation, missed
 from soma_vllm.tools.replay.replay import write_log
-from soma_vllm.tools.replay.replay_view import Expectation, SessionRecord, TurnRecord
+from soma_vllm.tools.replay.replay_view import SessionRecord, TurnRecord
 
 CODES = {
     "O": ("original", None, "WARM_START"),
@@ -157,11 +157,6 @@ def test_a_missed_roll_back_counts_audits_and_blames_those_that_were_dropped() -
         "  seen: a: 1 audits, 1 dropped",
         "  what to do: give audits time: --set gate.audit_wait_s=600",
     ]
-
-
-def test_the_last_line_names_what_was_written() -> None:
-    assert where_to_look(Path("out"), figure=True) == "look at out/timeline.png and out/soma_log.json"
-    assert where_to_look(Path("out"), figure=False) == "look at out/soma_log.json"
 
 
 def test_progress_counts_turns_and_tells_the_time_that_is_left() -> None:

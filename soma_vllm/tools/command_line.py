@@ -1,0 +1,82 @@
+"""What the commands share: input that is checked as a whole, filled-in paths, errors as one line, JSON files.
+
+Guarantees: all mistakes in a command's input are reported together, before anything starts; a JSON file is
+written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import typer
+
+from soma_vllm.config import Config
+from soma_vllm.errors import BadRequest, ConfigError, SomaError
+
+T = TypeVar("T")
+
+
+class InputProblems(list[str]):
+    """Everything that is wrong with a command's input."""
+
+    def attempt(self, read: Callable[[], T]) -> T | None:
+        """What `read` returns; None if it fails, and its message is one of the problems."""
+        try:
+            return read()
+        except SomaError as error:
+            self.append(str(error))
+            return None
+
+    def exit(self) -> NoReturn:
+        """Print the problems on stderr and exit with 2."""
+        typer.echo("\n".join(self), err=True)
+        raise typer.Exit(2)
+
+
+@contextmanager
+def one_line_errors(command: str) -> Iterator[None]:
+    """Report a SomaError as one line on stderr; exit with 2 where the input was wrong, else with 1."""
+    try:
+        yield
+    except SomaError as error:
+        typer.echo(f"{command}: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2 if isinstance(error, ConfigError | BadRequest) else 1) from None
+
+
+def fill_paths(template: str, key: str, instead: str, config: Config | None = None) -> str:
+    """A URL or path of a configuration, with `{soma_home}` and `{run_dir}` replaced.
+
+    Args:
+        key: where the template stands, for the message.
+        instead: what to give if it cannot be filled in, for the message.
+        config: names the run directory, unless every start makes a new one.
+
+    Raises:
+        ConfigError: it needs a run directory that only a running server knows.
+    """
+    from soma_vllm.models.home import soma_home
+
+    run_dir = None if config is None else config.server.run_dir
+    if "{run_dir}" in template and run_dir is None:
+        found = f"found {template!r}, which names a running server's folder; give {instead}"
+        raise ConfigError(key, [found])
+    absolute = "" if run_dir is None else str(Path(run_dir).expanduser().absolute())
+    return template.replace("{soma_home}", str(soma_home())).replace("{run_dir}", absolute)
+
+
+def write_json(path: Path, document: Mapping[str, Any], allow_nan: bool = True) -> None:
+    """Replace a file in one step; its directory is made if need be.
+
+    Raises:
+        ValueError: the document holds a NaN, and `allow_nan` is False.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    text = json.dumps(document, ensure_ascii=False, indent=2, allow_nan=allow_nan)
+    draft.write_text(text + "\n", encoding="utf-8")
+    draft.replace(path)
