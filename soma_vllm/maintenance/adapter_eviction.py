@@ -22,14 +22,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from soma_vllm.adaptation.pipeline import Adaptation
 from soma_vllm.adapters.eviction_policy import Eviction, Reason, StoredAdapter, to_evict
 from soma_vllm.adapters.store.manifest import PublishedAdapter
 from soma_vllm.adapters.store.protocol import Shelf, StockMeter
 from soma_vllm.config import Config
-from soma_vllm.errors import NotFound, SomaError, StoreUnavailable
+from soma_vllm.errors import NotFound, SomaError
 from soma_vllm.maintenance.sweeper import SweepTrigger
 from soma_vllm.sessions.ports import Store
 from soma_vllm.sessions.registry import SessionRegistry
@@ -77,7 +75,7 @@ class AdapterEvictor:
         """Adapters as an administrator sees them, the most recently used first.
 
         Raises:
-            StoreUnavailable: the session store does not answer.
+            StoreUnavailable: the session store did not answer.
             AdapterError: the shelf does not.
         """
         used, records = await self._on_record()
@@ -120,7 +118,7 @@ class AdapterEvictor:
         """Evict what has to go; how many adapters.
 
         Raises:
-            StoreUnavailable: the session store does not answer.
+            StoreUnavailable: the session store did not answer.
             AdapterError: the shelf does not.
         """
         damaged = self._sweep_trigger.take_damaged()
@@ -208,11 +206,8 @@ class AdapterEvictor:
 
     async def _on_record(self) -> tuple[dict[str, float], dict[str, AdapterRecord]]:
         """(last use of each adapter that serves sessions, every adapter's record)."""
-        try:
-            used = await self._store.adapters_used()
-            return used, {record.name: record for record in await self._store.adapters(retired=False)}
-        except (SQLAlchemyError, OSError) as error:
-            raise StoreUnavailable(f"the session store does not answer ({type(error).__name__})") from error
+        used = await self._store.adapters_used()
+        return used, {record.name: record for record in await self._store.adapters(retired=False)}
 
     async def _get(self, tenant: str | None, name: str) -> PublishedAdapter:
         """Raises NotFound where an adapter is not there, or is another tenant's."""

@@ -51,7 +51,7 @@ class Recovery:
         """Do all of it; trainings go on in the background.
 
         Raises:
-            SQLAlchemyError, OSError: the store does not answer.
+            StoreUnavailable: the session store did not answer.
         """
         await self._end_what_has_no_files()
         await self._delete_what_serves_nobody()

@@ -14,8 +14,6 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from soma_vllm.adaptation.pipeline import Adaptation
 from soma_vllm.adaptation.shadow_traffic import ShadowTraffic
 from soma_vllm.adapters.store.protocol import Shelf
@@ -98,12 +96,9 @@ class SessionAdmin:
         """Sessions on record, the most recent first, from those last used before `after` on.
 
         Raises:
-            StoreUnavailable: the store does not answer.
+            StoreUnavailable: the session store did not answer.
         """
-        try:
-            return await self._store.summaries(tenant, limit, after)
-        except (SQLAlchemyError, OSError) as error:
-            raise StoreUnavailable(f"the session store does not answer ({type(error).__name__})") from error
+        return await self._store.summaries(tenant, limit, after)
 
     # -- orders -----------------------------------------------------------------------------------------
 
@@ -154,7 +149,7 @@ class SessionAdmin:
 
         Raises:
             NotFound: there is no such session.
-            StoreUnavailable: the store does not answer; the removal is done when it does.
+            StoreUnavailable: the session store did not answer; the removal is done when it does.
         """
         async with self._held(key) as session:
             family = await self._registry.family(session)
@@ -220,7 +215,7 @@ class SessionAdmin:
         """Take up what a restart interrupted, then keep to the configured retention.
 
         Raises:
-            SQLAlchemyError, OSError: the store does not answer.
+            StoreUnavailable: the session store did not answer.
         """
         await self._recovery.run()
         self._sweeper = asyncio.create_task(self._sweep_for_ever(), name="soma-retention")
@@ -259,8 +254,8 @@ class SessionAdmin:
                 await self.adapters.sweep()
             except AdapterError as error:
                 logger.warning("adapters are not looked after: %s", error)
-            except (SQLAlchemyError, OSError, SomaError) as error:
-                logger.warning("retention waits for the session store: %s", type(error).__name__)
+            except SomaError as error:
+                logger.warning("retention waits for the session store: %s", error)
 
 
 def _left(events: Sequence[Event]) -> list[AdapterRef]:

@@ -18,8 +18,6 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from soma_vllm.config import Config
 from soma_vllm.errors import NotFound, StoreUnavailable, Unprocessable
 from soma_vllm.sessions.ports import Observer, Store
@@ -124,7 +122,7 @@ class SessionRegistry:
         transcript it repeats, or a new one.
 
         Raises:
-            StoreUnavailable: nobody can tell now.
+            StoreUnavailable: the session store did not answer within 3 s.
         """
         if self._write_behind.behind > MOST_BEHIND:
             raise StoreUnavailable(f"{self._write_behind.behind} events wait for the session store")
@@ -239,7 +237,7 @@ class SessionRegistry:
         Raises:
             NotFound: this tenant has no such response.
             Unprocessable: its text was not kept.
-            StoreUnavailable: nobody can tell now.
+            StoreUnavailable: the session store did not answer within 3 s.
         """
         found = self._index.of_response(tenant, response)
         if found is None:
@@ -263,7 +261,7 @@ class SessionRegistry:
         """The session of this key: the live one, the one on record, or a new one.
 
         Raises:
-            StoreUnavailable: it may be on record, and the store does not answer.
+            StoreUnavailable: the session store did not answer within 3 s.
         """
         if (entry := self._entries.get(key)) is not None:
             self._entries.move_to_end(key)
@@ -324,7 +322,7 @@ class SessionRegistry:
 
         Raises:
             NotFound: this tenant has no such session.
-            StoreUnavailable: nobody can tell now.
+            StoreUnavailable: the session store did not answer within 3 s.
         """
         await self.open(key)
         entry = self._entries[key]
@@ -362,7 +360,7 @@ class SessionRegistry:
         """Sessions that an adapter serves, in memory and on record.
 
         Raises:
-            StoreUnavailable: the store does not answer.
+            StoreUnavailable: the session store did not answer within 3 s.
         """
         async with _store_answers():
             on_record = await self._store.users_of(name)
@@ -381,7 +379,7 @@ class SessionRegistry:
         """Every branch of a dialogue that a client named, where this is its root; else the session alone.
 
         Raises:
-            StoreUnavailable: the store does not answer.
+            StoreUnavailable: the session store did not answer within 3 s.
         """
         key = session.key
         if session.family != key.session:
@@ -541,5 +539,5 @@ async def _store_answers() -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(LOOKUP_S):
             yield
-    except (SQLAlchemyError, OSError) as error:
-        raise StoreUnavailable(f"the session store does not answer ({type(error).__name__})") from error
+    except TimeoutError as error:
+        raise StoreUnavailable(f"the session store did not answer within {LOOKUP_S:g} s") from error

@@ -5,7 +5,7 @@ custody, recovery, an SQLite session store and an adapter store. Steps are each 
 each file that the adapter store copies, synchronises, renames or deletes, and the beginning and end of a
 training.
 
-`python killed_play.py FOLDER FIRST STRIDE` forks a process for each kill and one for each look afterwards
+`python crash_play.py FOLDER FIRST STRIDE` forks a process for each kill and one for each look afterwards
 (nothing is imported anew), and prints one JSON object a line: {"step", "name", "problems"}.
 """
 

@@ -14,12 +14,12 @@ import pytest
 from support.guard import GUARD_S
 from support.services import Build, Services
 
-from soma_vllm.errors import AdapterError
+from soma_vllm.errors import AdapterError, StoreUnavailable
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.types import AdapterRef
 
 History = list[dict[str, Any]]
-PLAY = Path(__file__).parents[2] / "killed_play.py"
+PLAY = Path(__file__).parents[2] / "support" / "crash_play.py"
 PROCESSES = 2
 
 
@@ -32,7 +32,7 @@ def test_whatever_step_a_server_is_killed_at_nothing_that_was_written_is_lost_an
         for first in range(1, PROCESSES + 1)
     ]
     pipe = subprocess.PIPE
-    places = [str(PLAY.parents[1]), str(PLAY.parent)]
+    places = [str(PLAY.parents[2]), str(PLAY.parents[1])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     plays = [subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env) for command in commands]
     told = [play.communicate(timeout=GUARD_S) for play in plays]
@@ -165,7 +165,7 @@ async def test_while_the_record_is_away_an_adapter_stays_and_the_next_start_dele
     store = services.session_admin._store
 
     async def away(*_: Any) -> None:
-        raise ConnectionRefusedError
+        raise StoreUnavailable("away")
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "append", away)
