@@ -25,18 +25,11 @@ from soma_vllm.sessions.sql.records import AdapterRecord, SessionSnapshot, TurnL
 from soma_vllm.sessions.sql.tables import RETIRED
 from soma_vllm.sessions.state.adapter_states import AdapterLives, AdapterState
 from soma_vllm.sessions.state.events import EventKind
+from soma_vllm.sessions.state.fold import branch_event, fold, inheritance, restore
 from soma_vllm.sessions.state.phases import Phase
-from soma_vllm.sessions.state.session import (
-    RECOGNISED,
-    Session,
-    Turn,
-    branch_event,
-    fold,
-    inheritance,
-    restore,
-    turn_of,
-)
+from soma_vllm.sessions.state.session import RECOGNISED, Session
 from soma_vllm.sessions.state.transcript import TranscriptDigest
+from soma_vllm.sessions.state.turn import Turn, turn_of
 from soma_vllm.sessions.transcript_index import TranscriptIndex
 from soma_vllm.sessions.write_behind import Write, WriteBehindQueue
 from soma_vllm.types import AdapterRef, Event, Message, SessionKey
@@ -175,7 +168,7 @@ class SessionRegistry:
         inherited = inheritance(parent, turns, now) if self._may_inherit(parent) else None
         first = branch_event(parent, turns, now)
         pending = (first,) if inherited is None else (first, inherited)
-        session = restore(SessionKey(parent.key.tenant, name), pending, self._config)
+        session = restore(SessionKey(parent.key.tenant, name), pending, self._config.gate)
         self._entries[session.key] = Entry(session, pending=pending)
         return session
 
@@ -187,10 +180,10 @@ class SessionRegistry:
     def _turns_at(self, session: Session, seq: int) -> tuple[Turn, ...]:
         """The turns of a session as one of its events left them."""
         events = self._entries[session.key].events[: seq + 1]
-        past = restore(session.key, events, self._config)
+        past = restore(session.key, events, self._config.gate)
         if events[-1].kind != EventKind.VARIANT:
             return past.turns
-        turn = turn_of(events[-1])
+        turn = turn_of(events[-1].data, events[-1].text)
         return (*past.turns[: turn.number - 1], turn)
 
     async def _find(self, tenant: str, family: str, reading: TranscriptDigest) -> TurnLocation | None:
@@ -270,7 +263,7 @@ class SessionRegistry:
             if key not in self._entries:
                 async with _store_answers():
                     events = await self._store.events(key)
-                session = restore(key, events, self._config)
+                session = restore(key, events, self._config.gate)
                 self._entries[key] = Entry(session, events)
                 for seq, event in enumerate(events):
                     self._index.add(key, session.family, _marks(seq, event))
@@ -400,7 +393,7 @@ class SessionRegistry:
         before = entry.session.phase
         adapters = tuple(self._moved((*entry.pending, *events)))
         for event in events:
-            entry.session = fold(entry.session, event, self._config)
+            entry.session = fold(entry.session, event, self._config.gate)
         events, entry.pending = (*entry.pending, *events), ()
         self._put_on_record(entry, events, adapters)
         for event in events:
@@ -468,7 +461,7 @@ class SessionRegistry:
             old = [event for event in entry.events if event.text is not None and event.at < at]
             if old and entry.session.phase is not Phase.ADAPTING:
                 entry.events = [_silent(e) if e.at < at else e for e in entry.events]
-                entry.session = restore(entry.session.key, (*entry.events, *entry.pending), self._config)
+                entry.session = restore(entry.session.key, (*entry.events, *entry.pending), self._config.gate)
 
     def discard(self, key: SessionKey) -> None:
         """Drop a session of which nothing is recorded, and nothing will be."""
