@@ -17,7 +17,8 @@
     │   └── AdapterRejected                  `verify` found what is wrong with its files
     ├── PolicyUnavailable                    a policy cannot decide now; the original answers
     ├── IllegalMove                          a bug: an adapter may not go from its state to that one
-    ├── StoreUnavailable                     the session store does not answer                 -> 503
+    ├── StoreUnavailable                     the session store did not answer within 3 s       -> 503
+    │   └── StoreRefused                     it answered, and refused a statement
     ├── EngineError                          an engine did not answer
     │   ├── EngineUnavailable                it is not running, or not yet                     -> 503
     │   └── EngineRefused                    it answered with an OpenAI error of its own       -> as told
@@ -125,7 +126,18 @@ class IllegalMove(SomaError):
 
 
 class StoreUnavailable(SomaError):
-    """The session store does not answer; a turn can still be answered, by the original and unrecorded."""
+    """The session store did not answer within 3 s; the original can still answer a turn, unrecorded."""
+
+
+class StoreRefused(StoreUnavailable):
+    """The session store refused a statement: it contradicts what is stored, and trying again does not help.
+
+    `duplicate` says that a row of that key is stored already.
+    """
+
+    def __init__(self, message: str, *, duplicate: bool = False) -> None:
+        self.duplicate = duplicate
+        super().__init__(message)
 
 
 class EngineError(SomaError):

@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from soma_vllm.adaptation.survival import (
     NOBODY,
     BusyTime,
@@ -28,6 +26,7 @@ from soma_vllm.adaptation.survival import (
     pooled_lengths,
 )
 from soma_vllm.config import Config
+from soma_vllm.errors import StoreUnavailable
 from soma_vllm.sessions.ports import Store
 from soma_vllm.sessions.sql.records import LengthCount
 from soma_vllm.sessions.state.events import EventKind
@@ -82,8 +81,8 @@ class CostModel:
             return
         try:
             found = await self._store.lengths(now - self._config.payback.over_after_s)
-        except (SQLAlchemyError, OSError) as error:
-            logger.warning("session lengths are not at hand: %s", type(error).__name__)
+        except StoreUnavailable as error:
+            logger.warning("session lengths are not known: %s", error)
             return
         self._lengths, self._read_at = by_tenant(found), now
 

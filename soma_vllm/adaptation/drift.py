@@ -27,7 +27,8 @@ from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.gate import AuditKind
 from soma_vllm.sessions.state.phases import Phase
-from soma_vllm.sessions.state.session import Session, Turn
+from soma_vllm.sessions.state.session import Session
+from soma_vllm.sessions.state.turn import Turn
 from soma_vllm.types import AdapterRef, Message, Role, SessionKey
 
 logger = logging.getLogger(__name__)

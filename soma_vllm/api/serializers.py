@@ -8,7 +8,7 @@ from typing import Any
 from soma_vllm.sessions.registry import Entry
 from soma_vllm.sessions.sql.records import Summary
 from soma_vllm.sessions.state.events import EventKind
-from soma_vllm.sessions.state.session import Turn
+from soma_vllm.sessions.state.turn import Turn
 from soma_vllm.types import Event
 
 PRIVATE = frozenset({"centroid", "turns", "chain", "asked", "links"})

@@ -23,8 +23,9 @@ from soma_vllm.sessions.state.adaptation_rules import AdaptationRules
 from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.prefix import compress
-from soma_vllm.sessions.state.session import Session, Turn, turn_event
+from soma_vllm.sessions.state.session import Session
 from soma_vllm.sessions.state.transcript import TranscriptDigest, read, spoken
+from soma_vllm.sessions.state.turn import Turn, turn_event
 from soma_vllm.types import Candidate, Event, Role, Route, SessionKey
 
 SOMA = AdaptationRules()

@@ -19,7 +19,7 @@ from soma_vllm.types import Event, SessionKey, Usage
 class Store(Protocol):
     """Where sessions are on record: `sessions.sql.store.SessionStore`.
 
-    Every verb may raise SQLAlchemyError or OSError.
+    Every verb raises StoreUnavailable where the store does not answer, and no other error of a database.
     """
 
     async def append(

@@ -18,8 +18,6 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from soma_vllm.config import Config
 from soma_vllm.errors import NotFound, StoreUnavailable, Unprocessable
 from soma_vllm.sessions.ports import Observer, Store
@@ -27,18 +25,11 @@ from soma_vllm.sessions.sql.records import AdapterRecord, SessionSnapshot, TurnL
 from soma_vllm.sessions.sql.tables import RETIRED
 from soma_vllm.sessions.state.adapter_states import AdapterLives, AdapterState
 from soma_vllm.sessions.state.events import EventKind
+from soma_vllm.sessions.state.fold import branch_event, fold, inheritance, restore
 from soma_vllm.sessions.state.phases import Phase
-from soma_vllm.sessions.state.session import (
-    RECOGNISED,
-    Session,
-    Turn,
-    branch_event,
-    fold,
-    inheritance,
-    restore,
-    turn_of,
-)
+from soma_vllm.sessions.state.session import RECOGNISED, Session
 from soma_vllm.sessions.state.transcript import TranscriptDigest
+from soma_vllm.sessions.state.turn import Turn, turn_of
 from soma_vllm.sessions.transcript_index import TranscriptIndex
 from soma_vllm.sessions.write_behind import Write, WriteBehindQueue
 from soma_vllm.types import AdapterRef, Event, Message, SessionKey
@@ -129,7 +120,7 @@ class SessionRegistry:
         transcript it repeats, or a new one.
 
         Raises:
-            StoreUnavailable: nobody can tell now.
+            StoreUnavailable: the session store did not answer within 3 s.
         """
         if self._write_behind.behind > MOST_BEHIND:
             raise StoreUnavailable(f"{self._write_behind.behind} events wait for the session store")
@@ -182,7 +173,7 @@ class SessionRegistry:
         inherited = inheritance(parent, turns, now) if self._may_inherit(parent) else None
         first = branch_event(parent, turns, now)
         pending = (first,) if inherited is None else (first, inherited)
-        session = restore(SessionKey(parent.key.tenant, name), pending, self._config)
+        session = restore(SessionKey(parent.key.tenant, name), pending, self._config.gate)
         self._entries[session.key] = Entry(session, pending=pending)
         return session
 
@@ -194,10 +185,10 @@ class SessionRegistry:
     def _turns_at(self, session: Session, seq: int) -> tuple[Turn, ...]:
         """The turns of a session as one of its events left them."""
         events = self._entries[session.key].events[: seq + 1]
-        past = restore(session.key, events, self._config)
+        past = restore(session.key, events, self._config.gate)
         if events[-1].kind != EventKind.VARIANT:
             return past.turns
-        turn = turn_of(events[-1])
+        turn = turn_of(events[-1].data, events[-1].text)
         return (*past.turns[: turn.number - 1], turn)
 
     async def _find(self, tenant: str, family: str, reading: TranscriptDigest) -> TurnLocation | None:
@@ -244,7 +235,7 @@ class SessionRegistry:
         Raises:
             NotFound: this tenant has no such response.
             Unprocessable: its text was not kept.
-            StoreUnavailable: nobody can tell now.
+            StoreUnavailable: the session store did not answer within 3 s.
         """
         found = self._index.of_response(tenant, response)
         if found is None:
@@ -268,7 +259,7 @@ class SessionRegistry:
         """The session of this key: the live one, the one on record, or a new one.
 
         Raises:
-            StoreUnavailable: it may be on record, and the store does not answer.
+            StoreUnavailable: the session store did not answer within 3 s.
         """
         if (entry := self._entries.get(key)) is not None:
             self._entries.move_to_end(key)
@@ -277,7 +268,7 @@ class SessionRegistry:
             if key not in self._entries:
                 async with _store_answers():
                     events = await self._store.events(key)
-                session = restore(key, events, self._config)
+                session = restore(key, events, self._config.gate)
                 self._entries[key] = Entry(session, events)
                 for seq, event in enumerate(events):
                     self._index.add(key, session.family, _marks(seq, event))
@@ -329,7 +320,7 @@ class SessionRegistry:
 
         Raises:
             NotFound: this tenant has no such session.
-            StoreUnavailable: nobody can tell now.
+            StoreUnavailable: the session store did not answer within 3 s.
         """
         await self.open(key)
         entry = self._entries[key]
@@ -367,7 +358,7 @@ class SessionRegistry:
         """Sessions that an adapter serves, in memory and on record.
 
         Raises:
-            StoreUnavailable: the store does not answer.
+            StoreUnavailable: the session store did not answer within 3 s.
         """
         async with _store_answers():
             on_record = await self._store.users_of(name)
@@ -390,7 +381,7 @@ class SessionRegistry:
         """Every branch of a dialogue that a client named, where this is its root; else the session alone.
 
         Raises:
-            StoreUnavailable: the store does not answer.
+            StoreUnavailable: the session store did not answer within 3 s.
         """
         key = session.key
         if session.family != key.session:
@@ -411,7 +402,7 @@ class SessionRegistry:
         before = entry.session.phase
         adapters = tuple(self._moved((*entry.pending, *events)))
         for event in events:
-            entry.session = fold(entry.session, event, self._config)
+            entry.session = fold(entry.session, event, self._config.gate)
         events, entry.pending = (*entry.pending, *events), ()
         self._put_on_record(entry, events, adapters)
         for event in events:
@@ -479,7 +470,7 @@ class SessionRegistry:
             old = [event for event in entry.events if event.text is not None and event.at < at]
             if old and entry.session.phase is not Phase.ADAPTING:
                 entry.events = [_silent(e) if e.at < at else e for e in entry.events]
-                entry.session = restore(entry.session.key, (*entry.events, *entry.pending), self._config)
+                entry.session = restore(entry.session.key, (*entry.events, *entry.pending), self._config.gate)
 
     def discard(self, key: SessionKey) -> None:
         """Drop a session of which nothing is recorded, and nothing will be."""
@@ -550,5 +541,5 @@ async def _store_answers() -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(LOOKUP_S):
             yield
-    except (SQLAlchemyError, OSError) as error:
-        raise StoreUnavailable(f"the session store does not answer ({type(error).__name__})") from error
+    except TimeoutError as error:
+        raise StoreUnavailable(f"the session store did not answer within {LOOKUP_S:g} s") from error

@@ -15,18 +15,15 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError, SQLAlchemyError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_exponential
 
+from soma_vllm.errors import StoreRefused, StoreUnavailable
 from soma_vllm.types import SessionKey
 
 logger = logging.getLogger(__name__)
 
 STOP_LIMIT_S = 10.0
 """Longest wait for the last writes when the server stops."""
-
-CONTRADICTED = (IntegrityError, DataError, ProgrammingError)
 
 
 @dataclass(frozen=True)
@@ -116,24 +113,21 @@ class WriteBehindQueue:
                 tried = attempt.retry_state.attempt_number
                 with attempt:
                     await write.do()
-        except (SQLAlchemyError, OSError) as error:
-            if isinstance(error, IntegrityError) and tried > 1:
-                return  # it was taken the first time, and only the word of it was lost
+        except StoreRefused as error:
+            if error.duplicate and tried > 1:
+                return  # the first try was stored, and only its acknowledgement was lost
             self._given_up.add(write.key)
-            logger.error("a session goes on in memory only: %s", type(error).__name__)
+            logger.error("session %s goes on in memory only: %s", write.key.session, error)
             return
         if write.anew:
             self._given_up.discard(write.key)
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether trying again can help: the database was away or full, not contradicted."""
-    if isinstance(error, SQLAlchemyError):
-        return isinstance(error, DBAPIError | PoolTimeout) and not isinstance(error, CONTRADICTED)
-    return isinstance(error, OSError)
+    """Whether trying again can help."""
+    return isinstance(error, StoreUnavailable) and not isinstance(error, StoreRefused)
 
 
 def _say_once(state: RetryCallState) -> None:
     if state.attempt_number == 1 and state.outcome is not None:
-        error = type(state.outcome.exception()).__name__
-        logger.warning("the session store does not take a write (%s); it is tried until it does", error)
+        logger.warning("a write is retried until the session store takes it: %s", state.outcome.exception())

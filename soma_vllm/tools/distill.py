@@ -16,7 +16,8 @@ import typer
 from soma_vllm.config import Config, load_config
 from soma_vllm.errors import ConfigError, SomaError, TrainingError
 from soma_vllm.machine import training_dtype
-from soma_vllm.sessions.state.session import Session, restore
+from soma_vllm.sessions.state.fold import restore
+from soma_vllm.sessions.state.session import Session
 from soma_vllm.tools.evaluate.dataset import Material, material, of_session, split_short
 from soma_vllm.tools.evaluate.original_answers import played_for
 from soma_vllm.tools.replay.dialogues import Dialogues, load_dialogues
@@ -120,7 +121,7 @@ async def _restored(config: Config, tenant: str, storage: str | None, most: int)
         )
     async with reading(url.format(soma_home=soma_home())) as store:
         keys = [found.key for found in await store.summaries(tenant, most)]
-        return [restore(key, await store.events(key), config) for key in keys]
+        return [restore(key, await store.events(key), config.gate) for key in keys]
 
 
 def _train(config: Config, found: Sequence[Material], owner: str, out: Path) -> None:

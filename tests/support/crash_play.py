@@ -34,9 +34,9 @@ from soma_vllm.config import parse_config
 from soma_vllm.sessions.sql.connections import identity
 from soma_vllm.sessions.sql.store import SessionStore
 from soma_vllm.sessions.sql.tables import RETIRED
+from soma_vllm.sessions.state.fold import restore
 from soma_vllm.sessions.state.identity import tenant_of
 from soma_vllm.sessions.state.phases import Phase
-from soma_vllm.sessions.state.session import restore
 from soma_vllm.training.messages import TrainRequest, TrainResult
 from soma_vllm.types import Event, SessionKey
 from support.adapter_files import BASE_MODEL, write_adapter
@@ -253,7 +253,7 @@ async def _agreement(place: Place, store: SessionStore, started: bool = True) ->
     """Rows, events, adapters on record and adapters on the disk say the same."""
     problems, serving = [], set()
     for summary in await store.summaries(None, 100):
-        session = restore(summary.key, await store.events(summary.key), CONFIG)
+        session = restore(summary.key, await store.events(summary.key), CONFIG.gate)
         if session.phase != summary.phase:
             problems.append(
                 f"{summary.key.session} is {session.phase} by its events, {summary.phase} by its row"

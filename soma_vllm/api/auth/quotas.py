@@ -114,7 +114,7 @@ class Quotas:
 
         Raises:
             Unauthorized: the header is no bearer token, or none that is known where one is needed.
-            StoreUnavailable: nobody can tell now.
+            StoreUnavailable: the session store did not answer within 3 s.
         """
         token = bearer(authorization)
         if token is None and (authorization or "").strip().lower() not in ("", "bearer"):

@@ -11,19 +11,19 @@ import hmac
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 
 from pydantic import ValidationError
 from sqlalchemy import select
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from soma_vllm.config import Limits
 from soma_vllm.errors import BadRequest, NotFound, StoreUnavailable
 from soma_vllm.sessions.sql.connections import connect
+from soma_vllm.sessions.sql.outages import translated
 from soma_vllm.sessions.sql.schema import bring_up_to_date
 from soma_vllm.sessions.sql.tables import ApiKeyRow
 from soma_vllm.sessions.state.identity import tenant_of
@@ -31,6 +31,7 @@ from soma_vllm.sessions.state.identity import tenant_of
 KEY_SHAPE = re.compile(r"sk-soma-([0-9a-f]{12})-[A-Za-z0-9_-]{32,128}")
 NAME_LENGTH = 128
 SECRET_BYTES = 32
+STORE = "the key store"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class KeyStore:
         Raises:
             ConfigError: the database is newer than this code, or its tables are another program's.
         """
-        with _outages():
+        with translated(STORE):
             await bring_up_to_date(self._engine)
 
     async def close(self) -> None:
@@ -146,7 +147,7 @@ class KeyStore:
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[AsyncSession]:
-        with _outages():
+        with translated(STORE):
             async with self._sessions() as session, session.begin():
                 yield session
 
@@ -154,14 +155,6 @@ class KeyStore:
 def digest_of(key: str) -> str:
     """SHA-256 of a key, hexadecimal."""
     return sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-@contextmanager
-def _outages() -> Iterator[None]:
-    try:
-        yield
-    except (SQLAlchemyError, OSError) as error:
-        raise StoreUnavailable(f"the key store does not answer ({type(error).__name__})") from error
 
 
 def _read(row: ApiKeyRow) -> ApiKey:

@@ -6,12 +6,15 @@ removed is not found and uses nothing, though it is listed, and its events can b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from sqlalchemy import ColumnElement, Row, Select, case, func, select
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from soma_vllm.sessions.sql.connections import connect
+from soma_vllm.sessions.sql.outages import translated
 from soma_vllm.sessions.sql.records import AdapterRecord, LengthCount, Summary, TurnLocation
 from soma_vllm.sessions.sql.schema import missing_tables, refuse_other_versions
 from soma_vllm.sessions.sql.tables import CLOSED, RETIRED, AdapterRow, EventRow, SessionRow, TextRow, TurnRow
@@ -22,7 +25,7 @@ _KEYS = select(SessionRow.tenant, SessionRow.session)
 
 
 class SessionReader:
-    """The questions. Every one raises SQLAlchemyError or OSError while the database is away."""
+    """The questions. Every one raises StoreUnavailable while the database is away."""
 
     def __init__(self, url: str) -> None:
         """Connects to nothing yet.
@@ -178,16 +181,22 @@ class SessionReader:
 
     async def missing_tables(self) -> list[str]:
         """Tables of the session store that this database lacks."""
-        async with self._engine.connect() as connection:
+        async with self._connection() as connection:
             return await connection.run_sync(missing_tables)
 
     async def refuse_other_versions(self) -> None:
         """Raise ConfigError where this database's tables are not the ones that this code reads."""
-        async with self._engine.connect() as connection:
+        async with self._connection() as connection:
             await connection.run_sync(refuse_other_versions)
 
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[AsyncConnection]:
+        with translated():
+            async with self._engine.connect() as connection:
+                yield connection
+
     async def _rows(self, wanted: Select[*tuple[Any, ...]]) -> Sequence[Row[*tuple[Any, ...]]]:
-        async with self._engine.connect() as connection:
+        async with self._connection() as connection:
             return (await connection.execute(wanted)).all()
 
     async def _keys(self, *conditions: ColumnElement[bool]) -> list[SessionKey]:

@@ -18,11 +18,11 @@ from typing import Any
 
 from sqlalchemy import Delete, Insert, delete, insert, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from soma_vllm.errors import ConfigError
+from soma_vllm.errors import ConfigError, StoreUnavailable
 from soma_vllm.sessions.sql.connections import BUSY_MS, parse, told
+from soma_vllm.sessions.sql.outages import translated
 from soma_vllm.sessions.sql.queries import SessionReader, of
 from soma_vllm.sessions.sql.records import AdapterRecord, SessionSnapshot, TurnMark
 from soma_vllm.sessions.sql.schema import bring_up_to_date
@@ -40,7 +40,7 @@ SCRUB_BUSY_MS = 1_000
 class SessionStore(SessionReader):
     """Sessions and events behind a pool of connections. Call `open` first and `close` last.
 
-    Every verb raises SQLAlchemyError or OSError while the database is away, and works again when it is back.
+    Every verb raises StoreUnavailable while the database is away, and works again when it is back.
     """
 
     def __init__(self, url: str) -> None:
@@ -60,8 +60,14 @@ class SessionStore(SessionReader):
 
         Raises:
             ConfigError: the database is newer than this code, or its tables are another program's.
+            StoreUnavailable: it cannot be opened; the message says why.
         """
-        await bring_up_to_date(self._engine)
+        try:
+            with translated():
+                await bring_up_to_date(self._engine)
+        except StoreUnavailable as error:
+            cause = getattr(error.__cause__, "orig", None) or error.__cause__
+            raise StoreUnavailable(f"{told(self._engine.url)}: {cause or error}") from error.__cause__
 
     async def append(
         self,
@@ -78,7 +84,7 @@ class SessionStore(SessionReader):
         that appended an adapter last owns it.
 
         Raises:
-            sqlalchemy.exc.IntegrityError: another writer appended these sequence numbers first.
+            StoreRefused: another writer appended these sequence numbers first.
         """
         owner = {"tenant": key.tenant, "session": key.session}
         now = {"updated_at": self._now()}
@@ -95,7 +101,7 @@ class SessionStore(SessionReader):
         turns = [
             owner | vars(mark) | {"family": standing.family, "at": numbered[mark.seq].at} for mark in marks
         ]
-        async with self._engine.begin() as connection:
+        async with self._transaction() as connection:
             await _put(connection, insert(EventRow), logged)
             await _put(connection, insert(TextRow), said)
             await _put(connection, insert(TurnRow), turns)
@@ -105,7 +111,7 @@ class SessionStore(SessionReader):
     async def retired(self, adapter: str) -> None:
         """An adapter's files are gone."""
         gone = update(AdapterRow).where(AdapterRow.name == adapter)
-        async with self._engine.begin() as connection:
+        async with self._transaction() as connection:
             await connection.execute(gone.values(state=RETIRED, updated_at=self._now()))
 
     async def erase_text(self, key: SessionKey) -> int:
@@ -130,16 +136,22 @@ class SessionStore(SessionReader):
         await self._delete(*(delete(table).where(of(table, key)) for table in tables))
         await self._scrub()
 
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[AsyncConnection]:
+        with translated():
+            async with self._engine.begin() as connection:
+                yield connection
+
     async def _delete(self, *statements: Delete) -> int:
         """Rows deleted by the statements, all in one transaction."""
-        async with self._engine.begin() as connection:
+        async with self._transaction() as connection:
             return sum([(await connection.execute(statement)).rowcount for statement in statements])
 
     async def _scrub(self) -> None:
         """Empty SQLite's write-ahead log, which still holds pages as they were before they were overwritten."""
         if not self._is_sqlite:
             return
-        async with self._engine.connect() as connection:
+        async with self._connection() as connection:
             await connection.exec_driver_sql(f"PRAGMA busy_timeout={SCRUB_BUSY_MS}")
             try:
                 emptied = await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -181,8 +193,8 @@ async def reading(url: str) -> AsyncIterator[SessionStore]:
     try:
         await store.refuse_other_versions()
         yield store
-    except (SQLAlchemyError, OSError) as error:
-        raise ConfigError(told(parsed), [f"cannot be read ({type(error).__name__})"]) from error
+    except StoreUnavailable as error:
+        raise ConfigError(told(parsed), [f"cannot be read: {error}"]) from error
     finally:
         await store.close()
 

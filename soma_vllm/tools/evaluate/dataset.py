@@ -12,8 +12,10 @@ from typing import Any
 
 from soma_vllm.config import Config
 from soma_vllm.errors import TrainingError
+from soma_vllm.sessions.state.fold import fold
 from soma_vllm.sessions.state.phases import Phase
-from soma_vllm.sessions.state.session import Session, Turn, fold, turn_event
+from soma_vllm.sessions.state.session import Session
+from soma_vllm.sessions.state.turn import Turn, turn_event
 from soma_vllm.tools.evaluate.trajectory import Trajectory
 from soma_vllm.types import Example, Role, SessionKey, Usage
 
@@ -102,7 +104,7 @@ def _session(trajectory: Trajectory, config: Config) -> Session:
             ttft_s=None,
             latency_s=0.0,
         )
-        session = fold(session, turn_event(turn, number - 1, 0.0), config)
+        session = fold(session, turn_event(turn, number - 1, 0.0), config.gate)
     return session
 
 

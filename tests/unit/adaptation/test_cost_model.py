@@ -9,6 +9,7 @@ import pytest
 from support.services import Build, Services
 
 from soma_vllm.adaptation.cost_model import REFRESH_S, CostModel
+from soma_vllm.errors import StoreUnavailable
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.types import Candidate, Event
 
@@ -148,7 +149,7 @@ async def test_the_record_is_read_at_most_once_a_minute_and_outages_leave_the_la
         async def lengths(self, over_before: float) -> Any:
             reads.append(over_before)
             if len(reads) > 1:
-                raise OSError("away")
+                raise StoreUnavailable("away")
             return await services.store.lengths(4.0e9)
 
     watch = CostModel(services.config, Watched(), clock=lambda: now[0])

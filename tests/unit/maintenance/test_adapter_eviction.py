@@ -249,7 +249,7 @@ async def test_while_the_session_store_is_away_nothing_is_evicted(
         await adapted(services, name)
 
     async def away(*_: Any) -> Any:
-        raise ConnectionRefusedError
+        raise StoreUnavailable("away")
 
     with monkeypatch.context() as patch:
         patch.setattr(services.store, "adapters_used", away)

@@ -14,7 +14,7 @@ import pytest
 from support.guard import GUARD_S
 from support.services import Build, Services
 
-from soma_vllm.errors import AdapterError
+from soma_vllm.errors import AdapterError, StoreUnavailable
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.types import AdapterRef
 
@@ -165,7 +165,7 @@ async def test_while_the_record_is_away_an_adapter_stays_and_the_next_start_dele
     store = services.store
 
     async def away(*_: Any) -> None:
-        raise ConnectionRefusedError
+        raise StoreUnavailable("away")
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "append", away)

@@ -304,7 +304,7 @@ async def test_while_the_store_is_away_the_original_answers_and_afterwards_the_s
     services = await started(build)
 
     async def away(*_: Any) -> Any:
-        raise ConnectionRefusedError
+        raise StoreUnavailable("away")
 
     with monkeypatch.context() as patch:
         patch.setattr(services.store, "events", away)

@@ -6,11 +6,10 @@ import asyncio
 from typing import Any
 
 import pytest
-from sqlalchemy.exc import IntegrityError
 from support.guard import GUARD_S
 
 from soma_vllm.config import Config
-from soma_vllm.errors import StoreUnavailable
+from soma_vllm.errors import StoreRefused, StoreUnavailable
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.state.transcript import read
 from soma_vllm.sessions.write_behind import Write, WriteBehindQueue
@@ -31,14 +30,14 @@ class FailingStore:
         self, key: SessionKey, first_seq: int, events: Any, standing: Any, marks: Any, adapters: Any
     ) -> None:
         if self.away:
-            raise ConnectionRefusedError("no database")
+            raise StoreUnavailable("the session store did not answer")
         if self.contradicts:
-            raise IntegrityError("insert", {}, Exception())
+            raise StoreRefused("taken", duplicate=True)
         self.kept += [(first_seq + offset, event.kind) for offset, event in enumerate(events)]
 
     async def events(self, key: SessionKey) -> list[Event]:
         if self.away:
-            raise ConnectionRefusedError("no database")
+            raise StoreUnavailable("the session store did not answer")
         return []
 
     async def find(self, tenant: str, family: str, chains: Any) -> None:
@@ -104,7 +103,7 @@ async def test_a_write_whose_acknowledgement_was_lost_costs_its_session_nothing(
 
     async def taken_but_not_told() -> None:
         attempts.append("tried")
-        raise ConnectionResetError if len(attempts) == 1 else IntegrityError("insert", {}, Exception())
+        raise StoreUnavailable("reset") if len(attempts) == 1 else StoreRefused("taken", duplicate=True)
 
     async def next_one() -> None:
         attempts.append("next")
@@ -123,7 +122,7 @@ async def test_a_removal_makes_good_what_was_missing_before_it() -> None:
     await journal.start()
 
     async def contradicted() -> None:
-        raise IntegrityError("insert", {}, Exception())
+        raise StoreRefused("taken", duplicate=True)
 
     async def do(what: str) -> None:
         done.append(what)
@@ -140,7 +139,7 @@ async def test_stopping_while_the_store_is_away_does_not_hang_and_tells_what_is_
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def away() -> None:
-        raise ConnectionRefusedError("no database")
+        raise StoreUnavailable("the session store did not answer")
 
     journal = WriteBehindQueue(stop_limit_s=0.1)
     await journal.start()

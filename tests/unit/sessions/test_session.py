@@ -9,18 +9,11 @@ from itertools import groupby, pairwise
 import pytest
 
 from soma_vllm.config import Config, parse_config
+from soma_vllm.sessions.state.fold import branch_event, fold, inheritance, restore
 from soma_vllm.sessions.state.gate import judge
 from soma_vllm.sessions.state.phases import MOVING, TRANSITIONS, Phase, after, may_happen
-from soma_vllm.sessions.state.session import (
-    Session,
-    Turn,
-    branch_event,
-    fold,
-    fresh,
-    inheritance,
-    restore,
-    turn_event,
-)
+from soma_vllm.sessions.state.session import Session, fresh
+from soma_vllm.sessions.state.turn import Turn, turn_event
 from soma_vllm.types import AdapterRef, Candidate, Event, Evidence, Role, SessionKey, Usage
 
 KEY = SessionKey("tenant", "s")
@@ -48,14 +41,14 @@ def turn(
 def warm(turns: int = 3, config: Config = CONFIG) -> Session:
     session = Session(KEY)
     for number in range(1, turns + 1):
-        session = fold(session, turn_event(turn(number), number - 1, 0.0), config)
+        session = fold(session, turn_event(turn(number), number - 1, 0.0), config.gate)
     return session
 
 
 def switched(session: Session) -> Session:
-    session = fold(session, Event("adaptation_started", 0.0, {"forced": None}), CONFIG)
+    session = fold(session, Event("adaptation_started", 0.0, {"forced": None}), CONFIG.gate)
     data = {"candidate": "adapter", "adapter": asdict(REF), "centroid": [0.1, 0.2]}
-    return fold(session, Event("switched", 0.0, data), CONFIG)
+    return fold(session, Event("switched", 0.0, data), CONFIG.gate)
 
 
 def test_the_surrogate_serves_in_phase_switched_only() -> None:
@@ -75,7 +68,7 @@ def test_a_session_wants_adaptation_when_its_warm_start_is_complete() -> None:
 
 
 def test_a_cut_off_or_empty_answer_does_not_count_as_warm() -> None:
-    session = fold(warm(2), turn_event(turn(3, answer=""), 2, 0.0), CONFIG)
+    session = fold(warm(2), turn_event(turn(3, answer=""), 2, 0.0), CONFIG.gate)
     assert not session.wants_adaptation(CONFIG)
 
 
@@ -108,15 +101,15 @@ def test_examples_are_taken_under_the_prefix_that_will_be_served() -> None:
 def test_switching_sets_the_adapter_and_rolling_back_clears_it() -> None:
     session = switched(warm())
     assert (session.phase, session.serving, session.adapter) == (Phase.SWITCHED, Candidate.ADAPTER, REF)
-    back = fold(session, Event("rolled_back", 0.0, {}), CONFIG)
+    back = fold(session, Event("rolled_back", 0.0, {}), CONFIG.gate)
     assert (back.phase, back.serving, back.adapter) == (Phase.ROLLED_BACK, Candidate.ORIGINAL, None)
 
 
 def test_a_rolled_back_session_is_adapted_again_only_after_new_turns() -> None:
-    session = fold(switched(warm()), Event("rolled_back", 0.0, {}), CONFIG)
+    session = fold(switched(warm()), Event("rolled_back", 0.0, {}), CONFIG.gate)
     assert not session.wants_adaptation(CONFIG)
     for number in range(4, 7):
-        session = fold(session, turn_event(turn(number), number - 1, 0.0), CONFIG)
+        session = fold(session, turn_event(turn(number), number - 1, 0.0), CONFIG.gate)
     assert session.wants_adaptation(CONFIG)
     train, held_out = session.examples(CONFIG)
     assert [e.turn for e in train + held_out] == [4, 5, 6]
@@ -155,8 +148,10 @@ def test_what_was_refused_must_be_better_to_pass() -> None:
 
 
 def test_a_trainer_that_broke_down_is_waited_for_and_held_against_nobody() -> None:
-    session = fold(warm(), Event("adaptation_started", 0.0, {"forced": None}), CONFIG)
-    session = fold(session, Event("training_failed", 0.0, {"error": "TrainingError", "message": "x"}), CONFIG)
+    session = fold(warm(), Event("adaptation_started", 0.0, {"forced": None}), CONFIG.gate)
+    session = fold(
+        session, Event("training_failed", 0.0, {"error": "TrainingError", "message": "x"}), CONFIG.gate
+    )
     assert (session.cool_downs, session.setbacks) == (1, 0)
     assert not session.wants_adaptation(CONFIG)
     for _ in range(CONFIG.adaptation.cool_down_turns):
@@ -176,7 +171,7 @@ def test_a_branch_of_a_refused_session_waits_out_its_cool_down() -> None:
 
 def test_an_administrator_need_not_wait_for_a_cool_down() -> None:
     session = readmitted(warm(), Candidate.PLAIN, held_out_gap=1.0)
-    session = fold(session, Event("restarted", 0.0, {}), CONFIG)
+    session = fold(session, Event("restarted", 0.0, {}), CONFIG.gate)
     assert session.wants_adaptation(CONFIG)
     assert session.setbacks == 1
 
@@ -191,30 +186,30 @@ def test_a_refused_session_whose_words_were_erased_is_left_alone() -> None:
 def test_trainings_are_bounded() -> None:
     session = warm()
     for _ in range(CONFIG.adaptation.max_trainings):
-        session = fold(session, Event("training_submitted", 0.0, {}), CONFIG)
-    session = fold(switched(session), Event("rolled_back", 0.0, {}), CONFIG)
+        session = fold(session, Event("training_submitted", 0.0, {}), CONFIG.gate)
+    session = fold(switched(session), Event("rolled_back", 0.0, {}), CONFIG.gate)
     for number in range(4, 8):
-        session = fold(session, turn_event(turn(number), number - 1, 0.0), CONFIG)
+        session = fold(session, turn_event(turn(number), number - 1, 0.0), CONFIG.gate)
     assert not session.wants_adaptation(CONFIG)
 
 
 def test_an_event_that_may_not_happen_changes_nothing() -> None:
     session = warm()
-    assert fold(session, Event("switched", 0.0, {"candidate": "plain", "centroid": []}), CONFIG) is session
+    assert fold(session, Event("switched", 0.0, {"candidate": "plain", "centroid": []}), CONFIG.gate) is session
 
 
 def test_audits_feed_the_drift_monitor_and_mark_their_turn() -> None:
     session = switched(warm())
-    session = fold(session, Event("audited", 0.0, {"turn": 2, "gap": 1.5}), CONFIG)
+    session = fold(session, Event("audited", 0.0, {"turn": 2, "gap": 1.5}), CONFIG.gate)
     assert session.turns[1].gap == 1.5
     surprise = {"turn": 3, "kind": "surprise", "gap": None, "surprise": 2.5}
-    session = fold(session, Event("audited", 0.0, surprise), CONFIG)
+    session = fold(session, Event("audited", 0.0, surprise), CONFIG.gate)
     assert (session.turns[2].gap, session.turns[2].surprise) == (None, 2.5)
     assert [(audit.kind, audit.value) for audit in session.drift.window] == [("gap", 1.5), ("surprise", 2.5)]
 
 
 def test_a_repeated_request_replaces_its_turn() -> None:
-    session = fold(warm(3), turn_event(turn(3, answer="again"), 2, 0.0), CONFIG)
+    session = fold(warm(3), turn_event(turn(3, answer="again"), 2, 0.0), CONFIG.gate)
     assert [t.answer for t in session.turns] == ["answer 1", "answer 2", "again"]
 
 
@@ -227,7 +222,7 @@ def branch(parent: Session, turns: tuple[Turn, ...]) -> Session:
     inherited = inheritance(parent, turns, 0.0)
     events = [branch_event(parent, turns, 0.0), *([] if inherited is None else [inherited])]
     stored = [Event(e.kind, e.at, *json.loads(json.dumps([e.data, e.text]))) for e in events]
-    return restore(SessionKey("tenant", "s~1"), stored, CONFIG)
+    return restore(SessionKey("tenant", "s~1"), stored, CONFIG.gate)
 
 
 def test_a_branch_that_shares_what_was_learned_from_is_served_by_the_same_adapter() -> None:
@@ -257,26 +252,28 @@ def test_text_is_beside_the_record_of_a_turn_and_never_in_it() -> None:
     event = turn_event(turn(1, answer="the answer", query="the question"), 0, 0.0)
     assert event.text is not None
     assert "the " not in json.dumps(event.data)
-    silent = restore(KEY, [replace(event, text=None)], CONFIG)
+    silent = restore(KEY, [replace(event, text=None)], CONFIG.gate)
     assert not silent.kept()
     assert silent.turns[0].teaches()
 
 
 def test_why_a_turn_teaches_nothing_is_known_without_its_text() -> None:
     event = turn_event(turn(1, answer=" "), 0, 0.0)
-    assert restore(KEY, [replace(event, text=None)], CONFIG).turns[0].unteachable() == "its answer is empty"
+    assert (
+        restore(KEY, [replace(event, text=None)], CONFIG.gate).turns[0].unteachable() == "its answer is empty"
+    )
 
 
 def test_an_asked_for_adaptation_learns_from_every_turn_again() -> None:
-    session = fold(switched(warm()), Event("restarted", 0.0, {}), CONFIG)
+    session = fold(switched(warm()), Event("restarted", 0.0, {}), CONFIG.gate)
     assert (session.phase, session.adapter, session.learned) == (Phase.WARM_START, None, 0)
     assert session.wants_adaptation(CONFIG)
 
 
 def test_a_pinned_session_is_not_adapted() -> None:
-    session = fold(warm(), Event("pinned", 0.0, {"engine": "original"}), CONFIG)
+    session = fold(warm(), Event("pinned", 0.0, {"engine": "original"}), CONFIG.gate)
     assert not session.wants_adaptation(CONFIG)
-    assert fold(session, Event("pinned", 0.0, {"engine": None}), CONFIG).wants_adaptation(CONFIG)
+    assert fold(session, Event("pinned", 0.0, {"engine": None}), CONFIG.gate).wants_adaptation(CONFIG)
 
 
 def test_the_event_log_alone_restores_a_session() -> None:
@@ -289,34 +286,34 @@ def test_the_event_log_alone_restores_a_session() -> None:
     ]
     session = fresh(KEY)
     for event in events:
-        session = fold(session, event, CONFIG)
+        session = fold(session, event, CONFIG.gate)
     stored = [Event(e.kind, e.at, *json.loads(json.dumps([e.data, e.text]))) for e in events]
-    assert restore(KEY, stored, CONFIG) == session
+    assert restore(KEY, stored, CONFIG.gate) == session
 
 
 def answered(session: Session, engine: Role = Role.ORIGINAL) -> Session:
     number = len(session.turns) + 1
-    return fold(session, turn_event(turn(number, engine), number - 1, 0.0), CONFIG)
+    return fold(session, turn_event(turn(number, engine), number - 1, 0.0), CONFIG.gate)
 
 
 def audited(session: Session, value: float) -> Session:
     """The session after one audit, rolled back where that demands it."""
-    session = fold(session, Event("audited", 0.0, {"turn": 1, "kind": "gap", "gap": value}), CONFIG)
+    session = fold(session, Event("audited", 0.0, {"turn": 1, "kind": "gap", "gap": value}), CONFIG.gate)
     if not session.drift.demands_rollback(CONFIG.gate):
         return session
-    return fold(session, Event("rolled_back", 0.0, {}), CONFIG)
+    return fold(session, Event("rolled_back", 0.0, {}), CONFIG.gate)
 
 
 def readmitted(session: Session, candidate: Candidate, held_out_gap: float) -> Session:
     """The session after the adaptation it wants: judged by the gate, switched or refused."""
-    session = fold(session, Event("adaptation_started", 0.0, {"forced": None}), CONFIG)
+    session = fold(session, Event("adaptation_started", 0.0, {"forced": None}), CONFIG.gate)
     found = [Evidence(candidate, (held_out_gap,), (1,), None)]
     verdict = judge(found, CONFIG.gate, 1, setbacks=session.setbacks)
     if verdict.candidate is Candidate.ORIGINAL:
-        return fold(session, Event("refused", 0.0, {"found_wanting": True}), CONFIG)
+        return fold(session, Event("refused", 0.0, {"found_wanting": True}), CONFIG.gate)
     ref = asdict(REF) if candidate is Candidate.ADAPTER else None
     data = {"candidate": verdict.candidate, "adapter": ref, "centroid": [0.1]}
-    return fold(session, Event("switched", 0.0, data), CONFIG)
+    return fold(session, Event("switched", 0.0, data), CONFIG.gate)
 
 
 def dialogue(turns: int, held_out_gap: float, candidate: Candidate = Candidate.PLAIN) -> list[Session]:
@@ -351,17 +348,17 @@ def test_a_session_that_was_good_enough_once_is_not_good_enough_for_ever() -> No
 
 
 def test_within_the_cool_down_nothing_is_adapted_whatever_the_client_repeats() -> None:
-    session = fold(switched(warm()), Event("rolled_back", 0.0, {}), CONFIG)
+    session = fold(switched(warm()), Event("rolled_back", 0.0, {}), CONFIG.gate)
     for _ in range(CONFIG.adaptation.cool_down_turns - 1):
         session = answered(session)
         repeated = turn(len(session.turns), answer="again")
-        session = fold(session, turn_event(repeated, len(session.turns) - 1, 0.0), CONFIG)
+        session = fold(session, turn_event(repeated, len(session.turns) - 1, 0.0), CONFIG.gate)
         assert not session.wants_adaptation(CONFIG)
     assert answered(session).wants_adaptation(CONFIG)
 
 
 def test_a_branch_does_not_wash_rollbacks_away() -> None:
-    parent = fold(switched(warm()), Event("rolled_back", 0.0, {}), CONFIG)
+    parent = fold(switched(warm()), Event("rolled_back", 0.0, {}), CONFIG.gate)
     assert branch(parent, ()).rollbacks == 1
     refused = readmitted(warm(), Candidate.PLAIN, held_out_gap=1.0)
     assert branch(refused, ()).refusals == 1

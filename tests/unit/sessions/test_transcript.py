@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from soma_vllm.errors import BadRequest
 from soma_vllm.sessions.state.identity import MAX_ID_LENGTH, explicit_id, tenant_of
 from soma_vllm.sessions.state.phases import Phase
-from soma_vllm.sessions.state.session import Session, Turn, fresh
+from soma_vllm.sessions.state.session import Session, fresh
 from soma_vllm.sessions.state.transcript import read
+from soma_vllm.sessions.state.turn import Turn
 from soma_vllm.types import Role, SessionKey, Usage
 
 Messages = list[dict[str, Any]]

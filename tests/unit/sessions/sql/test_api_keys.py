@@ -145,7 +145,7 @@ async def test_a_name_must_be_readable(store: KeyStore, name: str) -> None:
 async def test_a_database_without_tables_is_unavailable_and_nobody_is_let_in(tmp_path: Path) -> None:
     store = KeyStore.at(f"sqlite+aiosqlite:///{tmp_path}/empty.db")
     try:
-        with pytest.raises(StoreUnavailable, match="does not answer"):
+        with pytest.raises(StoreUnavailable, match="did not answer"):
             await store.verify("sk-soma-0123456789ab-" + "s" * 32)
     finally:
         await store.close()

@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy.exc import IntegrityError
 
-from soma_vllm.errors import ConfigError
+from soma_vllm.errors import ConfigError, StoreRefused
 from soma_vllm.sessions.sql.records import AdapterRecord, LengthCount, SessionSnapshot, TurnLocation, TurnMark
 from soma_vllm.sessions.sql.store import SessionStore, reading
 from soma_vllm.sessions.sql.tables import RETIRED
@@ -116,11 +115,12 @@ async def test_a_long_id_is_found_again(store: SessionStore) -> None:
 async def test_two_writers_cannot_append_the_same_event(store: SessionStore) -> None:
     await store.append(KEY, 0, [turn()], STANDING)
     late = Event("other", 0.0, {}, {"answer": "hush"})
-    with pytest.raises(IntegrityError) as caught:
+    with pytest.raises(StoreRefused) as caught:
         await store.append(
             KEY, 0, [late], replace(STANDING, phase="CLOSED"), [TurnMark(0, 1, "d", None)], [adapter(1)]
         )
-    assert "hush" not in str(caught.value)
+    assert caught.value.duplicate
+    assert "hush" not in f"{caught.value} {caught.value.__cause__}"
     assert await store.events(KEY) == [turn()]
     assert (await store.summaries("t", 9))[0].phase == "WARM_START"
     assert await store.find("t", "", ["d"]) is None
@@ -131,7 +131,9 @@ async def test_of_many_writers_at_once_one_appends(store: SessionStore) -> None:
     attempts = [store.append(KEY, 0, [turn(n)], STANDING) for n in range(8)]
     outcomes = await asyncio.gather(*attempts, return_exceptions=True)
     assert outcomes.count(None) == 1
-    assert all(isinstance(outcome, IntegrityError) for outcome in outcomes if outcome is not None)
+    assert all(
+        isinstance(outcome, StoreRefused) and outcome.duplicate for outcome in outcomes if outcome is not None
+    )
     assert len(await store.events(KEY)) == 1
 
 
