@@ -13,13 +13,14 @@ import soma_vllm
 
 PACKAGE = Path(soma_vllm.__file__).parent
 
-FOUNDATION = frozenset({"errors", "types", "config", "versions", "machine"})
+FOUNDATION = frozenset({"errors", "types", "config", "versions", "machine", "logs"})
 STATE = FOUNDATION | {"sessions.state"}
 SERVING = STATE | {"sessions", "adapters", "engines", "method", "models", "training", "adaptation"}
 SERVER = SERVING | {"scheduler", "maintenance", "api", "baselines", "telemetry"}
 BELOW: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "versions": frozenset(),
+    "logs": frozenset(),
     "machine": frozenset({"errors"}),
     "types": frozenset({"errors"}),
     "config": frozenset({"errors", "types"}),
