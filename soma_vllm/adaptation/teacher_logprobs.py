@@ -21,14 +21,15 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from soma_vllm.config import Config
-from soma_vllm.engines.engine import Events, Reply
+from soma_vllm.engines.engine import Reply
 from soma_vllm.engines.logprobs import teacher_from_logprobs, teaching_fields
 from soma_vllm.engines.reply_parser import ParsedReply
+from soma_vllm.engines.stream_tap import StreamTap
 from soma_vllm.errors import EngineError
 from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.phases import Phase
@@ -184,34 +185,10 @@ class LogprobCapture:
             self._usable = False
 
 
-class LogprobEvents:
-    """A stream of events without the log-probabilities it came with.
-
-    A class and not an async generator, because closing a generator that nobody began to read runs none of it.
-    """
-
-    def __init__(self, events: Events, lesson: LogprobCapture) -> None:
-        self._events = events
-        self._lesson = lesson
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> str:
-        while True:
-            event = self._lesson.event(await anext(self._events))
-            if event is not None:
-                return event
-
-    async def aclose(self) -> None:
-        """Stop the generation."""
-        await self._events.aclose()
-
-
 def without_logprobs(reply: Reply, lesson: LogprobCapture) -> Reply:
     """The reply as the client would have got it; the lesson hears the rest."""
     if reply.events is not None:
-        return replace(reply, events=LogprobEvents(reply.events, lesson))
+        return replace(reply, events=StreamTap(reply.events, on_event=lesson.event))
     assert reply.body is not None
     return replace(reply, body=lesson.whole(reply.body))
 
