@@ -103,7 +103,11 @@ def read_events(events: Iterable[str]) -> tuple[tuple[Choice, ...], Usage, bool]
         if event.data == DONE:
             complete = True
         elif event.data.startswith("{"):
-            chunk = json.loads(event.data)
+            try:
+                chunk = json.loads(event.data)
+            except ValueError:
+                failed = True
+                continue
             failed = failed or "error" in chunk
             usage = _usage(chunk["usage"]) if chunk.get("usage") else usage
             for choice in chunk.get("choices") or ():

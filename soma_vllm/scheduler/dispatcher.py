@@ -20,12 +20,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from soma_vllm.adaptation.shadow_traffic import ShadowTraffic
-from soma_vllm.adaptation.teacher_logprobs import LogprobCapture, TeacherLogprobs, without_logprobs
+from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs
 from soma_vllm.adaptation.threaded_encoder import Encoder
 from soma_vllm.adapters.leases import AdapterLeases
 from soma_vllm.adapters.slots import SlotRequest
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import AdapterEngine, ChatCall, Engine, Reply
+from soma_vllm.engines.logprob_capture import LogprobCapture
 from soma_vllm.engines.reply_parser import ParsedReply, observe
 from soma_vllm.errors import (
     AdapterError,
@@ -349,7 +350,7 @@ class Dispatcher:
             # Perhaps only for what we added: what the client hears is the answer to its own request.
             return await self._original.chat(own), None
         lesson = LogprobCapture()
-        return without_logprobs(reply, lesson), lesson
+        return lesson.take_off(reply), lesson
 
     async def _past_sessions(
         self, engine: Engine, incoming: ChatRequest, started: float, why: str, text: bool = False
