@@ -18,9 +18,10 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from statistics import median
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
-from soma_vllm.engines.engine import ChatCall, Engine, Events, Reply
+from soma_vllm.engines.engine import ChatCall, Engine, Reply
+from soma_vllm.engines.stream_tap import StreamTap
 
 T = TypeVar("T")
 
@@ -133,42 +134,9 @@ class _Watched:
         if reply.events is None:
             self._lane.left(time.monotonic() - began)
             return reply
-        return replace(reply, events=_Leaving(reply.events, self._lane, began))
 
+        async def leave() -> None:
+            self._lane.left(time.monotonic() - began if tap.exhausted else None)
 
-class _Leaving:
-    """The same events; the user has left when they are over, however that comes.
-
-    A class and not an async generator, because closing a generator that nobody began to read runs none of it.
-    """
-
-    def __init__(self, events: Events, lane: BackgroundLane, began: float) -> None:
-        self._events = events
-        self._lane = lane
-        self._began = began
-        self._over = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> str:
-        try:
-            return await anext(self._events)
-        except StopAsyncIteration:
-            self._leave(time.monotonic() - self._began)
-            raise
-        except BaseException:
-            self._leave()
-            raise
-
-    async def aclose(self) -> None:
-        """Stop the generation; harmless when it is over."""
-        try:
-            await self._events.aclose()
-        finally:
-            self._leave()
-
-    def _leave(self, after_s: float | None = None) -> None:
-        if not self._over:
-            self._over = True
-            self._lane.left(after_s)
+        tap = StreamTap(reply.events, on_end=leave)
+        return replace(reply, events=tap)

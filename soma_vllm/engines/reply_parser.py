@@ -1,6 +1,6 @@
-"""Listening to a reply without touching it: what was said, how much of it, how fast, and whether it ended well.
+"""Observes a reply without changing it: what it said, its tokens, its times, and whether it ended by itself.
 
-Events are kept as text while they stream and are read only afterwards, so a token costs the client nothing.
+Events are kept as text while they stream and parsed only afterwards, so a token costs the client nothing.
 """
 
 from __future__ import annotations
@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
 
-from soma_vllm.engines.engine import Events
+from soma_vllm.engines.engine import Events, Reply
+from soma_vllm.engines.sse import DONE, SSEParser
+from soma_vllm.engines.stream_tap import StreamTap
 from soma_vllm.types import Usage
 
 
@@ -47,82 +50,80 @@ class ParsedReply:
         return not any(choice.text or choice.calls for choice in self.choices)
 
 
-Ended = Callable[[ParsedReply], Awaitable[None]]
+OnReply = Callable[[ParsedReply], Awaitable[None]]
+"""Awaited with a reply once it is over."""
 
 
-def heard_whole(body: Mapping[str, Any], started: float) -> ParsedReply:
+async def observe(reply: Reply, started: float, on_end: OnReply) -> Reply:
+    """The same reply; `on_end` is awaited once, with what it said, when it is over.
+
+    `started` is the request's arrival, `time.monotonic`.
+    """
+    if reply.events is not None:
+        return replace(reply, events=observe_stream(reply.events, started, on_end))
+    assert reply.body is not None
+    await on_end(parse_body(reply.body, started))
+    return reply
+
+
+def parse_body(body: Mapping[str, Any], started: float) -> ParsedReply:
     """What a reply that came in one piece said."""
     found = sorted(body.get("choices") or (), key=_index)
     choices = tuple(_choice(choice.get("message") or {}) for choice in found) or (Choice(),)
     return ParsedReply(choices, _usage(body.get("usage")), True, None, time.monotonic() - started)
 
 
-class Listened:
-    """The same stream of events; `ended` is awaited exactly once, when it is over, however that comes.
+def observe_stream(events: Events, started: float, on_end: OnReply) -> StreamTap:
+    """`observe` for a stream."""
+    kept: list[str] = []
+    first_s: float | None = None
 
-    A class and not an async generator, because closing a generator that nobody began to read runs none of it.
-    """
-
-    def __init__(self, events: Events, started: float, ended: Ended) -> None:
-        self._events = events
-        self._started = started
-        self._ended = ended
-        self._kept: list[str] = []
-        self._first: float | None = None
-        self._over = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> str:
-        try:
-            event = await anext(self._events)
-        except BaseException:
-            await self.aclose()
-            raise
-        if self._first is None:
-            self._first = time.monotonic() - self._started
-        self._kept.append(event)
+    def keep(event: str) -> str:
+        nonlocal first_s
+        if first_s is None:
+            first_s = time.monotonic() - started
+        kept.append(event)
         return event
 
-    async def aclose(self) -> None:
-        """End the stream, wherever it is."""
-        if self._over:
-            return
-        self._over = True
-        latency = time.monotonic() - self._started
-        await self._events.aclose()
-        choices, usage, complete = read_events(self._kept)
-        await self._ended(ParsedReply(choices, usage, complete, self._first, latency))
+    async def parse() -> None:
+        latency_s = time.monotonic() - started
+        choices, usage, complete = read_events(kept)
+        await on_end(ParsedReply(choices, usage, complete, first_s, latency_s))
+
+    return StreamTap(events, on_event=keep, on_end=parse)
 
 
 def read_events(events: Iterable[str]) -> tuple[tuple[Choice, ...], Usage, bool]:
-    """(choices, usage, whether the stream came to its own end) of server-sent events."""
-    spoken: dict[int, ChoiceBuilder] = {0: ChoiceBuilder()}
+    """(choices, usage, whether the stream came to its own end) of whole server-sent events."""
+    builders: dict[int, ChoiceBuilder] = {0: ChoiceBuilder()}
     usage = Usage()
     complete = failed = False
-    for event in events:
-        data = event.removeprefix("data:").strip()
-        if data == "[DONE]":
+    parser = SSEParser()
+    for event in chain.from_iterable(map(parser.feed, events)):
+        if event.data == DONE:
             complete = True
-        elif data.startswith("{"):
-            chunk = json.loads(data)
+        elif event.data.startswith("{"):
+            try:
+                chunk = json.loads(event.data)
+            except ValueError:
+                failed = True
+                continue
             failed = failed or "error" in chunk
             usage = _usage(chunk["usage"]) if chunk.get("usage") else usage
             for choice in chunk.get("choices") or ():
-                spoken.setdefault(_index(choice), ChoiceBuilder()).hear(choice.get("delta") or {})
-    return tuple(spoken[index].choice() for index in sorted(spoken)), usage, complete and not failed
+                builders.setdefault(_index(choice), ChoiceBuilder()).add(choice.get("delta") or {})
+    return tuple(builders[index].choice() for index in sorted(builders)), usage, complete and not failed
 
 
 class ChoiceBuilder:
-    """One choice of a stream, put together."""
+    """Puts one choice of a stream together."""
 
     def __init__(self) -> None:
         self._pieces: list[str] = []
         self._calls: dict[int, dict[str, Any]] = {}
 
-    def hear(self, delta: Mapping[str, Any]) -> None:
-        """Add what one event brought."""
+    def add(self, delta: Mapping[str, Any]) -> None:
+        """Add one event's delta."""
         self._pieces.append(delta.get("content") or "")
         for part in delta.get("tool_calls") or ():
             call = self._calls.setdefault(_index(part), {"id": None, "type": "function", "function": {}})
@@ -132,7 +133,7 @@ class ChoiceBuilder:
             function["arguments"] = function.get("arguments", "") + (new.get("arguments") or "")
 
     def choice(self) -> Choice:
-        """All of it."""
+        """The whole choice."""
         return Choice("".join(self._pieces), tuple(self._calls[index] for index in sorted(self._calls)))
 
 

@@ -20,13 +20,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from soma_vllm.adaptation.shadow_traffic import ShadowTraffic
-from soma_vllm.adaptation.teacher_logprobs import LogprobCapture, TeacherLogprobs, without_logprobs
+from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs
 from soma_vllm.adaptation.threaded_encoder import Encoder
 from soma_vllm.adapters.leases import AdapterLeases
 from soma_vllm.adapters.slots import SlotRequest
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import AdapterEngine, ChatCall, Engine, Reply
-from soma_vllm.engines.reply_parser import Ended, Listened, ParsedReply, heard_whole
+from soma_vllm.engines.logprob_capture import LogprobCapture
+from soma_vllm.engines.reply_parser import ParsedReply, observe
 from soma_vllm.errors import (
     AdapterError,
     BadRequest,
@@ -298,7 +299,7 @@ class Dispatcher:
             self._registry.release(key)
 
         headers = self._headers(key, session.phase, route)
-        return Answer(await _listened(reply, started, ended), headers)
+        return Answer(await observe(reply, started, ended), headers)
 
     async def _ask_surrogate(
         self, key: SessionKey, route: Route, incoming: ChatRequest
@@ -349,7 +350,7 @@ class Dispatcher:
             # Perhaps only for what we added: what the client hears is the answer to its own request.
             return await self._original.chat(own), None
         lesson = LogprobCapture()
-        return without_logprobs(reply, lesson), lesson
+        return lesson.take_off(reply), lesson
 
     async def _past_sessions(
         self, engine: Engine, incoming: ChatRequest, started: float, why: str, text: bool = False
@@ -363,7 +364,7 @@ class Dispatcher:
 
         role = Role.SURROGATE if engine is self._surrogate else Role.ORIGINAL
         headers = {"X-SOMA-Engine": role, "X-SOMA-Reason": why}
-        return Answer(await _listened(reply, started, ended), headers)
+        return Answer(await observe(reply, started, ended), headers)
 
     def _headers(self, key: SessionKey, phase: Phase, route: Route) -> dict[str, str]:
         return {
@@ -384,15 +385,6 @@ class Dispatcher:
 def no_such_model(model: str, served: Iterable[str]) -> NoSuchModel:
     """The refusal of a model's name."""
     return NoSuchModel(f"model: found {model[:200]!r}; expected one of {', '.join(served)}", "model")
-
-
-async def _listened(reply: Reply, started: float, ended: Ended) -> Reply:
-    """The reply, with `ended` awaited once it is over."""
-    if reply.events is not None:
-        return replace(reply, events=Listened(reply.events, started, ended))
-    assert reply.body is not None
-    await ended(heard_whole(reply.body, started))
-    return reply
 
 
 def _ascii(text: str) -> str:

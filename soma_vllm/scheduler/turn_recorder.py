@@ -13,8 +13,9 @@ from dataclasses import replace
 from soma_vllm.adaptation.drift import DriftWatch
 from soma_vllm.adaptation.pipeline import Adaptation
 from soma_vllm.adaptation.shadow_answers import most_tokens
-from soma_vllm.adaptation.teacher_logprobs import LogprobCapture, TeacherLogprobs
+from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs
 from soma_vllm.config import Config
+from soma_vllm.engines.logprob_capture import LogprobCapture
 from soma_vllm.engines.reply_parser import Choice, ParsedReply
 from soma_vllm.scheduler.policies.base import TurnQuery
 from soma_vllm.sessions.background_tasks import BackgroundTasks

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 
 from soma_vllm.api.responses.routes import router
 from soma_vllm.engines.engine import Reply
-from soma_vllm.engines.reply_parser import heard_whole, read_events
+from soma_vllm.engines.reply_parser import parse_body, read_events
 from soma_vllm.errors import EngineUnavailable, NotFound, SomaError
 from soma_vllm.scheduler.dispatcher import Answer, ChatRequest
 from soma_vllm.sessions.registry import StoredTranscript
@@ -190,7 +190,7 @@ class Script:
             self._record(incoming, read_events(events)[0][0])
             return Answer(Reply(events=ChatEvents(events)), self.headers)
         body = answer.completion()
-        self._record(incoming, heard_whole(body, 0.0).choices[0])
+        self._record(incoming, parse_body(body, 0.0).choices[0])
         return Answer(Reply(body=body), self.headers)
 
     def _record(self, incoming: ChatRequest, choice: Any) -> None:

@@ -1,27 +1,22 @@
-"""Log-probabilities in a user's own request: taken off the reply, kept with the turn, handed to the trainer."""
+"""Log-probabilities in a user's own request: which turns are asked for them, how they are kept and attached."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 from support.services import Build, Services
 
 from soma_vllm.adaptation.teacher_logprobs import (
-    LogprobCapture,
     TeacherLogprobs,
-    can_be_added_to,
     why_text,
-    without_logprobs,
 )
 from soma_vllm.config import Config, parse_config
 from soma_vllm.engines.engine import ChatCall
 from soma_vllm.engines.fake import FakeEngine, token_of
-from soma_vllm.engines.logprobs import teaching_fields
+from soma_vllm.engines.logprob_capture import LogprobCapture
 from soma_vllm.engines.reply_parser import Choice, ParsedReply
 from soma_vllm.errors import EngineRefused
 from soma_vllm.scheduler.dispatcher import Answer
@@ -29,12 +24,10 @@ from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.session import Session
 from soma_vllm.types import Event, Example, SessionKey, Teacher, Usage
 
-ANSWER = 'Grüße, {"logprobs":{"content":[]}} and\n"delta":{}, done 🙂'
-ADDED = teaching_fields(3)
 KEY, OTHER = SessionKey("t", "s"), SessionKey("t", "other")
 
 
-def heard(text: str = "an answer", tokens: int | None = None, complete: bool = True) -> ParsedReply:
+def reply_of(text: str = "an answer", tokens: int | None = None, complete: bool = True) -> ParsedReply:
     return ParsedReply((Choice(text),), Usage(completion_tokens=tokens), complete, None, 0.1)
 
 
@@ -43,14 +36,10 @@ def entry(token: int) -> dict[str, Any]:
     return {**shown, "top_logprobs": [shown]}
 
 
-def whole(tokens: Sequence[int], text: str) -> int | None:
-    return len(tokens)
-
-
-def lesson_of(*tokens: int) -> LogprobCapture:
-    lesson = LogprobCapture()
-    lesson.whole({"choices": [{"message": {}, "logprobs": {"content": [entry(t) for t in tokens]}}]})
-    return lesson
+def capture_of(*tokens: int) -> LogprobCapture:
+    capture = LogprobCapture()
+    capture.strip_body({"choices": [{"message": {}, "logprobs": {"content": [entry(t) for t in tokens]}}]})
+    return capture
 
 
 def example(turn: int, answer: str = "an answer") -> Example:
@@ -62,141 +51,7 @@ async def events_of(answer: Answer) -> list[str]:
     return [event async for event in answer.reply.events]
 
 
-# -- taking them off ------------------------------------------------------------------------------------
-
-
-async def test_a_stream_is_byte_for_byte_what_it_would_have_been() -> None:
-    engine, body = FakeEngine(answers=[ANSWER]), {"messages": [], "stream": True}
-    bare = (await engine.chat(ChatCall(body))).events
-    full = (await engine.chat(ChatCall({**body, **ADDED}))).events
-    assert bare is not None
-    assert full is not None
-    raw = [event async for event in full]
-    stripped = without_logprobs(await engine.chat(ChatCall({**body, **ADDED})), LogprobCapture()).events
-    assert stripped is not None
-    expected = [event async for event in bare]
-    assert raw != expected
-    assert [event async for event in stripped] == expected
-
-
-async def test_a_whole_reply_is_field_for_field_what_it_would_have_been() -> None:
-    engine = FakeEngine(answers=[ANSWER])
-    bare = await engine.chat(ChatCall({"messages": []}))
-    full = await engine.chat(ChatCall({"messages": [], **ADDED}))
-    assert full.body != bare.body
-    stripped = without_logprobs(full, LogprobCapture()).body
-    assert json.dumps(stripped) == json.dumps(bare.body)
-
-
-@pytest.mark.parametrize("stream", [True, False])
-async def test_every_token_is_heard_in_order_with_the_end_of_turn(stream: bool) -> None:
-    engine, lesson = FakeEngine(answers=["one two three"]), LogprobCapture()
-    reply = await engine.chat(ChatCall({"messages": [], "stream": stream, **ADDED}))
-    reply = without_logprobs(reply, lesson)
-    if reply.events is not None:
-        _ = [event async for event in reply.events]
-    teacher = lesson.teacher(heard("one two three", 4), whole)
-    assert teacher is not None
-    assert teacher.tokens == tuple(token_of(word) for word in ("one", "two", "three", "<end>"))
-    assert teacher.top.shape == teacher.logprobs.shape == (4, 3)
-    assert teacher.top[:, 0].tolist() == list(teacher.tokens)
-
-
-async def test_closing_a_stream_early_stops_the_generation() -> None:
-    engine = FakeEngine(answers=["one two three"])
-    reply = without_logprobs(
-        await engine.chat(ChatCall({"messages": [], "stream": True, **ADDED})), LogprobCapture()
-    )
-    assert reply.events is not None
-    await reply.events.aclose()
-    assert engine.closed_early.is_set()
-
-
-def event_of(delta: dict[str, Any], finish: str | None, *tokens: int) -> str:
-    choice = {"index": 0, "delta": delta, "logprobs": {"content": [entry(t) for t in tokens]}}
-    chunk = {"choices": [{**choice, "finish_reason": finish}], "usage": {"reasoning_tokens": 0}}
-    return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
-
-
-def test_an_event_sent_for_its_log_probabilities_alone_is_not_sent_on_but_heard() -> None:
-    lesson = LogprobCapture()
-    assert lesson.event(event_of({}, None, 1)) is None
-    assert lesson.event(event_of({"content": "a"}, None, 2)) is not None
-    assert lesson.event(event_of({}, "stop", 3)) is not None
-    teacher = lesson.teacher(heard(), whole)
-    assert teacher is not None
-    assert teacher.tokens == (1, 2, 3)
-
-
-@pytest.mark.parametrize("delta", [{"reasoning": "so"}, {"tool_calls": [{"index": 0}]}])
-def test_tokens_that_are_not_of_the_answer_make_no_teacher(delta: dict[str, Any]) -> None:
-    lesson = LogprobCapture()
-    lesson.event(event_of(delta, None, 1))
-    assert lesson.teacher(heard(), whole) is None
-
-
-@pytest.mark.parametrize(
-    "said", [heard(complete=False), heard(tokens=3)], ids=["cut off", "more tokens counted than shown"]
-)
-def test_what_is_not_the_whole_answer_makes_no_teacher(said: ParsedReply) -> None:
-    assert lesson_of(1, 2).teacher(said, whole) is None
-    assert lesson_of(1, 2).teacher(heard(tokens=2), whole) is not None
-
-
-def test_tokens_that_spell_nothing_of_the_answer_are_left_out_and_others_make_no_teacher() -> None:
-    teacher = lesson_of(1, 2, 3).teacher(heard(tokens=3), lambda tokens, text: 2)
-    assert teacher is not None
-    assert teacher.tokens == (1, 2)
-    assert teacher.top.tolist() == [[1], [2]]
-    assert len(teacher.logprobs) == 2
-    assert lesson_of(1, 2, 3).teacher(heard(tokens=3), lambda tokens, text: None) is None
-
-
-def test_log_probabilities_in_another_shape_are_taken_off_all_the_same() -> None:
-    lesson = LogprobCapture()
-    shown = {"content": [{"token": "secret", "top_logprobs": [{"token": "a", "logprob": -1.0}]}]}
-    body = lesson.whole({"choices": [{"message": {"content": "x"}, "logprobs": shown}]})
-    assert body["choices"] == [{"message": {"content": "x"}, "logprobs": None}]
-    assert lesson.teacher(heard(), whole) is None
-
-
-def test_rows_of_different_width_are_padded() -> None:
-    lesson = lesson_of(1)
-    wide = {**entry(2), "top_logprobs": [{"token": f"token_id:{t}", "logprob": -t} for t in (1, 2)]}
-    lesson.whole({"choices": [{"message": {}, "logprobs": {"content": [wide]}}]})
-    teacher = lesson.teacher(heard(), whole)
-    assert teacher is not None
-    assert teacher.top.tolist() == [[1, -1], [1, 2]]
-    assert np.isneginf(teacher.logprobs[0, 1])
-
-
-# -- whom to ask ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"logprobs": True},
-        {"logprobs": True, "top_logprobs": 2},
-        {"top_logprobs": 2},
-        {"n": 2},
-        {"tools": [{"type": "function"}]},
-        {"echo": True},
-        {"stop": ["\n"]},
-        {"response_format": {"type": "json_object"}},
-        {"skip_special_tokens": False},
-        {"something_new": 1},
-    ],
-    ids=str,
-)
-def test_nothing_is_added_to_a_request_that_is_not_plain(more: dict[str, Any]) -> None:
-    assert can_be_added_to({"messages": [], "temperature": 0})
-    assert not can_be_added_to({"messages": [], **more})
-
-
-@pytest.mark.parametrize("more", [{"n": 1}, {"logprobs": False}, {"tools": None}, {"stop": []}], ids=str)
-def test_saying_what_is_so_anyway_keeps_a_request_plain(more: dict[str, Any]) -> None:
-    assert can_be_added_to({"messages": [], **more})
+# -- which turns to ask for them on ----------------------------------------------------------------------
 
 
 def test_each_reason_to_teach_by_text_is_named() -> None:
@@ -211,7 +66,7 @@ def test_each_reason_to_teach_by_text_is_named() -> None:
     assert why(same=False) == "the original's tokenizer is not the surrogate's"
 
 
-def test_a_rolled_back_session_is_heard_only_while_it_may_be_trained_again() -> None:
+def test_a_rolled_back_session_is_asked_only_while_it_may_be_trained_again() -> None:
     teacher_logprobs = TeacherLogprobs(Config(), None)
     back = Session(KEY, phase=Phase.ROLLED_BACK)
     assert teacher_logprobs.fields(back, {"messages": []})
@@ -221,9 +76,9 @@ def test_a_rolled_back_session_is_heard_only_while_it_may_be_trained_again() -> 
 # -- keeping them ---------------------------------------------------------------------------------------
 
 
-def test_a_teacher_goes_only_with_the_answer_it_was_heard_with() -> None:
+def test_a_teacher_goes_only_with_the_answer_it_was_captured_with() -> None:
     teacher_logprobs = TeacherLogprobs(Config(), None)
-    teacher_logprobs.keep(KEY, 1, heard("an answer"), lesson_of(1, 2))
+    teacher_logprobs.keep(KEY, 1, reply_of("an answer"), capture_of(1, 2))
     mine, changed, later = teacher_logprobs.attach(KEY, [example(1), example(1, "another"), example(2)])
     assert mine.teacher is not None
     assert changed.teacher is later.teacher is None
@@ -233,8 +88,8 @@ def test_a_teacher_goes_only_with_the_answer_it_was_heard_with() -> None:
 def test_a_turn_that_is_replaced_takes_its_teacher_and_the_later_ones_with_it() -> None:
     teacher_logprobs = TeacherLogprobs(Config(), None)
     for turn in (1, 2, 3):
-        teacher_logprobs.keep(KEY, turn, heard(), lesson_of(turn))
-    teacher_logprobs.keep(KEY, 2, heard(), None)
+        teacher_logprobs.keep(KEY, turn, reply_of(), capture_of(turn))
+    teacher_logprobs.keep(KEY, 2, reply_of(), None)
     found = teacher_logprobs.attach(KEY, [example(turn) for turn in (1, 2, 3)])
     assert [item.teacher is not None for item in found] == [True, False, False]
 
@@ -256,7 +111,7 @@ OVER = ["switched", "adaptation_abandoned", "closed"]
 )
 def test_what_no_adaptation_needs_any_more_is_dropped(text: str, kind: str, kept: bool) -> None:
     teacher_logprobs = TeacherLogprobs(parse_config({"retention": {"text": text}}, "test"), None)
-    teacher_logprobs.keep(KEY, 1, heard(), lesson_of(1))
+    teacher_logprobs.keep(KEY, 1, reply_of(), capture_of(1))
     teacher_logprobs(KEY, Event(kind, 0.0, {}))
     assert (teacher_logprobs.attach(KEY, [example(1)])[0].teacher is not None) is kept
 
@@ -264,12 +119,12 @@ def test_what_no_adaptation_needs_any_more_is_dropped(text: str, kind: str, kept
 def test_no_more_is_kept_of_a_session_than_a_training_takes() -> None:
     teacher_logprobs = TeacherLogprobs(Config(), None)  # a window of four turns
     for turn in range(1, 8):
-        teacher_logprobs.keep(KEY, turn, heard(), lesson_of(turn))
+        teacher_logprobs.keep(KEY, turn, reply_of(), capture_of(turn))
     found = teacher_logprobs.attach(KEY, [example(turn) for turn in range(1, 8)])
     assert [item.teacher is not None for item in found] == [False] * 3 + [True] * 4
 
 
-def test_a_session_in_training_is_heard_in_case_it_comes_to_nothing() -> None:
+def test_a_session_in_training_is_asked_in_case_it_comes_to_nothing() -> None:
     teacher_logprobs = TeacherLogprobs(Config(), None)
     adapting = Session(KEY, phase=Phase.ADAPTING, trainings=1)
     assert teacher_logprobs.fields(adapting, {"messages": []})
@@ -279,7 +134,7 @@ def test_a_session_in_training_is_heard_in_case_it_comes_to_nothing() -> None:
 def test_a_branch_has_the_teachers_of_the_turns_it_begins_with() -> None:
     teacher_logprobs = TeacherLogprobs(Config(), None)
     for turn in (1, 2, 3):
-        teacher_logprobs.keep(KEY, turn, heard(), lesson_of(turn))
+        teacher_logprobs.keep(KEY, turn, reply_of(), capture_of(turn))
     branch = SessionKey(KEY.tenant, "branch")
     teacher_logprobs(branch, Event("branched", 0.0, {"of": KEY.session, "turns": [{}, {}]}))
     teacher_logprobs(KEY, Event("closed", 0.0, {}))
@@ -287,15 +142,15 @@ def test_a_branch_has_the_teachers_of_the_turns_it_begins_with() -> None:
     assert [item.teacher is not None for item in found] == [True, True, False]
 
 
-def test_beyond_its_bound_the_store_forgets_the_sessions_heard_longest_ago() -> None:
+def test_beyond_its_bound_the_store_forgets_the_sessions_captured_longest_ago() -> None:
     one = 4 * (4 + 4 + 36)  # four positions of one alternative each
     teacher_logprobs = TeacherLogprobs(Config(), None, kept_bytes=2 * one)
     keys = [SessionKey("t", str(number)) for number in range(3)]
     for key in keys:
-        teacher_logprobs.keep(key, 1, heard(), lesson_of(1, 2, 3, 4))
+        teacher_logprobs.keep(key, 1, reply_of(), capture_of(1, 2, 3, 4))
     known = [teacher_logprobs.attach(key, [example(1)])[0].teacher is not None for key in keys]
     assert known == [False, True, True]
-    teacher_logprobs.keep(OTHER, 1, heard(), lesson_of(*range(1, 20)))  # alone too large
+    teacher_logprobs.keep(OTHER, 1, reply_of(), capture_of(*range(1, 20)))  # alone too large
     assert teacher_logprobs.attach(OTHER, [example(1)])[0].teacher is None
 
 
@@ -315,7 +170,7 @@ def submitted(services: Services) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_warm_start_is_heard_without_the_clients_noticing(build: Build, stream: bool) -> None:
+async def test_a_warm_start_is_captured_without_the_clients_noticing(build: Build, stream: bool) -> None:
     services, untaught = await taught(build), build()
     await untaught.registry.start()
     said: list[list[Any]] = [[], []]

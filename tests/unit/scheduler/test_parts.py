@@ -12,7 +12,7 @@ from support.services import Services
 
 from soma_vllm.adaptation.threaded_encoder import ThreadedEncoder
 from soma_vllm.api.serializers import view
-from soma_vllm.engines.reply_parser import Choice, heard_whole, read_events
+from soma_vllm.engines.reply_parser import Choice, parse_body, read_events
 from soma_vllm.errors import ConfigError, NotFound
 from soma_vllm.scheduler.policies.base import Policies
 from soma_vllm.types import SessionKey, Usage
@@ -44,9 +44,9 @@ def test_a_stream_with_an_error_in_it_did_not_come_to_its_own_end() -> None:
 
 
 def test_a_whole_reply_without_content_is_empty_text() -> None:
-    heard = heard_whole({"choices": [{"message": {"content": None}}]}, 0.0)
-    assert heard.text == ""
-    assert heard.usage == Usage()
+    reply = parse_body({"choices": [{"message": {"content": None}}]}, 0.0)
+    assert reply.text == ""
+    assert reply.usage == Usage()
 
 
 async def test_the_encoder_is_asked_once_for_each_text() -> None:
