@@ -45,9 +45,3 @@ def test_nothing_that_is_tracked_is_ignored_as_what_a_build_makes() -> None:
 
 def test_no_tracked_file_names_a_folder_of_one_machine() -> None:
     assert [name for name, content in sources().items() if OF_ONE_MACHINE.search(content)] == []
-
-
-def test_a_source_distribution_gets_what_its_set_up_reads() -> None:
-    included = (ROOT / "MANIFEST.in").read_text()
-    for needed in ("README.md", "requirements/*.in", "soma_vllm/kernels *.cpp"):
-        assert needed in included
