@@ -63,7 +63,7 @@ demo: models
 	  --minutes $(MINUTES) --first topic-change --first $(FORCED) --first rainfall-table \
 	  --concurrency 3 --think-time 2 --await-verdicts --force-adapter $(FORCED) \
 	  $(TO_SEE) --expect switch --expect adapter --expect rollback
-	@echo '[demo] next: make serve, then point an OpenAI client at http://127.0.0.1:8000/v1, model "soma" (lines in README.md)'
+	@echo '[demo] next: make serve, then in another terminal .venv/bin/python examples/chat.py, or any OpenAI client (README.md)'
 
 MINUTES ?= 15
 

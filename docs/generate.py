@@ -36,7 +36,7 @@ CONFIGURATION = """# Configuration
 One YAML file, given by `--config`. `--set key=value` overrules it, such as `--set gate.accept_threshold=0.1`,
 and may be repeated. Unknown keys are refused, and values are not converted between types. All mistakes are
 reported together, before anything heavy starts; `soma-serve --config … --check` does no more than that.
-[paper_map.md](paper_map.md) says which symbol of the paper is
+[serving.md](serving.md) says what the keys are for, [paper_map.md](paper_map.md) which symbol of the paper is
 which key. A dash stands where the source has no words beside the name.
 """
 METRICS = """# Metrics

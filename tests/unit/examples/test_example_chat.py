@@ -1,8 +1,9 @@
-"""examples/chat.py against a server that speaks OpenAI's chat format on loopback."""
+"""examples/chat.py, and README.md's client, against a server that speaks OpenAI's chat format on loopback."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -33,6 +34,12 @@ class Handler(BaseHTTPRequestHandler):
             self._send(401, "application/json", content)
             return
         turn = (len(body["messages"]) + 1) // 2
+        told = {"Engine": "surrogate", "Phase": "SWITCHED", "Reason": f"turn {turn}"}
+        if not body.get("stream"):
+            message = {"role": "assistant", "content": f"Answer {turn}"}
+            content = json.dumps({"choices": [{"index": 0, "message": message}]}).encode()
+            self._send(200, "application/json", content, **told)
+            return
         events = [{"choices": [{"index": 0, "delta": {"content": piece}}]} for piece in ("Answer", f" {turn}")]
         lines = [*(json.dumps(event) for event in [*events, {"choices": []}]), "[DONE]"]
         content = "".join(f"data: {line}\n\n" for line in lines).encode()
@@ -129,3 +136,17 @@ def test_a_server_that_is_not_there_is_one_line_and_an_exit_code(server: Server)
     assert done.returncode == 1
     assert done.stderr.startswith(f"{nowhere}: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_client_in_the_readme_runs_as_it_stands(server: Server) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(code.splitlines()) <= 12
+    assert code.count("http://127.0.0.1:8000/v1") == 1
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("http://127.0.0.1:8000/v1", server.url)],
+        capture_output=True,
+        text=True,
+        timeout=GUARD_S,
+        check=True,
+    )
+    assert done.stdout.splitlines() == ["surrogate | turn 1 | Answer 1", "surrogate | turn 2 | Answer 2"]
