@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup models tiny baselines demo smoke evaluate serve check test lint fast-services fast-rest bench study load-tools load-test lock clean
+.PHONY: help setup models tiny baselines demo smoke evaluate serve check test lint docs fast-services fast-rest bench study load-tools load-test lock clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -63,7 +63,7 @@ demo: models
 	  --minutes $(MINUTES) --first topic-change --first $(FORCED) --first rainfall-table \
 	  --concurrency 3 --think-time 2 --await-verdicts --force-adapter $(FORCED) \
 	  $(TO_SEE) --expect switch --expect adapter --expect rollback
-	@echo '[demo] next: make serve, then point an OpenAI client at http://127.0.0.1:8000/v1, model "soma" (lines in README.md)'
+	@echo '[demo] next: make serve, then in another terminal .venv/bin/python examples/chat.py, or any OpenAI client (README.md)'
 
 MINUTES ?= 15
 
@@ -115,7 +115,7 @@ test-real: setup
 
 ## make check   lint, types and the fast tests: nothing is downloaded, no engine is started (3.5 minutes on 2 cores)
 check: setup
-	@$(MAKE) --no-print-directory -j2 --output-sync=target lint fast-services fast-rest
+	@$(MAKE) --no-print-directory -j2 --output-sync=target lint docs fast-services fast-rest
 
 SERVICES := tests/unit/scheduler tests/unit/sessions tests/unit/adaptation tests/unit/maintenance tests/unit/api tests/unit/adapters
 FAST := $(BIN)/python -m pytest -q -m "not slow"
@@ -130,6 +130,10 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+## make docs    write docs/configuration.md and docs/metrics.md from the code anew
+docs: setup
+	@$(BIN)/python docs/generate.py
 
 ## make bench   what many adapters cost: vLLM's LoRA path against ours, on the embedded surrogate (about 12 minutes)
 bench: models

@@ -1,17 +1,10 @@
-"""Metadata and entry points. Pinned versions live in requirements/*.lock; these are the ranges."""
+"""The C++ extensions and the entry points. All other metadata is in pyproject.toml."""
 
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 
 HERE = Path(__file__).parent
-
-
-def requirements(name: str) -> list[str]:
-    """Requirement lines of requirements/<name>.in, without comments."""
-    lines = (HERE / "requirements" / f"{name}.in").read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-
 
 # Optional: without a C++ compiler products are torch's. Python's own headers are all it includes, and
 # the instructions it uses are looked up when it runs, so that one build serves every x86 machine.
@@ -29,18 +22,7 @@ KERNELS = [
 ]
 
 setup(
-    name="soma-vllm",
-    version="0.1.0",
-    description="vLLM multi-LoRA serving of multi-turn dialogues that move from a large model to a small one",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="MIT",
-    python_requires=">=3.11,<3.12",
-    packages=find_packages(include=["soma_vllm", "soma_vllm.*"]),
     ext_modules=KERNELS,
-    package_data={"soma_vllm": ["py.typed"], "soma_vllm.engines.vllm.kernels": ["*.cpp", "*.h"]},
-    install_requires=requirements("base"),
-    extras_require={name: requirements(name) for name in ("cpu", "cuda", "dev", "llmlingua", "routellm")},
     entry_points={
         "console_scripts": [
             "soma = soma_vllm.cli.main:app",

@@ -52,8 +52,8 @@ from study.run import Say, Study, run
 
 from soma_vllm.config import load_config
 from soma_vllm.errors import ConfigError, SomaError
-from soma_vllm.tools.evaluate.evaluation_report import write
 from soma_vllm.tools.replay.dialogues import load_dialogues
+from soma_vllm.versions import versions
 
 HERE = Path(__file__).parent
 FULL = {
@@ -72,6 +72,7 @@ QUICK = {
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """The options, presets filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=versions())
     parser.add_argument("--config", type=Path, default=HERE.parent / "configs" / "cpu_demo.yaml")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="key=value; repeatable")
     parser.add_argument("--url", help="a running soma-serve of this machine, started from the same --config")
@@ -205,6 +206,8 @@ def main(arguments: Sequence[str]) -> int:
         return 130
     table.show(document, console)
     if options.json:
+        from soma_vllm.tools.evaluate.evaluation_report import write  # loads torch
+
         write(options.json, document)
     drawn = figures.draw(document, options.out) if options.out else []
     for path in drawn:

@@ -22,6 +22,11 @@ def installed_vllm() -> str | None:
     return None
 
 
+def versions() -> str:
+    """This package's version and vLLM's, such as "soma_vllm 0.1.0 (vLLM 0.32.0)": what `--version` prints."""
+    return f"soma_vllm {version('soma-vllm')} (vLLM {installed_vllm() or 'not installed'})"
+
+
 def vllm_is_supported() -> bool:
     """True when the installed vLLM is one whose internals this code knows."""
     found = installed_vllm()

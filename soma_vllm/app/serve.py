@@ -11,8 +11,21 @@ from rich.console import Console
 
 from soma_vllm.config import load_config
 from soma_vllm.errors import PreflightError, SomaError
+from soma_vllm.versions import versions
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def show_version(wanted: bool) -> None:
+    """Callback of `--version`."""
+    if wanted:
+        typer.echo(versions())
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit.")
+]
 
 
 @app.command()
@@ -22,6 +35,7 @@ def serve(
         list[str] | None, typer.Option("--set", help="key=value, such as gate.accept_threshold=0.1.")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check config, models and machine.")] = False,
+    version: Version = False,
 ) -> None:
     """Serve dialogues that begin on the original and move to the surrogate."""
     console = Console(highlight=False, soft_wrap=True)

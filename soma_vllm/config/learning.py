@@ -15,7 +15,7 @@ class Mining(Section):
 
     enabled: bool | Literal["auto"] = "auto"
     """True mines every session; False trains on the bare warm start, with equal weights. auto mines only where
-    it was measured to help later turns (docs/LOG.md)."""
+    it was measured to help later turns (docs/experiments)."""
     hardness: Literal["divergence", "reference"] = "divergence"
     """How a turn's hardness r_t is read off; "reference" is the published code's inverted form, for studies."""
     soft_len: Annotated[int, Field(ge=1, le=256)] = 16

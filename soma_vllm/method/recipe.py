@@ -189,7 +189,7 @@ def adapt(
 
 
 def mines(mining: Mining) -> bool:
-    """Whether stage 1 runs. On `auto` it does not: nothing it finds helped later turns yet (docs/LOG.md)."""
+    """Whether stage 1 runs. On `auto` it does not: nothing it finds helped later turns (docs/experiments)."""
     return mining.enabled is True
 
 

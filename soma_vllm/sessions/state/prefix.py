@@ -10,11 +10,11 @@ accept the result.
   last K turns. The window moves `window_step` turns at a time; between two moves each prompt begins with all of
   the prompt before it, so that the engine's prefix cache serves everything but the last answer and the query.
   With `anchor_role: system` the anchor's queries stand in the system message, without their answers: fewer
-  tokens at the same agreement (docs/LOG.md).
+  tokens at the same agreement (docs/experiments).
 
 Facts stay in the prompt because weights do not learn them in a few steps; behaviour (a format, a voice) need
-not, since an adapter carries it (docs/LOG.md). What is not plainly behaviour counts as facts: a fact that is
-dropped makes the answer wrong, a style that is kept costs tokens.
+not, since an adapter carries it (docs/experiments). What is not plainly behaviour counts as facts: a fact that
+is dropped makes the answer wrong, a style that is kept costs tokens.
 """
 
 from __future__ import annotations

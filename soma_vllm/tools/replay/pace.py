@@ -24,7 +24,7 @@ from soma_vllm.types import Role
 
 SURROGATES_SHARE = 0.6
 """Share of a session's turns after the warm start that the surrogate is expected to answer, before a verdict
-is known; a little less than was seen (docs/LOG.md), because time that is left over does no harm."""
+is known; a little less than was seen (docs/experiments), because time that is left over does no harm."""
 
 RECENT_TURNS = 12
 """Turns of an engine that its median is taken over: prompts grow, other dialogues come and go, and the first
