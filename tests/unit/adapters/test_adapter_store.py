@@ -18,7 +18,8 @@ import pytest
 from support.adapter_files import BASE_MODEL, write_adapter
 from support.guard import GUARD_S
 
-from soma_vllm.adapters.store.filesystem import AdapterStore, listing
+from soma_vllm.adapters.store import listing
+from soma_vllm.adapters.store.filesystem import AdapterStore
 from soma_vllm.adapters.store.manifest import PublishedAdapter
 from soma_vllm.adapters.store.verify import Demands
 from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
