@@ -157,7 +157,7 @@ $(TOOLS)/%/.installed: requirements/%.lock
 load-test: load-tools tiny
 	@$(BIN)/python -m pytest tests/integration/test_load_tools.py
 
-## make gpu-rehearsal  every step of benchmarks/gpu on the CPU with tiny models (6 to 9 minutes on 2 cores)
+## make gpu-rehearsal  every step of benchmarks/gpu on the CPU with tiny models (6 to 9 minutes on 2 idle cores, 16 on busy ones)
 gpu-rehearsal: setup
 	@bash benchmarks/gpu/rehearse.sh
 

@@ -35,22 +35,22 @@ note() { echo "[kit $(elapsed) s] $*" | tee -a "$OUT/log.txt"; }
 record() { printf '{"step": "%s", "what": "%s"%s}\n' "$@" >> "$OUT/results.jsonl"; }
 
 # step NAME SECONDS SCRIPT ARGUMENT...: steps/SCRIPT as a process group of its own under a time limit. The next
-# step follows whatever the outcome. One that would begin in the call's last seconds is left out, and recorded.
+# step follows whatever the outcome. One for which less than half its time is left does not begin, and is recorded.
 step() {
   local name=$1 limit=$(($2 * ${SLOW:-1})) script=$KIT/steps/$3 left start code=0
   shift 3
   [[ -z ${ONLY:-} || " $ONLY " == *" $name "* ]] || return 0
   left=$((${TOTAL:-600} - $(elapsed) - 4))
-  ((left < limit)) && limit=$left
-  if ((limit < 8)); then
-    note "$name: skipped, $left s are left"
+  if ((left < limit / 2)); then
+    note "$name: skipped, $left s are left; expected $limit"
     record "$name" skipped ""
     return 0
   fi
+  ((left < limit)) && limit=$left
   note "$name: begins, at most $limit s"
   start=$(date +%s)
   # A step ends by itself some seconds before its limit, with the figures that it has.
-  timeout -k 3 "$limit" python3 "$script" "${device[@]}" "$@" --budget "$((limit > 16 ? limit - 6 : limit))" \
+  timeout -k 3 "$limit" python3 "$script" "${device[@]}" "$@" --budget "$((limit - 6))" \
     >> "$OUT/log.txt" 2>&1 || code=$?
   record "$name" ended ", \"rc\": $code, \"seconds\": $(($(date +%s) - start))"
   note "$name: ended with $code after $(($(date +%s) - start)) s"
