@@ -35,7 +35,7 @@ note() { echo "[kit $(elapsed) s] $*" | tee -a "$OUT/log.txt"; }
 record() { printf '{"step": "%s", "what": "%s"%s}\n' "$@" >> "$OUT/results.jsonl"; }
 
 # step NAME SECONDS SCRIPT ARGUMENT...: steps/SCRIPT as a process group of its own under a time limit. The next
-# step follows whatever the outcome. One for which less than half its time is left does not begin, and is recorded.
+# step follows whatever the outcome. One with less than half its time left does not begin; that is recorded.
 step() {
   local name=$1 limit=$(($2 * ${SLOW:-1})) script=$KIT/steps/$3 left start code=0
   shift 3
