@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run every step of the calls on the CPU with tiny models.
 #
-#   bash benchmarks/gpu/rehearse.sh [1|2]...     both by default; 6 to 9 minutes on 2 idle cores, 16 on busy ones
+#   bash benchmarks/gpu/rehearse.sh [1|2]...     both by default; 6 to 9 minutes on 2 idle cores, 16 on busy
 #
 # Needs make setup. Ends with "wrong: 0", or with what is wrong and exit code 1: the package has changed, and a
 # step has to follow. Figures and logs stay in .gpu/rehearsal/out/.
