@@ -78,7 +78,7 @@ async def throughput(step: Step, engine: Engine, lora: bool, name: str) -> None:
 
 async def cold_loads(step: Step, engine: Engine, name: str) -> None:
     """What streams see while adapters are read: by none, by vLLM's own way, by the project's."""
-    from soma_vllm.engines.vllm_internals import add_adapter
+    from soma_vllm.engines.vllm.internals import add_adapter
 
     streams, tokens, loads = (1, 60, 1) if step.tiny else (4, 2000, 12)
     first = engine.max_loras + 1

@@ -26,7 +26,7 @@ from vllm_engine import OLD_RUNNER
 
 from dialogues import Client, dispatch_cost, play
 
-MODULE = "soma_vllm.cli.serve"
+MODULE = "soma_vllm.app.serve"
 """What the console script soma-serve runs; without a script, so that an installed package is not needed."""
 SLOW = int(os.environ.get("SLOW", "1"))
 """Multiplies limits, for rehearsals."""

@@ -17,7 +17,7 @@ from typing import Any
 from common import Step
 from tuned import remedy
 
-EXTENSION = "soma_vllm.adapters.worker.ReadsAdaptersAside"
+EXTENSION = "soma_vllm.engines.vllm.worker_extension.ReadsAdaptersAside"
 OLD_RUNNER = "runner.json"
 """Beside the models where model runner V2 does not start on this machine: engines then take V1."""
 
