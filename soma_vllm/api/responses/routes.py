@@ -16,8 +16,8 @@ from fastapi.responses import Response
 from soma_vllm.api.chat import DialogueStream, dispatcher
 from soma_vllm.api.error_responses import failed, failure
 from soma_vllm.api.responses.convert import Frame, chat_body, new_id, response_of
-from soma_vllm.api.responses.request import ResponsesRequest, body_schema, parse
 from soma_vllm.api.responses.input_items import messages_of, prompt
+from soma_vllm.api.responses.request import ResponsesRequest, body_schema, parse
 from soma_vllm.api.responses.stream import ResponseEvents
 from soma_vllm.engines.vllm.internals import validate_json_request, with_cancellation
 from soma_vllm.errors import BadRequest, NotFound, SomaError

@@ -14,8 +14,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from support.adapter_files import write_adapter
 from support.guard import GUARD_S
 
-from soma_vllm.adapters.store.bucket import Bucket
 from soma_vllm.adapters.store import object_store
+from soma_vllm.adapters.store.bucket import Bucket
 from soma_vllm.adapters.store.filesystem import AdapterStore
 from soma_vllm.adapters.store.manifest import PublishedAdapter
 from soma_vllm.adapters.store.object_store import RemoteAdapterStore

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from soma_vllm.api.responses.input_items import messages_of, prompt
 
+from soma_vllm.api.responses.input_items import messages_of, prompt
 from soma_vllm.errors import BadRequest
 from soma_vllm.sessions.state.transcript import read, says
 

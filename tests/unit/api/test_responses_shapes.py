@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from soma_vllm.api.responses.input_items import messages_of, prompt
 from support.responses_services import Spoken, checked, token
 
 from soma_vllm.api.responses.convert import Frame, chat_body, response_of
+from soma_vllm.api.responses.input_items import messages_of, prompt
 from soma_vllm.api.responses.request import parse
 from soma_vllm.engines.vllm.internals import ChatCompletionRequest
 from soma_vllm.errors import EngineError
