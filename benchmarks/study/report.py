@@ -30,8 +30,7 @@ OVERHEADS = {
     "bypass_overhead_ms": ("added_ms", "by_name"),
 }
 """Ratios by where they stand among what `study.overhead` found."""
-ALLOWED = {"original": {"original"}, "surrogate": {"surrogate"}, "speculative": {"original"}}
-"""Engines that may answer in an arm whose policy leaves no choice."""
+ALLOWED = {"original": {"original"}, "surrogate": {"surrogate"}, "speculative": {"original"}}  # by arm
 
 
 @dataclass(frozen=True)

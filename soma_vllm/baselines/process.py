@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,16 @@ END_S = 5.0
 """Longest wait for a process to end by itself."""
 
 
+@dataclass(frozen=True)
+class ProcessLimits:
+    """What a process may take."""
+
+    threads: int
+    time_limit_s: float
+    """Of one request."""
+    load_limit_s: float
+
+
 class BaselineProcess:
     """One package in a process of its own."""
 
@@ -32,9 +43,7 @@ class BaselineProcess:
         name: str,
         settings: Callable[[], Mapping[str, Any]],
         packages: Path,
-        threads: int,
-        time_limit_s: float,
-        load_limit_s: float,
+        limits: ProcessLimits,
         script: Path = SCRIPT,
     ) -> None:
         """`name` is one of `worker.LOADERS`, and `settings` what that wants; it may block, and raise
@@ -42,9 +51,7 @@ class BaselineProcess:
         self._name = name
         self._settings = settings
         self._packages = packages
-        self._threads = threads
-        self._time_limit_s = time_limit_s
-        self._load_limit_s = load_limit_s
+        self._limits = limits
         self._script = script
         self._closed = False
         self._under_way: set[asyncio.Task[Any]] = set()
@@ -75,7 +82,7 @@ class BaselineProcess:
     async def _ask(self, request: Mapping[str, Any]) -> Any:
         async with self._turn:
             process = await self._running()
-            return await self._exchange(process, request, self._time_limit_s)
+            return await self._exchange(process, request, self._limits.time_limit_s)
 
     def _over(self, task: asyncio.Task[Any]) -> None:
         self._under_way.discard(task)
@@ -104,7 +111,7 @@ class BaselineProcess:
             limit=LINE_LIMIT,
             start_new_session=True,  # Ctrl-C is the server's to handle
         )
-        await self._exchange(self._process, load, self._load_limit_s)
+        await self._exchange(self._process, load, self._limits.load_limit_s)
         return self._process
 
     async def _exchange(
@@ -150,7 +157,7 @@ class BaselineProcess:
         return {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path),
-            "OMP_NUM_THREADS": str(self._threads),
+            "OMP_NUM_THREADS": str(self._limits.threads),
             "TOKENIZERS_PARALLELISM": "false",
             "TRANSFORMERS_VERBOSITY": "error",
             "TQDM_DISABLE": "1",

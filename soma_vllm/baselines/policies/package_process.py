@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from soma_vllm.baselines.process import BaselineProcess
+from soma_vllm.baselines.process import BaselineProcess, ProcessLimits
 from soma_vllm.config import Config
 from soma_vllm.models.home import soma_home
 from soma_vllm.models.hub import local_path
@@ -25,7 +25,5 @@ def process_of(
         name,
         lambda: {**settings, key: None if model is None else str(local_path(model))},
         packages=Path(baselines.packages.format(soma_home=soma_home())),
-        threads=baselines.threads,
-        time_limit_s=baselines.timeout_s,
-        load_limit_s=baselines.load_timeout_s,
+        limits=ProcessLimits(baselines.threads, baselines.timeout_s, baselines.load_timeout_s),
     )

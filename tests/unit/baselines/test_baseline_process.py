@@ -12,7 +12,7 @@ import pytest
 from support.guard import GUARD_S
 
 from soma_vllm.baselines import process
-from soma_vllm.baselines.process import BaselineProcess
+from soma_vllm.baselines.process import BaselineProcess, ProcessLimits
 from soma_vllm.errors import ModelError, PolicyUnavailable
 
 SCRIPT = """
@@ -33,7 +33,7 @@ async def echo(tmp_path: Path) -> AsyncIterator[BaselineProcess]:
     """A process that gives requests back, and waits for a file, fails or ends as they say."""
     script = tmp_path / "echo.py"
     script.write_text(SCRIPT)
-    made = BaselineProcess("echo", dict, tmp_path, 1, GUARD_S, GUARD_S, script)
+    made = BaselineProcess("echo", dict, tmp_path, ProcessLimits(1, GUARD_S, GUARD_S), script)
     yield made
     await made.close()
 
@@ -62,7 +62,7 @@ async def test_a_process_that_ended_is_replaced_at_the_next_request(echo: Baseli
 
 
 async def test_a_process_that_hangs_is_replaced(tmp_path: Path, echo: BaselineProcess) -> None:
-    impatient = BaselineProcess("echo", dict, tmp_path, 1, 2.0, GUARD_S, tmp_path / "echo.py")
+    impatient = BaselineProcess("echo", dict, tmp_path, ProcessLimits(1, 2.0, GUARD_S), tmp_path / "echo.py")
     first = await impatient.ask({})
     with pytest.raises(PolicyUnavailable, match="has not answered within 2 s"):
         await impatient.ask({"until": str(tmp_path / "never")})
@@ -114,12 +114,12 @@ async def test_settings_that_name_no_model_are_told(tmp_path: Path) -> None:
         raise ModelError("found no such directory")
 
     with pytest.raises(PolicyUnavailable, match="found no such directory"):
-        await BaselineProcess("echo", settings, tmp_path, 1, 5.0, 5.0).start()
+        await BaselineProcess("echo", settings, tmp_path, ProcessLimits(1, 5.0, 5.0)).start()
 
 
 async def test_a_package_that_is_not_installed_is_told_with_its_name(tmp_path: Path) -> None:
     model = {"model": str(tmp_path), "device": "cpu"}
-    process = BaselineProcess("llmlingua2", lambda: model, tmp_path, 1, 5.0, 30.0)
+    process = BaselineProcess("llmlingua2", lambda: model, tmp_path, ProcessLimits(1, 5.0, 30.0))
     with pytest.raises(PolicyUnavailable, match=r"No module named 'llmlingua'.*make baselines"):
         await process.start()
     await process.close()

@@ -12,9 +12,8 @@ copies A and B once per token. `GroupedPunicaWrapperCPU` takes its place and gua
 
 `engines/vllm/general_plugin.py` puts it in place. It leans on vLLM internals that `versions.py` pins.
 
-Vocabulary: *slot*, an adapter's place in the stacked weights, whose shapes are (slots, 1, rank, in) for A and
-(slots, 1, out, rank) for B; *row*, one token of the step (or one sampled position, for logits).
-"""
+*slot*: an adapter's place in the stacked weights, (slots, 1, rank, in) for A, (slots, 1, out, rank) for B;
+*row*: one token of the step (or one sampled position, for logits)."""
 
 from __future__ import annotations
 
