@@ -24,12 +24,11 @@ from study.plan import Block
 
 REFERENCE = "original"
 OURS = "soma"
-OVERHEADS = {
+OVERHEADS = {  # ratios, by where they stand among what `study.overhead` found
     "dispatch_overhead_ms": ("added_ms", "session"),
     "first_turn_overhead_ms": ("added_ms_first_turns", "session"),
     "bypass_overhead_ms": ("added_ms", "by_name"),
 }
-"""Ratios by where they stand among what `study.overhead` found."""
 ALLOWED = {"original": {"original"}, "surrogate": {"surrogate"}, "speculative": {"original"}}  # by arm
 
 
