@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -19,6 +19,12 @@ from soma_vllm.config import Config
 from soma_vllm.errors import BadRequest, ConfigError, SomaError
 
 T = TypeVar("T")
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value over the configuration; repeatable.")
+]
+PairConfig = Annotated[Path, typer.Option(help="Configuration: the pair, the prefix, the training.")]
+DialogueFile = Annotated[Path, typer.Option(help='JSON file {"id": ["user turn 1", ...]}.')]
 
 
 class InputProblems(list[str]):
@@ -67,6 +73,20 @@ def fill_paths(template: str, key: str, instead: str, config: Config | None = No
         raise ConfigError(key, [found])
     absolute = "" if run_dir is None else str(Path(run_dir).expanduser().absolute())
     return template.replace("{soma_home}", str(soma_home())).replace("{run_dir}", absolute)
+
+
+def read_json(path: Path, unique: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """A file's document; `unique` may look at the keys of each object, as json's `object_pairs_hook`.
+
+    Raises:
+        ConfigError: it cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
+    except ValueError as error:
+        raise ConfigError(str(path), [f"is not JSON: {error}"]) from error
 
 
 def write_json(path: Path, document: Mapping[str, Any], allow_nan: bool = True) -> None:
