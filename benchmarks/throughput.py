@@ -52,7 +52,7 @@ from study.run import Say, Study, run
 
 from soma_vllm.config import load_config
 from soma_vllm.errors import ConfigError, SomaError
-from soma_vllm.tools.evaluate.evaluation_report import write
+from soma_vllm.tools.command_line import write_json
 from soma_vllm.tools.replay.dialogues import load_dialogues
 
 HERE = Path(__file__).parent
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str]) -> int:
         return 130
     table.show(document, console)
     if options.json:
-        write(options.json, document)
+        write_json(options.json, document, allow_nan=False)
     drawn = figures.draw(document, options.out) if options.out else []
     for path in drawn:
         console.print(f"figure {path}", highlight=False)

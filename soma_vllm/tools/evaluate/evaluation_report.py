@@ -1,19 +1,17 @@
 """What an evaluation found, as one JSON document. Holds no conversation text.
 
-Guarantees: a variant's number is the mean over sessions, each session counting alike, so that it fits the
-interval of its differences; the file is written whole or not at all.
+A variant's number is the mean over sessions, each session counting alike, so that it fits the interval of its
+differences.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -23,6 +21,8 @@ from soma_vllm.tools.evaluate.statistics import RESAMPLES, interval
 from soma_vllm.tools.evaluate.variants import PLAIN, Variant
 
 MEASURES = ("nll", "kl", "top1", "gap", "rouge_l", "prompt_tokens", "train_s", "train_flops")
+SHARES = ("top1", "prompt_tokens")
+"""Measures that are compared with those of the full history."""
 DIGITS = 6
 
 
@@ -68,34 +68,18 @@ def settings(
     }
 
 
-def write(path: Path, document: Mapping[str, Any]) -> None:
-    """Replace the file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(
-        json.dumps(document, ensure_ascii=False, indent=2, allow_nan=False) + "\n", encoding="utf-8"
-    )
-    draft.replace(path)
-
-
 def _variant(variant: Variant, found: Mapping[Variant, Mapping[str, Numbers]]) -> dict[str, Any]:
     sessions = found[variant]
-    baseline, full = variant.baseline, found[Variant(PLAIN, "full")]
-    differences = [] if baseline is None else _differences(sessions, found[baseline])
-    ci95 = interval(differences)
-    means = _means(sessions.values())
-    whole = _means(full.values())
+    baseline, full = variant.baseline, _means(found[Variant(PLAIN, "full")])
+    means = _means(sessions)
+    shares = {key: means[key] / full[key] if means[key] is not None and full[key] else None for key in SHARES}
     return {
         "method": variant.method,
         "prefix": variant.prefix,
         **means,
         "against": None if baseline is None else baseline.name,
-        "diff_nll": _rounded(fmean(differences)) if differences else None,
-        "ci95_nll": None if ci95 is None else [_rounded(bound) for bound in ci95],
-        "share_of_full": {
-            "top1": _ratio(means["top1"], whole["top1"]),
-            "prompt_tokens": _ratio(means["prompt_tokens"], whole["prompt_tokens"]),
-        },
+        **_differences(sessions, None if baseline is None else found[baseline]),
+        "share_of_full": {key: _round(share) for key, share in shares.items()},
         "failed": sorted(name for name, numbers in sessions.items() if numbers.failed is not None),
         "sessions": {name: _numbers(numbers) for name, numbers in sessions.items()},
     }
@@ -107,26 +91,33 @@ def _summary(results: Mapping[str, SessionResult]) -> dict[str, Any]:
     served = {name: choice.later for name, choice in choices.items() if choice.later is not None}
     plain_full = Variant(PLAIN, "full").name
     full = {name: results[name].numbers[plain_full] for name in served}
-    differences = _differences(served, full)
-    ci95 = interval(differences)
     candidates = [str(choice.candidate) for choice in choices.values()]
     return {
         "sessions": {name: candidates.count(name) for name in sorted(set(candidates))},
-        **_means(served.values()),
+        **_means(served),
         "against": plain_full,
-        "diff_nll": _rounded(fmean(differences)) if differences else None,
-        "ci95_nll": None if ci95 is None else [_rounded(bound) for bound in ci95],
-        "full_history": {key: _means(full.values())[key] for key in ("nll", "top1", "prompt_tokens")},
+        **_differences(served, full),
+        "full_history": {key: _means(full)[key] for key in ("nll", *SHARES)},
     }
 
 
-def _differences(these: Mapping[str, Numbers], those: Mapping[str, Numbers]) -> list[float]:
-    return [numbers.nll - those[name].nll for name, numbers in these.items()]
+def _differences(these: Mapping[str, Numbers], those: Mapping[str, Numbers] | None) -> dict[str, Any]:
+    """The mean paired difference of the NLL, with its interval; None without a baseline."""
+    pairs = [] if those is None else [numbers.nll - those[name].nll for name, numbers in these.items()]
+    ci95 = interval(pairs)
+    return {
+        "diff_nll": _round(fmean(pairs)) if pairs else None,
+        "ci95_nll": None if ci95 is None else [_round(bound) for bound in ci95],
+    }
 
 
-def _means(sessions: Any) -> dict[str, Any]:
-    rows = list(sessions)
-    return {name: _mean([getattr(numbers, name) for numbers in rows]) for name in MEASURES}
+def _means(sessions: Mapping[str, Numbers]) -> dict[str, Any]:
+    """Over the sessions that have the number; None where none has."""
+    means = {}
+    for name in MEASURES:
+        known = [value for one in sessions.values() if (value := getattr(one, name)) is not None]
+        means[name] = _round(fmean(known)) if known else None
+    return means
 
 
 def _choice(result: SessionResult) -> dict[str, Any]:
@@ -141,20 +132,10 @@ def _choice(result: SessionResult) -> dict[str, Any]:
 
 
 def _numbers(numbers: Numbers) -> dict[str, Any]:
-    return {name: _rounded(value) for name, value in asdict(numbers).items()}
+    return {name: _round(value) for name, value in asdict(numbers).items()}
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    """Over the sessions that have the number; None where none has."""
-    known = [value for value in values if value is not None]
-    return _rounded(fmean(known)) if known else None
-
-
-def _ratio(part: float | None, whole: float | None) -> float | None:
-    return _rounded(part / whole) if part is not None and whole else None
-
-
-def _rounded(value: Any) -> Any:
+def _round(value: Any) -> Any:
     return round(value, DIGITS) if isinstance(value, float) else value
 
 

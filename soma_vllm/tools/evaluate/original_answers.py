@@ -1,4 +1,4 @@
-"""The original for the length of a block: a child server started for it, or someone else's endpoint.
+"""The original for the length of a block: a child server started for it, or an external endpoint.
 
 Guarantees: a server started here is stopped here, whatever happens in between; nothing is started where every
 trajectory is on disk.
@@ -10,7 +10,7 @@ import asyncio
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from soma_vllm.config import Config
@@ -21,7 +21,7 @@ from soma_vllm.engines.supervisor import Patience, Supervisor
 from soma_vllm.engines.vllm.arguments import child_command, child_environment, vllm_arguments
 from soma_vllm.models.home import soma_home
 from soma_vllm.models.hub import local_path
-from soma_vllm.tools.evaluate.trajectory import Recipe, Told, Trajectory, TrajectoryShelf, play_all
+from soma_vllm.tools.evaluate.trajectory import Recipe, Say, Trajectory, TrajectoryCache, play_all
 
 Opening = Callable[[], AbstractAsyncContextManager[Engine]]
 
@@ -37,8 +37,8 @@ def recipe_of(config: Config) -> Recipe:
     return Recipe(f"{name} at {original.url}", config.max_new_tokens, shows)
 
 
-async def played_for(
-    config: Config, dialogues: Mapping[str, Sequence[str]], at_once: int, tell: Told
+async def load_trajectories(
+    config: Config, dialogues: Mapping[str, Sequence[str]], at_once: int, say: Say
 ) -> dict[str, Trajectory]:
     """The trajectories of the configured original, remembered under $SOMA_HOME; `at_once` dialogues at a time.
 
@@ -46,16 +46,16 @@ async def played_for(
         ModelError: the original's folder is needed and not there.
         EngineError: the original did not start, or did not answer.
         PreflightError: an endpoint's key is not in the environment.
-        asyncio.CancelledError: the process was told to end by SIGTERM; what was started is stopped.
+        asyncio.CancelledError: the process got SIGTERM; what was started is stopped.
     """
     loop, current = asyncio.get_running_loop(), asyncio.current_task()
     assert current is not None
-    adapter_store = TrajectoryShelf(soma_home() / "trajectories")
+    cache = TrajectoryCache(soma_home() / "trajectories")
     # Ended from outside, an original started here must still be stopped: SIGTERM unwinds as Ctrl-C does.
     loop.add_signal_handler(signal.SIGTERM, current.cancel)
     try:
         return await trajectories(
-            dialogues, recipe_of(config), adapter_store, lambda: opened(config, tell), at_once, tell
+            dialogues, recipe_of(config), cache, lambda: open_original(config, say), at_once, say
         )
     finally:
         loop.remove_signal_handler(signal.SIGTERM)
@@ -64,31 +64,31 @@ async def played_for(
 async def trajectories(
     dialogues: Mapping[str, Sequence[str]],
     recipe: Recipe,
-    adapter_store: TrajectoryShelf,
+    cache: TrajectoryCache,
     opening: Opening,
     at_once: int,
-    tell: Told,
+    say: Say,
 ) -> dict[str, Trajectory]:
     """Every dialogue's trajectory, in the order of `dialogues`; what is not on disk is played.
 
     Raises:
         EngineError: the original did not start, or did not answer.
     """
-    found = {name: adapter_store.find(recipe, queries) for name, queries in dialogues.items()}
+    found = {name: cache.find(recipe, queries) for name, queries in dialogues.items()}
     missing = {name: dialogues[name] for name, kept in found.items() if kept is None}
     played: dict[str, Trajectory] = {}
     if missing:
-        tell(f"{len(missing)} of {len(dialogues)} dialogues have to be played to the original")
+        say(f"{len(missing)} of {len(dialogues)} dialogues have to be played to the original")
         async with opening() as engine:
-            played = await play_all(engine, missing, recipe, adapter_store, at_once, tell)
+            played = await play_all(engine, missing, recipe, cache, at_once, say)
     else:
-        tell(f"all {len(dialogues)} dialogues were played to the original before: it is not started")
+        say(f"all {len(dialogues)} dialogues were played to the original before: it is not started")
     return {name: kept or played[name] for name, kept in found.items()}
 
 
 @asynccontextmanager
-async def opened(config: Config, tell: Told) -> AsyncIterator[Engine]:
-    """The configured original, ready.
+async def open_original(config: Config, say: Say) -> AsyncIterator[Engine]:
+    """The configured original, ready: an endpoint, or a vLLM server of our own.
 
     Raises:
         ModelError: a child's model is not there.
@@ -97,36 +97,24 @@ async def opened(config: Config, tell: Told) -> AsyncIterator[Engine]:
     """
     original = config.original
     name = original.name or config.original_model or ""
-    if original.url is not None:
-        engine = OriginalEngine(
-            name, original.url, api_key_env=original.api_key_env, connect_timeout_s=original.connect_timeout_s
-        )
-        try:
+    async with AsyncExitStack() as stack:
+        if original.url is not None:
+            key, timeout_s = original.api_key_env, original.connect_timeout_s
+            engine = OriginalEngine(name, original.url, api_key_env=key, connect_timeout_s=timeout_s)
+            stack.push_async_callback(engine.close)
             yield engine
-        finally:
-            await engine.close()
-        return
-    assert config.original_model is not None, "for_serving has checked"
-    with tempfile.TemporaryDirectory(prefix="soma-original-") as folder:
-        async with _child(config, str(local_path(config.original_model)), name, Path(folder), tell) as engine:
-            yield engine
-
-
-@asynccontextmanager
-async def _child(
-    config: Config, model: str, name: str, folder: Path, tell: Told
-) -> AsyncIterator[OriginalEngine]:
-    """A vLLM server of our own, with its log and its socket in `folder`."""
-    original, socket, log = config.original, folder / "original.sock", folder / "original.log"
-    command = child_command(vllm_arguments(original, model, name), socket)
-    child = ChildServer(command, child_environment(original, model), log, socket)
-    supervisor = Supervisor(child, patience=Patience(start=original.start_timeout_s))
-    engine = OriginalEngine.of_child(name, supervisor, original.connect_timeout_s)
-    try:
-        tell(f"starting the original {name} (20-60 s); its log meanwhile is {log}")
+            return
+        assert config.original_model is not None, "for_serving has checked"
+        model = str(local_path(config.original_model))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soma-original-")))
+        socket, log = folder / "original.sock", folder / "original.log"
+        command = child_command(vllm_arguments(original, model, name), socket)
+        child = ChildServer(command, child_environment(original, model), log, socket)
+        supervisor = Supervisor(child, patience=Patience(start=original.start_timeout_s))
+        stack.push_async_callback(supervisor.stop)
+        engine = OriginalEngine.of_child(name, supervisor, original.connect_timeout_s)
+        stack.push_async_callback(engine.close)
+        say(f"starting the original {name} (20-60 s); its log is {log}")
         supervisor.start()
         await supervisor.wait_ready(original.start_timeout_s)
         yield engine
-    finally:
-        await engine.close()
-        await supervisor.stop()
