@@ -19,13 +19,13 @@ from rich.console import Console
 
 from soma_vllm.config import Config, load_config
 from soma_vllm.errors import EngineUnavailable
-from soma_vllm.tools.command_line import InputProblems, write_json
+from soma_vllm.tools.command_line import DialogueFile, InputProblems, Overrides, write_json
 from soma_vllm.tools.replay import replay_view as view
 from soma_vllm.tools.replay import timeline
-from soma_vllm.tools.replay.child_server import serve_command, started_server, while_alive
+from soma_vllm.tools.replay.child_server import run_server, serve_command, while_alive
 from soma_vllm.tools.replay.client import Player
 from soma_vllm.tools.replay.dialogues import Script, load_dialogues, make_script
-from soma_vllm.tools.replay.expectations import Expectation, missed
+from soma_vllm.tools.replay.expectations import Expectation, unmet
 from soma_vllm.tools.replay.pace import Rules, Timekeeper
 from soma_vllm.tools.replay.plan import fit_to_machine
 from soma_vllm.tools.replay.replay_view import Screen, SessionRecord
@@ -36,15 +36,13 @@ CONNECT_S = 60.0
 
 def replay(
     config: Annotated[Path, typer.Option(help="Configuration of the server.")],
-    dialogues: Annotated[Path, typer.Option(help='JSON file {"id": ["user turn 1", ...]}.')],
+    dialogues: DialogueFile,
     out: Annotated[Path, typer.Option(help="Directory for soma_log.json and timeline.png.")],
     url: Annotated[
         str | None,
         typer.Option(help="A running server, such as http://127.0.0.1:8000/v1. Without it one is started."),
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value over the configuration; repeatable.")
-    ] = None,
+    overrides: Overrides = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Most dialogues under way at once.")] = 3,
     think_time: Annotated[float, typer.Option(min=0, help="Seconds a user waits between turns.")] = 0.0,
     await_verdicts: Annotated[
@@ -105,7 +103,7 @@ def replay(
         plan = fit_to_machine(script, config_now, first or [], 60 * minutes, screen.say)
     if plan is not None:
         settings += plan.overrides
-        config_now, script = load_config(config, settings), plan.script(script)
+        config_now, script = load_config(config, settings), plan.script
     timekeeper = Timekeeper(
         Rules(script.warm_window, think_time, script.concurrency, config_now.adaptation.train_timeout_s),
         None if plan is None else plan.expected,
@@ -151,7 +149,7 @@ def _report(
     screen.console.print(view.table(sessions))
     for line in view.summary(sessions):
         screen.say(line)
-    lines = missed(expect, sessions)
+    lines = unmet(expect, sessions)
     for line in ([f"the replay ended early: {trouble}"] if trouble else []) + lines:
         screen.say(line, style="bold red")
     screen.say(look, style="bold")
@@ -210,7 +208,7 @@ async def _drive(
         def relay(line: str) -> None:
             screen.say(f"server | {line}", style="dim")
 
-        async with started_server(server, root, start_timeout_s, relay) as process:
+        async with run_server(server, root, start_timeout_s, relay) as process:
             await while_alive(process, player.play())
 
 
