@@ -6,8 +6,10 @@ written whole or not at all.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +54,18 @@ def one_line_errors(command: str) -> Iterator[None]:
     except SomaError as error:
         typer.echo(f"{command}: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2 if isinstance(error, ConfigError | BadRequest) else 1) from None
+
+
+@contextmanager
+def sigterm_cancels() -> Iterator[None]:
+    """While the block runs, SIGTERM cancels the current task, as Ctrl-C does: what it started is stopped."""
+    loop, current = asyncio.get_running_loop(), asyncio.current_task()
+    assert current is not None
+    loop.add_signal_handler(signal.SIGTERM, current.cancel)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
 
 
 def fill_paths(template: str, key: str, instead: str, config: Config | None = None) -> str:

@@ -6,8 +6,6 @@ trajectory is on disk.
 
 from __future__ import annotations
 
-import asyncio
-import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -21,6 +19,7 @@ from soma_vllm.engines.supervisor import Patience, Supervisor
 from soma_vllm.engines.vllm.arguments import child_command, child_environment, vllm_arguments
 from soma_vllm.models.home import soma_home
 from soma_vllm.models.hub import local_path
+from soma_vllm.tools.command_line import sigterm_cancels
 from soma_vllm.tools.evaluate.trajectory import Recipe, Say, Trajectory, TrajectoryCache, play_all
 
 Opening = Callable[[], AbstractAsyncContextManager[Engine]]
@@ -48,17 +47,11 @@ async def load_trajectories(
         PreflightError: an endpoint's key is not in the environment.
         asyncio.CancelledError: the process got SIGTERM; what was started is stopped.
     """
-    loop, current = asyncio.get_running_loop(), asyncio.current_task()
-    assert current is not None
     cache = TrajectoryCache(soma_home() / "trajectories")
-    # Ended from outside, an original started here must still be stopped: SIGTERM unwinds as Ctrl-C does.
-    loop.add_signal_handler(signal.SIGTERM, current.cancel)
-    try:
+    with sigterm_cancels():
         return await trajectories(
             dialogues, recipe_of(config), cache, lambda: open_original(config, say), at_once, say
         )
-    finally:
-        loop.remove_signal_handler(signal.SIGTERM)
 
 
 async def trajectories(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from rich.console import Console
 
 from soma_vllm.config import Config, load_config
 from soma_vllm.errors import EngineUnavailable
-from soma_vllm.tools.command_line import DialogueFile, InputProblems, Overrides, write_json
+from soma_vllm.tools.command_line import DialogueFile, InputProblems, Overrides, sigterm_cancels, write_json
 from soma_vllm.tools.replay import replay_view as view
 from soma_vllm.tools.replay import timeline
 from soma_vllm.tools.replay.child_server import run_server, serve_command, while_alive
@@ -180,36 +180,24 @@ async def run(
     )
     player = Player(client, root, script, screen.show, timekeeper)
     screen.left_s = player.left_s
-    # Ended from outside, a server started here must still be stopped: SIGTERM unwinds as Ctrl-C does.
-    current = asyncio.current_task()
-    assert current is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, current.cancel)
+
+    def relay(line: str) -> None:
+        screen.say(f"server | {line}", style="dim")
+
     trouble: str | None = None
     try:
-        async with client:
-            await _drive(player, screen, root, server, start_timeout_s)
+        with sigterm_cancels(), screen.live(player.sessions):
+            async with client, AsyncExitStack() as stack:
+                if server is None:
+                    await player.play()
+                else:
+                    started = run_server(server, root, start_timeout_s, relay)
+                    await while_alive(await stack.enter_async_context(started), player.play())
     except EngineUnavailable as error:
         trouble = str(error)
     except asyncio.CancelledError:
         trouble = "interrupted"
-    finally:
-        asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
     return list(player.sessions.values()), trouble
-
-
-async def _drive(
-    player: Player, screen: Screen, root: str, server: Sequence[str] | None, start_timeout_s: float
-) -> None:
-    with screen.live(player.sessions):
-        if server is None:
-            await player.play()
-            return
-
-        def relay(line: str) -> None:
-            screen.say(f"server | {line}", style="dim")
-
-        async with run_server(server, root, start_timeout_s, relay) as process:
-            await while_alive(process, player.play())
 
 
 def write_log(path: Path, config: Config, sessions: Sequence[SessionRecord]) -> dict[str, Any]:
