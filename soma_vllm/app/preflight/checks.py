@@ -7,22 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from soma_vllm.app.preflight.machine_checks import (
-    Engines,
-    Report,
-    check_cores,
-    check_gpus,
-    check_memory,
-    check_port,
-    check_vllm,
-)
-from soma_vllm.app.preflight.model_checks import (
-    check_adapters,
-    check_draft,
-    check_endpoint,
-    check_engine_model,
-    check_model,
-)
+from soma_vllm.app.preflight import machine_checks as machine
+from soma_vllm.app.preflight import model_checks as models
 from soma_vllm.config import Config
 from soma_vllm.errors import PreflightError
 
@@ -37,22 +23,22 @@ def preflight(
     Raises:
         PreflightError: listing every problem.
     """
-    report = Report()
-    check_vllm(report, config)
-    check_port(report, config.server.host, config.server.port)
-    check_endpoint(report, config)
-    engines: Engines = {"surrogate": (config.surrogate, surrogate_path)}
+    report = machine.Report()
+    machine.check_vllm(report, config)
+    machine.check_port(report, config.server.host, config.server.port)
+    models.check_endpoint(report, config)
+    engines: machine.Engines = {"surrogate": (config.surrogate, surrogate_path)}
     if original_path is not None:
         engines["original"] = (config.original, original_path)
     for role, (engine, path) in engines.items():
-        check_engine_model(report, role, engine, path)
-    check_cores(report, engines)
+        models.check_engine_model(report, role, engine, path)
+    machine.check_cores(report, engines)
     if original_path is not None and config.original.draft_tokens:
-        check_draft(report, original_path, surrogate_path)
-    check_model(report, "encoder", encoder_path)
-    check_adapters(report, config)
-    check_gpus(report, config, engines)
-    check_memory(report, config, engines)
+        models.check_draft(report, original_path, surrogate_path)
+    models.check_model(report, "encoder", encoder_path)
+    models.check_adapters(report, config)
+    machine.check_gpus(report, config, engines)
+    machine.check_memory(report, config, engines)
     if report.problems:
         count = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
         lines = "\n".join(f"  - {problem}" for problem in report.problems)

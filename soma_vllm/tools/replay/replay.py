@@ -83,46 +83,68 @@ def replay(
 
     Exits with 1 when a dialogue broke off, the server died or an --expect was not met; with 2 on wrong input.
     """
-    screen = Screen(Console())
-    config_now, script = _prepare(
+    screen, overrides, first = Screen(Console()), overrides or [], first or []
+    settings, script = _prepare(
         config,
         dialogues,
-        overrides or [],
+        overrides,
         only=only or [],
         limit_turns=limit_turns,
         force_adapter=force_adapter or [],
         concurrency=concurrency,
         think_s=think_time,
         awaits_verdicts=await_verdicts,
-        first=first or [],
+        first=first,
     )
+    budget_s = None if minutes is None else 60 * minutes
+    settings, sessions, trouble = _replay(screen, script, settings, (config, overrides), url, budget_s, first)
+    log = write_log(out / "soma_log.json", settings, sessions)
+    look = f"look at {out / 'soma_log.json'}"
+    if any(session.turns for session in sessions):
+        timeline.draw(log, out / "timeline.png")
+        look = f"look at {out / 'timeline.png'} and {out / 'soma_log.json'}"
+    _report(screen, sessions, trouble, expect or [], look)
+
+
+def _replay(
+    screen: Screen,
+    script: Script,
+    settings: Config,
+    source: tuple[Path, list[str]],
+    url: str | None,
+    budget_s: float | None,
+    first: Sequence[str],
+) -> tuple[Config, list[SessionRecord], str | None]:
+    """Plan for this machine if there is a budget and no server yet, then play.
+
+    Args:
+        source: the configuration's file and its overrides, for a server started here.
+
+    Returns:
+        The settings in force, every dialogue's record, and why the replay ended early, if it did.
+    """
     for name in sorted(script.forced):
         screen.say(f"{name}: forced to its adapter, whatever the gate decides", style="yellow")
-    began, settings, plan = time.monotonic(), list(overrides or []), None
-    if minutes is not None and url is None:
-        plan = fit_to_machine(script, config_now, first or [], 60 * minutes, screen.say)
+    began, plan = time.monotonic(), None
+    path, overrides = source
+    if budget_s is not None and url is None:
+        plan = fit_to_machine(script, settings, first, budget_s, screen.say)
     if plan is not None:
-        settings += plan.overrides
-        config_now, script = load_config(config, settings), plan.script
+        overrides = [*overrides, *plan.overrides]
+        settings, script = load_config(path, overrides), plan.script
+    limit_s = settings.adaptation.train_timeout_s
     timekeeper = Timekeeper(
-        Rules(script.warm_window, think_time, script.concurrency, config_now.adaptation.train_timeout_s),
+        Rules(script.warm_window, script.think_s, script.concurrency, limit_s),
         None if plan is None else plan.expected,
-        None if minutes is None else began + 60 * minutes,
-        always={*(first or []), *script.forced} or {next(iter(script.dialogues))},
+        None if budget_s is None else began + budget_s,
+        always={*first, *script.forced} or {next(iter(script.dialogues))},
     )
-    host = "127.0.0.1" if config_now.server.host == "0.0.0.0" else config_now.server.host
-    base_url = url or f"http://{host}:{config_now.server.port}/v1"
-    server = None if url else serve_command(config, settings)
+    host = "127.0.0.1" if settings.server.host == "0.0.0.0" else settings.server.host
+    base_url = url or f"http://{host}:{settings.server.port}/v1"
+    server = None if url else serve_command(path, overrides)
     # Both engines start within this time, one after the other.
-    start_timeout_s = 2 * config_now.original.start_timeout_s
-    sessions, trouble = asyncio.run(run(script, screen, base_url, server, start_timeout_s, timekeeper))
-    log = write_log(out / "soma_log.json", config_now, sessions)
-    drawn = any(session.turns for session in sessions)
-    if drawn:
-        timeline.draw(log, out / "timeline.png")
-    look = f"look at {out / 'timeline.png'} and " if drawn else "look at "
-    look += str(out / "soma_log.json")
-    _report(screen, sessions, trouble, expect or [], look)
+    start_timeout_s = 2 * settings.original.start_timeout_s
+    return settings, *asyncio.run(run(script, screen, base_url, server, start_timeout_s, timekeeper))
 
 
 def _prepare(config: Path, dialogues: Path, overrides: Sequence[str], **choices: Any) -> tuple[Config, Script]:
