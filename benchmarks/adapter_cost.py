@@ -38,8 +38,8 @@ from soma_vllm.method.scoring import pooled, score_turns
 from soma_vllm.models.hub import local_path
 from soma_vllm.models.quiet import quiet
 from soma_vllm.tools.evaluate.dataset import Material, material
-from soma_vllm.tools.evaluate.original_answers import load_trajectories
 from soma_vllm.tools.evaluate.statistics import interval
+from soma_vllm.tools.evaluate.trajectory import load_trajectories
 from soma_vllm.tools.replay.dialogues import load_dialogues
 
 

@@ -39,7 +39,7 @@ def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> N
     config = load_config(path, overrides).for_serving(str(path))
     # Imported late: a wrong configuration is told in milliseconds.
     from soma_vllm.adapters.store.atomic_files import locked
-    from soma_vllm.app.preflight.checks import preflight
+    from soma_vllm.app.preflight import preflight
     from soma_vllm.app.server import ModelPaths, SomaServer, make_run_dir
     from soma_vllm.app.terminal import log_as_configured, output_to
     from soma_vllm.engines.arithmetic import settle

@@ -29,7 +29,7 @@ from soma_vllm.tools.evaluate.dataset import (
     material_of_session,
     split_by_length,
 )
-from soma_vllm.tools.evaluate.original_answers import load_trajectories
+from soma_vllm.tools.evaluate.trajectory import load_trajectories
 from soma_vllm.tools.replay.dialogues import Dialogues, load_dialogues
 from soma_vllm.training.pair import ANYONE, MANIFEST
 from soma_vllm.types import Example

@@ -21,8 +21,7 @@ from soma_vllm.errors import ConfigError, SomaError, TrainingError
 from soma_vllm.tools.command_line import DialogueFile, InputProblems, Overrides, PairConfig, write_json
 from soma_vllm.tools.evaluate.dataset import split_by_length
 from soma_vllm.tools.evaluate.evaluate_view import Steps, table
-from soma_vllm.tools.evaluate.original_answers import load_trajectories
-from soma_vllm.tools.evaluate.trajectory import Trajectory
+from soma_vllm.tools.evaluate.trajectory import Trajectory, load_trajectories
 from soma_vllm.tools.evaluate.variants import Variant, choose
 from soma_vllm.tools.replay.dialogues import Dialogues, load_dialogues
 
@@ -140,8 +139,7 @@ def _measure(
     plan: Plan, played: Mapping[str, Trajectory], generates: bool, source: str, out: Path, steps: Steps
 ) -> dict[str, Any]:
     """Measure every session; the report is on disk after each."""
-    from soma_vllm.tools.evaluate.evaluation_figures import draw
-    from soma_vllm.tools.evaluate.evaluation_report import report, settings
+    from soma_vllm.tools.evaluate.evaluation_report import draw, report, settings
     from soma_vllm.tools.evaluate.harness import Bench, SessionResult
 
     config = plan.config

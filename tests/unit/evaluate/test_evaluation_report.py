@@ -11,8 +11,7 @@ from rich.console import Console
 from soma_vllm.config import Config
 from soma_vllm.tools.command_line import write_json
 from soma_vllm.tools.evaluate.evaluate_view import table
-from soma_vllm.tools.evaluate.evaluation_figures import draw
-from soma_vllm.tools.evaluate.evaluation_report import report, settings
+from soma_vllm.tools.evaluate.evaluation_report import draw, report, settings
 from soma_vllm.tools.evaluate.harness import Choice, Numbers, SessionResult
 from soma_vllm.tools.evaluate.variants import choose
 from soma_vllm.types import Candidate

@@ -14,8 +14,15 @@ from soma_vllm.config import Config
 from soma_vllm.engines.engine import ChatCall, Engine, Reply
 from soma_vllm.errors import EngineRefused, EngineUnavailable, TrainingError
 from soma_vllm.tools.evaluate.dataset import material, split_by_length
-from soma_vllm.tools.evaluate.original_answers import recipe_of, trajectories
-from soma_vllm.tools.evaluate.trajectory import PlayedTurn, Recipe, Trajectory, TrajectoryCache, play
+from soma_vllm.tools.evaluate.trajectory import (
+    PlayedTurn,
+    Recipe,
+    Trajectory,
+    TrajectoryCache,
+    play,
+    recipe_of,
+    trajectories,
+)
 
 RECIPE = Recipe("original", max_new_tokens=16, top_logprobs=2)
 WORDS = Recipe("original", max_new_tokens=16, top_logprobs=0)
