@@ -38,8 +38,8 @@ from soma_vllm.method.scoring import pooled, score_turns
 from soma_vllm.models.hub import local_path
 from soma_vllm.models.quiet import quiet
 from soma_vllm.tools.evaluate.dataset import Material, material
-from soma_vllm.tools.evaluate.original_answers import played_for
 from soma_vllm.tools.evaluate.statistics import interval
+from soma_vllm.tools.evaluate.trajectory import load_trajectories
 from soma_vllm.tools.replay.dialogues import load_dialogues
 
 
@@ -185,7 +185,7 @@ def main() -> None:
     config = load_config(options.config, options.overrides).for_serving(str(options.config))
     script = load_dialogues(options.dialogues)
     chosen = {name: turns for name, turns in script.items() if not options.only or name in options.only}
-    played = asyncio.run(played_for(config, chosen, config.original.max_num_seqs, print))
+    played = asyncio.run(load_trajectories(config, chosen, config.original.max_num_seqs, print))
     assert config.surrogate_model is not None, "for_serving has checked"
     folder = local_path(config.surrogate_model)
     with quiet():

@@ -52,6 +52,7 @@ from study.run import Say, Study, run
 
 from soma_vllm.config import load_config
 from soma_vllm.errors import ConfigError, SomaError
+from soma_vllm.tools.command_line import write_json
 from soma_vllm.tools.replay.dialogues import load_dialogues
 from soma_vllm.versions import versions
 
@@ -206,9 +207,7 @@ def main(arguments: Sequence[str]) -> int:
         return 130
     table.show(document, console)
     if options.json:
-        from soma_vllm.tools.evaluate.evaluation_report import write  # loads torch
-
-        write(options.json, document)
+        write_json(options.json, document, allow_nan=False)
     drawn = figures.draw(document, options.out) if options.out else []
     for path in drawn:
         console.print(f"figure {path}", highlight=False)

@@ -32,7 +32,7 @@ import numpy as np
 from soma_vllm.config import Config
 from soma_vllm.engines.vllm.arguments import child_environment, surrogate_arguments
 from soma_vllm.models.hub import local_path
-from soma_vllm.tools.replay.child_server import started_server
+from soma_vllm.tools.replay.child_server import run_server
 from study.connections import fresh_client
 from study.plan import SYLLABLES
 from study.ports import free_port
@@ -65,7 +65,7 @@ async def plain_server(config: Config, say: Callable[[str], None]) -> AsyncItera
         *place,
         *surrogate_arguments(config, path, "plain"),
     ]
-    async with started_server(command, root, config.original.start_timeout_s, say):
+    async with run_server(command, root, config.original.start_timeout_s, say):
         yield root
 
 

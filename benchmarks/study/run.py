@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from soma_vllm.config import Config, Prices, load_config
 from soma_vllm.errors import EngineUnavailable
-from soma_vllm.tools.replay.child_server import serve_command, started_server, while_alive
+from soma_vllm.tools.replay.child_server import run_server, serve_command, while_alive
 from study.client import Played, Users
 from study.cost import Counting
 from study.meter import Meter, machine, server_process
@@ -63,7 +63,7 @@ async def served(
             own.append(f"{name}.extra_args={arguments}")
     root = f"http://127.0.0.1:{port}"
     process = await stack.enter_async_context(
-        started_server(serve_command(path, own), root, 2 * config.original.start_timeout_s, say)
+        run_server(serve_command(path, own), root, 2 * config.original.start_timeout_s, say)
     )
     return root, process
 

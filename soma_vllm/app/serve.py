@@ -53,11 +53,12 @@ def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> N
     config = load_config(path, overrides).for_serving(str(path))
     # Imported late: a wrong configuration is told in milliseconds.
     from soma_vllm.adapters.store.atomic_files import locked
-    from soma_vllm.app.preflight.checks import preflight
+    from soma_vllm.app.preflight import preflight
     from soma_vllm.app.run_dir import make_run_dir
     from soma_vllm.app.server import ModelPaths, SomaServer
-    from soma_vllm.app.terminal import log_as_configured, output_to, tail
+    from soma_vllm.app.terminal import log_as_configured, output_to
     from soma_vllm.engines.arithmetic import settle
+    from soma_vllm.engines.child_process import tail
     from soma_vllm.models.hub import folder_here, local_path
     from soma_vllm.scheduler.policies.base import Policies
 
@@ -96,7 +97,7 @@ def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> N
         except Exception as error:  # a process edge: whatever an engine died of, people get one message
             traceback.print_exc()
             raise PreflightError(
-                f"the surrogate failed ({type(error).__name__}: {error}); the end of {log}:\n{tail(log)}"
+                f"the surrogate failed ({type(error).__name__}: {error}); the end of {log}:\n{tail(log, 15)}"
             ) from error
 
 

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-TAIL_BYTES = 16_384
-
 
 @contextmanager
 def output_to(log: Path) -> Iterator[TextIO]:
@@ -41,15 +39,6 @@ def output_to(log: Path) -> Iterator[TextIO]:
         finally:
             for saved in kept:
                 os.close(saved)
-
-
-def tail(log: Path, lines: int = 15) -> str:
-    """The last lines of a log; empty when there is none."""
-    if not log.exists():
-        return ""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
-        return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-lines:])
 
 
 def log_as_configured(level: str) -> None:

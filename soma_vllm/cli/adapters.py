@@ -1,8 +1,8 @@
 """`soma adapters ls | show | verify | pin | rm | gc`: the adapter store, from the command line.
 
-Guarantees: looking, verifying and pinning work on the store itself, with or without a server; what deletes
-goes through the running server, which takes an adapter out of its engine first; with `--offline` it works on
-the store and is refused while a server of this machine serves from it. Nothing here loads an engine.
+Guarantees: listing, verifying and pinning work on the store itself, with or without a server; deletions go
+through the running server, which takes an adapter out of its engine first; with `--offline` they work on the
+store and are refused while a server of this machine serves from it. Nothing here loads an engine.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
@@ -22,10 +20,10 @@ from rich.table import Column, Table
 
 from soma_vllm.cli.sessions import ADMIN_KEY, HERE, KeyEnv, Server, Url
 from soma_vllm.config import Config, load_config
-from soma_vllm.errors import AdapterError, BadRequest, ConfigError, NotFound, SomaError
+from soma_vllm.errors import AdapterError, BadRequest, ConfigError
+from soma_vllm.tools.command_line import fill_paths, one_line_errors
 
 if TYPE_CHECKING:
-    from soma_vllm.adapters.store.manifest import PublishedAdapter
     from soma_vllm.adapters.store.opening import AnyAdapterStore
 
 app = typer.Typer(no_args_is_help=True)
@@ -43,36 +41,23 @@ MIB = 1024 * 1024
 def list_adapters(
     config: ConfigPath = None, root: Root = None, tenant: Tenant = None, as_json: Json = False
 ) -> None:
-    """What is published, oldest first."""
-    with _one_line_errors():
-        store = _opened(config, root)
+    """List the published adapters, oldest first."""
+    with one_line_errors("soma adapters"):
+        store = _open(config, root)
         listed, pins = store.list(tenant), store.pins()
         used = _last_uses(config)
-    rows = [_row(adapter, used, adapter.ref.name in pins) for adapter in listed]
+    rows = [
+        {**one.view(), "last_used": used.get(one.ref.name), "pinned": one.ref.name in pins} for one in listed
+    ]
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
-    table = Table(
-        Column("adapter", overflow="fold"),
-        Column("session", overflow="fold"),
-        "version",
-        "rank",
-        "MiB",
-        "published",
-        "last used",
-        "pinned",
-    )
+    folding = (Column(name, overflow="fold") for name in ("adapter", "session"))
+    table = Table(*folding, "version", "rank", "MiB", "published", "last used", "pinned")
     for row in rows:
-        table.add_row(
-            row["name"],
-            row["session"],
-            str(row["version"]),
-            str(row["rank"]),
-            f"{row['bytes'] / MIB:.1f}",
-            _time(row["created"]),
-            _time(row["last_used"]) if row["last_used"] else "-",
-            "yes" if row["pinned"] else "-",
-        )
+        numbers = (str(row["version"]), str(row["rank"]), f"{row['bytes'] / MIB:.1f}", _time(row["created"]))
+        used_at = _time(row["last_used"]) if row["last_used"] else "-"
+        table.add_row(row["name"], row["session"], *numbers, used_at, "yes" if row["pinned"] else "-")
     console = Console(highlight=False, markup=False)
     console.print(table)
     console.print(f"{len(rows)} adapters, {sum(row['bytes'] for row in rows) / MIB:.1f} MiB")
@@ -80,9 +65,9 @@ def list_adapters(
 
 @app.command("show")
 def show(name: str, config: ConfigPath = None, root: Root = None) -> None:
-    """All that is known of one adapter."""
-    with _one_line_errors():
-        store = _opened(config, root)
+    """Show one adapter's manifest."""
+    with one_line_errors("soma adapters"):
+        store = _open(config, root)
         typer.echo(json.dumps({**store.manifest(name), "pinned": name in store.pins()}, indent=1))
 
 
@@ -92,10 +77,10 @@ def verify(
     config: ConfigPath = None,
     root: Root = None,
 ) -> None:
-    """Read every byte again: whole, finite, of the right shapes, and what was published."""
+    """Verify adapters: complete, finite, of the right shapes, and with the digest they were published with."""
     damaged = 0
-    with _one_line_errors():
-        store = _opened(config, root, judging=True)
+    with one_line_errors("soma adapters"):
+        store = _open(config, root, judging=True)
         names = [adapter.ref.name for adapter in store.list()] if name is None else [name]
         for one in names:
             try:
@@ -113,12 +98,12 @@ def pin(
     name: str,
     config: ConfigPath = None,
     root: Root = None,
-    off: Annotated[bool, typer.Option("--off", help="Let it go again.")] = False,
+    off: Annotated[bool, typer.Option("--off", help="Unpin it.")] = False,
 ) -> None:
-    """Have an adapter never evicted. `rm` and the removal of its session still remove it."""
-    with _one_line_errors():
-        _opened(config, root).pin(name, not off)
-    typer.echo(f"{'let go    ' if off else 'pinned    '} {name}")
+    """Protect an adapter from eviction. `rm` and the removal of its session still remove it."""
+    with one_line_errors("soma adapters"):
+        _open(config, root).pin(name, not off)
+    typer.echo(f"{'unpinned  ' if off else 'pinned    '} {name}")
 
 
 @app.command("rm")
@@ -131,9 +116,9 @@ def remove(
     root: Root = None,
 ) -> None:
     """Remove one adapter; its sessions go back to the original."""
-    with _one_line_errors():
+    with one_line_errors("soma adapters"):
         if offline:
-            _opened_alone(config, root).retire(name)
+            _open_unserved(config, root).retire(name)
         else:
             Server(url, key_env).ask("DELETE", f"/{quote(name, safe='')}", below="/soma/adapters")
     typer.echo(f"removed    {name}")
@@ -147,13 +132,13 @@ def collect(
     config: ConfigPath = None,
     root: Root = None,
 ) -> None:
-    """Evict what the budgets do not allow; offline also delete what kills left behind."""
-    with _one_line_errors():
+    """Evict adapters beyond the budgets; offline, also delete what killed processes left behind."""
+    with one_line_errors("soma adapters"):
         if not offline:
             found = Server(url, key_env).ask("POST", "/gc", below="/soma/adapters")
             typer.echo(f"evicted    {found['evicted']}")
             return
-        store = _opened_alone(config, root)
+        store = _open_unserved(config, root)
         typer.echo(f"collected  {store.collect_garbage()}")
         for eviction in _beyond_budgets(store, config):
             store.retire(eviction.name)
@@ -167,28 +152,15 @@ def _beyond_budgets(store: AnyAdapterStore, config: Path | None) -> Any:
     if config is None:
         return ()
     used, pins = _last_uses(config), store.pins()
-    kept = [
-        StoredAdapter(
-            name := one.ref.name,
-            one.key.tenant,
-            one.size_bytes,
-            max(one.created, used.get(name, 0.0)),
-            name in pins,
-        )
-        for one in store.list()
-    ]
+    kept = []
+    for one in store.list():
+        name, size = one.ref.name, one.size_bytes
+        last_use = max(one.created, used.get(name, 0.0))
+        kept.append(StoredAdapter(name, one.key.tenant, size, last_use, name in pins))
     return to_evict(kept, load_config(config).adapters, time.time())
 
 
-def _row(adapter: PublishedAdapter, used: dict[str, float], pinned: bool) -> dict[str, Any]:
-    return {
-        **adapter.view(),
-        "last_used": used.get(adapter.ref.name),
-        "pinned": pinned,
-    }
-
-
-def _opened(config: Path | None, root: str | None, judging: bool = False) -> AnyAdapterStore:
+def _open(config: Path | None, root: str | None, judging: bool = False) -> AnyAdapterStore:
     """The store that the command line names; for judging, with what the configuration demands of adapters.
 
     Raises:
@@ -200,22 +172,22 @@ def _opened(config: Path | None, root: str | None, judging: bool = False) -> Any
     if config is None and root is None:
         raise ConfigError("command line", ["found neither --config nor --root; expected one of them"])
     settings = Config() if config is None else load_config(config)
-    where = root or _filled(settings.adapters.root, "adapters.root", "--root", settings, config)
-    cache = _filled(settings.adapters.cache, "adapters.cache", "a folder there", settings, config)
+    where = root or fill_paths(settings.adapters.root, "adapters.root", "--root", settings)
+    cache = fill_paths(settings.adapters.cache, "adapters.cache", "a folder there", settings)
     demands = _demands(settings) if judging and config is not None else NOTHING
     return open_root(where, cache, demands=demands)
 
 
-def _opened_alone(config: Path | None, root: str | None) -> AnyAdapterStore:
-    """The same, while no server of this machine serves from it. Raises BadRequest."""
-    store = _opened(config, root)
+def _open_unserved(config: Path | None, root: str | None) -> AnyAdapterStore:
+    """The store, for deletions. Raises BadRequest: a server of this machine serves from it."""
+    store = _open(config, root)
     if store.serves():
         raise BadRequest("found a running server on this store; expected none with --offline")
     return store
 
 
 def _demands(settings: Config) -> Any:
-    """What the server would demand, where its surrogate is on this machine."""
+    """What the server would demand; of shapes only where its surrogate is on this machine."""
     from soma_vllm.adapters.store.verify import Demands
     from soma_vllm.models.hub import folder_here
 
@@ -236,32 +208,11 @@ def _last_uses(config: Path | None) -> dict[str, float]:
         return {}
     settings = load_config(config)
     try:
-        url = _filled(settings.storage.url, "storage.url", "a database", settings, config)
+        url = fill_paths(settings.storage.url, "storage.url", "a database", settings)
         return asyncio.run(ask(url))
     except ConfigError:
         return {}
 
 
-def _filled(template: str, key: str, instead: str, settings: Config, config: Path | None) -> str:
-    from soma_vllm.models.home import soma_home
-
-    run_dir = settings.server.run_dir
-    if "{run_dir}" in template and run_dir is None:
-        found = f"{key}: found {template!r}, which names a running server's folder; give {instead}"
-        raise ConfigError(str(config), [found])
-    filled = None if run_dir is None else Path(run_dir).expanduser().absolute()
-    return template.format(soma_home=soma_home(), run_dir=filled)
-
-
 def _time(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except SomaError as error:
-        typer.echo(f"soma adapters: {' '.join(str(error).split())}", err=True)
-        wrong = isinstance(error, ConfigError | BadRequest) and not isinstance(error, NotFound)
-        raise typer.Exit(2 if wrong else 1) from None

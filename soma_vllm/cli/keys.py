@@ -1,15 +1,15 @@
 """`soma keys`: issue, list and revoke API keys, for servers with `access.mode: keys`.
 
-Guarantees: a key is printed once, alone on stdout, and kept nowhere; only `add` creates a session store; a
-running server need not be told. Loads no engine. Every SomaError ends as one line on stderr, with exit code 2
-when the input was wrong and 1 otherwise.
+Guarantees: a key is printed once, alone on stdout, and stored nowhere; only `add` creates a session store;
+running servers take changes up by themselves. Loads no engine. Every SomaError ends as one line on stderr, with
+exit code 2 when the input was wrong and 1 otherwise.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from soma_vllm.config import Limits, load_config
-from soma_vllm.errors import BadRequest, ConfigError, SomaError
+from soma_vllm.errors import ConfigError
+from soma_vllm.tools.command_line import fill_paths, one_line_errors
 
 if TYPE_CHECKING:
     from soma_vllm.sessions.sql.api_keys import ApiKey, KeyStore
@@ -49,7 +50,7 @@ def add(
     adapters: Annotated[str | None, _limit("--adapters", "Adapters at a time")] = None,
 ) -> None:
     """Issue a key. It is printed once, on stdout; only its digest is kept."""
-    with _one_line_errors():
+    with one_line_errors("soma keys"):
         limits = _limits(
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,
@@ -64,14 +65,14 @@ def add(
 @app.command("ls")
 def list_keys(config: ConfigPath = None, storage: StorageUrl = None) -> None:
     """List the keys: id, name, tenant, limits, when issued, state."""
-    with _one_line_errors():
-        found = asyncio.run(_ls(_url(config, storage)))
+    with one_line_errors("soma keys"):
+        found = asyncio.run(_list(_url(config, storage)))
     table = Table(box=None, pad_edge=False)
     for column in ("ID", "NAME", "TENANT", "LIMITS", "ISSUED", "STATE"):
         table.add_column(column, no_wrap=column in ("ID", "TENANT"), overflow="fold")
     for key in found:
         state = "in use" if key.revoked_at is None else f"revoked {_date(key.revoked_at)}"
-        table.add_row(key.id, key.name, key.tenant, _shown(key.limits), _date(key.created_at), state)
+        table.add_row(key.id, key.name, key.tenant, _describe(key.limits), _date(key.created_at), state)
     Console(highlight=False, markup=False).print(table)
 
 
@@ -82,32 +83,17 @@ def revoke(
     storage: StorageUrl = None,
 ) -> None:
     """End a key's use. A running server refuses it after at most `access.cache_s`."""
-    with _one_line_errors():
+    with one_line_errors("soma keys"):
         asyncio.run(_revoke(_url(config, storage), key_id))
     typer.echo(f"key {key_id} is revoked")
 
 
 async def _add(url: str, name: str, limits: Limits) -> tuple[str, str]:
-    from soma_vllm.models.home import soma_home
-    from soma_vllm.sessions.sql.api_keys import KeyStore
-    from soma_vllm.sessions.sql.connections import parse, told
-
-    parsed = parse(url)
-    if parsed.get_backend_name() == "sqlite" and parsed.database:
-        folder = Path(parsed.database).parent
-        if folder == soma_home():
-            folder.mkdir(parents=True, exist_ok=True)
-        elif not folder.is_dir():
-            raise ConfigError(told(parsed), [f"found no folder {folder}; expected one for the session store"])
-    store = KeyStore.at(url)
-    try:
-        await store.open()
+    async with _store(url, create=True) as store:
         return await store.add(name, limits)
-    finally:
-        await store.close()
 
 
-async def _ls(url: str) -> list[ApiKey]:
+async def _list(url: str) -> list[ApiKey]:
     async with _store(url) as store:
         return await store.ls()
 
@@ -118,18 +104,29 @@ async def _revoke(url: str, key_id: str) -> None:
 
 
 @asynccontextmanager
-async def _store(url: str) -> AsyncIterator[KeyStore]:
-    """The keys of a session store that exists.
+async def _store(url: str, create: bool = False) -> AsyncIterator[KeyStore]:
+    """The keys of a session store; with `create`, of one that is made if need be.
 
     Raises:
-        ConfigError: there is none at this URL.
+        ConfigError: there is no store at this URL, or no folder to make it in.
     """
+    from soma_vllm.models.home import soma_home
     from soma_vllm.sessions.sql.api_keys import KeyStore
+    from soma_vllm.sessions.sql.connections import parse, told
     from soma_vllm.sessions.sql.store import reading
 
-    async with reading(url):
+    parsed = parse(url)
+    if create and parsed.get_backend_name() == "sqlite" and parsed.database:
+        folder = Path(parsed.database).parent
+        if folder == soma_home():
+            folder.mkdir(parents=True, exist_ok=True)
+        elif not folder.is_dir():
+            raise ConfigError(told(parsed), [f"found no folder {folder}; expected one for the session store"])
+    async with nullcontext() if create else reading(url):
         store = KeyStore.at(url)
         try:
+            if create:
+                await store.open()
             yield store
         finally:
             await store.close()
@@ -161,8 +158,6 @@ def _url(config: Path | None, storage: str | None) -> str:
     Raises:
         ConfigError: it is not known.
     """
-    from soma_vllm.models.home import soma_home
-
     if (config is None) == (storage is None):
         found = "neither" if config is None else "both"
         raise ConfigError("command line", [f"found {found} of --config and --storage; expected one of them"])
@@ -170,16 +165,10 @@ def _url(config: Path | None, storage: str | None) -> str:
         assert storage is not None
         return storage
     settings = load_config(config)
-    url, run_dir = settings.storage.url, settings.server.run_dir
-    if "{run_dir}" in url and run_dir is None:
-        raise ConfigError(
-            str(config), [f"storage.url: found {url!r}, which names a running server's folder; give --storage"]
-        )
-    filled = None if run_dir is None else Path(run_dir).expanduser().absolute()
-    return url.format(soma_home=soma_home(), run_dir=filled)
+    return fill_paths(settings.storage.url, "storage.url", "--storage", settings)
 
 
-def _shown(limits: Limits) -> str:
+def _describe(limits: Limits) -> str:
     own = limits.model_dump(exclude_unset=True)
     lines = (f"{name} {UNLIMITED if most is None else most}" for name, most in own.items())
     return "\n".join(lines).replace("_", " ") or "-"
@@ -187,12 +176,3 @@ def _shown(limits: Limits) -> str:
 
 def _date(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d")
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except SomaError as error:
-        typer.echo(f"soma keys: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2 if isinstance(error, ConfigError | BadRequest) else 1) from None

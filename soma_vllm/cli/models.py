@@ -15,10 +15,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from soma_vllm.errors import SomaError
 from soma_vllm.models import fetch as fetching
 from soma_vllm.models.catalog import CATALOG, DEMO_NAMES, MIB, TINY_NAMES, is_ready
 from soma_vllm.models.home import models_dir
+from soma_vllm.tools.command_line import one_line_errors
 
 app = typer.Typer(help="Fetch, list and make models.", no_args_is_help=True)
 
@@ -34,7 +34,7 @@ def fetch(
     ] = None,
 ) -> None:
     """Download, verify and convert embedded models; those already here are left alone."""
-    with _one_line_errors():
+    with one_line_errors("error"):
         for name in names or DEMO_NAMES:
             _fetch_one(name)
 
@@ -63,7 +63,7 @@ def make_tiny(
     into: Annotated[Path | None, typer.Option(help="Target folder; default $SOMA_HOME/models.")] = None,
 ) -> None:
     """Make the tiny random models that tests and first steps run on (about 10 seconds)."""
-    with _one_line_errors():
+    with one_line_errors("error"):
         from soma_vllm.models.tiny import make_tiny as make
 
         for folder in make(into or models_dir(), dialogues):
@@ -79,13 +79,13 @@ def _fetch_one(name: str) -> None:
         download = _size(CATALOG[name].download_bytes)
         typer.echo(f"{name}: {download} to download, about {minutes} min with conversion")
     started = time.monotonic()
-    with _shown_progress() as report:
+    with _show_progress() as report:
         folder = fetching.fetch(name, report=report)
     typer.echo(f"{name}: {folder} ({time.monotonic() - started:.0f} s)")
 
 
 @contextmanager
-def _shown_progress() -> Iterator[fetching.Report]:
+def _show_progress() -> Iterator[fetching.Report]:
     """A live bar in a terminal; elsewhere one line a step."""
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -109,12 +109,3 @@ def _bytes_in(folder: Path) -> int:
 
 def _size(count: int) -> str:
     return f"{count / MIB:,.0f} MiB" if count >= MIB else f"{count / 1024:,.0f} KiB"
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except SomaError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from error

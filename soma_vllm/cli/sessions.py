@@ -1,6 +1,6 @@
 """`soma sessions ls | show | rm | pin | rollback | readapt`: a server's sessions, over its admin routes.
 
-Guarantees: the key comes from the environment and is never printed; what is shown are numbers, never text.
+Guarantees: the key comes from the environment and is never printed; no conversation text is shown.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from soma_vllm.errors import NotFound, SomaError, Unauthorized
+from soma_vllm.tools.command_line import one_line_errors
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -26,7 +27,7 @@ TIMEOUT_S = 700.0
 
 Url = Annotated[str, typer.Option(help="Where soma-serve listens.")]
 KeyEnv = Annotated[str, typer.Option(help="Environment variable with the admin key, or with the tenant's own.")]
-Tenant = Annotated[str | None, typer.Option(help="Tenant, as `ls` shows it; an administrator's to name.")]
+Tenant = Annotated[str | None, typer.Option(help="Tenant, as `ls` shows it; for administrators.")]
 HERE = "http://127.0.0.1:8000"
 ADMIN_KEY = "SOMA_ADMIN_KEY"
 
@@ -52,11 +53,11 @@ class Server:
         )
 
     def ask(self, method: str, path: str, below: str = "/soma/sessions", **request: Any) -> Any:
-        """The JSON of an answer from a path below a route; None where it has none.
+        """The JSON of the answer to a request below a route; None where it has none.
 
         Raises:
             NotFound: there is no such session.
-            SomaError: the server refused, or is not there.
+            SomaError: the server refused, or does not answer.
         """
         try:
             answer = self._client.request(method, f"{below}{path}", **request)
@@ -79,9 +80,9 @@ def list_sessions(
     limit: Annotated[int, typer.Option(min=1, max=1000)] = 50,
     as_json: Annotated[bool, typer.Option("--json", help="The server's own answer.")] = False,
 ) -> None:
-    """The latest sessions."""
+    """List the latest sessions."""
     parameters = {"limit": limit} | ({} if tenant is None else {"tenant": tenant})
-    found = _asked(url, key_env, "GET", "", params=parameters)["data"]
+    found = _ask(url, key_env, "GET", "", params=parameters)["data"]
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
@@ -96,14 +97,14 @@ def list_sessions(
 
 @app.command("show")
 def show(session: str, url: Url = HERE, key_env: KeyEnv = ADMIN_KEY, tenant: Tenant = None) -> None:
-    """One session: phase, turns, gaps, decisions, costs."""
-    typer.echo(json.dumps(_on_one(url, key_env, "GET", session, "", tenant), indent=1))
+    """Show one session: phase, turns, gaps, decisions, costs."""
+    typer.echo(json.dumps(_ask_session(url, key_env, "GET", session, "", tenant), indent=1))
 
 
 @app.command("rm")
 def remove(session: str, url: Url = HERE, key_env: KeyEnv = ADMIN_KEY, tenant: Tenant = None) -> None:
     """Remove a session with its text, its adapter and its record."""
-    _on_one(url, key_env, "DELETE", session, "", tenant)
+    _ask_session(url, key_env, "DELETE", session, "", tenant)
     typer.echo(f"removed    {session}")
 
 
@@ -111,36 +112,33 @@ def remove(session: str, url: Url = HERE, key_env: KeyEnv = ADMIN_KEY, tenant: T
 def pin(
     session: str, engine: Pinned, url: Url = HERE, key_env: KeyEnv = ADMIN_KEY, tenant: Tenant = None
 ) -> None:
-    """Bind a session to an engine; none lets it go."""
+    """Pin a session to an engine; `none` unpins it."""
     body = {"engine": None if engine is Pinned.NONE else engine.value}
-    found = _on_one(url, key_env, "POST", session, "/pin", tenant, json=body)
+    found = _ask_session(url, key_env, "POST", session, "/pin", tenant, json=body)
     typer.echo(f"pinned     {session} to {found['pinned'] or 'nothing'}")
 
 
 @app.command("rollback")
 def roll_back(session: str, url: Url = HERE, key_env: KeyEnv = ADMIN_KEY, tenant: Tenant = None) -> None:
-    """Give a session back to the original."""
-    found = _on_one(url, key_env, "POST", session, "/rollback", tenant)
+    """Roll a session back to the original."""
+    found = _ask_session(url, key_env, "POST", session, "/rollback", tenant)
     typer.echo(f"{session} is in phase {found['phase']}")
 
 
 @app.command("readapt")
 def readapt(session: str, url: Url = HERE, key_env: KeyEnv = ADMIN_KEY, tenant: Tenant = None) -> None:
-    """Have a session adapted anew."""
-    found = _on_one(url, key_env, "POST", session, "/readapt", tenant)
+    """Start a new adaptation of a session."""
+    found = _ask_session(url, key_env, "POST", session, "/readapt", tenant)
     typer.echo(f"{session} is in phase {found['phase']}")
 
 
-def _on_one(
+def _ask_session(
     url: str, key_env: str, method: str, session: str, verb: str, tenant: str | None, **request: Any
 ) -> Any:
     parameters = {} if tenant is None else {"tenant": tenant}
-    return _asked(url, key_env, method, f"/{quote(session, safe='')}{verb}", params=parameters, **request)
+    return _ask(url, key_env, method, f"/{quote(session, safe='')}{verb}", params=parameters, **request)
 
 
-def _asked(url: str, key_env: str, method: str, path: str, **request: Any) -> Any:
-    try:
+def _ask(url: str, key_env: str, method: str, path: str, **request: Any) -> Any:
+    with one_line_errors("soma sessions"):
         return Server(url, key_env).ask(method, path, **request)
-    except SomaError as error:
-        typer.echo(f"soma sessions: {error}", err=True)
-        raise typer.Exit(1) from None

@@ -27,7 +27,7 @@ import aiohttp
 from soma_vllm.errors import PreflightError
 
 # Runs before the server in the same process: an exec keeps the parent-death signal. A preexec_fn would run
-# Python between fork and exec, which is unsafe beside the threads of a process that serves.
+# Python between fork and exec, which is unsafe in a process with threads.
 _DIE_WITH_PARENT = """
 import ctypes, os, sys
 ctypes.CDLL(None, use_errno=True).prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG, SIGKILL
@@ -147,15 +147,15 @@ class ChildServer(ChildProcess):
         """True when GET /health answers 200 within `timeout` seconds."""
         return await is_healthy("http://child", timeout, self.socket)
 
-    def log_tail(self, lines: int = 40) -> str:
-        """The last lines the child wrote."""
-        try:
-            with self.log_path.open("rb") as log:
-                log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
-                text = log.read().decode(errors="replace")
-        except FileNotFoundError:
-            return ""
-        return "\n".join(text.splitlines()[-lines:])
+
+def tail(log: Path, lines: int) -> str:
+    """The last lines of a log; empty when there is none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+    except FileNotFoundError:
+        return ""
 
 
 async def is_healthy(root: str, timeout: float = 5.0, socket: Path | None = None) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from soma_vllm.engines.child_process import ChildServer
+from soma_vllm.engines.child_process import ChildServer, tail
 from soma_vllm.errors import EngineUnavailable
 
 
@@ -123,7 +123,7 @@ class Supervisor:
         except TimeoutError:
             why = f"is not ready after {timeout:g} s"
         if self._state is not State.READY:
-            log = f"the end of {self.child.log_path}:\n{self.child.log_tail()}"
+            log = f"the end of {self.child.log_path}:\n{tail(self.child.log_path, 40)}"
             raise EngineUnavailable(f"{self.name} {why or self._why}; {log}")
 
     async def stop(self) -> None:

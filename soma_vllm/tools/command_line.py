@@ -6,12 +6,14 @@ written whole or not at all.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -19,6 +21,12 @@ from soma_vllm.config import Config
 from soma_vllm.errors import BadRequest, ConfigError, SomaError
 
 T = TypeVar("T")
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value over the configuration; repeatable.")
+]
+PairConfig = Annotated[Path, typer.Option(help="Configuration: the pair, the prefix, the training.")]
+DialogueFile = Annotated[Path, typer.Option(help='JSON file {"id": ["user turn 1", ...]}.')]
 
 
 class InputProblems(list[str]):
@@ -48,6 +56,18 @@ def one_line_errors(command: str) -> Iterator[None]:
         raise typer.Exit(2 if isinstance(error, ConfigError | BadRequest) else 1) from None
 
 
+@contextmanager
+def sigterm_cancels() -> Iterator[None]:
+    """While the block runs, SIGTERM cancels the current task, as Ctrl-C does: what it started is stopped."""
+    loop, current = asyncio.get_running_loop(), asyncio.current_task()
+    assert current is not None
+    loop.add_signal_handler(signal.SIGTERM, current.cancel)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+
+
 def fill_paths(template: str, key: str, instead: str, config: Config | None = None) -> str:
     """A URL or path of a configuration, with `{soma_home}` and `{run_dir}` replaced.
 
@@ -67,6 +87,20 @@ def fill_paths(template: str, key: str, instead: str, config: Config | None = No
         raise ConfigError(key, [found])
     absolute = "" if run_dir is None else str(Path(run_dir).expanduser().absolute())
     return template.replace("{soma_home}", str(soma_home())).replace("{run_dir}", absolute)
+
+
+def read_json(path: Path, unique: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """A file's document; `unique` may look at the keys of each object, as json's `object_pairs_hook`.
+
+    Raises:
+        ConfigError: it cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
+    except ValueError as error:
+        raise ConfigError(str(path), [f"is not JSON: {error}"]) from error
 
 
 def write_json(path: Path, document: Mapping[str, Any], allow_nan: bool = True) -> None:

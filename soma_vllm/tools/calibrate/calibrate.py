@@ -25,8 +25,17 @@ from soma_vllm.errors import ConfigError, SomaError
 from soma_vllm.sessions.state.transcript import text_of
 from soma_vllm.tools.calibrate.calibration_report import Calibrated, count_missing, document, draw
 from soma_vllm.tools.calibrate.sources import Source, merge, read_file, read_store
-from soma_vllm.tools.calibrate.thresholds import Axis, Bad, Case, Missing, Outcome, curve, recommend, supported
-from soma_vllm.tools.command_line import InputProblems, fill_paths, write_json
+from soma_vllm.tools.calibrate.thresholds import (
+    Axis,
+    Bad,
+    Case,
+    Missing,
+    Outcome,
+    curve,
+    loosest_supported,
+    recommend,
+)
+from soma_vllm.tools.command_line import InputProblems, Overrides, fill_paths, write_json
 from soma_vllm.tools.replay.dialogues import load_dialogues
 
 BATCH = 32
@@ -125,7 +134,7 @@ def _calibrate_axis(cases: Sequence[Case], axis: Axis, bad: Bad, target: float, 
         points=points,
         advice=recommend(points, target, by_rate),
         by_rate=by_rate,
-        supported=supported(cases, axis),
+        supported=loosest_supported(cases, axis),
         free=sum(case.free and isinstance(case.outcome, Outcome) for case in cases),
         in_force=tuple(sorted({axis.threshold(case.in_force(axis)) for case in cases})),
     )
@@ -157,7 +166,8 @@ def _print(cases: Sequence[Case], bad: Bad, axes: Sequence[Calibrated], void: in
         say(f"\ngate.{one.axis}", style="bold")
         if one.points:
             console.print(one.table())
-            say("\n".join(one.limits))
+            for line in one.limits:
+                say(line)
         else:
             say("no case has this evidence and an outcome: there is no curve")
         say(one.verdict, style="bold yellow" if one.advice.point is None else "bold green")
@@ -173,9 +183,7 @@ def calibrate_router(
         str | None, typer.Option(help="Queries: those logged in this database (SQLAlchemy URL).")
     ] = None,
     most: Annotated[int, typer.Option(min=1, help="Most queries to score, of the latest sessions.")] = 1000,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value over the configuration; repeatable.")
-    ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Print a value for `baselines.routellm.threshold`.
 

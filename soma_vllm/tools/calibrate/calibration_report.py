@@ -108,11 +108,8 @@ class Calibrated:
             "in_force": list(self.in_force),
             "curve": [
                 {
-                    "threshold": point.threshold,
-                    "cases": point.cases,
-                    "false_accepts": _rate_json(point.false_accepts),
-                    "let_through": _rate_json(point.let_through),
-                    "moved": _rate_json(point.moved),
+                    name: _rate_json(part) if isinstance(part, Rate) else part
+                    for name, part in vars(point).items()
                 }
                 for point in self.points
             ],
@@ -199,8 +196,7 @@ def _rate_json(rate: Rate) -> dict[str, Any]:
 
 
 def _case_json(case: Case, bad: Bad) -> dict[str, Any]:
-    names = ("session", "adaptation", "candidate", "gap", "top1")
-    entry = {name: getattr(case, name) for name in names}
+    entry = {name: getattr(case, name) for name in ("session", "adaptation", "candidate", "gap", "top1")}
     if isinstance(case.outcome, Missing):
         return entry | {"left_out": case.outcome.value}
     outcome = case.outcome

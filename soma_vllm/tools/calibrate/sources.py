@@ -1,13 +1,12 @@
 """Judged cases from what was logged: `soma_log.json` of a replay, `evaluation.json` of an evaluation, and the
 session database of a server.
 
-Guarantees: everything wrong with a source is reported at once, with found and expected; a judgement that lies
-in two sources counts once; nothing is written to a source; no conversation text is kept.
+Guarantees: everything wrong with a source is reported at once, with found and expected; a judgement that is
+in two sources counts once; nothing is written to a source; no conversation text is retained.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from soma_vllm.sessions.sql.store import reading
 from soma_vllm.sessions.state.gate import COST_ORDER, judge
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.tools.calibrate.thresholds import Case, Missing, Outcome
+from soma_vllm.tools.command_line import read_json
 from soma_vllm.tools.evaluate.variants import PLAIN, Variant, as_configured
 from soma_vllm.types import Agreement, Candidate, Event, Evidence, Role
 
@@ -127,13 +127,7 @@ def read_file(path: Path) -> Source:
     Raises:
         ConfigError: with everything that is wrong with the file.
     """
-    source = str(path)
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(source, [f"cannot be read: {error.strerror}"]) from error
-    except ValueError as error:
-        raise ConfigError(source, [f"is not JSON: {error}"]) from error
+    source, document = str(path), read_json(path)
     evaluated = isinstance(document, dict) and "variants" in document
     try:
         if evaluated:
@@ -141,13 +135,13 @@ def read_file(path: Path) -> Source:
         log = _Log.model_validate(document)
     except ValidationError as error:
         expected = "an evaluation.json" if evaluated else "a soma_log.json or an evaluation.json"
-        lines = _at_most(_problem_lines("", error))
-        raise ConfigError(source, [*lines, f"expected {expected}, as soma writes it"]) from None
+        more = f"expected {expected}, as soma writes it"
+        raise _wrong(source, _problem_lines("", error), more) from None
     cases, problems = list[Case](), list[str]()
     for name, session in log.sessions.items():
         cases += _session_cases(f"{source}: {name}", session.session, session.events, problems)
     if problems:
-        raise ConfigError(source, _at_most(problems))
+        raise _wrong(source, problems)
     return Source(tuple(cases), log.drift_threshold)
 
 
@@ -167,7 +161,7 @@ async def read_store(url: str, tenant: str | None = None) -> Source:
             events = await store.events(key)
             cases += _session_cases(f"{key.tenant}/{key.session}", key.session, events, problems)
     if problems:
-        raise ConfigError("--storage", _at_most(problems))
+        raise _wrong("--storage", problems)
     return Source(tuple(cases))
 
 
@@ -204,7 +198,7 @@ def _read_evaluation(source: str, evaluation: _Evaluation) -> Source:
             outcome = Missing.UNSPOKEN if later.gap is None else Outcome(later.gap, later.turns, later.top1)
             cases.append(case if case.outcome is Missing.VOID else replace(case, outcome=outcome, free=True))
     if problems:
-        raise ConfigError(source, _at_most(problems))
+        raise _wrong(source, problems)
     return Source(tuple(cases), config.gate.drift_threshold)
 
 
@@ -254,7 +248,7 @@ def _outcome(gaps: Sequence[float | None]) -> Outcome | Missing:
 
 
 def _cases(session: str, adaptation: int, judgement: tuple[str, float], data: _Judgement) -> list[Case]:
-    """The candidates of one judgement; outcomes are filled in where a later event tells of one."""
+    """The candidates of one judgement; outcomes are filled in by later events."""
     numbers, chosen = data.numbers, data.candidate
     barred = _barred(numbers)
     cases = []
@@ -320,7 +314,6 @@ def _brief(value: object) -> str:
     return repr(value) if not isinstance(value, dict | list) else f"a {type(value).__name__}"
 
 
-def _at_most(lines: Sequence[str]) -> list[str]:
-    if len(lines) <= SHOWN:
-        return list(lines)
-    return [*lines[:SHOWN], f"and {len(lines) - SHOWN} more"]
+def _wrong(source: str, problems: Sequence[str], *more: str) -> ConfigError:
+    left = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    return ConfigError(source, [*problems[:SHOWN], *left, *more])

@@ -204,7 +204,7 @@ def cases_needed(target: float, rate: float = 0.0) -> int | None:
     return math.ceil(Z * Z * target * (1 - target) / (target - rate) ** 2)
 
 
-def supported(cases: Sequence[Case], axis: Axis) -> float | None:
+def loosest_supported(cases: Sequence[Case], axis: Axis) -> float | None:
     """The loosest threshold in force for a case with an outcome; beyond it only `free` cases count.
 
     None where all cases with an outcome are free.
@@ -255,13 +255,13 @@ def recommend(points: Sequence[Point], target: float, by_rate: bool = False) -> 
     Judged by the upper end of the rate's interval, or by the rate itself with `by_rate`.
     """
 
-    def reached(point: Point) -> float:
+    def bound(point: Point) -> float:
         rate = point.false_accepts
         return rate.count / rate.total if by_rate else rate.interval[1]
 
     accepting = [point for point in points if point.false_accepts.total]
-    within = [point for point in accepting if reached(point) <= target]
-    nearest = min(accepting, key=reached, default=None)
+    within = [point for point in accepting if bound(point) <= target]
+    nearest = min(accepting, key=bound, default=None)
     needed = cases_needed(target)
     assert needed is not None, "a target above 0"
     at_rate = None if nearest is None else cases_needed(target, nearest.false_accepts.value or 0.0)

@@ -39,7 +39,7 @@ def least_turns(config: Config) -> int:
     return config.warm_window + 1
 
 
-def split_short(
+def split_by_length(
     dialogues: Mapping[str, tuple[str, ...]], config: Config
 ) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     """(dialogues long enough to be measured, a line about each of the others)."""
@@ -60,7 +60,7 @@ def material(trajectory: Trajectory, config: Config) -> Material:
         TrainingError: the original gave too few answers to train, judge and measure on.
     """
     session = _session(trajectory, config)
-    found = of_session(session, config)
+    found = material_of_session(session, config)
     if found is None or not found.later:
         why = trajectory.ended or "answers without words do not count"
         raise TrainingError(
@@ -74,8 +74,8 @@ def material(trajectory: Trajectory, config: Config) -> Material:
     )
 
 
-def of_session(session: Session, config: Config) -> Material | None:
-    """What a session teaches, under the configuration's prefix; None where too little was said, or kept."""
+def material_of_session(session: Session, config: Config) -> Material | None:
+    """A session's turns under the configuration's prefix; None if it has too few, or its text was erased."""
     count = len(session.warm_turns())
     if count < config.warm_window or not session.kept():
         return None
@@ -112,7 +112,7 @@ def _taught(examples: Sequence[Example], trajectory: Trajectory) -> tuple[Exampl
     return tuple(replace(e, teacher=trajectory.turns[e.turn - 1].teacher) for e in examples)
 
 
-def understood(examples: Sequence[Example], tokenizer: Any) -> tuple[Example, ...]:
+def drop_foreign_teachers(examples: Sequence[Example], tokenizer: Any) -> tuple[Example, ...]:
     """The examples without the teachers whose tokens do not spell their answer in this vocabulary."""
     return tuple(e if _spells(e, tokenizer) else replace(e, teacher=None) for e in examples)
 

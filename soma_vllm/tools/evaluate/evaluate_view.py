@@ -44,7 +44,7 @@ class Steps:
                 self._bar = None
 
     def step(self, session: str, variant: str) -> None:
-        """Tell what is measured now."""
+        """Show what is measured now."""
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], description=f"{session} {variant}", completed=self._done)
         else:
@@ -77,16 +77,9 @@ def table(document: Mapping[str, Any]) -> Group:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    return [
-        _number(row["nll"], 3),
-        _difference(row),
-        _number(row["kl"], 3),
-        _number(row["top1"], 3),
-        _number(row["gap"], 3),
-        _number(row["rouge_l"], 3),
-        _number(row["prompt_tokens"], 0),
-        _number(row["train_s"], 1),
-    ]
+    columns = {"kl": 3, "top1": 3, "gap": 3, "rouge_l": 3, "prompt_tokens": 0, "train_s": 1}
+    numbers = (_number(row[name], digits) for name, digits in columns.items())
+    return [_number(row["nll"], 3), _difference(row), *numbers]
 
 
 def _difference(row: Mapping[str, Any]) -> str:

@@ -1,33 +1,32 @@
 """One session through every variant: train where the variant trains, measure on later turns only.
 
-Guarantees: the surrogate is the same for every variant and every session; a training that fails is told, and
-the session counts as plain there, as it would be served; nothing is measured on a turn that anything was
+Guarantees: the surrogate is the same for every variant and every session; a training that fails is reported,
+and the session counts as plain there, as it would be served; nothing is measured on a turn that anything was
 trained or judged on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from soma_vllm.config import Config
 from soma_vllm.errors import TrainingError
+from soma_vllm.machine import training_dtype
+from soma_vllm.method.encoder import SentenceEncoder
 from soma_vllm.method.generation import generate
-from soma_vllm.method.recipe import Surrogate, adapting, score_plain
+from soma_vllm.method.recipe import Surrogate, adapting, load_surrogate, score_plain
 from soma_vllm.method.rendering import Rendered, render
 from soma_vllm.method.scoring import score_turns
+from soma_vllm.models.hub import local_path
+from soma_vllm.models.quiet import quiet
 from soma_vllm.sessions.state.gate import gap, judge
-from soma_vllm.tools.evaluate.dataset import Material, material, understood
+from soma_vllm.tools.evaluate.dataset import Material, drop_foreign_teachers, material
 from soma_vllm.tools.evaluate.statistics import rouge_l
-from soma_vllm.tools.evaluate.trajectory import Told, Trajectory
+from soma_vllm.tools.evaluate.trajectory import Say, Trajectory
 from soma_vllm.tools.evaluate.variants import PLAIN, Variant, as_configured
 from soma_vllm.types import Agreement, Candidate, Evidence, Example
-
-Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -84,17 +83,30 @@ class SessionResult:
     choice: Choice
 
 
+def load_trainable(config: Config) -> Surrogate:
+    """The configured surrogate, as trainers load it. Raises ModelError: it is not on this machine."""
+    training = config.training
+    assert config.surrogate_model is not None, "for_serving has checked"
+    dtype = training_dtype(training.dtype, training.device)
+    with quiet():
+        return load_surrogate(local_path(config.surrogate_model), dtype, training.device, training.threads)
+
+
 class Bench:
     """A surrogate and an encoder, and how to measure with them."""
 
-    def __init__(self, config: Config, surrogate: Surrogate, encode: Encode, generates: bool) -> None:
-        """`generates` False leaves out free-running answers on later turns, with gap and ROUGE-L."""
+    def __init__(self, config: Config, generates: bool) -> None:
+        """Load both models; `generates` False leaves out free-running answers, with gap and ROUGE-L."""
         self._config = config
-        self._surrogate = surrogate
-        self._encode = encode
         self._generates = generates
+        with quiet():
+            encoder = SentenceEncoder(
+                local_path(config.encoder.model), config.gate.encoder_max_tokens, config.encoder.threads
+            )
+        self._encode = encoder.encode
+        self._surrogate = load_trainable(config)
 
-    def measure(self, trajectory: Trajectory, variants: Sequence[Variant], tell: Told) -> SessionResult:
+    def measure(self, trajectory: Trajectory, variants: Sequence[Variant], say: Say) -> SessionResult:
         """Every variant on one session.
 
         The plain variants under each prefix of the others come first (`variants.choose` sees to it).
@@ -104,57 +116,52 @@ class Bench:
         """
         numbers: dict[str, Numbers] = {}
         evidence: list[Evidence] = []
-        for variant, laid in self._laid_out(trajectory, variants):
-            tell(variant.name)
-            if variant.method == PLAIN:
-                numbers[variant.name] = self._numbers(laid)
-                judged = variant.prefix == self._config.prefix.mode
-                if judged:
-                    evidence.append(self._plain_evidence(laid))
-            else:
-                baseline = numbers[Variant(PLAIN, variant.prefix).name]
-                numbers[variant.name], found = self._trained(variant, laid, baseline)
-                evidence += found
-        return SessionResult(numbers, self._choose(evidence, numbers))
-
-    def _laid_out(self, trajectory: Trajectory, variants: Sequence[Variant]) -> Iterator[tuple[Variant, _Laid]]:
-        """Each variant with the session under its prefix."""
         by_prefix: dict[str, _Laid] = {}
         for variant in variants:
             if variant.prefix not in by_prefix:
                 by_prefix[variant.prefix] = self._lay(material(trajectory, variant.config(self._config)))
-            yield variant, by_prefix[variant.prefix]
+            laid = by_prefix[variant.prefix]
+            say(variant.name)
+            if variant.method == PLAIN:
+                numbers[variant.name] = self._numbers(laid)
+                if variant.prefix == self._config.prefix.mode:
+                    agreement = score_plain(self._surrogate, laid.material.held_out)
+                    evidence.append(self._evidence(Candidate.PLAIN, laid, agreement))
+            else:
+                baseline = numbers[Variant(PLAIN, variant.prefix).name]
+                numbers[variant.name], found = self._train(variant, laid, baseline)
+                evidence += [] if found is None else [found]
+        return SessionResult(numbers, self._choose(evidence, numbers))
 
     def _lay(self, found: Material) -> _Laid:
+        tokenizer = self._surrogate.tokenizer
+        parts = {"examples": found.examples, "held_out": found.held_out, "later": found.later}
         kept = replace(
-            found,
-            examples=understood(found.examples, self._surrogate.tokenizer),
-            held_out=understood(found.held_out, self._surrogate.tokenizer),
-            later=understood(found.later, self._surrogate.tokenizer),
+            found, **{name: drop_foreign_teachers(turns, tokenizer) for name, turns in parts.items()}
         )
         rendered = []
-        for example, turn in zip(kept.later, render(self._surrogate.tokenizer, kept.later), strict=True):
+        for example, turn in zip(kept.later, render(tokenizer, kept.later), strict=True):
             ends_falsely = example.teacher is None and example.turn in found.cut and len(turn.answer) > 1
             # Text does not show that it was cut off: the end of turn after it is not the original's.
             rendered.append(turn.shortened(len(turn.prompt), len(turn.answer) - 1) if ends_falsely else turn)
         limit = min(self._config.surrogate.max_model_len, self._surrogate.model.config.max_position_embeddings)
         within = tuple(turn.within(limit) for turn in rendered)
-        shortened = sum(len(a.prompt) < len(b.prompt) for a, b in zip(within, rendered, strict=True))
-        return _Laid(kept, within, shortened)
+        return _Laid(
+            kept, within, sum(len(a.prompt) < len(b.prompt) for a, b in zip(within, rendered, strict=True))
+        )
 
-    def _trained(self, variant: Variant, laid: _Laid, plain: Numbers) -> tuple[Numbers, tuple[Evidence, ...]]:
-        """A trained variant's numbers, and the gate's evidence where a server would train just so."""
-        config, surrogate, found = self._config, self._surrogate, laid.material
-        mining, lora = variant.mining(config.mining), variant.lora(config.lora)
-        seed = config.training.seed
+    def _train(self, variant: Variant, laid: _Laid, plain: Numbers) -> tuple[Numbers, Evidence | None]:
+        """A trained variant's numbers, and the gate's evidence if a server would train in this way."""
+        config, found = self._config, laid.material
+        mining, lora, evidence = variant.mining(config.mining), variant.lora(config.lora), None
+        turns = found.examples, found.held_out
         try:
-            with adapting(surrogate, found.examples, found.held_out, mining, lora, seed) as learnt:
+            with adapting(self._surrogate, *turns, mining, lora, config.training.seed) as learnt:
                 numbers = self._numbers(laid)
-                served = variant == as_configured(config)
-                gaps = self._gaps(found.held_out) if served else ()
-                evidence = self._evidence(Candidate.ADAPTER, gaps, laid, learnt.adapted)
+                if variant == as_configured(config):
+                    evidence = self._evidence(Candidate.ADAPTER, laid, learnt.adapted)
         except TrainingError as error:
-            return replace(plain, failed=str(error)), ()
+            return replace(plain, failed=str(error)), None
         measured = replace(
             numbers,
             train_s=learnt.mining_s + learnt.finetune_s,
@@ -162,7 +169,7 @@ class Bench:
             steps=learnt.steps,
             distilled=learnt.distilled,
         )
-        return measured, (evidence,) if served else ()
+        return measured, evidence
 
     def _numbers(self, laid: _Laid) -> Numbers:
         scores = score_turns(self._surrogate.decoder, laid.rendered)
@@ -182,34 +189,20 @@ class Bench:
         )
 
     def _free_running(self, examples: Sequence[Example]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(gap, ROUGE-L) of each greedy answer to the original's."""
-        answers = self._answers(examples)
-        rouges = (rouge_l(said, example.answer) for said, example in zip(answers, examples, strict=True))
-        return self._between(answers, examples), tuple(rouges)
-
-    def _gaps(self, examples: Sequence[Example]) -> tuple[float, ...]:
-        return self._between(self._answers(examples), examples)
-
-    def _answers(self, examples: Sequence[Example]) -> list[str]:
-        """Greedy answers of the surrogate, with the adapter that it carries at the moment, if any."""
-        prompts = [example.messages for example in examples]
-        surrogate = self._surrogate
-        return generate(surrogate.decoder, surrogate.tokenizer, prompts, self._config.max_new_tokens)
-
-    def _between(self, answers: Sequence[str], examples: Sequence[Example]) -> tuple[float, ...]:
-        vectors = self._encode([*answers, *(example.answer for example in examples)])
+        """(gap, ROUGE-L) of each greedy answer to the original's, with the adapter that is attached, if any."""
+        prompts, surrogate = [example.messages for example in examples], self._surrogate
+        answers = generate(surrogate.decoder, surrogate.tokenizer, prompts, self._config.max_new_tokens)
+        references = [example.answer for example in examples]
+        vectors = self._encode([*answers, *references])
         half = len(answers)
-        return tuple(gap(a, b) for a, b in zip(vectors[:half], vectors[half:], strict=True))
+        gaps = (gap(a, b) for a, b in zip(vectors[:half], vectors[half:], strict=True))
+        return tuple(gaps), tuple(rouge_l(a, b) for a, b in zip(answers, references, strict=True))
 
-    def _plain_evidence(self, laid: _Laid) -> Evidence:
+    def _evidence(self, candidate: Candidate, laid: _Laid, agreement: Agreement) -> Evidence:
+        """What the gate would know of a candidate, from held-out warm turns."""
         held_out = laid.material.held_out
-        agreement = score_plain(self._surrogate, held_out)
-        return self._evidence(Candidate.PLAIN, self._gaps(held_out), laid, agreement)
-
-    def _evidence(
-        self, candidate: Candidate, gaps: tuple[float, ...], laid: _Laid, agreement: Agreement
-    ) -> Evidence:
-        return Evidence(candidate, gaps, tuple(e.turn for e in laid.material.held_out), agreement)
+        gaps, _ = self._free_running(held_out)
+        return Evidence(candidate, gaps, tuple(e.turn for e in held_out), agreement)
 
     def _choose(self, evidence: Sequence[Evidence], numbers: Mapping[str, Numbers]) -> Choice:
         config = self._config

@@ -1,8 +1,8 @@
 """What the original answers in each dialogue: played once, greedily, under the full history.
 
 Guarantees: every variant is measured against the same answers; a dialogue whose trajectory is on disk asks no
-engine; a trajectory is written whole or not at all. The files hold conversation text and are for their owner's
-eyes only.
+engine; a trajectory is written whole or not at all. The files hold conversation text; only their
+owner may read them.
 """
 
 from __future__ import annotations
@@ -10,23 +10,32 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from soma_vllm.config import Config
+from soma_vllm.engines.child_process import ChildServer
 from soma_vllm.engines.engine import ChatCall, Engine
 from soma_vllm.engines.logprobs import teacher_from_logprobs, teaching_fields
+from soma_vllm.engines.original import OriginalEngine
+from soma_vllm.engines.supervisor import Patience, Supervisor
+from soma_vllm.engines.vllm.arguments import child_command, child_environment, vllm_arguments
 from soma_vllm.errors import EngineRefused, EngineUnavailable
+from soma_vllm.models.home import soma_home
+from soma_vllm.models.hub import local_path
+from soma_vllm.tools.command_line import sigterm_cancels
 from soma_vllm.types import Teacher
 
-Told = Callable[[str], None]
-"""Takes a line for people about what was just done."""
+Opening = Callable[[], AbstractAsyncContextManager[Engine]]
+Say = Callable[[str], None]
+"""Prints a line about progress."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +60,13 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a trajectory depends on, beside the dialogue's own turns."""
+    """What a trajectory depends on, besides the dialogue's own turns."""
 
     original: str
     """The model's name, with its URL where it is someone else's endpoint."""
     max_new_tokens: int
     top_logprobs: int
-    """0 where only words are to be had."""
+    """0 where the original shows only words."""
 
 
 async def play(engine: Engine, queries: Sequence[str], recipe: Recipe) -> Trajectory:
@@ -79,7 +88,7 @@ async def play(engine: Engine, queries: Sequence[str], recipe: Recipe) -> Trajec
         except EngineRefused as refusal:
             return Trajectory(tuple(turns), f"turn {len(turns) + 1} was refused with status {refusal.status}")
         assert reply.body is not None, "a request without stream=true is answered whole"
-        turns.append(_heard(query, reply.body, recipe))
+        turns.append(_parse(query, reply.body, recipe))
         messages.append({"role": "assistant", "content": turns[-1].answer})
     return Trajectory(tuple(turns))
 
@@ -88,14 +97,14 @@ async def play_all(
     engine: Engine,
     dialogues: Mapping[str, Sequence[str]],
     recipe: Recipe,
-    adapter_store: TrajectoryShelf,
+    cache: TrajectoryCache,
     at_once: int,
-    tell: Told,
+    say: Say,
 ) -> dict[str, Trajectory]:
-    """Play several dialogues at once; each is kept as soon as it is whole.
+    """Play several dialogues at once; each is stored once it is complete.
 
     Raises:
-        EngineError: as `play` does; what was whole by then is kept.
+        EngineError: as `play` does; what was complete by then is stored.
     """
     room = asyncio.Semaphore(at_once)
 
@@ -103,8 +112,8 @@ async def play_all(
         async with room:
             played = await play(engine, queries, recipe)
         if played.ended is None:
-            adapter_store.keep(recipe, queries, played)
-        tell(f"{name}: {len(played.turns)} turns played" + (f"; {played.ended}" if played.ended else ""))
+            cache.store(recipe, queries, played)
+        say(f"{name}: {len(played.turns)} turns played" + (f"; {played.ended}" if played.ended else ""))
         return name, played
 
     try:
@@ -115,7 +124,7 @@ async def play_all(
     return dict(task.result() for task in tasks)
 
 
-class TrajectoryShelf:
+class TrajectoryCache:
     """Trajectories on disk, one file each, named by a digest of all they depend on."""
 
     def __init__(self, folder: Path) -> None:
@@ -125,29 +134,24 @@ class TrajectoryShelf:
         """The whole trajectory of these turns, or None where it has yet to be played."""
         try:
             # Opened here: numpy leaves a damaged file open.
-            with (
-                self._path(recipe, queries).open("rb") as file,
-                np.load(file, allow_pickle=False) as arrays,
-            ):
-                return _unpacked(arrays)
-        except FileNotFoundError:
-            return None
+            with self._path(recipe, queries).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return _unpack(arrays)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            return None  # not a file this version wrote: played and written anew
+            return None  # missing, or not a file this version wrote: played and written again
 
-    def keep(self, recipe: Recipe, queries: Sequence[str], played: Trajectory) -> None:
+    def store(self, recipe: Recipe, queries: Sequence[str], played: Trajectory) -> None:
         """Write a whole trajectory."""
-        assert played.ended is None, "what a larger context would mend is not kept"
+        assert played.ended is None, "a larger context would change what is written"
         path = self._path(recipe, queries)
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, draft = tempfile.mkstemp(prefix=".draft-", dir=self._folder)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez_compressed(file, allow_pickle=False, **_packed(played))
-            Path(draft).replace(path)
-        except BaseException:
-            Path(draft).unlink(missing_ok=True)
-            raise
+        with tempfile.NamedTemporaryFile(prefix=".draft-", dir=self._folder, delete=False) as file:
+            try:
+                np.savez_compressed(file, allow_pickle=False, **_pack(played))
+                file.flush()
+                Path(file.name).replace(path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
 
     def _path(self, recipe: Recipe, queries: Sequence[str]) -> Path:
         named = json.dumps([_FORMAT, asdict(recipe), list(queries)], sort_keys=True)
@@ -158,7 +162,7 @@ _FORMAT = 1
 _WORDS = "turns"
 
 
-def _heard(query: str, body: Mapping[str, Any], recipe: Recipe) -> PlayedTurn:
+def _parse(query: str, body: Mapping[str, Any], recipe: Recipe) -> PlayedTurn:
     try:
         choice = body["choices"][0]
         answer = choice["message"].get("content") or ""
@@ -172,7 +176,7 @@ def _heard(query: str, body: Mapping[str, Any], recipe: Recipe) -> PlayedTurn:
     return PlayedTurn(query, answer, choice.get("finish_reason") == "length", teacher)
 
 
-def _packed(played: Trajectory) -> dict[str, Any]:
+def _pack(played: Trajectory) -> dict[str, Any]:
     """Words as JSON bytes, teachers as arrays."""
     words = [{"query": t.query, "answer": t.answer, "cut": t.cut} for t in played.turns]
     arrays: dict[str, Any] = {_WORDS: np.frombuffer(json.dumps(words).encode(), dtype=np.uint8)}
@@ -184,17 +188,100 @@ def _packed(played: Trajectory) -> dict[str, Any]:
     return arrays
 
 
-def _unpacked(arrays: Mapping[str, Any]) -> Trajectory:
-    return Trajectory(
-        tuple(
-            PlayedTurn(words["query"], words["answer"], words["cut"], _teacher(arrays, number))
-            for number, words in enumerate(json.loads(arrays[_WORDS].tobytes()))
+def _unpack(arrays: Mapping[str, Any]) -> Trajectory:
+    turns = []
+    for number, words in enumerate(json.loads(arrays[_WORDS].tobytes())):
+        teacher = None
+        if f"tokens{number}" in arrays:
+            tokens = tuple(int(token) for token in arrays[f"tokens{number}"])
+            teacher = Teacher(tokens, arrays[f"top{number}"], arrays[f"logprobs{number}"])
+        turns.append(PlayedTurn(words["query"], words["answer"], words["cut"], teacher))
+    return Trajectory(tuple(turns))
+
+
+def recipe_of(config: Config) -> Recipe:
+    """What the trajectories of a configuration depend on."""
+    original = config.original
+    name = original.name or config.original_model or ""
+    if original.url is None:
+        # The model, not the name it is served under, decides what it says.
+        return Recipe(config.original_model or "", config.max_new_tokens, original.top_logprobs)
+    shows = original.top_logprobs if original.api == "vllm" else 0
+    return Recipe(f"{name} at {original.url}", config.max_new_tokens, shows)
+
+
+async def load_trajectories(
+    config: Config, dialogues: Mapping[str, Sequence[str]], at_once: int, say: Say
+) -> dict[str, Trajectory]:
+    """The trajectories of the configured original, remembered under $SOMA_HOME; `at_once` dialogues at a time.
+
+    Raises:
+        ModelError: the original's folder is needed and not there.
+        EngineError: the original did not start, or did not answer.
+        PreflightError: an endpoint's key is not in the environment.
+        asyncio.CancelledError: the process got SIGTERM; what was started is stopped.
+    """
+    cache = TrajectoryCache(soma_home() / "trajectories")
+    with sigterm_cancels():
+        return await trajectories(
+            dialogues, recipe_of(config), cache, lambda: open_original(config, say), at_once, say
         )
-    )
 
 
-def _teacher(arrays: Mapping[str, Any], number: int) -> Teacher | None:
-    if f"tokens{number}" not in arrays:
-        return None
-    tokens = tuple(int(token) for token in arrays[f"tokens{number}"])
-    return Teacher(tokens, arrays[f"top{number}"], arrays[f"logprobs{number}"])
+async def trajectories(
+    dialogues: Mapping[str, Sequence[str]],
+    recipe: Recipe,
+    cache: TrajectoryCache,
+    opening: Opening,
+    at_once: int,
+    say: Say,
+) -> dict[str, Trajectory]:
+    """Every dialogue's trajectory, in the order of `dialogues`; what is not on disk is played.
+
+    Raises:
+        EngineError: the original did not start, or did not answer.
+    """
+    found = {name: cache.find(recipe, queries) for name, queries in dialogues.items()}
+    missing = {name: dialogues[name] for name, kept in found.items() if kept is None}
+    played: dict[str, Trajectory] = {}
+    if missing:
+        say(f"{len(missing)} of {len(dialogues)} dialogues have to be played to the original")
+        async with opening() as engine:
+            played = await play_all(engine, missing, recipe, cache, at_once, say)
+    else:
+        say(f"all {len(dialogues)} dialogues were played to the original before: it is not started")
+    return {name: kept or played[name] for name, kept in found.items()}
+
+
+@asynccontextmanager
+async def open_original(config: Config, say: Say) -> AsyncIterator[Engine]:
+    """The configured original, ready: an endpoint, or a vLLM server of our own.
+
+    Raises:
+        ModelError: a child's model is not there.
+        EngineUnavailable: the child did not get ready; with the end of its log.
+        PreflightError: the endpoint's key is not in the environment.
+    """
+    original = config.original
+    name = original.name or config.original_model or ""
+    async with AsyncExitStack() as stack:
+        if original.url is not None:
+            key, timeout_s = original.api_key_env, original.connect_timeout_s
+            engine = OriginalEngine(name, original.url, api_key_env=key, connect_timeout_s=timeout_s)
+            stack.push_async_callback(engine.close)
+            yield engine
+            return
+        assert config.original_model is not None, "for_serving has checked"
+        model = str(local_path(config.original_model))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soma-original-")))
+        socket, log = folder / "original.sock", folder / "original.log"
+        command = child_command(vllm_arguments(original, model, name), socket)
+        child = ChildServer(command, child_environment(original, model), log, socket)
+        supervisor = Supervisor(child, patience=Patience(start=original.start_timeout_s))
+        stack.push_async_callback(supervisor.stop)
+        engine = OriginalEngine.of_child(name, supervisor, original.connect_timeout_s)
+        stack.push_async_callback(engine.close)
+        say(f"starting the original {name} (20-60 s); its log is {log}")
+        supervisor.start()
+        await supervisor.wait_ready(original.start_timeout_s)
+        yield engine

@@ -33,7 +33,7 @@ def serve_command(config: Path, overrides: Sequence[str]) -> list[str]:
 
 
 @asynccontextmanager
-async def started_server(
+async def run_server(
     command: Sequence[str], root: str, start_timeout_s: float, say: Callable[[str], None]
 ) -> AsyncIterator[ChildProcess]:
     """Run a server while the block runs; ready when `root`/health answers 200.

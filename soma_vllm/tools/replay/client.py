@@ -103,7 +103,7 @@ class Player:
         }
 
     def left_s(self) -> float | None:
-        """Seconds until all is over, by what was seen so far; None where that is nothing."""
+        """Estimated seconds until all dialogues are over; None before anything is known."""
         return self._time.left_s(list(self.sessions.values()))
 
     async def play(self) -> None:
@@ -116,7 +116,7 @@ class Player:
         from openai import OpenAIError
 
         try:
-            await self._turns(name, rank)
+            await self._play_turns(name, rank)
         except (OpenAIError, EngineError) as error:
             self._update(name, error=f"{type(error).__name__}: {error}")
         if self.sessions[name].left_out:
@@ -127,7 +127,7 @@ class Player:
             reason = self.sessions[name].error or f"no report of the session: {type(error).__name__}: {error}"
             self._update(name, error=reason)
 
-    async def _turns(self, name: str, rank: int) -> None:
+    async def _play_turns(self, name: str, rank: int) -> None:
         """Play one dialogue on a lane, which others may have while its user reads."""
         script = self._script
         turns = script.dialogues[name]
@@ -137,14 +137,14 @@ class Player:
         warm = script.warm_window if script.awaits_verdicts and script.warm_window < len(turns) else 0
         try:
             for number in range(1, (warm or len(turns)) + 1):
-                await self._turn(name, number, messages)
+                await self._play_turn(name, number, messages)
         finally:
             self._lanes.leave()
         if warm:
             await self._read(name, warm)
             async with self._lanes.lane(rank):
                 for number in range(warm + 1, len(turns) + 1):
-                    await self._turn(name, number, messages)
+                    await self._play_turn(name, number, messages)
 
     async def _enter_in_time(self, name: str, rank: int) -> bool:
         """Take a lane as soon as the dialogue would be over in time; False once nothing can change that."""
@@ -162,7 +162,7 @@ class Player:
                 return False
             await self._step.wait()
 
-    async def _turn(self, name: str, number: int, messages: list[ChatCompletionMessageParam]) -> None:
+    async def _play_turn(self, name: str, number: int, messages: list[ChatCompletionMessageParam]) -> None:
         """Think, ask, and take the answer into the history."""
         if number > 1:
             await asyncio.sleep(self._script.think_s)

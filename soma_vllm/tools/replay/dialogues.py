@@ -6,7 +6,6 @@ expected; a script made here plays at least one dialogue, and at least one turn 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from soma_vllm.config import Config
 from soma_vllm.errors import ConfigError
+from soma_vllm.tools.command_line import read_json
 
 Dialogues = Mapping[str, tuple[str, ...]]
 """The user's turns of each dialogue, by its id."""
@@ -34,12 +34,7 @@ def load_dialogues(path: str | Path) -> Dialogues:
         repeated.extend(sorted({name for name in names if names.count(name) > 1}))
         return dict(pairs)
 
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except OSError as error:
-        raise ConfigError(source, [f"cannot be read: {error.strerror}"]) from error
-    except ValueError as error:
-        raise ConfigError(source, [f"is not JSON: {error}"]) from error
+    document = read_json(Path(path), unique)
     if not isinstance(document, dict) or not document:
         found = "an empty object" if document == {} else f"a {type(document).__name__}"
         raise ConfigError(source, [f'found {found}; expected {{"id": ["user turn 1", ...]}}'])
@@ -82,7 +77,7 @@ class Script:
     spare: frozenset[str] = frozenset()
     """Dialogues that are played only if the others leave time for them."""
     awaits_verdicts: bool = False
-    """Whether a user reads after the warm start until his session has a verdict."""
+    """Whether a user reads after the warm start until the session has a verdict."""
     poll_s: float = 1.0
     """Seconds between two looks at a session's report."""
 

@@ -22,7 +22,7 @@ class Expectation(StrEnum):
     ROLLBACK = "rollback"
 
 
-def missed(expectations: Sequence[Expectation], sessions: Sequence[SessionRecord]) -> list[str]:
+def unmet(expectations: Sequence[Expectation], sessions: Sequence[SessionRecord]) -> list[str]:
     """For each expectation that no session fulfils: that it was missed, what was seen, what to do."""
     lines = []
     for expectation in dict.fromkeys(expectations):

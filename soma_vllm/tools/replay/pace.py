@@ -39,7 +39,7 @@ LEAST_PATIENCE_S = 60.0
 
 @dataclass(frozen=True)
 class Expected:
-    """What is expected of a machine before anything was seen. Seconds, with other dialogues beside it."""
+    """What is expected of a machine before anything was seen. Seconds, with other dialogues in progress."""
 
     original_s: float
     """A turn of the original's."""
@@ -203,9 +203,9 @@ class Timekeeper:
         return makespan(map(self.dialogue_s, begun), self._rules.lanes)
 
     def may_begin(self, name: str, sessions: Mapping[str, SessionRecord], begun: Collection[str]) -> bool:
-        """Whether a dialogue would be over in time, beside all that is under way or will be played anyway.
+        """Whether a dialogue would be over in time, given all that is under way or will be played anyway.
 
-        What is no may become yes: the pace is known better with every turn.
+        A no may become a yes: the pace is known better with every turn.
         """
         if self._deadline is None or name in self._always:
             return True

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,13 +19,13 @@ from rich.console import Console
 
 from soma_vllm.config import Config, load_config
 from soma_vllm.errors import EngineUnavailable
-from soma_vllm.tools.command_line import InputProblems, write_json
+from soma_vllm.tools.command_line import DialogueFile, InputProblems, Overrides, sigterm_cancels, write_json
 from soma_vllm.tools.replay import replay_view as view
 from soma_vllm.tools.replay import timeline
-from soma_vllm.tools.replay.child_server import serve_command, started_server, while_alive
+from soma_vllm.tools.replay.child_server import run_server, serve_command, while_alive
 from soma_vllm.tools.replay.client import Player
 from soma_vllm.tools.replay.dialogues import Script, load_dialogues, make_script
-from soma_vllm.tools.replay.expectations import Expectation, missed
+from soma_vllm.tools.replay.expectations import Expectation, unmet
 from soma_vllm.tools.replay.pace import Rules, Timekeeper
 from soma_vllm.tools.replay.plan import fit_to_machine
 from soma_vllm.tools.replay.replay_view import Screen, SessionRecord
@@ -36,15 +36,13 @@ CONNECT_S = 60.0
 
 def replay(
     config: Annotated[Path, typer.Option(help="Configuration of the server.")],
-    dialogues: Annotated[Path, typer.Option(help='JSON file {"id": ["user turn 1", ...]}.')],
+    dialogues: DialogueFile,
     out: Annotated[Path, typer.Option(help="Directory for soma_log.json and timeline.png.")],
     url: Annotated[
         str | None,
         typer.Option(help="A running server, such as http://127.0.0.1:8000/v1. Without it one is started."),
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value over the configuration; repeatable.")
-    ] = None,
+    overrides: Overrides = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Most dialogues under way at once.")] = 3,
     think_time: Annotated[float, typer.Option(min=0, help="Seconds a user waits between turns.")] = 0.0,
     await_verdicts: Annotated[
@@ -85,46 +83,68 @@ def replay(
 
     Exits with 1 when a dialogue broke off, the server died or an --expect was not met; with 2 on wrong input.
     """
-    screen = Screen(Console())
-    config_now, script = _prepare(
+    screen, overrides, first = Screen(Console()), overrides or [], first or []
+    settings, script = _prepare(
         config,
         dialogues,
-        overrides or [],
+        overrides,
         only=only or [],
         limit_turns=limit_turns,
         force_adapter=force_adapter or [],
         concurrency=concurrency,
         think_s=think_time,
         awaits_verdicts=await_verdicts,
-        first=first or [],
+        first=first,
     )
+    budget_s = None if minutes is None else 60 * minutes
+    settings, sessions, trouble = _replay(screen, script, settings, (config, overrides), url, budget_s, first)
+    log = write_log(out / "soma_log.json", settings, sessions)
+    look = f"look at {out / 'soma_log.json'}"
+    if any(session.turns for session in sessions):
+        timeline.draw(log, out / "timeline.png")
+        look = f"look at {out / 'timeline.png'} and {out / 'soma_log.json'}"
+    _report(screen, sessions, trouble, expect or [], look)
+
+
+def _replay(
+    screen: Screen,
+    script: Script,
+    settings: Config,
+    source: tuple[Path, list[str]],
+    url: str | None,
+    budget_s: float | None,
+    first: Sequence[str],
+) -> tuple[Config, list[SessionRecord], str | None]:
+    """Plan for this machine if there is a budget and no server yet, then play.
+
+    Args:
+        source: the configuration's file and its overrides, for a server started here.
+
+    Returns:
+        The settings in force, every dialogue's record, and why the replay ended early, if it did.
+    """
     for name in sorted(script.forced):
         screen.say(f"{name}: forced to its adapter, whatever the gate decides", style="yellow")
-    began, settings, plan = time.monotonic(), list(overrides or []), None
-    if minutes is not None and url is None:
-        plan = fit_to_machine(script, config_now, first or [], 60 * minutes, screen.say)
+    began, plan = time.monotonic(), None
+    path, overrides = source
+    if budget_s is not None and url is None:
+        plan = fit_to_machine(script, settings, first, budget_s, screen.say)
     if plan is not None:
-        settings += plan.overrides
-        config_now, script = load_config(config, settings), plan.script(script)
+        overrides = [*overrides, *plan.overrides]
+        settings, script = load_config(path, overrides), plan.script
+    limit_s = settings.adaptation.train_timeout_s
     timekeeper = Timekeeper(
-        Rules(script.warm_window, think_time, script.concurrency, config_now.adaptation.train_timeout_s),
+        Rules(script.warm_window, script.think_s, script.concurrency, limit_s),
         None if plan is None else plan.expected,
-        None if minutes is None else began + 60 * minutes,
-        always={*(first or []), *script.forced} or {next(iter(script.dialogues))},
+        None if budget_s is None else began + budget_s,
+        always={*first, *script.forced} or {next(iter(script.dialogues))},
     )
-    host = "127.0.0.1" if config_now.server.host == "0.0.0.0" else config_now.server.host
-    base_url = url or f"http://{host}:{config_now.server.port}/v1"
-    server = None if url else serve_command(config, settings)
+    host = "127.0.0.1" if settings.server.host == "0.0.0.0" else settings.server.host
+    base_url = url or f"http://{host}:{settings.server.port}/v1"
+    server = None if url else serve_command(path, overrides)
     # Both engines start within this time, one after the other.
-    start_timeout_s = 2 * config_now.original.start_timeout_s
-    sessions, trouble = asyncio.run(run(script, screen, base_url, server, start_timeout_s, timekeeper))
-    log = write_log(out / "soma_log.json", config_now, sessions)
-    drawn = any(session.turns for session in sessions)
-    if drawn:
-        timeline.draw(log, out / "timeline.png")
-    look = f"look at {out / 'timeline.png'} and " if drawn else "look at "
-    look += str(out / "soma_log.json")
-    _report(screen, sessions, trouble, expect or [], look)
+    start_timeout_s = 2 * settings.original.start_timeout_s
+    return settings, *asyncio.run(run(script, screen, base_url, server, start_timeout_s, timekeeper))
 
 
 def _prepare(config: Path, dialogues: Path, overrides: Sequence[str], **choices: Any) -> tuple[Config, Script]:
@@ -151,7 +171,7 @@ def _report(
     screen.console.print(view.table(sessions))
     for line in view.summary(sessions):
         screen.say(line)
-    lines = missed(expect, sessions)
+    lines = unmet(expect, sessions)
     for line in ([f"the replay ended early: {trouble}"] if trouble else []) + lines:
         screen.say(line, style="bold red")
     screen.say(look, style="bold")
@@ -182,36 +202,24 @@ async def run(
     )
     player = Player(client, root, script, screen.show, timekeeper)
     screen.left_s = player.left_s
-    # Ended from outside, a server started here must still be stopped: SIGTERM unwinds as Ctrl-C does.
-    current = asyncio.current_task()
-    assert current is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, current.cancel)
+
+    def relay(line: str) -> None:
+        screen.say(f"server | {line}", style="dim")
+
     trouble: str | None = None
     try:
-        async with client:
-            await _drive(player, screen, root, server, start_timeout_s)
+        with sigterm_cancels(), screen.live(player.sessions):
+            async with client, AsyncExitStack() as stack:
+                if server is None:
+                    await player.play()
+                else:
+                    started = run_server(server, root, start_timeout_s, relay)
+                    await while_alive(await stack.enter_async_context(started), player.play())
     except EngineUnavailable as error:
         trouble = str(error)
     except asyncio.CancelledError:
         trouble = "interrupted"
-    finally:
-        asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
     return list(player.sessions.values()), trouble
-
-
-async def _drive(
-    player: Player, screen: Screen, root: str, server: Sequence[str] | None, start_timeout_s: float
-) -> None:
-    with screen.live(player.sessions):
-        if server is None:
-            await player.play()
-            return
-
-        def relay(line: str) -> None:
-            screen.say(f"server | {line}", style="dim")
-
-        async with started_server(server, root, start_timeout_s, relay) as process:
-            await while_alive(process, player.play())
 
 
 def write_log(path: Path, config: Config, sessions: Sequence[SessionRecord]) -> dict[str, Any]:

@@ -96,17 +96,9 @@ class SessionRecord:
 
     def to_json(self) -> dict[str, Any]:
         """This session's entry in the log."""
-        return {
-            "session": self.session,
-            "forced": "adapter" if self.forced else None,
-            "phase": self.phase,
-            "error": self.error,
-            "given_up": self.given_up,
-            "left_out": self.left_out,
-            "turns": [asdict(turn) for turn in self.turns],
-            "events": [dict(event) for event in self.events],
-            "training": None if self.training is None else dict(self.training),
-        }
+        fields = asdict(self)
+        del fields["dialogue"], fields["planned"]
+        return fields | {"forced": "adapter" if self.forced else None}
 
 
 _STYLES = {"O": "blue", "s": "yellow", "A": "green", "l": "magenta", "x": "red"}

@@ -21,7 +21,7 @@ HEIGHT = 0.56
 """Height of a block, in lanes."""
 
 _TRAINED = frozenset({"trained", "adapter_published", "training_failed"})
-_MARKS = {
+_MARKS: dict[str, dict[str, Any]] = {
     "switched": {"marker": ">", "color": INK, "markersize": 8, "label": "switch to the surrogate"},
     "rolled_back": {"marker": "X", "color": RED, "markersize": 11, "label": "roll back to the original"},
 }
@@ -49,8 +49,8 @@ def draw(log: Mapping[str, Any], path: Path) -> None:
             for event in events:
                 if event["kind"] in _MARKS:
                     # Between two turns, nearest after the moment: the next turn is the first to be affected.
-                    place = sum(float(turn.get("at") or 0.0) <= float(event["at"]) for turn in turns) + 0.5
-                    axes.plot(place, lane, **_MARKS[event["kind"]], markeredgecolor="white", zorder=6)
+                    border = sum(float(turn.get("at") or 0.0) <= float(event["at"]) for turn in turns) + 0.5
+                    axes.plot(border, lane, **_MARKS[event["kind"]], markeredgecolor="white", zorder=6)
             axes.text(longest + 0.72, lane, _latencies(turns), va="center", ha="left", color=INK)
         _label(axes, sessions, longest, log.get("config", {}).get("warm_window"))
         handles, place = _legend(list(sessions.values())), "outside lower center"
@@ -111,7 +111,7 @@ def _draw_turns(axes: Any, lane: int, turns: Turns) -> None:
 
     for turn in turns:
         kind, corner = _kind(turn), (turn["turn"] - BLOCK / 2 + 0.04, lane - HEIGHT / 2 + 0.04)
-        look = {"boxstyle": "round,pad=0.04,rounding_size=0.07", "facecolor": COLORS[kind]}
+        look: dict[str, Any] = {"boxstyle": "round,pad=0.04,rounding_size=0.07", "facecolor": COLORS[kind]}
         axes.add_patch(FancyBboxPatch(corner, BLOCK - 0.08, HEIGHT - 0.08, linewidth=0, zorder=2, **look))
         if turn.get("gap") is not None:
             ink = INK if kind == "surrogate" else "white"

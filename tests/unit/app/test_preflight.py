@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from soma_vllm.app.preflight.checks import preflight
+from soma_vllm.app.preflight import preflight
 from soma_vllm.config import parse_config
 from soma_vllm.errors import PreflightError
 from soma_vllm.versions import installed_vllm

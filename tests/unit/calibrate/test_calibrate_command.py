@@ -22,7 +22,8 @@ from soma_vllm.sessions.sql.store import SessionStore
 from soma_vllm.sessions.state.gate import judge
 from soma_vllm.tools.calibrate.sources import merge, read_file, read_store
 from soma_vllm.tools.calibrate.thresholds import Case, Missing, Outcome
-from soma_vllm.tools.evaluate.evaluation_report import report, settings, write
+from soma_vllm.tools.command_line import write_json
+from soma_vllm.tools.evaluate.evaluation_report import report, settings
 from soma_vllm.tools.evaluate.harness import Choice, Numbers, SessionResult
 from soma_vllm.tools.evaluate.variants import choose
 from soma_vllm.tools.replay.replay import write_log
@@ -233,7 +234,7 @@ def evaluated(path: Path, gap: float | None = 0.25) -> Path:
         choice = Choice(verdict.candidate, None, verdict.reason, verdict.numbers, None)
         results[name] = SessionResult({variant.name: numbers for variant in variants}, choice)
     turns = {name: ["q"] * 10 for name in results}
-    write(path, report(results, variants, settings(config, turns, [], "dialogues.json")))
+    write_json(path, report(results, variants, settings(config, turns, [], "dialogues.json")))
     return path
 
 

@@ -18,8 +18,8 @@ from soma_vllm.tools.calibrate.thresholds import (
     Point,
     cases_needed,
     curve,
+    loosest_supported,
     recommend,
-    supported,
     wilson,
 )
 from soma_vllm.types import Candidate
@@ -108,8 +108,8 @@ def test_beyond_the_threshold_in_force_only_cases_that_were_measured_anyway_spea
     assert at(points, 0.1).cases == 6
     assert at(points, 0.4).cases == 1
     assert (at(points, 0.4).false_accepts.count, at(points, 0.4).false_accepts.total) == (1, 1)
-    assert supported([*served, forced], Axis.GAP) == 0.1
-    assert supported([forced], Axis.GAP) is None
+    assert loosest_supported([*served, forced], Axis.GAP) == 0.1
+    assert loosest_supported([forced], Axis.GAP) is None
 
 
 def test_logs_of_a_stricter_gate_do_not_speak_for_a_looser_threshold() -> None:

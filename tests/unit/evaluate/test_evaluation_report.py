@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from soma_vllm.config import Config
+from soma_vllm.tools.command_line import write_json
 from soma_vllm.tools.evaluate.evaluate_view import table
-from soma_vllm.tools.evaluate.evaluation_figures import draw
-from soma_vllm.tools.evaluate.evaluation_report import report, settings, write
+from soma_vllm.tools.evaluate.evaluation_report import draw, report, settings
 from soma_vllm.tools.evaluate.harness import Choice, Numbers, SessionResult
 from soma_vllm.tools.evaluate.variants import choose
 from soma_vllm.types import Candidate
@@ -122,7 +122,7 @@ def test_a_failed_training_is_named() -> None:
 
 
 def test_the_report_is_json_and_gives_its_table_and_figures_back(tmp_path: Path) -> None:
-    write(tmp_path / "new" / "evaluation.json", made())
+    write_json(tmp_path / "new" / "evaluation.json", made(), allow_nan=False)
     document = json.loads((tmp_path / "new" / "evaluation.json").read_text())
     assert document == made() | {"settings": document["settings"]}
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["evaluation.json"]

@@ -13,9 +13,16 @@ import pytest
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import ChatCall, Engine, Reply
 from soma_vllm.errors import EngineRefused, EngineUnavailable, TrainingError
-from soma_vllm.tools.evaluate.dataset import material, split_short
-from soma_vllm.tools.evaluate.original_answers import recipe_of, trajectories
-from soma_vllm.tools.evaluate.trajectory import PlayedTurn, Recipe, Trajectory, TrajectoryShelf, play
+from soma_vllm.tools.evaluate.dataset import material, split_by_length
+from soma_vllm.tools.evaluate.trajectory import (
+    PlayedTurn,
+    Recipe,
+    Trajectory,
+    TrajectoryCache,
+    play,
+    recipe_of,
+    trajectories,
+)
 
 RECIPE = Recipe("original", max_new_tokens=16, top_logprobs=2)
 WORDS = Recipe("original", max_new_tokens=16, top_logprobs=0)
@@ -101,10 +108,10 @@ async def test_a_reply_without_the_log_probabilities_asked_for_is_told() -> None
 
 
 async def test_the_second_run_starts_no_original(tmp_path: Path) -> None:
-    adapter_store, opening, said = TrajectoryShelf(tmp_path / "kept"), Counted(), list[str]()
+    cache, opening, said = TrajectoryCache(tmp_path / "kept"), Counted(), list[str]()
     dialogues = {"a": TURNS, "b": ("other?", "turns?")}
-    first = await trajectories(dialogues, RECIPE, adapter_store, opening, 2, said.append)
-    again = await trajectories(dialogues, RECIPE, adapter_store, opening, 2, said.append)
+    first = await trajectories(dialogues, RECIPE, cache, opening, 2, said.append)
+    again = await trajectories(dialogues, RECIPE, cache, opening, 2, said.append)
     assert opening.times == 1
     assert list(first) == list(again) == ["a", "b"]
     for name in dialogues:
@@ -120,10 +127,10 @@ async def test_the_second_run_starts_no_original(tmp_path: Path) -> None:
 
 
 async def test_only_what_is_missing_is_played(tmp_path: Path) -> None:
-    adapter_store, opening = TrajectoryShelf(tmp_path), Counted()
-    await trajectories({"a": TURNS}, RECIPE, adapter_store, opening, 2, lambda line: None)
+    cache, opening = TrajectoryCache(tmp_path), Counted()
+    await trajectories({"a": TURNS}, RECIPE, cache, opening, 2, lambda line: None)
     asked = len(opening.engine.calls)
-    both = await trajectories({"b": ("x",), "a": TURNS}, RECIPE, adapter_store, opening, 2, lambda line: None)
+    both = await trajectories({"b": ("x",), "a": TURNS}, RECIPE, cache, opening, 2, lambda line: None)
     assert len(opening.engine.calls) - asked == 1
     assert list(both) == ["b", "a"]
 
@@ -134,22 +141,22 @@ async def test_only_what_is_missing_is_played(tmp_path: Path) -> None:
     ids=["model", "length", "log-probabilities"],
 )
 async def test_another_recipe_is_another_trajectory(tmp_path: Path, other: Recipe) -> None:
-    adapter_store = TrajectoryShelf(tmp_path)
-    adapter_store.keep(RECIPE, TURNS, await play(Original(), TURNS, RECIPE))
-    assert adapter_store.find(RECIPE, TURNS) is not None
-    assert adapter_store.find(other, TURNS) is None
-    assert adapter_store.find(RECIPE, TURNS[:2]) is None
+    cache = TrajectoryCache(tmp_path)
+    cache.store(RECIPE, TURNS, await play(Original(), TURNS, RECIPE))
+    assert cache.find(RECIPE, TURNS) is not None
+    assert cache.find(other, TURNS) is None
+    assert cache.find(RECIPE, TURNS[:2]) is None
 
 
 async def test_a_damaged_file_is_played_anew_and_nothing_half_made_stays(tmp_path: Path) -> None:
-    adapter_store = TrajectoryShelf(tmp_path)
+    cache = TrajectoryCache(tmp_path)
     played = await play(Original(), TURNS, RECIPE)
-    adapter_store.keep(RECIPE, TURNS, played)
+    cache.store(RECIPE, TURNS, played)
     (kept,) = tmp_path.iterdir()
     kept.write_bytes(kept.read_bytes()[:100])
-    assert adapter_store.find(RECIPE, TURNS) is None
-    adapter_store.keep(RECIPE, TURNS, played)
-    assert adapter_store.find(RECIPE, TURNS) is not None
+    assert cache.find(RECIPE, TURNS) is None
+    cache.store(RECIPE, TURNS, played)
+    assert cache.find(RECIPE, TURNS) is not None
     assert list(tmp_path.iterdir()) == [kept]
 
 
@@ -198,6 +205,6 @@ def test_a_session_without_a_later_answer_is_refused_with_the_reason() -> None:
 
 def test_dialogues_shorter_than_the_warm_start_and_one_turn_are_listed() -> None:
     config = Config.model_validate({"warm_window": 3})
-    enough, short = split_short({"long": ("q",) * 4, "short": ("q",) * 3}, config)
+    enough, short = split_by_length({"long": ("q",) * 4, "short": ("q",) * 3}, config)
     assert list(enough) == ["long"]
     assert short == ["short: found 3 turns; expected at least 4, one more than warm_window"]

@@ -19,7 +19,7 @@ from support.guard import GUARD_S
 
 from soma_vllm.engines.child_process import ChildProcess
 from soma_vllm.errors import EngineUnavailable
-from soma_vllm.tools.replay.child_server import serve_command, started_server, while_alive
+from soma_vllm.tools.replay.child_server import run_server, serve_command, while_alive
 from soma_vllm.tools.replay.client import Player
 from soma_vllm.tools.replay.dialogues import Script
 from soma_vllm.tools.replay.pace import Expected, Rules, Timekeeper
@@ -275,10 +275,10 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 async def test_a_started_server_is_ready_in_the_block_and_ended_after_it() -> None:
     port, lines = free_port(), list[str]()
     command = [sys.executable, "-c", SERVER, str(port)]
-    async with started_server(command, f"http://127.0.0.1:{port}", GUARD_S, lines.append) as process:
+    async with run_server(command, f"http://127.0.0.1:{port}", GUARD_S, lines.append) as process:
         assert process.alive()
         with pytest.raises(EngineUnavailable, match="found a server at"):
-            async with started_server(command, f"http://127.0.0.1:{port}", GUARD_S, lines.append):
+            async with run_server(command, f"http://127.0.0.1:{port}", GUARD_S, lines.append):
                 pass
     assert process.returncode == -15
     assert "listening" in lines
@@ -288,7 +288,7 @@ async def test_a_server_that_ends_before_it_is_ready_is_reported_with_its_status
     lines: list[str] = []
     command = [sys.executable, "-c", "print('no model'); raise SystemExit(3)"]
     with pytest.raises(EngineUnavailable, match="ended with status 3 before it was ready"):
-        async with started_server(command, f"http://127.0.0.1:{free_port()}", GUARD_S, lines.append):
+        async with run_server(command, f"http://127.0.0.1:{free_port()}", GUARD_S, lines.append):
             pass
     assert lines == ["no model"]
 

@@ -57,14 +57,19 @@ def planned(dialogues: Dialogues, config: Config, product: Product, minutes: flo
     return make_plan(script, config, machine(product), 60 * minutes, FIRST)
 
 
+def played(plan: Plan) -> list[str]:
+    """What there is time for, in order."""
+    return [name for name in plan.script.dialogues if name not in plan.script.spare]
+
+
 @pytest.mark.parametrize("product", [FAST, MIDDLING], ids=["avx512_bf16", "avx2"])
 def test_a_machine_that_is_fast_enough_plays_everything_as_it_is(
     dialogues: Dialogues, config: Config, product: Product
 ) -> None:
     plan = planned(dialogues, config, product)
-    assert set(plan.dialogues) == set(dialogues)
-    assert (plan.left_out, plan.overrides, plan.notes) == ((), (), ())
-    assert (plan.lanes, plan.max_tokens) == (3, config.max_new_tokens)
+    assert set(played(plan)) == set(dialogues)
+    assert (plan.overrides, plan.notes) == ((), ())
+    assert (plan.script.concurrency, plan.script.max_tokens) == (3, config.max_new_tokens)
     assert plan.total_s < 15 * 60
 
 
@@ -72,17 +77,17 @@ def test_a_machine_that_is_fast_enough_plays_everything_as_it_is(
 def test_what_a_replay_is_asked_to_begin_with_comes_first_on_every_machine(
     dialogues: Dialogues, config: Config, product: Product
 ) -> None:
-    assert tuple(planned(dialogues, config, product).dialogues)[:3] == FIRST
+    assert tuple(played(planned(dialogues, config, product)))[:3] == FIRST
 
 
 def test_a_slow_machine_plays_fewer_dialogues_two_at_once_and_says_so(
     dialogues: Dialogues, config: Config
 ) -> None:
     plan = planned(dialogues, config, SLOW)
-    assert len(FIRST) <= len(plan.dialogues) < len(dialogues)
-    assert set(plan.dialogues) | set(plan.left_out) == set(dialogues)
-    assert plan.lanes == 2
-    assert plan.max_tokens < config.max_new_tokens
+    assert len(FIRST) <= len(played(plan)) < len(dialogues)
+    assert set(plan.script.dialogues) == set(dialogues)
+    assert plan.script.concurrency == 2
+    assert plan.script.max_tokens < config.max_new_tokens
     assert any("only if there is time left" in note for note in plan.notes)
 
 
@@ -90,16 +95,14 @@ def test_what_a_plan_leaves_out_is_played_last_and_only_in_time_to_spare(
     dialogues: Dialogues, config: Config
 ) -> None:
     plan = planned(dialogues, config, SLOW)
-    script = plan.script(Script(dialogues, concurrency=3))
-    assert tuple(script.dialogues) == (*plan.dialogues, *plan.left_out)
-    assert script.spare == set(plan.left_out)
-    assert (script.concurrency, script.max_tokens) == (plan.lanes, plan.max_tokens)
+    spare = plan.script.spare
+    assert spare
+    assert set(list(plan.script.dialogues)[-len(spare) :]) == spare
 
 
 def test_less_time_leaves_more_out(dialogues: Dialogues, config: Config) -> None:
-    assert len(planned(dialogues, config, MIDDLING, 4).dialogues) < len(
-        planned(dialogues, config, MIDDLING, 10).dialogues
-    )
+    less, more = (planned(dialogues, config, MIDDLING, minutes) for minutes in (4, 10))
+    assert len(played(less)) < len(played(more))
 
 
 def test_a_training_that_would_take_too_long_is_made_smaller_and_others_are_skipped(
@@ -111,7 +114,7 @@ def test_a_training_that_would_take_too_long_is_made_smaller_and_others_are_skip
     assert "only house-style trains an adapter" in plan.notes
     smaller = load_config(ROOT / "configs" / "cpu_demo.yaml", list(plan.overrides))
     assert smaller.lora.checkpoints == (2,)
-    assert smaller.max_new_tokens == plan.max_tokens
+    assert smaller.max_new_tokens == plan.script.max_tokens
 
 
 def test_the_servers_time_limit_is_never_near_a_training_that_is_expected(
@@ -132,7 +135,7 @@ def test_a_slower_product_is_expected_to_take_longer(dialogues: Dialogues, confi
     plans = [planned(dialogues, config, product, 600) for product in (FAST, MIDDLING, SLOW, CRAWLING)]
     totals = [plan.total_s for plan in plans]
     assert totals == sorted(totals)
-    assert [plan.left_out for plan in plans] == [()] * 4
+    assert [plan.script.spare for plan in plans] == [frozenset()] * 4
 
 
 PRINTED = {

@@ -10,7 +10,7 @@ from rich.console import Console
 from soma_vllm.config import Config
 from soma_vllm.tools.replay import replay_view as view
 from soma_vllm.tools.replay import timeline
-from soma_vllm.tools.replay.expectations import Expectation, missed
+from soma_vllm.tools.replay.expectations import Expectation, unmet
 from soma_vllm.tools.replay.replay import write_log
 from soma_vllm.tools.replay.replay_view import SessionRecord, TurnRecord
 
@@ -113,18 +113,18 @@ def test_the_mean_gap_takes_audited_turns_only() -> None:
     ],
 )
 def test_expectations_that_no_session_meets_are_named(letters: str, missing: list[str]) -> None:
-    lines = missed(list(Expectation), [session("a", letters), session("b", "OO")])
+    lines = unmet(list(Expectation), [session("a", letters), session("b", "OO")])
     named = [line.split(":")[0].removeprefix("expected ") for line in lines if line.startswith("expected ")]
     assert named == missing
 
 
 def test_a_roll_back_after_the_last_turn_counts() -> None:
     record = replace(session("a", "OOAA"), events=({"kind": "rolled_back", "at": 150.0, "data": {}},))
-    assert missed([Expectation.ROLLBACK], [record]) == []
+    assert unmet([Expectation.ROLLBACK], [record]) == []
 
 
 def test_nothing_is_expected_unless_asked() -> None:
-    assert missed([], [session("a", "OO")]) == []
+    assert unmet([], [session("a", "OO")]) == []
 
 
 def test_a_missed_adapter_says_what_became_of_the_training_and_what_to_do() -> None:
@@ -135,7 +135,7 @@ def test_a_missed_adapter_says_what_became_of_the_training_and_what_to_do() -> N
         events=events,
         given_up="gave up waiting for its verdict: nothing happened for 900 s",
     )
-    assert missed([Expectation.ADAPTER], [waiting, session("b", "OO")]) == [
+    assert unmet([Expectation.ADAPTER], [waiting, session("b", "OO")]) == [
         "expected adapter: found no session with a turn answered with an adapter",
         "  seen: a: gave up waiting for its verdict: nothing happened for 900 s",
         "  what to do: give it more time, with nothing else on the machine: --minutes 40, or fewer dialogues "
@@ -145,14 +145,14 @@ def test_a_missed_adapter_says_what_became_of_the_training_and_what_to_do() -> N
 
 def test_a_missed_switch_quotes_the_gate() -> None:
     events = ({"kind": "refused", "at": 110.0, "data": {"reason": "plain: gap 0.245 above 0.12"}},)
-    lines = missed([Expectation.SWITCH], [replace(session("a", "OOOO"), events=events)])
+    lines = unmet([Expectation.SWITCH], [replace(session("a", "OOOO"), events=events)])
     assert lines[1] == "  seen: a: refused: plain: gap 0.245 above 0.12"
     assert "gate.accept_threshold" in lines[2]
 
 
 def test_a_missed_roll_back_counts_audits_and_blames_those_that_were_dropped() -> None:
     events = tuple({"kind": kind, "at": 110.0, "data": {}} for kind in ("audited", "audit_dropped"))
-    lines = missed([Expectation.ROLLBACK], [replace(session("a", "OOss"), events=events), session("b", "OO")])
+    lines = unmet([Expectation.ROLLBACK], [replace(session("a", "OOss"), events=events), session("b", "OO")])
     assert lines[1:] == [
         "  seen: a: 1 audits, 1 dropped",
         "  what to do: give audits time: --set gate.audit_wait_s=600",

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from soma_vllm.errors import TrainingError
+from soma_vllm.tools.distill import pool, train_pair
 from soma_vllm.tools.evaluate.dataset import Material
-from soma_vllm.tools.evaluate.model_pair import distil, pool
 from soma_vllm.types import Example
 
 
@@ -40,5 +40,5 @@ def test_pooling_nothing_is_refused() -> None:
 def test_a_directory_with_files_in_it_is_never_written_over(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("mine")
     with pytest.raises(TrainingError, match="found files there"):
-        distil(None, pool([session("a")]), None, "*", tmp_path)
+        train_pair(None, pool([session("a")]), None, "*", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
