@@ -235,7 +235,6 @@ class SomaServer:
             meter,
             adapters,
             sweep_trigger,
-            shadow_traffic,
         )
         await session_admin.start()
         self._cleanup.push_async_callback(session_admin.stop)

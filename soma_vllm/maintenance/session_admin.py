@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from soma_vllm.adaptation.pipeline import Adaptation
-from soma_vllm.adaptation.shadow_traffic import ShadowTraffic
 from soma_vllm.adapters.store.protocol import Shelf
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import Salts
@@ -63,7 +62,6 @@ class SessionAdmin:
         meter: Meter,
         adapters: AdapterEvictor,
         sweep_trigger: SweepTrigger,
-        shadow_traffic: ShadowTraffic,
         sweep_every_s: float = SWEEP_EVERY_S,
     ) -> None:
         self._config = config
@@ -76,7 +74,6 @@ class SessionAdmin:
         self._meter = meter
         self.adapters = adapters
         self._sweep_trigger = sweep_trigger
-        self._shadow_traffic = shadow_traffic
         self._sweep_every_s = sweep_every_s
         self._sweeper: asyncio.Task[None] | None = None
         self._removals: dict[SessionKey, asyncio.Task[None]] = {}
@@ -234,9 +231,7 @@ class SessionAdmin:
         retention = self._config.retention
         now = time.time()
         if retention.text_ttl_s is not None:
-            await self._store.erase_texts_before(now - retention.text_ttl_s)
-            self._registry.forget_texts_before(now - retention.text_ttl_s)
-            self._shadow_traffic.forget_before(now - retention.text_ttl_s)
+            await self._registry.erasure.erase_before(now - retention.text_ttl_s)
         if retention.session_ttl_s is None:
             return 0
         removed = 0

@@ -354,7 +354,6 @@ class Services:
             self.meter,
             self.adapters,
             self.sweep_trigger,
-            self.shadow_traffic,
         )
 
     async def say(
