@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -78,10 +79,6 @@ ABSENT: Mapping[str, Any] = {
 
 OVER = frozenset({EventKind.SWITCHED, EventKind.ADAPTATION_ABANDONED, EventKind.CLOSED})
 """Events after which a session's teachers have done their work."""
-
-REFUSED = frozenset({EventKind.REFUSED, EventKind.TRAINING_FAILED})
-"""Events after which they have where retention has what was said erased; else a later training may use
-them."""
 
 Spelling = Callable[[Sequence[int], str], int | None]
 """How many of an answer's tokens, from the first, spell its text; None where they do not."""
@@ -222,6 +219,8 @@ class Kept:
 
     answer: str
     teacher: Teacher
+    at: float = field(default_factory=time.time)
+    """Unix time, seconds."""
 
     @property
     def size(self) -> int:
@@ -230,7 +229,10 @@ class Kept:
 
 
 class TeacherLogprobs:
-    """Decides which turns to hear log-probabilities on, and keeps what was heard. An observer of events."""
+    """Decides which turns to hear log-probabilities on, and keeps what was heard. An observer of the events in
+    `kinds`, and a cache of text."""
+
+    kinds = OVER | {EventKind.BRANCHED}
 
     def __init__(
         self,
@@ -252,10 +254,20 @@ class TeacherLogprobs:
 
     def __call__(self, key: SessionKey, event: Event) -> None:
         """Drop what an event makes useless; hand a branch what was heard with the turns it begins with."""
-        if event.kind in OVER or (event.kind in REFUSED and self._config.retention.text != "session"):
-            self._drop(key, 1)
-        elif event.kind == EventKind.BRANCHED:
+        if event.kind == EventKind.BRANCHED:
             self._share(SessionKey(key.tenant, event.data["of"]), key, len(event.data["turns"]))
+        else:
+            self.forget(key)
+
+    def forget(self, key: SessionKey) -> None:
+        """Drop what was heard with a session's turns."""
+        self._drop(key, 1)
+
+    def forget_before(self, at: float) -> None:
+        """Drop what was heard before a Unix time."""
+        for key, mine in list(self._kept.items()):
+            if any(kept.at < at for kept in mine.values()):
+                self.forget(key)
 
     def fields(self, session: Session, body: Mapping[str, Any]) -> dict[str, Any]:
         """What to add to the request of this turn; empty where its answer teaches as text or not at all."""

@@ -174,33 +174,26 @@ class SessionAdmin:
         if self._registry.is_live(key) and self._registry.is_new(key):
             self._registry.discard(key)  # a branch whose first answer is not over: it is not recorded any more
             return
-        try:
-            entry = await self._registry.entry(key)
-        except NotFound:
-            return  # somebody was faster
-        self._registry.hold(key)
-        try:
-            if entry.session.phase is not Phase.CLOSED:
+        async with self._registry.lease(key) as session:
+            if self._registry.is_new(key):
+                return  # another removal was faster
+            if session.phase is not Phase.CLOSED:
                 self._registry.note(key, EventKind.CLOSED)
             await self._background.cancel(key)
             await self._registry.unheld(key, LAST_REQUEST_S)
-            for ref in _left(entry.events):
+            for ref in _left(self._registry.events(key)):
                 await self._adaptation.retire(key, ref)
             with suppress(AdapterError):  # an empty folder stays behind
                 await asyncio.to_thread(self._adapter_store.forget, key)
             self._registry.remove(key)
-        finally:
-            self._registry.release(key)
 
     @asynccontextmanager
     async def _held(self, key: SessionKey) -> AsyncIterator[Session]:
-        """A session that stays in memory meanwhile. Raises NotFound, StoreUnavailable."""
-        session = (await self._registry.entry(key)).session
-        self._registry.hold(key)
-        try:
+        """A session on record, leased. Raises NotFound, StoreUnavailable."""
+        async with self._registry.lease(key) as session:
+            if self._registry.is_new(key):
+                raise NotFound(f"no session {key.session!r}")
             yield session
-        finally:
-            self._registry.release(key)
 
     def _retire(self, key: SessionKey, session: Session) -> None:
         if session.adapter is not None:

@@ -13,7 +13,9 @@ SETTLED_S = 0.5
 
 
 class SweepTrigger:
-    """An observer of events, and a bell."""
+    """An observer of publications, and a bell."""
+
+    kinds = frozenset({EventKind.ADAPTER_PUBLISHED})
 
     def __init__(self) -> None:
         self._bell = asyncio.Event()
@@ -21,8 +23,7 @@ class SweepTrigger:
 
     def __call__(self, key: SessionKey, event: Event) -> None:
         """Ring when an adapter was published: budgets may be exceeded."""
-        if event.kind == EventKind.ADAPTER_PUBLISHED:
-            self._bell.set()
+        self._bell.set()
 
     def damaged(self, name: str) -> None:
         """Ring because an adapter cannot be loaded any more."""
