@@ -39,7 +39,7 @@ REFRESH_S = 60.0
 
 
 class CostModel:
-    """Judges whether an adapter pays. An observer of events."""
+    """Judges whether an adapter pays. An observer of the events in `kinds`."""
 
     def __init__(self, config: Config, store: Store, clock: Callable[[], float] = time.time) -> None:
         self._config = config
@@ -54,11 +54,11 @@ class CostModel:
             EventKind.TRAINED: self._trained,
             EventKind.JUDGED: self._judged,
         }
+        self.kinds = frozenset(self._on)
 
     def __call__(self, key: SessionKey, event: Event) -> None:
         """Learn from one event what things take."""
-        if (learn := self._on.get(event.kind)) is not None:
-            self._costs = learn(event)
+        self._costs = self._on[event.kind](event)
 
     async def judge(self, session: Session) -> Judgement:
         """Whether an adapter of this session is expected to pay."""

@@ -53,7 +53,9 @@ class Rehearsal:
 
 
 class ShadowTraffic:
-    """By session. An observer of events."""
+    """By session. An observer of the events in `kinds`, and a cache of text."""
+
+    kinds = frozenset({EventKind.SWITCHED, EventKind.CLOSED})
 
     def __init__(self, config: Config, surrogate: Engine) -> None:
         self._config = config
@@ -61,14 +63,8 @@ class ShadowTraffic:
         self._of: OrderedDict[SessionKey, list[Rehearsal]] = OrderedDict()
 
     def __call__(self, key: SessionKey, event: Event) -> None:
-        """Forget a session that was switched or removed, or that will not be judged again."""
-        over = event.kind in (EventKind.SWITCHED, EventKind.CLOSED)
-        silent = (
-            event.kind in (EventKind.REFUSED, EventKind.TRAINING_FAILED)
-            and self._config.retention.text != "session"
-        )
-        if over or silent:
-            self.forget(key)
+        """Forget a session that was switched or is being removed."""
+        self.forget(key)
 
     def begin(self, session: Session, asked: TurnQuery, adapting: AdaptationRules | None) -> None:
         """If a verdict is near, have the turn rehearsed that the original will answer now, and those before."""

@@ -10,9 +10,10 @@ captured with.
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from soma_vllm.config import Config
@@ -29,10 +30,6 @@ KEPT_BYTES = 256 * 1024 * 1024
 
 OVER = frozenset({EventKind.SWITCHED, EventKind.ADAPTATION_ABANDONED, EventKind.CLOSED})
 """Events after which a session's teachers are not needed any more."""
-
-REFUSED = frozenset({EventKind.REFUSED, EventKind.TRAINING_FAILED})
-"""Events after which they are not, where retention erases the session's text; else a later training may use
-them."""
 
 NOT_CAPTURED = "the original's log-probabilities were not heard with these answers"
 
@@ -56,6 +53,8 @@ class CapturedAnswer:
 
     answer: str
     teacher: Teacher
+    at: float = field(default_factory=time.time)
+    """Unix time, seconds."""
 
     @property
     def size(self) -> int:
@@ -64,7 +63,10 @@ class CapturedAnswer:
 
 
 class TeacherLogprobs:
-    """Decides which turns to capture log-probabilities on, and keeps them. An observer of events."""
+    """Decides which turns to capture log-probabilities on, and keeps them. An observer of the events in
+    `kinds`, and a cache of text."""
+
+    kinds = OVER | {EventKind.BRANCHED}
 
     def __init__(
         self,
@@ -86,10 +88,20 @@ class TeacherLogprobs:
 
     def __call__(self, key: SessionKey, event: Event) -> None:
         """Drop what an event makes useless; share teachers with a branch that begins with the same turns."""
-        if event.kind in OVER or (event.kind in REFUSED and self._config.retention.text != "session"):
-            self._drop(key, 1)
-        elif event.kind == EventKind.BRANCHED:
+        if event.kind == EventKind.BRANCHED:
             self._share(SessionKey(key.tenant, event.data["of"]), key, len(event.data["turns"]))
+        else:
+            self.forget(key)
+
+    def forget(self, key: SessionKey) -> None:
+        """Drop what was captured with a session's turns."""
+        self._drop(key, 1)
+
+    def forget_before(self, at: float) -> None:
+        """Drop what was captured before a Unix time."""
+        for key, mine in list(self._kept.items()):
+            if any(kept.at < at for kept in mine.values()):
+                self.forget(key)
 
     def fields(self, session: Session, body: Mapping[str, Any]) -> dict[str, Any]:
         """What to add to this turn's request; empty where its answer teaches as text or not at all."""

@@ -131,7 +131,7 @@ def build(parts: Parts) -> SomaServices:
         shadow_traffic,
     )
     removal = SessionRemoval(registry, background, adapters, parts.salts)
-    retention = Retention(config.retention, registry, removal, (shadow_traffic,))
+    retention = Retention(config.retention, registry, removal)
     evictor = AdapterEvictor(config.adapters, registry, adapters, parts.sweep_trigger, parts.stock)
     return SomaServices(
         registry=registry,

@@ -19,6 +19,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -232,27 +233,23 @@ class AdapterEvictor:
             logger.warning("adapter %s is not evicted yet: %s", name, error)
 
     async def _evict(self, ref: AdapterRef, reason: Reason) -> None:
-        users = await self._give_back(ref, reason)
-        try:
+        async with AsyncExitStack() as leases:
+            users = await self._give_back(ref, reason, leases)
             gone = await self._adapters.retire(ref, users[0] if users else None)
-        finally:
-            for key in users:
-                self._registry.release(key)
         if gone:
             self._meter.evicted(reason)
             logger.info("adapter %s evicted: %s", ref.name, reason)
 
-    async def _give_back(self, ref: AdapterRef, reason: Reason) -> list[SessionKey]:
-        """Give every session that an adapter serves back to the original; they are held."""
-        held = []
+    async def _give_back(self, ref: AdapterRef, reason: Reason, leases: AsyncExitStack) -> list[SessionKey]:
+        """Give every session that an adapter serves back to the original, and lease it."""
+        users = []
         for key in await self._registry.users_of(ref.name):
-            session = await self._registry.open(key)
-            if session.adapter is None or session.adapter.name != ref.name:
-                continue
-            self._registry.hold(key)
-            held.append(key)
-            self._registry.note(key, EventKind.ADAPTER_EVICTED, adapter=asdict(session.adapter), reason=reason)
-        return held
+            session = await leases.enter_async_context(self._registry.lease(key))
+            if session.adapter is not None and session.adapter.name == ref.name:
+                users.append(key)
+                evicted = asdict(session.adapter)
+                self._registry.note(key, EventKind.ADAPTER_EVICTED, adapter=evicted, reason=reason)
+        return users
 
 
 def adapter_view(

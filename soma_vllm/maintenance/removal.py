@@ -51,12 +51,10 @@ class SessionRemoval:
             NotFound: there is no such session.
             StoreUnavailable: the session store does not answer; the removal is done when it does.
         """
-        session = (await self._registry.entry(key)).session
-        self._registry.hold(key)
-        try:
+        async with self._registry.lease(key) as session:
+            if self._registry.is_new(key):
+                raise NotFound(f"no session {key.session!r}")
             family = await self._registry.family(session)
-        finally:
-            self._registry.release(key)
         for member in family:
             await self.remove(member)
         # What the engines have cached of it cannot be told from what else they have cached for the tenant.
@@ -93,23 +91,18 @@ class SessionRemoval:
         if self._registry.is_live(key) and self._registry.is_new(key):
             self._registry.discard(key)  # a branch whose first answer is not over: it is not recorded any more
             return
-        try:
-            entry = await self._registry.entry(key)
-        except NotFound:
-            return  # removed by another request
-        self._registry.hold(key)
-        try:
-            if entry.session.phase is not Phase.CLOSED:
+        async with self._registry.lease(key) as session:
+            if self._registry.is_new(key):
+                return  # removed by another request
+            if session.phase is not Phase.CLOSED:
                 self._registry.note(key, EventKind.CLOSED)
             await self._background.cancel(key)
             await self._registry.unheld(key, LAST_REQUEST_S)
-            for ref in adapters_left(entry.events):
+            for ref in adapters_left(self._registry.events(key)):
                 await self._adapters.retire(ref, key)
             with suppress(AdapterError):  # an empty folder stays behind
                 await self._adapters.forget_session(key)
             self._registry.remove(key)
-        finally:
-            self._registry.release(key)
 
 
 def adapters_left(events: Sequence[Event]) -> list[AdapterRef]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Protocol
 
 from soma_vllm.config import Retention as RetentionSettings
 from soma_vllm.maintenance.removal import SessionRemoval
@@ -12,14 +10,6 @@ from soma_vllm.sessions.registry import SessionRegistry
 
 REMOVED_AT_ONCE = 200
 """Sessions that one sweep removes at most."""
-
-
-class TextCache(Protocol):
-    """Something that keeps what was said, or what was made of it, outside the session registry."""
-
-    def forget_before(self, at: float) -> None:
-        """Drop what is older than a Unix time."""
-        ...
 
 
 class Retention:
@@ -30,23 +20,17 @@ class Retention:
         settings: RetentionSettings,
         registry: SessionRegistry,
         removal: SessionRemoval,
-        caches: Sequence[TextCache],
     ) -> None:
         self._settings = settings
         self._registry = registry
         self._removal = removal
-        self._caches = tuple(caches)
 
     async def sweep(self) -> int:
         """Erase and remove; how many sessions were removed. Raises StoreUnavailable."""
         await self._removal.finish_interrupted()
         now = time.time()
         if self._settings.text_ttl_s is not None:
-            before = now - self._settings.text_ttl_s
-            await self._registry.store.erase_texts_before(before)
-            self._registry.forget_texts_before(before)
-            for cache in self._caches:
-                cache.forget_before(before)
+            await self._registry.erasure.erase_before(now - self._settings.text_ttl_s)
         if self._settings.session_ttl_s is None:
             return 0
         removed = 0

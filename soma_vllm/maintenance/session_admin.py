@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 from soma_vllm.adaptation.pipeline import Adaptation
 from soma_vllm.adapters.lifecycle import AdapterLifecycle
-from soma_vllm.errors import BadRequest, TooManyRequests
+from soma_vllm.errors import BadRequest, NotFound, TooManyRequests
 from soma_vllm.maintenance.removal import SessionRemoval
 from soma_vllm.sessions.background_tasks import BackgroundTasks
 from soma_vllm.sessions.ports import Meter
@@ -107,13 +107,11 @@ class SessionAdmin:
 
     @asynccontextmanager
     async def _held(self, key: SessionKey) -> AsyncIterator[Session]:
-        """A session that stays in memory until the order is carried out. Raises NotFound, StoreUnavailable."""
-        session = (await self._registry.entry(key)).session
-        self._registry.hold(key)
-        try:
+        """A session on record, leased. Raises NotFound, StoreUnavailable."""
+        async with self._registry.lease(key) as session:
+            if self._registry.is_new(key):
+                raise NotFound(f"no session {key.session!r}")
             yield session
-        finally:
-            self._registry.release(key)
 
     def _retire(self, key: SessionKey, session: Session) -> None:
         if session.adapter is not None:

@@ -13,7 +13,9 @@ SETTLED_S = 0.5
 
 
 class SweepTrigger:
-    """An observer of events that the sweeper waits for."""
+    """An observer of publications that the sweeper waits for."""
+
+    kinds = frozenset({EventKind.ADAPTER_PUBLISHED})
 
     def __init__(self) -> None:
         self._wake = asyncio.Event()
@@ -21,8 +23,7 @@ class SweepTrigger:
 
     def __call__(self, key: SessionKey, event: Event) -> None:
         """Wake after a publication: budgets may be exceeded."""
-        if event.kind == EventKind.ADAPTER_PUBLISHED:
-            self._wake.set()
+        self._wake.set()
 
     def damaged(self, name: str) -> None:
         """Wake because an adapter cannot be loaded any more."""

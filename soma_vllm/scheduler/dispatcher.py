@@ -39,8 +39,9 @@ from soma_vllm.errors import (
 )
 from soma_vllm.scheduler.policies.base import Policies, Policy, TurnQuery, prepared
 from soma_vllm.scheduler.turn_recorder import TurnRecorder
+from soma_vllm.sessions.lookup import SessionLookup, StoredTranscript
 from soma_vllm.sessions.ports import Meter
-from soma_vllm.sessions.registry import SessionRegistry, StoredTranscript
+from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.state.gate import gap
 from soma_vllm.sessions.state.identity import explicit_id, tenant_of
 from soma_vllm.sessions.state.phases import Phase
@@ -106,6 +107,7 @@ class Dispatcher:
         self._config = config
         self._policies = policies
         self._registry = registry
+        self._lookup = SessionLookup(registry)
         self._original = original
         self._surrogate = surrogate
         self._encoder = encoder
@@ -159,12 +161,12 @@ class Dispatcher:
         return await self._past_sessions(engine or self._original, incoming, time.monotonic(), why, text=True)
 
     async def said(self, tenant: str, response: str) -> StoredTranscript:
-        """The transcript up to an answer; see `SessionRegistry.said`."""
-        return await self._registry.said(tenant, response)
+        """The transcript up to an answer; see `SessionLookup.said`."""
+        return await self._lookup.said(tenant, response)
 
     async def conversation(self, tenant: str, session: str) -> tuple[Message, ...]:
-        """A session's transcript; see `SessionRegistry.conversation`."""
-        return await self._registry.conversation(tenant, session)
+        """A session's transcript; see `SessionLookup.conversation`."""
+        return await self._lookup.conversation(tenant, session)
 
     # -- identify ---------------------------------------------------------------------------------------
 
@@ -199,7 +201,7 @@ class Dispatcher:
         """The request's session, held."""
         tenant = incoming.tenant
         named = incoming.session or explicit_id(incoming.headers, incoming.body)
-        key = await self._registry.place(tenant, named, reading)
+        key = await self._lookup.place(tenant, named, reading)
         try:
             if self._registry.is_new(key) and self._meter.limits_sessions(tenant):
                 self._meter.check_new_session(tenant, await self._registry.live(tenant))

@@ -19,6 +19,7 @@ from soma_vllm.engines.logprob_capture import LogprobCapture
 from soma_vllm.engines.reply_parser import Choice, ParsedReply
 from soma_vllm.scheduler.policies.base import TurnQuery
 from soma_vllm.sessions.background_tasks import BackgroundTasks
+from soma_vllm.sessions.lookup import SessionLookup
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.state.adaptation_rules import AdaptationRules
 from soma_vllm.sessions.state.events import EventKind
@@ -46,6 +47,7 @@ class TurnRecorder:
     ) -> None:
         self._config = config
         self._registry = registry
+        self._lookup = SessionLookup(registry)
         self._adaptation = adaptation
         self._drift = drift
         self._teacher_logprobs = teacher_logprobs
@@ -72,7 +74,7 @@ class TurnRecorder:
             return  # the client left before anything was said: there is no turn
         if not self._registry.is_live(key):
             return  # it was removed, and nothing is to be left of it
-        key = self._registry.settle(key, asked.reading)
+        key = self._lookup.settle(key, asked.reading)
         try:
             turn, builds_on = self._turn(self._registry.session(key), phase, asked, route, heard, response)
             session = self._registry.record(

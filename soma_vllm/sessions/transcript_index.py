@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from soma_vllm.sessions.sql.records import TurnLocation, TurnMark
-from soma_vllm.types import SessionKey
+from soma_vllm.sessions.state.events import EventKind
+from soma_vllm.sessions.state.session import Session
+from soma_vllm.types import Event, SessionKey
 
 Place = tuple[str, str, str]
 """(tenant, family, digest); the digest of a transcript, of an exchange, or of a request."""
@@ -37,6 +39,14 @@ class TranscriptIndex:
         self._asked: dict[Place, SessionKey] = {}
         self._places: defaultdict[SessionKey, set[Place]] = defaultdict(set)
         self._named: defaultdict[SessionKey, set[tuple[str, str]]] = defaultdict(set)
+
+    def observe(self, session: Session, first_seq: int, events: Sequence[Event]) -> tuple[TurnMark, ...]:
+        """Make the turns findable that these events of a session record; their marks."""
+        marks = tuple(mark for seq, event in enumerate(events, first_seq) for mark in marks_of(seq, event))
+        if marks:
+            self.add(session.key, session.family, marks)
+            self.ask(session.key, session.family, session.turns[-1].asked)
+        return marks
 
     def add(self, key: SessionKey, family: str, marks: Iterable[TurnMark]) -> None:
         """Make turns findable."""
@@ -96,3 +106,12 @@ class TranscriptIndex:
         """The turn that a client names by its response's id."""
         where = self._responses.get((tenant, response))
         return None if where is None else TurnLocation(where[0].session, where[1], where[2])
+
+
+def marks_of(seq: int, event: Event) -> tuple[TurnMark, ...]:
+    """The marks of the turns that an event records; `seq` is its place in the session's log."""
+    if event.kind not in (EventKind.TURN, EventKind.VARIANT):
+        return ()
+    data = event.data
+    links = data.get("links") or (None,)
+    return (TurnMark(seq, data["number"], data["chain"], data["response"], links[-1]),)

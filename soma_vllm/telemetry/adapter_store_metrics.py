@@ -16,7 +16,9 @@ FETCH_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
 class AdapterStoreMetrics:
-    """A meter of the stock, and an observer of events."""
+    """A meter of the stock, and an observer of the events in `kinds`."""
+
+    kinds = frozenset({EventKind.ADAPTER_PUBLISHED, EventKind.ADAPTER_RETIRED})
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self._count = Gauge("soma_adapters_stored", "Adapters on the shelf.", registry=registry)

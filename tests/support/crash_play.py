@@ -143,10 +143,7 @@ async def play(place: Place, steps: Steps) -> None:
     place.adapters._copy = shutil.copyfile
     sqlalchemy_event.listen(store._engine.sync_engine, "commit", lambda _: steps.step("commit"))
     services = place.services(store, steps)
-    services.registry._observers = (
-        *services.registry._observers,
-        lambda k, e: place.tell(event=e.kind, session=k.session),
-    )
+    services.registry.bus.on_every(lambda k, e: place.tell(event=e.kind, session=k.session))
     await services.registry.start()
     services.surrogate.answers = ["different", "same"]
     main: History = []

@@ -22,7 +22,7 @@ from soma_vllm.engines.engine import Reply
 from soma_vllm.engines.reply_parser import parse_body, read_events
 from soma_vllm.errors import EngineUnavailable, NotFound, SomaError
 from soma_vllm.scheduler.dispatcher import Answer, ChatRequest
-from soma_vllm.sessions.registry import StoredTranscript
+from soma_vllm.sessions.lookup import StoredTranscript
 from soma_vllm.sessions.state.transcript import spoken
 from soma_vllm.types import Message
 

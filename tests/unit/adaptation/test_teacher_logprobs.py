@@ -20,6 +20,7 @@ from soma_vllm.engines.logprob_capture import LogprobCapture
 from soma_vllm.engines.reply_parser import Choice, ParsedReply
 from soma_vllm.errors import EngineRefused
 from soma_vllm.scheduler.dispatcher import Answer
+from soma_vllm.sessions.erasure import TextCache
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.session import Session
 from soma_vllm.types import Event, Example, SessionKey, Teacher, Usage
@@ -97,23 +98,27 @@ def test_a_turn_that_is_replaced_takes_its_teacher_and_the_later_ones_with_it() 
 OVER = ["switched", "adaptation_abandoned", "closed"]
 
 
-@pytest.mark.parametrize(
-    ("text", "kind", "kept"),
-    [
-        *((text, kind, False) for text in ("session", "until_adapted", "never") for kind in OVER),
-        *(("session", kind, True) for kind in ("refused", "training_failed")),
-        *(
-            (text, kind, False)
-            for text in ("until_adapted", "never")
-            for kind in ("refused", "training_failed")
-        ),
-    ],
-)
-def test_what_no_adaptation_needs_any_more_is_dropped(text: str, kind: str, kept: bool) -> None:
-    teacher_logprobs = TeacherLogprobs(parse_config({"retention": {"text": text}}, "test"), None)
+@pytest.mark.parametrize("kind", OVER)
+def test_what_no_adaptation_needs_any_more_is_dropped(kind: str) -> None:
+    teacher_logprobs = TeacherLogprobs(Config(), None)
     teacher_logprobs.keep(KEY, 1, reply_of(), capture_of(1))
+    assert kind in teacher_logprobs.kinds
     teacher_logprobs(KEY, Event(kind, 0.0, {}))
-    assert (teacher_logprobs.attach(KEY, [example(1)])[0].teacher is not None) is kept
+    assert teacher_logprobs.attach(KEY, [example(1)])[0].teacher is None
+
+
+def test_what_is_erased_of_a_session_or_of_an_age_is_dropped() -> None:
+    teacher_logprobs = TeacherLogprobs(Config(), None)
+    assert isinstance(teacher_logprobs, TextCache)
+    other = SessionKey(KEY.tenant, "other")
+    for key in (KEY, other):
+        teacher_logprobs.keep(key, 1, reply_of(), capture_of(1))
+    teacher_logprobs.forget(KEY)
+    assert teacher_logprobs.attach(KEY, [example(1)])[0].teacher is None
+    teacher_logprobs.forget_before(1.0)
+    assert teacher_logprobs.attach(other, [example(1)])[0].teacher is not None
+    teacher_logprobs.forget_before(4.0e9)
+    assert teacher_logprobs.attach(other, [example(1)])[0].teacher is None
 
 
 def test_no_more_is_kept_of_a_session_than_a_training_takes() -> None:

@@ -172,7 +172,7 @@ async def test_a_refused_session_whose_old_words_were_erased_has_them_from_its_c
         await services.say(history, f"question {number}")
     await services.settled()
     assert services.session().phase is Phase.ORIGINAL_ONLY
-    services.registry.forget_texts_before(4.0e9)
+    services.registry.forget_before(4.0e9)
     assert not services.session().kept()
     for number in (3, 4):
         await services.say(history, f"question {number}")

@@ -10,6 +10,7 @@ from support.guard import GUARD_S
 
 from soma_vllm.config import Config
 from soma_vllm.errors import StoreRefused, StoreUnavailable
+from soma_vllm.sessions.lookup import SessionLookup
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.state.transcript import read
 from soma_vllm.sessions.write_behind import Write, WriteBehindQueue
@@ -155,7 +156,7 @@ async def test_without_its_record_a_session_is_not_begun_anew() -> None:
     with pytest.raises(StoreUnavailable, match="session store"):
         await registry.open(KEY)
     with pytest.raises(StoreUnavailable):
-        await registry.place("t", "s", read("t", [{"role": "user", "content": "hi"}]))
+        await SessionLookup(registry).place("t", "s", read("t", [{"role": "user", "content": "hi"}]))
     store.away = False
     assert (await registry.open(KEY)).turns == ()
 

@@ -1,0 +1,41 @@
+"""Who hears of which events of sessions.
+
+Guarantees: a callback hears the kinds that it subscribed to and no others, in the order of subscription; what
+happens at a kind of event is one list, `subscribers(kind)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from soma_vllm.sessions.ports import Observer
+from soma_vllm.sessions.state.events import EventKind
+from soma_vllm.types import Event, SessionKey
+
+
+class EventBus:
+    """Callbacks by kind of event."""
+
+    def __init__(self, observers: Iterable[Observer] = ()) -> None:
+        """Subscribes each observer to the kinds that its attribute `kinds` names; one without it, to all."""
+        self._callbacks: list[tuple[frozenset[str] | None, Observer]] = []
+        for observer in observers:
+            self._callbacks.append((getattr(observer, "kinds", None), observer))
+
+    def on(self, kind: EventKind, callback: Observer) -> None:
+        """Have a callback hear events of one kind."""
+        self._callbacks.append((frozenset({kind}), callback))
+
+    def on_every(self, callback: Observer) -> None:
+        """Have a callback hear events of every kind."""
+        self._callbacks.append((None, callback))
+
+    def subscribers(self, kind: str) -> list[Any]:
+        """The callbacks that hear events of this kind, in the order in which they do."""
+        return [callback for kinds, callback in self._callbacks if kinds is None or kind in kinds]
+
+    def publish(self, key: SessionKey, event: Event) -> None:
+        """Tell the subscribers of one event of a session."""
+        for callback in self.subscribers(event.kind):
+            callback(key, event)
