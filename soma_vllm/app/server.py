@@ -25,6 +25,7 @@ import aiohttp
 from soma_vllm.adaptation.background_lane import BackgroundLane
 from soma_vllm.adaptation.cost_model import CostModel
 from soma_vllm.adaptation.drift import DriftWatch
+from soma_vllm.adaptation.evidence import TurnEvidence
 from soma_vllm.adaptation.pipeline import Adaptation
 from soma_vllm.adaptation.shadow_traffic import ShadowTraffic
 from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs, why_text
@@ -39,7 +40,7 @@ from soma_vllm.adapters.store.opening import open_root
 from soma_vllm.adapters.store.verify import Demands
 from soma_vllm.api.auth.quotas import Quotas
 from soma_vllm.config import Config
-from soma_vllm.engines.engine import Salts
+from soma_vllm.engines.engine import Engines, Salts
 from soma_vllm.engines.original import OriginalEngine
 from soma_vllm.engines.supervisor import ChildServer, Patience, Supervisor
 from soma_vllm.engines.surrogate import ChatServing, SurrogateEngine
@@ -58,7 +59,9 @@ from soma_vllm.maintenance.sweeper import SweepTrigger
 from soma_vllm.models.home import soma_home
 from soma_vllm.models.vocabulary import Vocabulary, read_vocabulary
 from soma_vllm.scheduler.dispatcher import DISPATCH_NAME, Dispatcher
+from soma_vllm.scheduler.follow_up import FollowUp
 from soma_vllm.scheduler.policies.base import Policies
+from soma_vllm.scheduler.routing import Routing
 from soma_vllm.scheduler.turn_recorder import TurnRecorder
 from soma_vllm.sessions.background_tasks import BackgroundTasks
 from soma_vllm.sessions.ports import Observer
@@ -207,19 +210,16 @@ class SomaServer:
         drift = DriftWatch(
             self._config, registry, original, surrogate, encoder, leases, adaptation.retire, lane
         )
-        recorder = TurnRecorder(self._config, registry, adaptation, drift, teacher_logprobs, background)
+        evidence = TurnEvidence(teacher_logprobs, shadow_traffic)
+        follow_up = FollowUp(self._config, registry, background, adaptation, drift)
+        engines = Engines(lane.watched(original), surrogate, leases)
         dispatcher = Dispatcher(
-            self._config,
-            self._policies,
             registry,
-            lane.watched(original),
-            surrogate,
-            encoder,
-            leases,
-            recorder,
-            teacher_logprobs,
             meter,
-            shadow_traffic,
+            Routing(self._config, self._policies, engines, encoder),
+            engines,
+            evidence,
+            TurnRecorder(registry, meter, evidence, follow_up),
         )
         adapters = AdapterEvictor(
             self._config, registry, store, adaptation, adapter_store, sweep_trigger, stock

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from soma_vllm.adapters.leases import AdapterLeases
 from soma_vllm.errors import EngineRefused
 from soma_vllm.types import AdapterRef, Agreement
 
@@ -138,3 +139,13 @@ class AdapterEngine(ScoringEngine, Protocol):
     def prefetch(self, ref: AdapterRef) -> None: ...
     async def load(self, ref: AdapterRef) -> None: ...
     async def unload(self, ref: AdapterRef) -> None: ...
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The pair, as users are served by it."""
+
+    original: Engine
+    surrogate: AdapterEngine
+    leases: AdapterLeases
+    """On the surrogate's adapters."""

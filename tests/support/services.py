@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from soma_vllm.adaptation.background_lane import BackgroundLane
 from soma_vllm.adaptation.cost_model import CostModel
 from soma_vllm.adaptation.drift import DriftWatch
+from soma_vllm.adaptation.evidence import TurnEvidence
 from soma_vllm.adaptation.pipeline import Adaptation
 from soma_vllm.adaptation.shadow_traffic import ShadowTraffic
 from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs, why_text
@@ -23,14 +24,16 @@ from soma_vllm.adapters.eviction_policy import Reason
 from soma_vllm.adapters.leases import AdapterLeases
 from soma_vllm.adapters.store.manifest import FileFacts, PublishedAdapter
 from soma_vllm.config import Config
-from soma_vllm.engines.engine import ChatCall, Salts
+from soma_vllm.engines.engine import ChatCall, Engines, Salts
 from soma_vllm.engines.fake import FakeEngine
 from soma_vllm.errors import AdapterRejected, EngineError, NotFound, TooManyRequests, TrainingError
 from soma_vllm.maintenance.adapter_eviction import AdapterEvictor
 from soma_vllm.maintenance.session_admin import SessionAdmin
 from soma_vllm.maintenance.sweeper import SweepTrigger
 from soma_vllm.scheduler.dispatcher import Answer, ChatRequest, Dispatcher
+from soma_vllm.scheduler.follow_up import FollowUp
 from soma_vllm.scheduler.policies.base import Policies
+from soma_vllm.scheduler.routing import Routing
 from soma_vllm.scheduler.turn_recorder import TurnRecorder
 from soma_vllm.sessions.background_tasks import BackgroundTasks
 from soma_vllm.sessions.registry import SessionRegistry
@@ -316,21 +319,16 @@ class Services:
             self.lane,
         )
         self.policies = Policies(config)
-        recorder = TurnRecorder(
-            config, self.registry, self.adaptation, drift, self.teacher_logprobs, self.background
-        )
+        evidence = TurnEvidence(self.teacher_logprobs, self.shadow_traffic)
+        follow_up = FollowUp(config, self.registry, self.background, self.adaptation, drift)
+        engines = Engines(self.lane.watched(self.original), self.surrogate, self.leases)
         self.dispatcher = Dispatcher(
-            config,
-            self.policies,
             self.registry,
-            self.lane.watched(self.original),
-            self.surrogate,
-            encoder,
-            self.leases,
-            recorder,
-            self.teacher_logprobs,
             self.meter,
-            self.shadow_traffic,
+            Routing(config, self.policies, engines, encoder),
+            engines,
+            evidence,
+            TurnRecorder(self.registry, self.meter, evidence, follow_up),
         )
         self.salts = Salts()
         self.adapters = AdapterEvictor(
