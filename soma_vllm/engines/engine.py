@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from soma_vllm.adapters.leases import AdapterLeases
+from soma_vllm.engines.sse import data_of
 from soma_vllm.errors import EngineRefused
 from soma_vllm.types import AdapterRef, Agreement
 
@@ -46,9 +47,10 @@ class ChatCall:
 
 def error_of(event: str) -> Mapping[str, Any] | None:
     """The error that an event of a stream reports, if it reports one."""
-    if not event.startswith('data: {"error"'):
+    data = data_of(event) if '"error"' in event else None
+    if data is None or not data.startswith('{"error"'):
         return None
-    found = json.loads(event.removeprefix("data: ")).get("error")
+    found = json.loads(data).get("error")
     return found if isinstance(found, dict) else {}
 
 
