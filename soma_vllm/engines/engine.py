@@ -35,7 +35,7 @@ class ChatCall:
     http: Any = None
     """The client's HTTP request, where there is one, for its headers and disconnects."""
     background: bool = False
-    """No user waits for it: a vLLM engine serves users first."""
+    """No user waits for it; a vLLM engine schedules users' requests first."""
     text: bool = False
     """It is a text completion (`/v1/completions`): `prompt` and no messages."""
 
@@ -82,7 +82,7 @@ class Salts:
         return self._renewed.get(tenant, tenant)
 
     def renew(self, tenant: str) -> None:
-        """Make everything that is cached for a tenant unreachable, for ever."""
+        """Make everything that is cached for a tenant unreachable."""
         self._renewed[tenant] = f"{tenant}-{secrets.token_hex(8)}"
 
 
@@ -103,7 +103,7 @@ class Reply:
     body: Mapping[str, Any] | None = None
     """A whole `chat.completion` object."""
     events: Events | None = None
-    """A stream of events; whoever takes it closes it."""
+    """A stream of events; the receiver closes it."""
 
 
 class Engine(Protocol):
@@ -123,7 +123,7 @@ class Engine(Protocol):
 
 
 class ScoringEngine(Engine, Protocol):
-    """An engine that can also read an answer it did not give."""
+    """An engine that can also score an answer that it did not give."""
 
     async def score(self, call: ChatCall, answer: str) -> Agreement:
         """How the engine itself would have answered, measured on `answer`: one prefill, no decoding.
@@ -135,8 +135,8 @@ class ScoringEngine(Engine, Protocol):
 
 
 class AdapterEngine(ScoringEngine, Protocol):
-    """An engine that serves adapters, and reads answers. Whoever loads an adapter holds it first, so that it is
-    not evicted."""
+    """An engine that serves adapters and scores answers. An adapter is leased before it is loaded, so that it
+    is not evicted."""
 
     def prefetch(self, ref: AdapterRef) -> None: ...
     async def load(self, ref: AdapterRef) -> None: ...

@@ -191,7 +191,7 @@ class OriginalEngine:
             wait = float(retry_after) if retry_after.isdecimal() else 5.0
             raise EngineUnavailable(f"the original answered with status {status}", retry_after=wait)
         if status in _OUR_KEY_ERRORS:
-            # Whoever asked us cannot mend it, and the body may quote a part of our key.
+            # The client cannot correct it, and the body may quote a part of our key.
             where = f"the key in {self._key_source}" if self._key_source else "requests without a key"
             raise EngineUnavailable(f"the original answered with status {status} to {where}")
         try:

@@ -48,10 +48,10 @@ class PreparingPolicy(Policy, Protocol):
         ...
 
     async def prepare(self, session: Session, query: TurnQuery) -> Any:
-        """What `route` will find in `query.prepared`. Runs beside other requests; must not block.
+        """What `route` will find in `query.prepared`. Runs concurrently with other requests; must not block.
 
         Raises:
-            PolicyUnavailable: it cannot tell now.
+            PolicyUnavailable: it cannot decide now.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The default policy: the original warms a session up, the surrogate takes over once the gate has let it.
+"""The default policy: the original answers the warm start, the surrogate once the gate has admitted it.
 
 Guarantee: the surrogate answers only in phase SWITCHED, only inside the locality, and requests with tools only
 if the configuration lets it; everything else goes to the original.
@@ -24,7 +24,7 @@ class SomaPolicy:
         self._config = config
 
     def route(self, session: Session, query: TurnQuery) -> Route:
-        """The surrogate where nothing speaks against it, else the original and what spoke against it."""
+        """The surrogate where there is no objection, else the original and the objection."""
         objection = self._objection(session, query)
         if objection is not None:
             return Route(Role.ORIGINAL, None, query.messages, objection)
@@ -45,7 +45,7 @@ class SomaPolicy:
 def others_turn(
     config: Config, adapting: AdaptationRules | None, session: Session, query: TurnQuery
 ) -> Reason | None:
-    """Why a session that is adapted under these rules is not the surrogate's to answer; None where it is.
+    """Why the surrogate may not answer a session that is adapted under these rules; None where it may.
 
     A session that was switched under other rules is served under those alone.
     """
