@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,6 +141,40 @@ class Usage:
     completion_tokens: int | None = None
 
 
+class ReasonCode(StrEnum):
+    """Why an engine answers a turn, for code to decide by."""
+
+    WARM_START = "warm_start"
+    PHASE = "phase"
+    """The session is in a phase in which the original answers."""
+    OTHER_POLICY = "other_policy"
+    """The session was adapted under another policy's rules."""
+    TOOLS = "tools"
+    LOCALITY = "locality"
+    """The query is too far from the warm start."""
+    SWITCHED = "switched"
+    PINNED = "pinned"
+    TOOL_RESULT = "tool_result"
+    UNPREPARED = "unprepared"
+    """The policy could not decide."""
+    SURROGATE_FAILED = "surrogate_failed"
+    ORIGINAL_UNAVAILABLE = "original_unavailable"
+    OTHER = "other"
+    """A policy's own reason."""
+
+
+class Reason(str):
+    """Why an engine answers a turn: one word or a short phrase with the number it rests on, and its code."""
+
+    code: ReasonCode
+
+    def __new__(cls, text: str, code: ReasonCode = ReasonCode.OTHER) -> Self:
+        """A reason of this text."""
+        reason = super().__new__(cls, text)
+        reason.code = code
+        return reason
+
+
 @dataclass(frozen=True)
 class Route:
     """A policy's decision for one turn."""
@@ -150,7 +184,12 @@ class Route:
     messages: tuple[Message, ...]
     """The prompt to send: the client's messages, or a compressed prefix of them."""
     reason: str
-    """One word or short phrase with the number it rests on, for `X-SOMA-Reason` and the event log."""
+    """For `X-SOMA-Reason` and the event log: a `Reason`, or its text alone."""
+
+    @property
+    def code(self) -> ReasonCode:
+        """The code of the reason; OTHER for a text alone."""
+        return self.reason.code if isinstance(self.reason, Reason) else ReasonCode.OTHER
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
-"""When nobody waits for an engine: what runs in the background may use it then, one piece of work at a time.
+"""Background work at an engine: one job at a time, while no user's request is running there.
 
 Guarantees:
 
-* A user's request is never held back: it is counted and goes out; work that is under way is cancelled at that
+* A user's request is never held back: it is counted and sent; a job that is running is cancelled at that
   moment, which closes its connection and thereby stops its generation.
-* Work that gave way is tried again in the next quiet time, until its wait is over. From the first moment to the
-  last no piece of work lives longer than twice the wait: once for its turn, once having it. The wait is the one
-  configured, or as long as users' requests take here where that is longer: slowness is no reason to drop work.
+* A cancelled job is tried again when the engine is idle. A job waits at most `wait_s` for an idle engine and
+  then runs for at most `wait_s`: the configured wait, or as long as users' requests take where that is longer.
 * A user's request lasts from the call to the last token of its answer.
 """
 
@@ -30,11 +29,11 @@ REQUESTS = 12
 
 
 class JobDropped(Exception):
-    """A piece of background work came to nothing; the message says why."""
+    """A background job was given up; the message says why."""
 
 
 class BackgroundLane:
-    """Users at one engine, and the one piece of background work there. Single event loop, no locks needed."""
+    """Users' requests at one engine, and the one background job there. Single event loop, no locks needed."""
 
     def __init__(self, yields: bool, wait_s: float) -> None:
         """`yields`: work runs only while no user is there. Without it, work only waits for other work."""
@@ -59,7 +58,7 @@ class BackgroundLane:
 
     def left(self, after_s: float | None = None) -> None:
         """A user's request is over, after so many seconds where it was answered."""
-        assert self._users > 0, "nobody is there"
+        assert self._users > 0, "found no request under way; expected one"
         self._users -= 1
         if after_s is not None:
             self._took.append(after_s)
@@ -75,7 +74,7 @@ class BackgroundLane:
         """What `work` returns or raises, run in a quiet time; it may be begun several times.
 
         Raises:
-            Dropped: there was none within the wait, or the work took longer than that.
+            JobDropped: there was none within the wait, or the work took longer than that.
         """
         wait_s = self.wait_s
         deadline = asyncio.get_running_loop().time() + wait_s

@@ -29,7 +29,7 @@ from soma_vllm.sessions.state.gate import AuditKind
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.session import Session
 from soma_vllm.sessions.state.turn import Turn
-from soma_vllm.types import AdapterRef, Message, Role, SessionKey
+from soma_vllm.types import AdapterRef, Message, ReasonCode, Role, SessionKey
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +66,15 @@ class DriftWatch:
         self._sample = random.Random(config.training.seed)
         self._budget = TokenBucket(config.gate.audits_per_minute)
 
-    def wants(self, turn: Turn) -> bool:
-        """Whether this turn is to be audited: every locality miss, a share of the surrogate's turns."""
+    def wants(self, turn: Turn, why: ReasonCode) -> bool:
+        """Whether this turn is to be audited: every locality miss, a share of the surrogate's turns.
+
+        `why` says why its engine answered it.
+        """
         if turn.phase is not Phase.SWITCHED or not turn.complete or not turn.answer:
             return False
         if turn.engine is Role.ORIGINAL:
-            return turn.reason.startswith("locality")
+            return why is ReasonCode.LOCALITY
         return self._sample.random() < self._config.gate.audit_rate
 
     async def audit(

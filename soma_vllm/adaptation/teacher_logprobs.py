@@ -3,9 +3,8 @@
 On a turn that may be trained on, a vLLM original is asked for its likeliest tokens in the user's own request;
 `engines/logprob_capture.py` takes them off the reply.
 
-Guarantees: what is kept stays in this process's memory, within a bound, and is never logged or recorded, so
-that after a restart answers teach as text; a teacher is handed out only with the very answer that it was
-captured with.
+Guarantees: what is kept stays in this process's memory, within a bound, and is never logged or recorded: after
+a restart answers teach as text. A teacher is handed out only with the very answer that it was captured with.
 """
 
 from __future__ import annotations

@@ -45,7 +45,9 @@ class DialogueStream(StreamingResponse):
 @router.post("/v1/chat/completions", dependencies=[Depends(validate_json_request)])
 @with_cancellation  # type: ignore[untyped-decorator]
 async def create_chat_completion(request: ChatBody, raw_request: Request) -> Response:
-    """OpenAI's chat completion, dispatched. `request` is vLLM's own reading: it has validated the body."""
+    """OpenAI's chat completion, dispatched. `request` is here for vLLM's validation alone."""
+    # The raw JSON is passed on: the original gets each field as the client sent it. `PrivateChat` validates
+    # again for the surrogate: routing may have replaced the messages, and `/v1/responses` has no such object.
     return await _answered(dispatcher(raw_request).chat, raw_request)
 
 

@@ -12,6 +12,7 @@ from soma_vllm.adaptation.acceptance import Acceptance
 from soma_vllm.adaptation.background_lane import BackgroundLane
 from soma_vllm.adaptation.cost_model import CostModel
 from soma_vllm.adaptation.drift import DriftWatch
+from soma_vllm.adaptation.evidence import TurnEvidence
 from soma_vllm.adaptation.pipeline import Adaptation
 from soma_vllm.adaptation.shadow_answers import ShadowAnswers
 from soma_vllm.adaptation.shadow_traffic import ShadowTraffic
@@ -22,7 +23,7 @@ from soma_vllm.adapters.leases import AdapterLeases
 from soma_vllm.adapters.lifecycle import AdapterLifecycle
 from soma_vllm.adapters.store.protocol import Shelf, StockMeter
 from soma_vllm.config import Config
-from soma_vllm.engines.engine import AdapterEngine, Salts, ScoringEngine
+from soma_vllm.engines.engine import AdapterEngine, Engines, Salts, ScoringEngine
 from soma_vllm.maintenance.adapter_eviction import AdapterEvictor
 from soma_vllm.maintenance.recovery import Recovery
 from soma_vllm.maintenance.removal import SessionRemoval
@@ -31,9 +32,12 @@ from soma_vllm.maintenance.session_admin import SessionAdmin
 from soma_vllm.maintenance.sweep_trigger import SweepTrigger
 from soma_vllm.maintenance.sweeper import Sweeper
 from soma_vllm.scheduler.dispatcher import Dispatcher
+from soma_vllm.scheduler.follow_up import FollowUp
 from soma_vllm.scheduler.policies.base import Policies
+from soma_vllm.scheduler.routing import Routing
 from soma_vllm.scheduler.turn_recorder import TurnRecorder
 from soma_vllm.sessions.background_tasks import BackgroundTasks
+from soma_vllm.sessions.lookup import SessionLookup
 from soma_vllm.sessions.ports import Meter, Observer, Store
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.training.messages import Trainer
@@ -116,19 +120,16 @@ def build(parts: Parts) -> SomaServices:
     )
     lane = BackgroundLane(config.gate.audit_yields, config.gate.audit_wait_s)
     drift = DriftWatch(config, registry, parts.original, shadow_answers, adapters, lane)
-    recorder = TurnRecorder(config, registry, adaptation, drift, teacher_logprobs, background)
+    evidence = TurnEvidence(teacher_logprobs, shadow_traffic)
+    follow_up = FollowUp(config, registry, background, adaptation, drift)
+    engines = Engines(lane.watched(parts.original), parts.surrogate, adapters)
     dispatcher = Dispatcher(
-        config,
-        parts.policies,
-        registry,
-        lane.watched(parts.original),
-        parts.surrogate,
-        parts.encoder,
-        parts.leases,
-        recorder,
-        teacher_logprobs,
+        SessionLookup(registry),
         parts.meter,
-        shadow_traffic,
+        Routing(config, parts.policies, engines, parts.encoder),
+        engines,
+        evidence,
+        TurnRecorder(registry, parts.meter, evidence, follow_up),
     )
     removal = SessionRemoval(registry, background, adapters, parts.salts)
     retention = Retention(config.retention, registry, removal)

@@ -16,6 +16,8 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from soma_vllm.adapters.lifecycle import AdapterLifecycle
+from soma_vllm.engines.sse import data_of
 from soma_vllm.errors import EngineRefused
 from soma_vllm.types import AdapterRef, Agreement
 
@@ -33,7 +35,7 @@ class ChatCall:
     http: Any = None
     """The client's HTTP request, where there is one, for its headers and disconnects."""
     background: bool = False
-    """No user waits for it: a vLLM engine serves users first."""
+    """No user waits for it; a vLLM engine schedules users' requests first."""
     text: bool = False
     """It is a text completion (`/v1/completions`): `prompt` and no messages."""
 
@@ -45,9 +47,10 @@ class ChatCall:
 
 def error_of(event: str) -> Mapping[str, Any] | None:
     """The error that an event of a stream reports, if it reports one."""
-    if not event.startswith('data: {"error"'):
+    data = data_of(event) if '"error"' in event else None
+    if data is None or not data.startswith('{"error"'):
         return None
-    found = json.loads(event.removeprefix("data: ")).get("error")
+    found = json.loads(data).get("error")
     return found if isinstance(found, dict) else {}
 
 
@@ -79,7 +82,7 @@ class Salts:
         return self._renewed.get(tenant, tenant)
 
     def renew(self, tenant: str) -> None:
-        """Make everything that is cached for a tenant unreachable, for ever."""
+        """Make everything that is cached for a tenant unreachable."""
         self._renewed[tenant] = f"{tenant}-{secrets.token_hex(8)}"
 
 
@@ -100,7 +103,7 @@ class Reply:
     body: Mapping[str, Any] | None = None
     """A whole `chat.completion` object."""
     events: Events | None = None
-    """A stream of events; whoever takes it closes it."""
+    """A stream of events; the receiver closes it."""
 
 
 class Engine(Protocol):
@@ -120,7 +123,7 @@ class Engine(Protocol):
 
 
 class ScoringEngine(Engine, Protocol):
-    """An engine that can also read an answer it did not give."""
+    """An engine that can also score an answer that it did not give."""
 
     async def score(self, call: ChatCall, answer: str) -> Agreement:
         """How the engine itself would have answered, measured on `answer`: one prefill, no decoding.
@@ -132,9 +135,19 @@ class ScoringEngine(Engine, Protocol):
 
 
 class AdapterEngine(ScoringEngine, Protocol):
-    """An engine that serves adapters, and reads answers. Whoever loads an adapter holds it first, so that it is
-    not evicted."""
+    """An engine that serves adapters and scores answers. An adapter is leased before it is loaded, so that it
+    is not evicted."""
 
     def prefetch(self, ref: AdapterRef) -> None: ...
     async def load(self, ref: AdapterRef) -> None: ...
     async def unload(self, ref: AdapterRef) -> None: ...
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The pair, as users are served by it."""
+
+    original: Engine
+    surrogate: AdapterEngine
+    adapters: AdapterLifecycle
+    """The surrogate's."""

@@ -12,21 +12,21 @@ import contextlib
 import hashlib
 import json
 import os
-import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from soma_vllm.engines.engine import ChatCall, Reply, Salts, refusal
+from soma_vllm.engines.engine import ChatCall, Events, Reply, Salts, refusal
 from soma_vllm.engines.prompt_scoring import agreement_from_prompt, question_body, scoring_body
+from soma_vllm.engines.sse import DONE, SSEParser
+from soma_vllm.engines.stream_tap import StreamTap
 from soma_vllm.engines.supervisor import State, Supervisor
 from soma_vllm.errors import EngineError, EngineRefused, EngineUnavailable, PreflightError
 from soma_vllm.types import Agreement
 
-_EVENT_END = re.compile(rb"\r?\n\r?\n")
 _GATEWAY_ERRORS = (502, 503, 504)
 _OUR_KEY_ERRORS = (401, 403)
 _BROKEN = (aiohttp.ClientError, TimeoutError, OSError)
@@ -95,12 +95,8 @@ class OriginalEngine:
         assert call.adapter is None, "only the surrogate serves adapters"
         self._require_child()
         if call.body.get("stream"):
-            events = self._stream(call)
-            # The first thing it yields only says that an event is at hand. From here on the generator stands
-            # inside its `with`, so that closing it closes the connection; one never begun would not.
-            await anext(events)
-            return Reply(events=events)
-        return Reply(body=await self._whole(call))
+            return Reply(events=await self._stream(call))
+        return Reply(body=await self._read(self._post(call)))
 
     async def score(self, call: ChatCall, answer: str) -> Agreement:
         """How likely the original finds an answer to the call's messages; see `ScoringEngine.score`.
@@ -119,7 +115,7 @@ class OriginalEngine:
         tokens = opening.get("tokens")
         if not isinstance(tokens, list):
             raise EngineError("found no tokens in the original's /tokenize; expected a list")
-        scored = await self._whole(replace(call, body=scoring_body(messages, answer)))
+        scored = await self._read(self._post(replace(call, body=scoring_body(messages, answer))))
         return agreement_from_prompt(scored, tokens)
 
     async def health(self) -> bool:
@@ -140,46 +136,40 @@ class OriginalEngine:
         if session is not None:
             await session.close()
 
-    async def _whole(self, call: ChatCall) -> dict[str, Any]:
-        return await self._read(self._post(call))
-
     async def _read(self, posted: Any) -> dict[str, Any]:
         """The JSON object that a request is answered with."""
-        try:
+        with _failures_as_unavailable():
             async with posted as response:
                 await self._refuse_errors(response)
-                body = await response.json(content_type=None)
-        except _BROKEN as error:
-            raise _unavailable(error) from error
-        except ValueError as error:
-            raise EngineUnavailable("the original answered 200 with a body that is not JSON") from error
+                try:
+                    body = await response.json(content_type=None)
+                except ValueError as error:
+                    raise EngineUnavailable("the original answered 200 with a body that is not JSON") from error
         if not isinstance(body, dict):
             raise EngineUnavailable(f"the original answered a {type(body).__name__}; expected an object")
         return body
 
-    async def _stream(self, call: ChatCall) -> AsyncGenerator[str, None]:
-        """Yields "" once the first event is there, then every event."""
+    async def _stream(self, call: ChatCall) -> Events:
+        """The events of a reply, once the first has arrived."""
+        with _failures_as_unavailable():
+            response: aiohttp.ClientResponse = await self._post(call)
+
+        async def hang_up() -> None:
+            # Unread events remain when the client has left: the closed connection stops the generation.
+            response.close()
+
+        events = _events(response.content)
         try:
-            async with self._post(call) as response:
-                try:
-                    await self._refuse_errors(response)
-                    async with contextlib.aclosing(_events(response.content)) as events:
-                        first = await anext(events, None)
-                        if first is not None:
-                            if (refused := refusal(first)) is not None:
-                                raise refused
-                            yield ""
-                            yield first
-                        async for event in events:
-                            yield event
-                            if _data(event) == "[DONE]":
-                                return
-                finally:
-                    # Unread events remain when the client has left: the closed connection stops the generation.
-                    response.close()
-        except _BROKEN as error:
-            raise _unavailable(error) from error
-        raise EngineUnavailable("the original's stream ended without data: [DONE]")
+            with _failures_as_unavailable():
+                await self._refuse_errors(response)
+            first = await anext(events)
+            if (refused := refusal(first)) is not None:
+                raise refused
+        except BaseException:
+            await events.aclose()
+            response.close()
+            raise
+        return StreamTap(events, on_end=hang_up, first=first)
 
     def _post(self, call: ChatCall) -> Any:
         body = {**call.body, "model": self.name}
@@ -201,7 +191,7 @@ class OriginalEngine:
             wait = float(retry_after) if retry_after.isdecimal() else 5.0
             raise EngineUnavailable(f"the original answered with status {status}", retry_after=wait)
         if status in _OUR_KEY_ERRORS:
-            # Whoever asked us cannot mend it, and the body may quote a part of our key.
+            # The client cannot correct it, and the body may quote a part of our key.
             where = f"the key in {self._key_source}" if self._key_source else "requests without a key"
             raise EngineUnavailable(f"the original answered with status {status} to {where}")
         try:
@@ -242,27 +232,28 @@ def _salt(tenant: str, own: object) -> object:
     return hashlib.sha256(f"{tenant}\0{own}".encode()).hexdigest()
 
 
-def _unavailable(error: Exception) -> EngineUnavailable:
-    # The class alone: a message of aiohttp may quote what was sent.
-    return EngineUnavailable(f"the original cannot be reached or broke off: {type(error).__name__}")
+@contextlib.contextmanager
+def _failures_as_unavailable() -> Iterator[None]:
+    """Raises EngineUnavailable where the connection fails."""
+    try:
+        yield
+    except _BROKEN as error:
+        # The class alone: a message of aiohttp may quote what was sent.
+        why = type(error).__name__
+        raise EngineUnavailable(f"the original cannot be reached or broke off: {why}") from error
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncGenerator[str, None]:
-    """Whole server-sent events that carry data, with line ends made "\\n". Keep-alive comments are dropped."""
-    buffer = b""
-    async for chunk in content.iter_any():
-        buffer += chunk
-        *whole, buffer = _EVENT_END.split(buffer)
-        for block in whole:
-            # Not splitlines(): JSON text may hold characters that it takes for line ends.
-            event = block.decode(errors="replace").replace("\r\n", "\n")
-            if _data(event) is not None:
-                yield event + "\n\n"
+    """The events of a reply up to its end mark, each as it is sent on.
 
-
-def _data(event: str) -> str | None:
-    """The first data line of an event, or None without one."""
-    for line in event.split("\n"):
-        if line.startswith("data:"):
-            return line.removeprefix("data:").strip()
-    return None
+    Raises:
+        EngineUnavailable: the connection fails, or ends before `data: [DONE]`.
+    """
+    parser = SSEParser()
+    with _failures_as_unavailable():
+        async for piece in content.iter_any():
+            for event in parser.feed(piece):
+                yield str(event)
+                if event.data == DONE:
+                    return
+    raise EngineUnavailable("the original's stream ended without data: [DONE]")

@@ -2,7 +2,8 @@
 
 Guarantees: an adapter is servable from the moment `load` returns for as long as it is held, and is served as it
 was trained; a reply is handed over only after its first event has arrived, so a failure before the first token
-is still an exception that another engine can make good. What lies in the engine's memory is `residency`'s.
+is still an exception that another engine can make good. Which adapters lie in the engine's memory is decided by
+`adapters/loaded.py`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any, Protocol
 
 from soma_vllm.adapters.loaded import LoadedAdapters, Loading
 from soma_vllm.engines.adapter_probe import compare, logprobs_read, reading_body
-from soma_vllm.engines.engine import ChatCall, Reply, Salts, error_of, refusal
+from soma_vllm.engines.engine import ChatCall, Events, Reply, Salts, error_of, refusal
 from soma_vllm.engines.prompt_scoring import agreement_from_prompt, question_body, scoring_body
+from soma_vllm.engines.stream_tap import StreamTap
 from soma_vllm.errors import AdapterRejected, EngineUnavailable
 from soma_vllm.types import AdapterRef, Agreement, Signature
 
@@ -67,7 +69,7 @@ class SurrogateEngine:
         answer = await serve(body, call.http)
         if isinstance(answer, Mapping):
             return Reply(body={**answer, "model": self.name})
-        return Reply(events=await _begun(answer))
+        return Reply(events=await _after_first_event(answer))
 
     async def score(self, call: ChatCall, answer: str) -> Agreement:
         """How likely the surrogate finds an answer to the call's messages; see `ScoringEngine.score`.
@@ -137,7 +139,7 @@ class SurrogateEngine:
         return logprobs_read(body, signature)
 
 
-async def _begun(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+async def _after_first_event(events: AsyncGenerator[str, None]) -> Events:
     """The same stream, once its first event has arrived.
 
     Raises:
@@ -146,29 +148,22 @@ async def _begun(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]
     """
     try:
         first = await anext(events, None)
-    except asyncio.CancelledError:
+        if first is None:
+            raise EngineUnavailable("the surrogate's stream ended before its first token")
+        if (refused := refusal(first)) is not None:
+            raise refused
+        if (failure := _failure(first)) is not None:
+            raise EngineUnavailable(f"the surrogate failed before its first token: {failure}")
+    except BaseException:
         await events.aclose()
         raise
-    if first is None:
-        raise EngineUnavailable("the surrogate's stream ended before its first token")
-    if (refused := refusal(first)) is not None:
-        await events.aclose()
-        raise refused
-    if (failure := _failure(first)) is not None:
-        await events.aclose()
-        raise EngineUnavailable(f"the surrogate failed before its first token: {failure}")
-    return _from(first, events)
+    return StreamTap(events, on_event=_require_no_failure, first=first)
 
 
-async def _from(first: str, events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    try:
-        yield first
-        async for event in events:
-            if (failure := _failure(event)) is not None:
-                raise EngineUnavailable(f"the surrogate failed in the middle of an answer: {failure}")
-            yield event
-    finally:
-        await events.aclose()
+def _require_no_failure(event: str) -> str:
+    if (failure := _failure(event)) is not None:
+        raise EngineUnavailable(f"the surrogate failed in the middle of an answer: {failure}")
+    return event
 
 
 def _failure(event: str) -> str | None:

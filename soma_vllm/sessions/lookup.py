@@ -47,7 +47,7 @@ class SessionLookup:
     """Finds sessions among the live ones and those on record. Has no state of its own."""
 
     def __init__(self, registry: SessionRegistry) -> None:
-        self._registry = registry
+        self.registry = registry
         self._store = registry.store
         self._index = registry.index
 
@@ -60,7 +60,7 @@ class SessionLookup:
         try:
             yield key
         finally:
-            self._registry.release(key)
+            self.registry.release(key)
 
     async def place(self, tenant: str, named: str | None, reading: TranscriptDigest) -> SessionKey:
         """The session that a request continues, open and held: the one it names, a branch of it, the one whose
@@ -69,26 +69,26 @@ class SessionLookup:
         Raises:
             StoreUnavailable: the session store did not answer within 3 s.
         """
-        if self._registry.behind > MOST_BEHIND:
-            raise StoreUnavailable(f"{self._registry.behind} events wait for the session store")
+        if self.registry.behind > MOST_BEHIND:
+            raise StoreUnavailable(f"{self.registry.behind} events wait for the session store")
         found = None
         if named is None:
             found = await self._find(tenant, "", reading) or await self._find_trimmed(tenant, "", reading)
             named = f"{RECOGNISED}{uuid.uuid4().hex}" if found is None else found.session
-        session = await self._registry.open(SessionKey(tenant, named))
+        session = await self.registry.open(SessionKey(tenant, named))
         if not _leads_on(session, reading):
             session = await self._other(session, found, reading)
-        self._registry.hold(session.key)
+        self.registry.hold(session.key)
         return session.key
 
     def settle(self, key: SessionKey, reading: TranscriptDigest) -> SessionKey:
         """Where a request belongs once it is answered, held: its session, or a branch of it if that went on in
         between. Release it."""
-        session = self._registry.session(key)
+        session = self.registry.session(key)
         if not session.continued_by(reading):
             count, _ = session.repeated(reading)
             key = self._branch(session, session.turns[:count]).key
-        self._registry.hold(key)
+        self.registry.hold(key)
         return key
 
     async def said(self, tenant: str, response: str) -> StoredTranscript:
@@ -104,20 +104,20 @@ class SessionLookup:
             found = await in_time(self._store.of_response(tenant, response))
         if found is None:
             raise NotFound(f"no response {response!r}")
-        session = await self._registry.open(SessionKey(tenant, found.session))
+        session = await self.registry.open(SessionKey(tenant, found.session))
         turns = self._turns_at(session, found.seq)
         return StoredTranscript(found.session, _transcript(replace(session, turns=turns), response))
 
     async def conversation(self, tenant: str, name: str) -> tuple[Message, ...]:
         """The transcript of a session so far; empty for a new one. Raises as `said` does."""
-        async with self._registry.lease(SessionKey(tenant, name)) as session:
+        async with self.registry.lease(SessionKey(tenant, name)) as session:
             return _transcript(session, name)
 
     async def _other(self, session: Session, found: TurnLocation | None, reading: TranscriptDigest) -> Session:
         """Where a request goes that does not continue the session it seemed to."""
         tenant, family = session.key.tenant, session.family
         again = self._index.asked_by(tenant, family, reading.asked) if reading.marks else None
-        if again is not None and (asked := self._registry.session(again)).asked_again_by(reading):
+        if again is not None and (asked := self.registry.session(again)).asked_again_by(reading):
             return asked
         if found is None:
             found = await self._find(tenant, family, reading)
@@ -125,7 +125,7 @@ class SessionLookup:
             found = await self._find_trimmed(tenant, family, reading) or found
         if found is None:
             return self._branch(session, session.turns[: session.overlap(reading).turns])
-        other = await self._registry.open(SessionKey(tenant, found.session))
+        other = await self.registry.open(SessionKey(tenant, found.session))
         return other if _leads_on(other, reading) else self._branch(other, self._turns_at(other, found.seq))
 
     def _branch(self, parent: Session, turns: Sequence[Turn]) -> Session:
@@ -136,17 +136,17 @@ class SessionLookup:
         inherited = inheritance(parent, turns, now) if self._may_inherit(parent) else None
         first = branch_event(parent, turns, now)
         pending = (first,) if inherited is None else (first, inherited)
-        return self._registry.begin(SessionKey(parent.key.tenant, name), pending)
+        return self.registry.begin(SessionKey(parent.key.tenant, name), pending)
 
     def _may_inherit(self, parent: Session) -> bool:
         """Whether what serves a session may serve another one as well: not while its adapter leaves."""
-        state = None if parent.adapter is None else self._registry.adapter_state(parent.adapter.name)
+        state = None if parent.adapter is None else self.registry.adapter_state(parent.adapter.name)
         return state not in (AdapterState.DRAINING, AdapterState.RETIRED)
 
     def _turns_at(self, session: Session, seq: int) -> tuple[Turn, ...]:
         """The turns of a session as one of its events left them."""
-        past = self._registry.session_at(session.key, seq)
-        last = self._registry.events(session.key)[seq]
+        past = self.registry.session_at(session.key, seq)
+        last = self.registry.events(session.key)[seq]
         if last.kind != EventKind.VARIANT:
             return past.turns
         turn = turn_of(last.data, last.text)
@@ -181,11 +181,11 @@ class SessionLookup:
         names = list(dict.fromkeys([*on_record, *self._index.with_link(tenant, family, link)]))
         if len(names) >= MOST_ALIKE and not family:
             return None
-        sessions = [await self._registry.open(SessionKey(tenant, name)) for name in names[:MOST_ALIKE]]
+        sessions = [await self.registry.open(SessionKey(tenant, name)) for name in names[:MOST_ALIKE]]
         fitting = [session for session in sessions if session.ended_by(reading)]
         if not fitting or (len(fitting) > 1 and not family):
             return None
-        last = len(self._registry.events(fitting[0].key)) - 1
+        last = len(self.registry.events(fitting[0].key)) - 1
         return TurnLocation(fitting[0].key.session, last, len(fitting[0].turns))
 
 

@@ -30,7 +30,7 @@ class Policy(Protocol):
     adapting: AdaptationRules | None
     """How sessions under this policy are adapted in the background; None: not at all."""
 
-    def route(self, session: Session, asked: TurnQuery) -> Route:
+    def route(self, session: Session, query: TurnQuery) -> Route:
         """Who answers this turn, with which messages, and why."""
         ...
 
@@ -47,11 +47,11 @@ class PreparingPolicy(Policy, Protocol):
         """
         ...
 
-    async def prepare(self, session: Session, asked: TurnQuery) -> Any:
-        """What `route` will find in `asked.prepared`. Runs beside other requests; must not block.
+    async def prepare(self, session: Session, query: TurnQuery) -> Any:
+        """What `route` will find in `query.prepared`. Runs concurrently with other requests; must not block.
 
         Raises:
-            PolicyUnavailable: it cannot tell now.
+            PolicyUnavailable: it cannot decide now.
         """
         ...
 
@@ -60,14 +60,14 @@ class PreparingPolicy(Policy, Protocol):
         ...
 
 
-async def prepared(policy: Policy, session: Session, asked: TurnQuery) -> TurnQuery:
+async def prepared(policy: Policy, session: Session, query: TurnQuery) -> TurnQuery:
     """The turn with what its policy needs to decide."""
     if not isinstance(policy, PreparingPolicy):
-        return asked
+        return query
     try:
-        return replace(asked, prepared=await policy.prepare(session, asked))
+        return replace(query, prepared=await policy.prepare(session, query))
     except PolicyUnavailable as error:
-        return replace(asked, unprepared=str(error))
+        return replace(query, unprepared=str(error))
 
 
 class Policies:

@@ -18,9 +18,9 @@ class OriginalPolicy:
     def __init__(self, config: Config) -> None:
         pass
 
-    def route(self, session: Session, asked: TurnQuery) -> Route:
+    def route(self, session: Session, query: TurnQuery) -> Route:
         """Always the original."""
-        return Route(Role.ORIGINAL, None, asked.messages, self.reason)
+        return Route(Role.ORIGINAL, None, query.messages, self.reason)
 
 
 class SurrogatePolicy:
@@ -31,6 +31,6 @@ class SurrogatePolicy:
     def __init__(self, config: Config) -> None:
         pass
 
-    def route(self, session: Session, asked: TurnQuery) -> Route:
+    def route(self, session: Session, query: TurnQuery) -> Route:
         """Always the plain surrogate."""
-        return Route(Role.SURROGATE, None, asked.messages, "policy surrogate")
+        return Route(Role.SURROGATE, None, query.messages, "policy surrogate")

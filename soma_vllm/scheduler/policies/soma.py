@@ -1,4 +1,4 @@
-"""The default policy: the original warms a session up, the surrogate takes over once the gate has let it.
+"""The default policy: the original answers the warm start, the surrogate once the gate has admitted it.
 
 Guarantee: the surrogate answers only in phase SWITCHED, only inside the locality, and requests with tools only
 if the configuration lets it; everything else goes to the original.
@@ -12,7 +12,7 @@ from soma_vllm.sessions.state.adaptation_rules import AdaptationRules
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.prefix import compress
 from soma_vllm.sessions.state.session import Session
-from soma_vllm.types import Role, Route
+from soma_vllm.types import Reason, ReasonCode, Role, Route
 
 
 class SomaPolicy:
@@ -23,36 +23,40 @@ class SomaPolicy:
     def __init__(self, config: Config) -> None:
         self._config = config
 
-    def route(self, session: Session, asked: TurnQuery) -> Route:
-        """The surrogate where nothing speaks against it, else the original and what spoke against it."""
-        objection = self._objection(session, asked)
+    def route(self, session: Session, query: TurnQuery) -> Route:
+        """The surrogate where there is no objection, else the original and the objection."""
+        objection = self._objection(session, query)
         if objection is not None:
-            return Route(Role.ORIGINAL, None, asked.messages, objection)
-        messages = compress(asked.messages, self._config.prefix, self._config.compressed_prefix_turns)
-        near = "" if asked.distance is None else f", distance {asked.distance:.2f}"
-        return Route(Role.SURROGATE, session.adapter, messages, f"switched to {session.serving}{near}")
+            return Route(Role.ORIGINAL, None, query.messages, objection)
+        messages = compress(query.messages, self._config.prefix, self._config.compressed_prefix_turns)
+        near = "" if query.distance is None else f", distance {query.distance:.2f}"
+        reason = Reason(f"switched to {session.serving}{near}", ReasonCode.SWITCHED)
+        return Route(Role.SURROGATE, session.adapter, messages, reason)
 
-    def _objection(self, session: Session, asked: TurnQuery) -> str | None:
-        if (objection := others_turn(self._config, self.adapting, session, asked)) is not None:
+    def _objection(self, session: Session, query: TurnQuery) -> Reason | None:
+        if (objection := others_turn(self._config, self.adapting, session, query)) is not None:
             return objection
         threshold = self._config.gate.locality_threshold
-        if asked.distance is not None and not asked.distance <= threshold:
-            return f"locality {asked.distance:.2f} above {threshold:g}"
+        if query.distance is not None and not query.distance <= threshold:
+            return Reason(f"locality {query.distance:.2f} above {threshold:g}", ReasonCode.LOCALITY)
         return None
 
 
 def others_turn(
-    config: Config, adapting: AdaptationRules | None, session: Session, asked: TurnQuery
-) -> str | None:
-    """Why a session that is adapted under these rules is not the surrogate's to answer; None where it is.
+    config: Config, adapting: AdaptationRules | None, session: Session, query: TurnQuery
+) -> Reason | None:
+    """Why the surrogate may not answer a session that is adapted under these rules; None where it may.
 
     A session that was switched under other rules is served under those alone.
     """
     if session.phase is Phase.WARM_START:
-        return f"warm start {len(session.warm_turns()) + 1} of {config.warm_window}"
+        number = len(session.warm_turns()) + 1
+        return Reason(f"warm start {number} of {config.warm_window}", ReasonCode.WARM_START)
     if session.phase is not Phase.SWITCHED:
-        return session.phase.lower().replace("_", " ")
+        return Reason(session.phase.lower().replace("_", " "), ReasonCode.PHASE)
     theirs = session.adapting
     if theirs is not None and adapting is not None and theirs.policy != adapting.policy:
-        return f"adapted under {theirs.policy}"
-    return "tools" if asked.body.get("tools") and not config.surrogate.tools else None
+        return Reason(f"adapted under {theirs.policy}", ReasonCode.OTHER_POLICY)
+    if query.body.get("tools") and not config.surrogate.tools:
+        return Reason("tools", ReasonCode.TOOLS)
+    return None

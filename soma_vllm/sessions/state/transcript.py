@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from soma_vllm.types import Message
@@ -70,48 +70,78 @@ class AnswerMark:
 
 @dataclass(frozen=True)
 class TranscriptDigest:
-    """A request's messages, digested once."""
+    """A transcript's messages, each digested once."""
 
     messages: tuple[Message, ...]
     asked: str
     """Digest of all messages."""
     marks: tuple[AnswerMark, ...]
     """One for each assistant message, first to last."""
-    cut: bool = False
+    cut: bool
     """The history begins in the middle of an exchange, as one does that was cut to a number of messages."""
+    _hashes: RunningHashes = field(compare=False, repr=False)
 
     def chains(self) -> list[str]:
         """Chains of the history, longest first: what a lookup tries."""
         return [mark.chain for mark in reversed(self.marks)]
 
+    def followed_by(self, *messages: Message) -> TranscriptDigest:
+        """The digest of this transcript with further messages; only these are read."""
+        hashes = self._hashes.copy()
+        cut, marks = self.cut, list(self.marks)
+        for position, message in enumerate(messages, len(self.messages)):
+            said = json.dumps(says(message)).encode("utf-8", "surrogatepass") + b"\n"
+            role = message.get("role")
+            if hashes.in_preamble and role not in PREAMBLE:
+                hashes.in_preamble, cut = False, role == "assistant"
+            hashes.whole.update(said)
+            if hashes.in_preamble:
+                hashes.preamble, hashes.exchange = hashes.whole.copy(), hashes.whole.copy()
+            elif role == "assistant":
+                answer = hashes.preamble.copy()
+                answer.update(said)
+                link = hashes.exchange.hexdigest()[:LINK_HALF] + answer.hexdigest()[:LINK_HALF]
+                marks.append(AnswerMark(position + 1, hashes.whole.hexdigest(), link))
+                hashes.exchange = hashes.preamble.copy()
+            else:
+                hashes.exchange.update(said)
+        whole = (*self.messages, *messages)
+        return TranscriptDigest(whole, hashes.whole.hexdigest(), tuple(marks), cut, hashes)
+
+
+@dataclass
+class RunningHashes:
+    """Where the digests of a transcript stand, so that it can be continued."""
+
+    whole: hashlib._Hash
+    """Of everything so far."""
+    preamble: hashlib._Hash
+    """Of the tenant and the system messages that begin the transcript."""
+    exchange: hashlib._Hash
+    """Of the preamble and what was said since the last answer."""
+    in_preamble: bool = True
+    """Only system messages so far."""
+
+    def copy(self) -> RunningHashes:
+        """One that goes on apart from this one."""
+        return RunningHashes(self.whole.copy(), self.preamble.copy(), self.exchange.copy(), self.in_preamble)
+
 
 def read(tenant: str, messages: Sequence[Message]) -> TranscriptDigest:
     """Digest a request's messages."""
-    digest = hashlib.sha256(f"{tenant}\n".encode())
-    begin = len(preamble(messages))
-    before, exchange = digest.copy(), digest.copy()
-    marks = []
-    for position, message in enumerate(messages):
-        said = json.dumps(says(message)).encode("utf-8", "surrogatepass") + b"\n"
-        digest.update(said)
-        if position < begin:
-            before, exchange = digest.copy(), digest.copy()
-        elif message.get("role") == "assistant":
-            answer = before.copy()
-            answer.update(said)
-            link = exchange.hexdigest()[:LINK_HALF] + answer.hexdigest()[:LINK_HALF]
-            marks.append(AnswerMark(position + 1, digest.hexdigest(), link))
-            exchange = before.copy()
-        else:
-            exchange.update(said)
-    cut = len(messages) > begin and messages[begin].get("role") == "assistant"
-    return TranscriptDigest(tuple(messages), digest.hexdigest(), tuple(marks), cut)
+    salt = hashlib.sha256(f"{tenant}\n".encode())
+    empty = TranscriptDigest((), salt.hexdigest(), (), False, RunningHashes(salt, salt.copy(), salt.copy()))
+    return empty.followed_by(*messages)
+
+
+PREAMBLE = ("system", "developer")
+"""Roles of the messages that a dialogue begins with."""
 
 
 def preamble(messages: Sequence[Message]) -> Sequence[Message]:
     """The system messages that a dialogue begins with."""
     count = 0
-    while count < len(messages) and messages[count].get("role") in ("system", "developer"):
+    while count < len(messages) and messages[count].get("role") in PREAMBLE:
         count += 1
     return messages[:count]
 

@@ -27,7 +27,7 @@ class TurnQuery:
     prepared: Any = None
     """What the policy's own `prepare` returned; None where it has none."""
     unprepared: str | None = None
-    """Why `prepare` came to nothing: the original answers, and `route` is not asked."""
+    """Why `prepare` failed: the original answers, and `route` is not asked."""
 
     @property
     def messages(self) -> tuple[Message, ...]:

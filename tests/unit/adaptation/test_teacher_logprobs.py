@@ -15,7 +15,7 @@ from soma_vllm.adaptation.teacher_logprobs import (
 )
 from soma_vllm.config import Config, parse_config
 from soma_vllm.engines.engine import ChatCall
-from soma_vllm.engines.fake import FakeEngine, token_of
+from soma_vllm.engines.fake import token_of
 from soma_vllm.engines.logprob_capture import LogprobCapture
 from soma_vllm.engines.reply_parser import Choice, ParsedReply
 from soma_vllm.errors import EngineRefused
@@ -237,13 +237,12 @@ async def test_a_refusal_of_what_was_added_is_not_the_clients(build: Build) -> N
     services = await taught(build)
     ask = services.original.chat
 
-    class Limited(FakeEngine):
-        async def chat(self, call: ChatCall) -> Any:
-            if call.body.get("top_logprobs"):
-                raise EngineRefused(400, {"error": {"message": "at most 0 log-probabilities"}})
-            return await ask(call)
+    async def limited(call: ChatCall) -> Any:
+        if call.body.get("top_logprobs"):
+            raise EngineRefused(400, {"error": {"message": "at most 0 log-probabilities"}})
+        return await ask(call)
 
-    services.dispatcher._original = Limited("large")
+    services.original.chat = limited
     answer = await services.say([], "question 1")
     assert answer.reply.body is not None
     assert answer.reply.body["choices"][0]["message"]["content"] == "same"

@@ -623,13 +623,13 @@ async def test_the_adapter_of_a_session_that_returns_is_fetched_while_its_reques
     history = await warmed(services)
     assert services.surrogate.prefetched == []
     encoded = asyncio.Event()
-    encode = services.dispatcher._encoder.encode
+    encode = services.encoder.encode
 
     async def slow(texts: list[str]) -> Any:
         await encoded.wait()
         return await encode(texts)
 
-    services.dispatcher._encoder.encode = slow
+    services.encoder.encode = slow
     asking = asyncio.create_task(services.say(history, "question 3"))
     async with asyncio.timeout(GUARD_S):
         while not services.surrogate.prefetched:

@@ -113,12 +113,22 @@ SAID = st.one_of(
     st.builds(lambda text: {"role": "tool", "content": text, "tool_call_id": "1"}, WORD),
 )
 
+SYSTEM = st.builds(lambda text: {"role": "system", "content": text}, WORD)
+
 
 @given(st.lists(SAID, max_size=8), st.lists(SAID, max_size=3))
 def test_a_history_and_its_continuation_share_every_mark_of_the_history(past: Messages, more: Messages) -> None:
     marks = read("t", past).marks
     assert read("t", [*past, *more]).marks[: len(marks)] == marks
     assert [past[mark.end - 1]["role"] for mark in marks] == ["assistant"] * len(marks)
+
+
+@given(st.lists(SAID | SYSTEM, max_size=6), st.lists(SAID | SYSTEM, max_size=4))
+def test_a_digest_that_is_continued_is_the_digest_of_the_whole(past: Messages, more: Messages) -> None:
+    begun = read("t", past)
+    assert begun.followed_by(*more) == read("t", [*past, *more])
+    assert begun == read("t", past)
+    assert begun.followed_by(*more[:1]).followed_by(*more[1:]) == read("t", [*past, *more])
 
 
 def test_an_explicit_id_comes_from_the_header_before_the_metadata() -> None:

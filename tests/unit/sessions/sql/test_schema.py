@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import runpy
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
-import setuptools
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
@@ -182,10 +179,3 @@ async def test_two_processes_open_a_new_database_at_once(url: str) -> None:
         process.stdin.flush()
     told = [process.communicate(timeout=GUARD_S) for process in processes]
     assert [printed for printed, _ in told] == ["[]\n", "[]\n"], told
-
-
-def test_the_steps_are_part_of_the_installed_package() -> None:
-    with mock.patch.object(setuptools, "setup") as setup:
-        runpy.run_path(str(ROOT / "setup.py"))
-    packages = set(setup.call_args.kwargs["packages"])
-    assert {"soma_vllm.sessions.sql.migrations", "soma_vllm.sessions.sql.migrations.versions"} <= packages

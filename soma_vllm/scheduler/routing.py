@@ -1,0 +1,139 @@
+"""Who answers a request: the engine that it names, a pinned one, the caller of a tool, or the policy's choice.
+
+Guarantees: the result of a tool goes to the engine that called the tool, or to the original; a policy is not
+asked for the route of a pinned session, nor where it could not prepare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from soma_vllm.adaptation.threaded_encoder import Encoder
+from soma_vllm.config import Config
+from soma_vllm.engines.engine import Engine, Engines
+from soma_vllm.errors import BadRequest, NoSuchModel
+from soma_vllm.scheduler.policies.base import Policies, Policy, TurnQuery, prepared
+from soma_vllm.scheduler.turn import ChatRequest, TurnContext
+from soma_vllm.sessions.state.gate import gap
+from soma_vllm.sessions.state.phases import Phase
+from soma_vllm.sessions.state.prefix import compress
+from soma_vllm.sessions.state.session import Session
+from soma_vllm.sessions.state.transcript import TranscriptDigest, text_of
+from soma_vllm.types import Message, Reason, ReasonCode, Role, Route
+
+DISPATCH_NAME = "soma"
+"""The model name that asks for dispatch; `soma:<policy>` under another policy than the configured one. The
+engines' own names bypass it."""
+
+RESULTS = ("tool", "function")
+"""Roles of messages that bring what a tool found."""
+
+
+class Routing:
+    """Decides who answers."""
+
+    def __init__(self, config: Config, policies: Policies, engines: Engines, encoder: Encoder) -> None:
+        self._config = config
+        self._policies = policies
+        self._engines = engines
+        self._encoder = encoder
+
+    def resolve(self, request: ChatRequest) -> tuple[Policy, Engine | None]:
+        """(the policy of a request, the engine that it names to bypass dispatch).
+
+        Raises:
+            BadRequest: there is no such model, or no such policy.
+        """
+        original, surrogate = self._engines.original, self._engines.surrogate
+        model = request.body.get("model")
+        policy = request.headers.get("x-soma-policy")
+        served = (DISPATCH_NAME, original.name, surrogate.name)
+        if model is None:
+            raise BadRequest(f"model: found none; expected one of {', '.join(served)}", "model")
+        if model not in served:
+            prefix, colon, policy = str(model).partition(":")
+            if prefix != DISPATCH_NAME or not colon:
+                raise no_such_model(str(model), served)
+        chosen = self._policies.default if policy is None else self._policies.named(policy)
+        if model == original.name or (
+            model != surrogate.name and request.headers.get("x-soma", "").lower() == "off"
+        ):
+            return chosen, original
+        return chosen, surrogate if model == surrogate.name else None
+
+    async def decide(self, turn: TurnContext) -> None:
+        """Set the turn's query, phase and route. The adapter it may need begins to load first."""
+        session = turn.session
+        self._prefetch(session)
+        overlap = turn.overlap
+        added = turn.digest.messages[overlap.end :]
+        distance = await self._distance(session, turn.digest)
+        query = TurnQuery(turn.digest, turn.request.body, overlap.turns, added, distance)
+        turn.query = await prepared(turn.policy, turn.session, query)
+        session = turn.session  # as it is now: encoding and preparing take a while
+        turn.phase = session.phase
+        turn.route = self._route(session, turn.query, turn.policy)
+
+    def without_surrogate(self, turn: TurnContext, error: Exception) -> Route:
+        """The route of a turn that the surrogate failed to answer."""
+        reason = Reason(f"surrogate failed: {error}", ReasonCode.SURROGATE_FAILED)
+        return Route(Role.ORIGINAL, None, turn.query.messages, reason)
+
+    def without_original(self, turn: TurnContext) -> Route | None:
+        """The route of a turn while the original is down; None where the request is to fail."""
+        if self._config.original.when_down != "surrogate":
+            return None
+        reason = Reason("original unavailable", ReasonCode.ORIGINAL_UNAVAILABLE)
+        return Route(Role.SURROGATE, None, turn.query.messages, reason)
+
+    def _prefetch(self, session: Session) -> None:
+        """Begin to load the adapter of a session that returns, while its request is read."""
+        ref = session.adapter
+        if ref is not None and session.phase is Phase.SWITCHED:
+            self._engines.adapters.prefetch(ref)
+
+    async def _distance(self, session: Session, digest: TranscriptDigest) -> float | None:
+        """Cosine distance of the query to the warm start's centroid; None where the session has none."""
+        center = session.centroid_vector()
+        if session.phase is not Phase.SWITCHED or center is None:
+            return None
+        (vector,) = await self._encoder.encode([text_of(digest.messages[-1])])
+        return gap(vector, center)
+
+    def _route(self, session: Session, query: TurnQuery, policy: Policy) -> Route:
+        """To the caller of the tool whose result this is, else to the pinned engine, else by the policy."""
+        if query.added and query.added[-1].get("role") in RESULTS and query.builds_on:
+            return self._to_caller(session, query)
+        if session.pinned is not None:
+            pinned = Reason("pinned", ReasonCode.PINNED)
+            if session.pinned is Role.ORIGINAL:
+                return Route(Role.ORIGINAL, None, query.messages, pinned)
+            return Route(Role.SURROGATE, session.adapter, self._compressed(query), pinned)
+        if query.unprepared is not None:
+            reason = Reason(query.unprepared, ReasonCode.UNPREPARED)
+            return Route(Role.ORIGINAL, None, query.messages, reason)
+        return policy.route(session, query)
+
+    def _to_caller(self, session: Session, query: TurnQuery) -> Route:
+        to_original = Route(Role.ORIGINAL, None, query.messages, Reason("tool result", ReasonCode.TOOL_RESULT))
+        if any(message.get("role") == "assistant" for message in query.added):
+            return to_original  # the call is not on record
+        caller = session.turns[query.builds_on - 1]
+        serving = None if session.adapter is None else session.adapter.name
+        if (
+            caller.engine is not Role.SURROGATE
+            or session.phase is not Phase.SWITCHED
+            or caller.adapter != serving
+        ):
+            return to_original
+        reason = Reason("tool result to its caller", ReasonCode.TOOL_RESULT)
+        return Route(Role.SURROGATE, session.adapter, self._compressed(query), reason)
+
+    def _compressed(self, query: TurnQuery) -> tuple[Message, ...]:
+        """The history as the surrogate is shown it."""
+        return compress(query.messages, self._config.prefix, self._config.compressed_prefix_turns)
+
+
+def no_such_model(model: str, served: Iterable[str]) -> NoSuchModel:
+    """The refusal of a model's name."""
+    return NoSuchModel(f"model: found {model[:200]!r}; expected one of {', '.join(served)}", "model")

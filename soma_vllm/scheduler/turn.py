@@ -1,0 +1,187 @@
+"""One turn, from the arrival of its request to its record.
+
+Guarantees: the session is held from `begin_turn` until the turn ends or fails, and so is whatever is put on
+`TurnContext.resources`, such as the lease on an adapter; each is released exactly once, the latest first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from soma_vllm.engines.engine import ChatCall
+from soma_vllm.engines.logprob_capture import LogprobCapture
+from soma_vllm.errors import BadRequest, StoreUnavailable
+from soma_vllm.logs import bind
+from soma_vllm.scheduler.policies.base import Policy, TurnQuery
+from soma_vllm.sessions.lookup import SessionLookup
+from soma_vllm.sessions.ports import Meter
+from soma_vllm.sessions.state.identity import explicit_id, tenant_of
+from soma_vllm.sessions.state.phases import Phase
+from soma_vllm.sessions.state.session import Session
+from soma_vllm.sessions.state.transcript import TranscriptDigest, read
+from soma_vllm.sessions.state.truncated_history import Overlap
+from soma_vllm.sessions.state.turn import Turn
+from soma_vllm.types import Message, Role, Route, SessionKey
+
+logger = logging.getLogger(__name__)
+
+
+class SessionUnavailable(Exception):
+    """A request cannot be dispatched within a session now; the message is a reason for `X-SOMA-Reason`."""
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """One request as the client sent it."""
+
+    body: Mapping[str, Any]
+    headers: Mapping[str, str]
+    """Lower-case names."""
+    http: Any = None
+    session: str | None = None
+    """The session's id, where something else than the request's own headers and body tells it."""
+    response: str | None = None
+    """Id under which the client may name the answer later."""
+    started: float = field(default_factory=time.monotonic)
+    """When it arrived, `time.monotonic`."""
+
+    @property
+    def tenant(self) -> str:
+        """Whose request it is."""
+        return tenant_of(self.headers.get("authorization"))
+
+    def messages(self) -> list[Message]:
+        """The messages of a chat.
+
+        Raises:
+            BadRequest: there is none, or one is not Unicode text.
+        """
+        messages: list[Message] = self.body["messages"]
+        if not messages:
+            raise BadRequest("messages: found none; expected at least one", "messages")
+        try:
+            json.dumps(messages, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            # No tokenizer reads it, and the encoder and the store would each fail in a way of their own.
+            raise BadRequest(
+                "messages: found half a surrogate pair; expected Unicode text", "messages"
+            ) from None
+        return messages
+
+
+@dataclass(eq=False)
+class TurnContext:
+    """A turn under way. Its fields are filled in their order here."""
+
+    request: ChatRequest
+    policy: Policy
+    digest: TranscriptDigest
+    """Of the client's messages."""
+    key: SessionKey
+    """Its session; another one once the session has gone on without it (`settle`)."""
+    lookup: SessionLookup
+    resources: AsyncExitStack
+    """What is released when the turn ends."""
+    placed: tuple[Turn, ...]
+    """The session's turns when the request was found to continue it."""
+    query: TurnQuery = field(init=False)
+    """What policies are asked about; set by `Routing.decide`, as the next two."""
+    phase: Phase = field(init=False)
+    """The session's, when the turn was routed."""
+    route: Route = field(init=False)
+    """Who answers; changed where an engine fails before its first token."""
+    capture: LogprobCapture | None = None
+    """The original's log-probabilities, where they were asked for."""
+    _compared: tuple[tuple[Turn, ...], Overlap] | None = None
+
+    @property
+    def session(self) -> Session:
+        """The session as it is now."""
+        return self.lookup.registry.session(self.key)
+
+    @property
+    def overlap(self) -> Overlap:
+        """Where the client's history agrees with the record; compared again only where that has changed."""
+        session = self.session
+        if self._compared is None or self._compared[0] is not session.turns:
+            self._compared = session.turns, session.overlap(self.digest)
+        return self._compared[1]
+
+    def call(self, added: Mapping[str, Any] | None = None) -> ChatCall:
+        """What the routed engine is asked; `added` are fields of our own."""
+        body = {**self.request.body, **(added or {})}
+        if self.route.messages is not self.query.messages:
+            body["messages"] = list(self.route.messages)
+        adapter = self.route.adapter if self.route.engine is Role.SURROGATE else None
+        return ChatCall(body, adapter, self.key.tenant, self.request.http)
+
+    def headers(self) -> dict[str, str]:
+        """Who answers this turn, and why."""
+        return {
+            "X-SOMA-Session": _ascii(self.key.session),
+            "X-SOMA-Engine": self.route.engine,
+            "X-SOMA-Adapter": "" if self.route.adapter is None else self.route.adapter.name,
+            "X-SOMA-Phase": self.phase,
+            "X-SOMA-Reason": _ascii(self.route.reason),
+        }
+
+    def settle(self) -> None:
+        """Move to a branch of the session if that has gone on since the request came."""
+        if self.session.turns is not self.placed:
+            self.key = self.lookup.settle(self.key, self.digest)
+            self.resources.callback(self.lookup.registry.release, self.key)
+
+    @asynccontextmanager
+    async def released_on_error(self) -> AsyncIterator[None]:
+        """Ends the turn if the block fails. Log lines of the block name the session."""
+        with bind(session=self.key.session, tenant=self.key.tenant):
+            try:
+                yield
+            except BaseException:
+                await self.resources.aclose()
+                raise
+
+    @asynccontextmanager
+    async def released(self) -> AsyncIterator[None]:
+        """Ends the turn with the block. Log lines of the block name the session."""
+        with bind(session=self.key.session, tenant=self.key.tenant):
+            async with self.resources:
+                yield
+
+
+async def begin_turn(lookup: SessionLookup, meter: Meter, request: ChatRequest, policy: Policy) -> TurnContext:
+    """Find a request's session and hold it.
+
+    Raises:
+        BadRequest: the messages, or the session's id, are wrong.
+        TooManyRequests: the tenant has too many sessions for a new one.
+        SessionUnavailable: the session store does not answer, or the session is being removed.
+    """
+    tenant, registry = request.tenant, lookup.registry
+    digest = read(tenant, request.messages())
+    named = request.session or explicit_id(request.headers, request.body)
+    async with AsyncExitStack() as resources:
+        try:
+            key = await resources.enter_async_context(lookup.begin(tenant, named, digest))
+            registry.recall(key, digest)
+            placed = registry.session(key).turns
+            if registry.is_new(key) and meter.limits_sessions(tenant):
+                meter.check_new_session(tenant, await registry.live(tenant))
+        except StoreUnavailable as error:
+            with bind(session=named, tenant=tenant):
+                logger.warning("the original answers a turn that is not recorded: %s", error)
+            raise SessionUnavailable("session store unavailable") from error
+        if registry.session(key).phase is Phase.CLOSED:
+            raise SessionUnavailable("session being removed")
+        return TurnContext(request, policy, digest, key, lookup, resources.pop_all(), placed)
+
+
+def _ascii(text: str) -> str:
+    """Text as a header can carry it."""
+    return text.encode("ascii", "backslashreplace").decode()
