@@ -27,7 +27,7 @@ beta (in its warm start) and gamma (rolled back). `config_0_1.yaml`: every key o
 
 TENANT = "8254c329a92850f6"
 BRANCH = "alpha~6513270e269e"
-ADAPTER = AdapterRef("adapter-alpha-1", 1, "/adapters/work/soma-train-1")
+ADAPTER = AdapterRef("adapter-alpha-1", 1, "/adapters/soma-train-1")
 KEY = "sk-soma-0123456789ab-" + "s" * 32
 CONFIG = Config()
 
