@@ -15,10 +15,10 @@ from fastapi.responses import Response
 
 from soma_vllm.api.chat import DialogueStream, dispatcher
 from soma_vllm.api.error_responses import failed, failure
-from soma_vllm.api.responses.convert import Frame, chat_body, new_id, response_of
+from soma_vllm.api.responses.convert import Frame, chat_body, new_id
 from soma_vllm.api.responses.input_items import messages_of, prompt
 from soma_vllm.api.responses.request import ResponsesRequest, body_schema, parse
-from soma_vllm.api.responses.stream import ResponseEvents
+from soma_vllm.api.responses.stream import ResponseEvents, response_of
 from soma_vllm.engines.vllm.internals import validate_json_request, with_cancellation
 from soma_vllm.errors import BadRequest, NotFound, SomaError
 from soma_vllm.scheduler.dispatcher import DISPATCH_NAME, ChatRequest, Dispatcher
@@ -79,11 +79,11 @@ async def _answered(asked: ResponsesRequest, raw_request: Request) -> Response:
             raw_request.headers,
             raw_request,
             session=session,
-            response=None if asked.store is False else name,
+            response=name if asked.store else None,
         )
     )
     # An answer past all sessions, by an engine that was asked by its name, is not on record.
-    stored = asked.store is not False and "X-SOMA-Session" in answer.headers
+    stored = asked.store and "X-SOMA-Session" in answer.headers
     frame = Frame(asked, name, asked.model or DISPATCH_NAME, stored)
     if answer.reply.events is not None:
         return DialogueStream(ResponseEvents(answer.reply.events, frame), answer.headers)
