@@ -19,6 +19,7 @@ from soma_vllm.api import adapter_routes, admin, chat
 from soma_vllm.api.auth.access import AccessControl
 from soma_vllm.api.auth.quotas import Quotas
 from soma_vllm.api.error_responses import http_failed
+from soma_vllm.api.request_id import RequestId
 from soma_vllm.api.responses import routes as responses_routes
 from soma_vllm.api.route_filter import narrow
 from soma_vllm.errors import PreflightError
@@ -67,6 +68,7 @@ class SomaEndpointPlugin:
         # vLLM handles FastAPI's own kind of these only.
         app.add_exception_handler(HTTPException, http_failed)
         app.add_middleware(AccessControl, quotas=_host(app.state.args).quotas)
+        app.add_middleware(RequestId)  # added last, so outermost: refusals have an id too
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Start what dispatch needs; the application is complete now, so close what is not to be served.
