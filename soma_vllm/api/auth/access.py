@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from soma_vllm.api.auth.quotas import Caller, Quotas, Refusal
@@ -56,6 +56,8 @@ STEERING = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/infe
 
 UNCOUNTED = frozenset({"/tokenize", "/detokenize"})
 """POST requests that run no model."""
+
+NEEDS_ADMIN = "found an API key without this right; expected the admin key"
 
 REASONS: tuple[tuple[type[SomaError], Refusal], ...] = (
     (Unauthorized, Refusal.KEY),
@@ -106,9 +108,7 @@ class AccessControl:
         if path not in OPEN:
             caller = await self._quotas.caller(authorization_of(scope))
             if self._quotas.needs_keys and not caller.admin and steers(path):
-                raise Forbidden(
-                    "found a tenant's API key on a route that controls the server; expected the admin key"
-                )
+                raise Forbidden(NEEDS_ADMIN)
         length = declared_length(scope)
         if length is not None and length > self._max_body:
             raise too_large(self._max_body)
@@ -189,6 +189,22 @@ def declared_length(scope: Scope) -> int | None:
         if name == b"content-length" and value.isdigit():
             return int(value[:20])
     return None
+
+
+def caller_of(request: Request) -> Caller:
+    """The caller of a request that the middleware let through."""
+    caller: Caller = request.scope["state"][CALLER]
+    return caller
+
+
+def require_admin(request: Request) -> None:
+    """Check that a request carries the admin key.
+
+    Raises:
+        Forbidden: it does not.
+    """
+    if not caller_of(request).admin:
+        raise Forbidden(NEEDS_ADMIN)
 
 
 def steers(path: str) -> bool:
