@@ -1,15 +1,14 @@
 """Items of OpenAI's Responses API as chat messages.
 
 Guarantees: pure; the same dialogue gives the same messages whether a client sends its history as items or names
-it by an id, so that its session is recognised either way; an item that nobody here can use is refused by its
+it by an id, so that its session is recognised either way; an item that is not supported is refused by its
 place; errors never hold text of the conversation.
 
-Instructions are those of one request: the next one of the dialogue has its own, or none. They are sent as the
+Instructions belong to one request: the next request of the dialogue has its own, or none. They are sent as the
 first system message, with their text in a part, while a system message of the input is always a plain string
-and, like all input, stays in the dialogue. By that a transcript on record tells which of its messages were
-instructions: they are dropped, and the request's own put in their place. While they stay the same the
-transcript stays the same, and so does the session; other instructions are another prompt from the first word
-on, and begin a branch.
+and, like all input, stays in the dialogue. Thus a stored transcript shows which of its messages were
+instructions: these are dropped, and the request's own put in their place. The same instructions continue the
+session; different ones change the prompt from its first word on, and begin a branch.
 """
 
 from __future__ import annotations
@@ -26,11 +25,10 @@ from soma_vllm.types import Message
 def messages_of(given: str | Sequence[Mapping[str, Any]]) -> list[Message]:
     """The `input` of a request as chat messages; at least one.
 
-    What a model answered in several items is one message, as it is on record. Its thoughts are left out, as
-    chat clients leave them out.
+    An answer of several items is one message, as it is stored. Reasoning is left out, as chat clients do.
 
     Raises:
-        BadRequest: an item is wrong, or of a kind that is not served; names it.
+        BadRequest: an item is wrong, or of an unsupported kind; names it.
     """
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
@@ -45,12 +43,12 @@ def messages_of(given: str | Sequence[Mapping[str, Any]]) -> list[Message]:
             )
         add(item, where, messages)
     if not messages:
-        raise BadRequest("input: found nothing to answer; expected at least one message", "input")
+        raise BadRequest("input: found no message; expected at least one", "input")
     return list(messages)
 
 
 def prompt(instructions: str | None, history: Sequence[Message], added: Sequence[Message]) -> list[Message]:
-    """The messages to send: the request's own instructions, the dialogue so far, what was added."""
+    """The messages to send: the request's own instructions, the dialogue so far, the new input."""
     if history and _is_instructions(history[0], instructions):
         history = history[1:]
     return [*([_as_instructions(instructions)] if instructions else []), *history, *added]
@@ -68,7 +66,7 @@ def _add_message(item: Mapping[str, Any], where: str, messages: list[dict[str, A
     if role == "assistant" and last.get("role") == "assistant" and last["content"] is None:
         last["content"] = content
         return
-    # Most chat templates know no developer; where one does, the developer is its system.
+    # Few chat templates have a developer role; those that have treat it as the system role.
     messages.append({"role": "system" if role == "developer" else role, "content": content})
 
 
@@ -99,7 +97,7 @@ _ITEMS: Mapping[str, Callable[[Mapping[str, Any], str, list[dict[str, Any]]], No
 }
 
 _TEXTS = {"input_text": "text", "output_text": "text", "refusal": "refusal"}
-"""Kind of a part -> where it has its text."""
+"""Type of a part -> the field with its text."""
 
 
 def _content(content: object, where: str, images: bool) -> str | list[dict[str, Any]]:
@@ -128,14 +126,16 @@ def _part(part: object, where: str, images: bool) -> dict[str, Any]:
 
 def _image(part: Mapping[str, Any], where: str) -> dict[str, Any]:
     if part.get("file_id") is not None:
-        raise BadRequest(f"{where}.file_id: no files are kept here; expected image_url", f"{where}.file_id")
+        raise BadRequest(
+            f"{where}.file_id: found a file; expected image_url, files are not stored", f"{where}.file_id"
+        )
     image = {"url": _string(part, "image_url", where)}
     detail = part.get("detail") or "auto"
     if detail not in ("auto", "low", "high"):
         raise BadRequest(
             f"{where}.detail: found {shown(detail)}; expected auto, low or high", f"{where}.detail"
         )
-    # The default is left out, so that a history says the same with it and without.
+    # The default is left out: a history with it equals one without.
     return {"type": "image_url", "image_url": image | ({} if detail == "auto" else {"detail": detail})}
 
 
@@ -152,6 +152,6 @@ def _as_instructions(text: str) -> Message:
 
 
 def _is_instructions(message: Message, instructions: str | None) -> bool:
-    """Whether a transcript's first message was instructions, or is a system message that says the same."""
+    """Whether a transcript's first message was instructions, or is a system message of the same text."""
     text = text_of(message)
     return message == _as_instructions(text) or (message.get("role") == "system" and text == instructions)
