@@ -16,8 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from soma_vllm.api.responses.request import shown
-from soma_vllm.errors import BadRequest
+from soma_vllm.api.responses.request import mistake, shown
 from soma_vllm.sessions.state.transcript import text_of
 from soma_vllm.types import Message
 
@@ -38,12 +37,10 @@ def messages_of(given: str | Sequence[Mapping[str, Any]]) -> list[Message]:
         kind = item.get("type") or ("message" if "role" in item else None)
         add = _ITEMS.get(kind) if isinstance(kind, str) else None
         if add is None:
-            raise BadRequest(
-                f"{where}.type: found {shown(kind)}; expected one of {', '.join(_ITEMS)}", f"{where}.type"
-            )
+            raise mistake(f"{where}.type", shown(kind), f"one of {', '.join(_ITEMS)}")
         add(item, where, messages)
     if not messages:
-        raise BadRequest("input: found no message; expected at least one", "input")
+        raise mistake("input", "no message", "at least one")
     return list(messages)
 
 
@@ -57,10 +54,7 @@ def prompt(instructions: str | None, history: Sequence[Message], added: Sequence
 def _add_message(item: Mapping[str, Any], where: str, messages: list[dict[str, Any]]) -> None:
     role = item.get("role")
     if role not in ("user", "assistant", "system", "developer"):
-        raise BadRequest(
-            f"{where}.role: found {shown(role)}; expected one of user, assistant, system, developer",
-            f"{where}.role",
-        )
+        raise mistake(f"{where}.role", shown(role), "one of user, assistant, system, developer")
     content = _content(item.get("content"), f"{where}.content", images=role == "user")
     last = messages[-1] if messages else {}
     if role == "assistant" and last.get("role") == "assistant" and last["content"] is None:
@@ -105,7 +99,7 @@ def _content(content: object, where: str, images: bool) -> str | list[dict[str, 
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise BadRequest(f"{where}: found {type(content).__name__}; expected text or a list of parts", where)
+        raise mistake(where, type(content).__name__, "text or a list of parts")
     parts = [_part(part, f"{where}[{index}]", images) for index, part in enumerate(content)]
     if all(part["type"] == "text" for part in parts):
         return "\n".join(part["text"] for part in parts)
@@ -114,27 +108,23 @@ def _content(content: object, where: str, images: bool) -> str | list[dict[str, 
 
 def _part(part: object, where: str, images: bool) -> dict[str, Any]:
     if not isinstance(part, dict):
-        raise BadRequest(f"{where}: found {type(part).__name__}; expected an object", where)
+        raise mistake(where, type(part).__name__, "an object")
     kind = part.get("type")
     if kind == "input_image" and images:
         return _image(part, where)
     if not isinstance(kind, str) or kind not in _TEXTS:
         served = ", ".join([*_TEXTS, "input_image"] if images else _TEXTS)
-        raise BadRequest(f"{where}.type: found {shown(kind)}; expected one of {served}", f"{where}.type")
+        raise mistake(f"{where}.type", shown(kind), f"one of {served}")
     return {"type": "text", "text": _string(part, _TEXTS[kind], where)}
 
 
 def _image(part: Mapping[str, Any], where: str) -> dict[str, Any]:
     if part.get("file_id") is not None:
-        raise BadRequest(
-            f"{where}.file_id: found a file; expected image_url, files are not stored", f"{where}.file_id"
-        )
+        raise mistake(f"{where}.file_id", "a file", "image_url, because files are not stored")
     image = {"url": _string(part, "image_url", where)}
     detail = part.get("detail") or "auto"
     if detail not in ("auto", "low", "high"):
-        raise BadRequest(
-            f"{where}.detail: found {shown(detail)}; expected auto, low or high", f"{where}.detail"
-        )
+        raise mistake(f"{where}.detail", shown(detail), "auto, low or high")
     # The default is left out: a history with it equals one without.
     return {"type": "image_url", "image_url": image | ({} if detail == "auto" else {"detail": detail})}
 
@@ -142,8 +132,7 @@ def _image(part: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _string(item: Mapping[str, Any], name: str, where: str) -> str:
     value = item.get(name)
     if not isinstance(value, str):
-        found = "nothing" if value is None else type(value).__name__
-        raise BadRequest(f"{where}.{name}: found {found}; expected text", f"{where}.{name}")
+        raise mistake(f"{where}.{name}", "nothing" if value is None else type(value).__name__, "text")
     return value
 
 

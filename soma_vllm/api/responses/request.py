@@ -190,7 +190,7 @@ def parse(body: object) -> ResponsesRequest:
         if name in PASSED:
             asked._passed[name] = value
         elif name not in named and name not in INDIFFERENT:
-            raise BadRequest(f"{name[:100]}: found an unknown parameter; expected one that is served", name)
+            raise mistake(name[:100], "an unknown parameter", "one that is served")
     if asked.conversation_id is not None:
         if asked.previous_response_id is not None:
             raise BadRequest(
@@ -199,6 +199,11 @@ def parse(body: object) -> ResponsesRequest:
         _check_id(asked.conversation_id)
     _check_choice(asked)
     return asked
+
+
+def mistake(param: str, found: str, expected: str) -> BadRequest:
+    """The error that names a wrong parameter, what was found there and what was expected."""
+    return BadRequest(f"{param}: found {found}; expected {expected}", param)
 
 
 def shown(value: object) -> str:
@@ -210,11 +215,9 @@ def _check_choice(asked: ResponsesRequest) -> None:
     names = {tool.name for tool in asked.tools}
     choice = asked.tool_choice
     if choice == "required" and not names:
-        raise BadRequest("tool_choice: found 'required', and no tools; expected at least one", "tool_choice")
+        raise mistake("tool_choice", "'required', and no tools", "at least one")
     if isinstance(choice, NamedFunction) and choice.name not in names:
-        raise BadRequest(
-            "tool_choice: found a function that is not among the tools; expected one of them", "tool_choice"
-        )
+        raise mistake("tool_choice", "a function that is not among the tools", "one of them")
 
 
 def _check_id(conversation: str) -> None:
@@ -231,7 +234,7 @@ def _refusal(error: ValidationError, body: Mapping[str, Any]) -> BadRequest:
     param = _param(first["loc"], body, missing=first["type"] == "missing")
     complaint = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
     if first["type"] == "missing":
-        return BadRequest(f"{param}: found nothing; expected it to be there", param)
+        return mistake(param, "nothing", "it to be there")
     value = first["input"]
     brief = isinstance(value, bool | int | float) or first["type"] == "literal_error"
     found = shown(value) if brief else type(value).__name__

@@ -52,7 +52,8 @@ def response_of(frame: Frame, completion: Mapping[str, Any]) -> dict[str, Any]:
         builder.add_text(text, choice)
     for index, call in enumerate(calls):
         builder.add_call({**call, "index": index})
-    return builder.complete(choice.get("finish_reason"), completion.get("usage"))
+    builder.finish, builder.usage = choice.get("finish_reason"), completion.get("usage")
+    return builder.complete()
 
 
 class ResponseEvents:
@@ -65,8 +66,6 @@ class ResponseEvents:
         self._events = events
         self._builder = ResponseBuilder(frame)
         self._builder.begin()
-        self._usage: Mapping[str, Any] | None = None
-        self._finish: str | None = None
         self._error: str | None = None
         self._done = False
         self._over = False
@@ -94,17 +93,17 @@ class ResponseEvents:
         except StopAsyncIteration:
             self._over = True
             if self._done and self._error is None:
-                self._builder.complete(self._finish, self._usage)
+                self._builder.complete()
             else:
                 cut_off = "the engine's stream ended in the middle of an answer"
-                self._builder.fail(self._error or cut_off, self._usage)
+                self._builder.fail(self._error or cut_off)
         except (SomaError, ValueError) as error:
             await self.aclose()
             broken = "the engine sent an event that is no JSON object"
-            self._builder.fail(str(error) if isinstance(error, SomaError) else broken, self._usage)
+            self._builder.fail(str(error) if isinstance(error, SomaError) else broken)
 
     def _take(self, event: str) -> None:
-        data = data_of(event)
+        data = (data_of(event) or "").strip()
         if not data:
             return
         if data == DONE:
@@ -115,10 +114,9 @@ class ResponseEvents:
             raise ValueError
         if error := chunk.get("error"):
             self._error = str(error.get("message") if isinstance(error, dict) else error)
-        self._usage = chunk.get("usage") or self._usage
+        self._builder.usage = chunk.get("usage") or self._builder.usage
         for choice in chunk.get("choices") or ():
             if not choice.get("index"):
-                self._finish = choice.get("finish_reason") or self._finish
                 self._builder.add_delta(choice)
 
 
@@ -142,6 +140,10 @@ class ResponseBuilder:
     def __init__(self, frame: Frame) -> None:
         self.events: deque[str] = deque()
         """Server-sent events that were not taken yet."""
+        self.usage: Mapping[str, Any] | None = None
+        """The chat completion's."""
+        self.finish: str | None = None
+        """The chat completion's `finish_reason`."""
         self._number = 0
         self._frame = frame
         self._items: list[_Item] = []
@@ -158,6 +160,7 @@ class ResponseBuilder:
 
     def add_delta(self, choice: Mapping[str, Any]) -> None:
         """Add what one event of a chat stream says."""
+        self.finish = choice.get("finish_reason") or self.finish
         delta = choice.get("delta") or {}
         if reasoning := reasoning_in(delta):
             self.add_reasoning(reasoning)
@@ -203,27 +206,27 @@ class ResponseBuilder:
         if arguments := function.get("arguments"):
             self._grow(self._calls[index], arguments)
 
-    def complete(self, finish: str | None, usage: Mapping[str, Any] | None) -> dict[str, Any]:
+    def complete(self) -> dict[str, Any]:
         """End what is open; the response, which is also the last event."""
         if self._answer is None and not self._calls:
             self._answer = self._open_answer()
-        cut_off = CUT_OFF.get(finish or "")
+        cut_off = CUT_OFF.get(self.finish or "")
         status = "completed" if cut_off is None else "incomplete"
         for item in self._items:
             if item.item.status == "in_progress":
                 self._close(item, status if item is self._items[-1] else "completed")
         details = {} if cut_off is None else {"incomplete_details": {"reason": cut_off}}
-        return self._end(status, usage, **details)
+        return self._end(status, **details)
 
-    def fail(self, why: str, usage: Mapping[str, Any] | None) -> None:
+    def fail(self, why: str) -> None:
         """End a response that failed in the middle."""
         for item in self._items:
             if item.item.status == "in_progress":
                 item.item.status = "incomplete"
-        self._end("failed", usage, error={"code": "server_error", "message": why})
+        self._end("failed", error={"code": "server_error", "message": why})
 
-    def _end(self, status: str, usage: Mapping[str, Any] | None, **details: Any) -> dict[str, Any]:
-        response = self._frame.response(status, [item.json() for item in self._items], usage, **details)
+    def _end(self, status: str, **details: Any) -> dict[str, Any]:
+        response = self._frame.response(status, [item.json() for item in self._items], self.usage, **details)
         self._emit(status, response=response)
         return response
 
