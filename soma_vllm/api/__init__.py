@@ -1,1 +1,1 @@
-"""The HTTP surface: routes, who may ask, and errors in OpenAI's shape."""
+"""The HTTP interface: routes, authentication, and errors in OpenAI's shape."""

@@ -1,7 +1,7 @@
-"""`/soma/sessions`: what a tenant may see and remove of its own, and what an administrator may do with any.
+"""`/soma/sessions`: a tenant lists, shows and removes its own sessions; an administrator controls all of them.
 
 Guarantees: without the admin key a session is looked up in the caller's own tenant alone, and another's answers
-404 like one that does not exist; conversation text is in no answer.
+404 as one that does not exist; no answer holds conversation text.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 
-from soma_vllm.api.auth.access import CALLER
-from soma_vllm.api.auth.quotas import Caller
+from soma_vllm.api.auth.access import caller_of, require_admin
 from soma_vllm.api.error_responses import failed
 from soma_vllm.api.serializers import summary_view, view
-from soma_vllm.errors import Forbidden, SomaError
+from soma_vllm.errors import SomaError
 from soma_vllm.maintenance.session_admin import SessionAdmin
 from soma_vllm.types import Role, SessionKey
 
@@ -41,11 +40,11 @@ async def list_sessions(
     limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 100,
     before: float | None = None,
 ) -> Response:
-    """The caller's sessions, or for an administrator those of one tenant or of all, the most recent first.
+    """The caller's sessions, or for an administrator those of one tenant or of all, most recent first.
 
-    `before` goes on from the `updated_at` of a listing's last session.
+    `before` continues a listing: the `updated_at` of its last session.
     """
-    caller = _caller(raw_request)
+    caller = caller_of(raw_request)
     whose = tenant if caller.admin else caller.tenant
     try:
         found = await _session_admin(raw_request).summaries(whose, limit, before)
@@ -56,7 +55,7 @@ async def list_sessions(
 
 @router.post("/{session:path}/pin")
 async def pin_session(session: str, pin: Pin, raw_request: Request, tenant: Tenant = None) -> Response:
-    """Bind a session to an engine; null lets it go. Administrators only."""
+    """Pin a session to an engine; null unpins it. Administrators only."""
     engine = None if pin.engine is None else Role(pin.engine)
     return await _ordered(
         raw_request, session, tenant, lambda session_admin, key: session_admin.pin(key, engine)
@@ -65,13 +64,13 @@ async def pin_session(session: str, pin: Pin, raw_request: Request, tenant: Tena
 
 @router.post("/{session:path}/rollback")
 async def roll_session_back(session: str, raw_request: Request, tenant: Tenant = None) -> Response:
-    """Give a session back to the original. Administrators only."""
+    """Roll a session back to the original. Administrators only."""
     return await _ordered(raw_request, session, tenant, lambda session_admin, key: session_admin.roll_back(key))
 
 
 @router.post("/{session:path}/readapt")
 async def readapt_session(session: str, raw_request: Request, tenant: Tenant = None) -> Response:
-    """Have a session adapted anew. Administrators only."""
+    """Adapt a session again. Administrators only."""
     return await _ordered(raw_request, session, tenant, lambda session_admin, key: session_admin.readapt(key))
 
 
@@ -83,7 +82,7 @@ async def show_session(session: str, raw_request: Request, tenant: Tenant = None
 
 @router.delete("/{session:path}")
 async def remove_session(session: str, raw_request: Request, tenant: Tenant = None) -> Response:
-    """Remove a session: its record, its text, its adapter. Answers when nothing of it is left."""
+    """Remove a session: its record, its text, its adapter. Answers when all of it is removed."""
     try:
         await _session_admin(raw_request).remove(_key(raw_request, session, tenant))
     except SomaError as error:
@@ -92,11 +91,10 @@ async def remove_session(session: str, raw_request: Request, tenant: Tenant = No
 
 
 async def _ordered(raw_request: Request, session: str, tenant: str | None, order: Any) -> Response:
-    """Carry an administrator's order out, then show the session."""
-    if not _caller(raw_request).admin:
-        return failed(Forbidden("found an API key without this right; expected the admin key"))
+    """Carry out an administrator's operation, then show the session."""
     key = _key(raw_request, session, tenant)
     try:
+        require_admin(raw_request)
         await order(_session_admin(raw_request), key)
     except SomaError as error:
         return failed(error)
@@ -114,13 +112,8 @@ async def _shown(raw_request: Request, key: SessionKey) -> Response:
 
 def _key(raw_request: Request, session: str, tenant: str | None) -> SessionKey:
     """The session meant: an administrator may name another tenant."""
-    caller = _caller(raw_request)
+    caller = caller_of(raw_request)
     return SessionKey(tenant if caller.admin and tenant is not None else caller.tenant, session)
-
-
-def _caller(raw_request: Request) -> Caller:
-    caller: Caller = raw_request.scope["state"][CALLER]
-    return caller
 
 
 def _session_admin(raw_request: Request) -> SessionAdmin:

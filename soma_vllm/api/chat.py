@@ -24,11 +24,11 @@ from soma_vllm.scheduler.dispatcher import Answer, ChatRequest, Dispatcher, no_s
 router = APIRouter()
 
 NULLABLE = frozenset({"content", "refusal", "logprobs", "finish_reason"})
-"""Fields of a completion that OpenAI's schema requires and lets be null."""
+"""Fields of a completion that OpenAI's schema requires and allows to be null."""
 
 
 class DialogueStream(StreamingResponse):
-    """A stream that is closed when the response is over, also when the client left before it began."""
+    """A stream that is closed when the response ends, also when the client left before it began."""
 
     def __init__(self, events: Events, headers: Mapping[str, str]) -> None:
         super().__init__(events, headers=dict(headers), media_type="text/event-stream")
@@ -54,13 +54,13 @@ async def create_chat_completion(request: ChatBody, raw_request: Request) -> Res
 @router.post("/v1/completions", dependencies=[Depends(validate_json_request)])
 @with_cancellation  # type: ignore[untyped-decorator]
 async def create_completion(request: CompletionBody, raw_request: Request) -> Response:
-    """OpenAI's text completion: no dialogue, so the original answers, or the engine that is named."""
+    """OpenAI's text completion: it has no session; the original answers, or the engine that is named."""
     return await _answered(dispatcher(raw_request).complete, raw_request)
 
 
 @router.get("/v1/models")
 async def list_models(raw_request: Request) -> JSONResponse:
-    """The names that may be asked for. Adapters are not among them."""
+    """The names that a request may ask for. Adapters are not among them."""
     names = raw_request.app.state.soma_host.models()
     return JSONResponse({"object": "list", "data": [_card(name) for name in names]})
 
@@ -75,7 +75,7 @@ async def show_model(model: str, raw_request: Request) -> JSONResponse:
 
 
 def dispatcher(raw_request: Request) -> Dispatcher:
-    """The dispatcher of the application that got this request."""
+    """The dispatcher of the application."""
     found: Dispatcher = raw_request.app.state.soma
     return found
 
@@ -93,14 +93,14 @@ async def _answered(answer: Callable[[ChatRequest], Awaitable[Answer]], raw_requ
     if found.reply.events is not None:
         return DialogueStream(found.reply.events, found.headers)
     assert found.reply.body is not None
-    # What a model said may hold half a surrogate pair, which UTF-8 cannot; as JSON's own escape it can.
+    # Generated text may hold half a surrogate pair, which UTF-8 cannot; JSON's escape can.
     content = json.dumps(without_nulls(found.reply.body), ensure_ascii=False, separators=(",", ":"))
     whole = content.encode("utf-8", "backslashreplace")
     return Response(whole, headers=dict(found.headers), media_type="application/json")
 
 
 def without_nulls(completion: Mapping[str, Any]) -> dict[str, Any]:
-    """A whole completion without the nulls that vLLM writes and OpenAI's schema does not know."""
+    """A whole completion without the nulls that vLLM writes and OpenAI's schema does not allow."""
     found = _given(completion)
     if "usage" in found:
         found["usage"] = _given(found["usage"])

@@ -1,6 +1,6 @@
-"""Errors as HTTP: OpenAI's shape, and which status each error of ours becomes.
+"""Errors as HTTP: OpenAI's shape, and the status of each `SomaError`.
 
-Guarantees: every SomaError has an answer; whoever is told to come back is told when; a body is always UTF-8.
+Guarantees: every SomaError has an answer; 429 and 503 responses carry Retry-After; a body is always UTF-8.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from soma_vllm.errors import (
 )
 
 STORE_RETRY_S = 5.0
-"""Hint for clients while the database is away."""
+"""Seconds; a hint for clients while the database does not answer."""
 
 STATUS: tuple[tuple[type[SomaError], HTTPStatus, str | None], ...] = (
     (BodyTooLarge, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_large"),
@@ -46,7 +46,7 @@ STATUS: tuple[tuple[type[SomaError], HTTPStatus, str | None], ...] = (
     (EngineError, HTTPStatus.BAD_GATEWAY, None),
     (SomaError, HTTPStatus.INTERNAL_SERVER_ERROR, None),
 )
-"""Status and `code` of each error; a special kind stands before the general one."""
+"""Status and `code` of each error; subclasses come before their bases."""
 
 
 def failure(
@@ -56,9 +56,9 @@ def failure(
     headers: Mapping[str, str] | None = None,
     code: str | None = None,
 ) -> JSONResponse:
-    """An error in OpenAI's shape; `code` is the status' number where it has no name of its own."""
+    """An error in OpenAI's shape; without a `code` of its own it is the number of the status."""
     kind = "".join(word.capitalize() for word in status.phrase.split()) + "Error"
-    # What a message quotes of a request may hold half a surrogate pair, which UTF-8 cannot.
+    # Text that a message quotes from a request may hold half a surrogate pair, which UTF-8 cannot.
     message = message.encode("utf-8", "backslashreplace").decode()
     error = {"message": message, "type": kind, "param": param, "code": int(status) if code is None else code}
     return JSONResponse(
@@ -67,7 +67,7 @@ def failure(
 
 
 def failed(error: SomaError) -> JSONResponse:
-    """The response to a request that ended in `error`. An engine's own refusal goes out unchanged."""
+    """The response to a request that failed with `error`. An engine's own refusal goes out unchanged."""
     if isinstance(error, EngineRefused):
         return JSONResponse(error.body, status_code=error.status)
     status, code = next((status, code) for kind, status, code in STATUS if isinstance(error, kind))
@@ -92,6 +92,6 @@ def _headers(error: SomaError) -> dict[str, str] | None:
 
 
 def whole_seconds(seconds: float) -> str:
-    """A wait as `Retry-After` gives it: whole seconds, never too short."""
-    # The rounding takes off what floating point adds: a wait of 60 s is not one of 61.
+    """A wait as `Retry-After` has it: whole seconds, rounded up."""
+    # Without the inner rounding a floating-point error would turn 60 s into 61.
     return str(math.ceil(round(seconds, 6)))

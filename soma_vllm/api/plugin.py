@@ -1,8 +1,8 @@
 """The `soma` endpoint plugin of vLLM: our routes replace vLLM's of the same paths, behind our access control.
 
-vLLM builds plugins with no arguments, hands them the application, then initialises them with the server's
-parsed arguments; soma-serve puts its host there under `HOST`. Without one (someone started plain vLLM and named
-this plugin) start-up fails.
+vLLM builds plugins without arguments, passes them the application, then initialises them with the server's
+parsed arguments, where soma-serve puts its host under `HOST`. Without a host, as in a plain vLLM that names
+this plugin, start-up fails.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from soma_vllm.api import adapter_routes, admin, chat
 from soma_vllm.api.auth.access import AccessControl
 from soma_vllm.api.auth.quotas import Quotas
 from soma_vllm.api.error_responses import http_failed
+from soma_vllm.api.request_id import RequestId
 from soma_vllm.api.responses import routes as responses_routes
-from soma_vllm.api.route_filter import narrow
+from soma_vllm.api.route_filter import close_unlisted_routes
 from soma_vllm.errors import PreflightError
 from soma_vllm.maintenance.adapter_eviction import AdapterEvictor
 from soma_vllm.maintenance.session_admin import SessionAdmin
@@ -29,7 +30,7 @@ from soma_vllm.scheduler.dispatcher import Dispatcher
 logger = logging.getLogger(__name__)
 
 HOST = "soma_host"
-"""Attribute of the server's arguments under which soma-serve leaves its host."""
+"""Attribute of the server's arguments under which soma-serve puts its host."""
 
 
 class Services(Protocol):
@@ -48,14 +49,14 @@ class Host(Protocol):
 
     quotas: Quotas
     extra_routes: bool
-    """Whether vLLM's further routes are served beside ours."""
+    """Whether vLLM's further routes are served too."""
 
     async def begin(self, engine_client: Any, state: Any) -> Services:
-        """Called when vLLM's engine and serving objects are ready; returns once dispatch can begin."""
+        """Called when vLLM's engine and serving objects are ready; returns when requests can be dispatched."""
         ...
 
     def models(self) -> list[str]:
-        """Names that may be asked for."""
+        """Names of models that a request may ask for."""
         ...
 
 
@@ -70,25 +71,26 @@ class SomaEndpointPlugin:
         self._ours: list[BaseRoute] = []
 
     def attach_router(self, app: FastAPI) -> None:
-        """Register the routes, those vLLM has too are replaced, and what stands in front of all routes."""
+        """Register our routes, which replace vLLM's of the same paths, and the middleware."""
         theirs = {id(route) for route in app.routes}
         for part in (chat, responses_routes, admin, adapter_routes):
             app.include_router(part.router)
         self._app = app
         self._ours = [route for route in app.routes if id(route) not in theirs]
-        # vLLM handles FastAPI's own kind of these only.
+        # vLLM handles FastAPI's own subclass only.
         app.add_exception_handler(HTTPException, http_failed)
         app.add_middleware(AccessControl, quotas=_host(app.state.args).quotas)
+        app.add_middleware(RequestId)  # added last, so outermost: refusals have an id too
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Start what dispatch needs; the application is complete now, so close what is not to be served.
+        """Start the services; the application is complete now, so close the routes that are not served.
 
         Raises:
-            PreflightError: this vLLM was not started by soma-serve, or something did not start.
+            PreflightError: this vLLM was not started by soma-serve, or a service did not start.
         """
         host = _host(args)
         if self._app is not None and not host.extra_routes:
-            closed = narrow(self._app, self._ours)
+            closed = close_unlisted_routes(self._app, self._ours)
             logger.info("closed vLLM's routes %s", ", ".join(sorted(closed)))
         state.soma_host = host
         services = await host.begin(engine_client, state)

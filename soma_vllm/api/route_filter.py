@@ -1,8 +1,7 @@
-"""Which routes of vLLM's own are served beside ours.
+"""Closes the routes of vLLM that are neither replaced by ours nor listed here.
 
-Guarantees: what reaches a model is dispatched and counted as ours is, or closed; a route that a later vLLM
-brings is closed too, until it is named here. A closed route answers 404 and not 403: clients take that for an
-API that is not there, as it is, and no other key would open it.
+Guarantees: a route that runs a model is dispatched and counted as ours is, or closed; a route that a later vLLM
+adds is closed until it is listed here. A closed route answers 404 and not 403, because no key opens it.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ KEPT = frozenset(
         "/detokenize",
     }
 )
-"""Routes of vLLM that stay: none of them generates, or steers what all tenants share."""
+"""Routes of vLLM that stay open: none of them generates, or changes what all tenants share."""
 
 
-def narrow(app: FastAPI, ours: Iterable[BaseRoute]) -> list[str]:
+def close_unlisted_routes(app: FastAPI, ours: Iterable[BaseRoute]) -> list[str]:
     """Close every route that is neither ours nor kept; returns their paths.
 
-    To be called once the application is complete: vLLM registers some routes after its plugins' own.
+    To be called when the application is complete: vLLM registers some routes after its plugins' own.
     """
     own = {id(route) for route in ours}
     routes: list[BaseRoute] = []
@@ -57,7 +56,7 @@ def narrow(app: FastAPI, ours: Iterable[BaseRoute]) -> list[str]:
 async def not_served(request: Request) -> Response:
     """The answer of a closed route."""
     message = (
-        f"{request.method} {request.url.path} is not served here; server.extra_routes: true opens vLLM's "
-        "further routes, which ask the surrogate without sessions and are not counted"
+        f"{request.method} {request.url.path} is closed; server.extra_routes: true opens vLLM's further "
+        "routes, which run the surrogate without sessions and without token limits"
     )
     return failure(HTTPStatus.NOT_FOUND, message)

@@ -1,4 +1,4 @@
-"""A session as its owner may see it: phases, numbers, decisions. Never the conversation's text."""
+"""A session as JSON: phases, numbers and decisions, never conversation text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from soma_vllm.sessions.state.turn import Turn
 from soma_vllm.types import Event
 
 PRIVATE = frozenset({"centroid", "turns", "chain", "asked", "links"})
-"""Event data from which text could be guessed, or that repeats other events."""
+"""Event data from which text could be inferred, or that repeats other events."""
 
 
 def view(entry: Entry, idle: bool) -> dict[str, Any]:
@@ -63,10 +63,10 @@ def turn_view(turn: Turn) -> dict[str, Any]:
 
 
 def event_view(event: Event) -> dict[str, Any]:
-    """One event without what is private."""
+    """One event without private data."""
     data = {name: value for name, value in event.data.items() if name not in PRIVATE}
     if isinstance(data.get("adapter"), dict):
-        data["adapter"] = data["adapter"]["name"]  # where it lies is the server's business
+        data["adapter"] = data["adapter"]["name"]  # its path is internal
     return {"kind": event.kind, "at": event.at, "data": data}
 
 

@@ -1,1 +1,1 @@
-"""Who is asking, and how much: access, keys and quotas."""
+"""Access control, API keys and quotas."""

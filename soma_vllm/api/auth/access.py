@@ -1,7 +1,7 @@
-"""ASGI middleware in front of every route, vLLM's included: who may ask, how often, and how large a body.
+"""ASGI middleware in front of every route, vLLM's included: authentication, quotas, and the size of bodies.
 
-Guarantees: with keys in use a path is closed unless it is named here, and routes that steer the server are the
-admin's; a refusal is an OpenAI error and never a 500, whatever the headers hold; bodies and replies pass
+Guarantees: with keys in use a path is closed unless it is named here, and routes that control the server need
+the admin key; a refusal is an OpenAI error and never a 500, whatever the headers hold; bodies and replies pass
 through piece by piece, nothing is buffered; a request refused for its key or its declared size counts against
 no limit.
 """
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from soma_vllm.api.auth.quotas import Quotas, Refusal
+from soma_vllm.api.auth.quotas import Caller, Quotas, Refusal
 from soma_vllm.api.error_responses import failed
 from soma_vllm.errors import (
     BadRequest,
@@ -23,6 +23,7 @@ from soma_vllm.errors import (
     StoreUnavailable,
     Unauthorized,
 )
+from soma_vllm.logs import bind
 
 CALLER = "soma_caller"
 """Key of the `Caller` in the state of the ASGI scope. Requests to open paths have none."""
@@ -44,17 +45,19 @@ OPEN = frozenset(
         "/redoc",
     }
 )
-"""Paths that need no key: what is there says nothing about anybody's dialogues."""
+"""Paths that need no key: they reveal nothing about dialogues."""
 
 KEYED = frozenset({"/tokenize", "/detokenize", "/invocations", "/generative_scoring", "/load"})
 KEYED_BELOW = ("/v1/", "/v2/", "/inference/", "/cohere/", "/soma/")
-"""Paths for every known key. All others steer the server (scale, profile, pause it) and need the admin key."""
+"""Paths for every known key. All others control the server (scale, profile, pause) and need the admin key."""
 
 STEERING = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/inference/v1/abort_requests"})
-"""The admin's as well, although they stand among the others: they reach into what all tenants share."""
+"""These need the admin key too, although they are among the others: they change what all tenants share."""
 
 UNCOUNTED = frozenset({"/tokenize", "/detokenize"})
-"""POST requests that ask no model anything."""
+"""POST requests that run no model."""
+
+NEEDS_ADMIN = "found an API key without this right; expected the admin key"
 
 REASONS: tuple[tuple[type[SomaError], Refusal], ...] = (
     (Unauthorized, Refusal.KEY),
@@ -67,7 +70,7 @@ REASONS: tuple[tuple[type[SomaError], Refusal], ...] = (
 
 
 class AccessControl:
-    """The middleware: `app.add_middleware(AccessControl, allowances=allowances)`."""
+    """The middleware: `app.add_middleware(AccessControl, quotas=quotas)`."""
 
     def __init__(self, app: ASGIApp, quotas: Quotas) -> None:
         self._app = app
@@ -80,41 +83,40 @@ class AccessControl:
             await self._app(scope, receive, send)
             return
         try:
-            await self._check(scope)
+            caller = await self._checked(scope)
         except SomaError as error:
             self._count(error)
             await (_answer(error, send) if scope["type"] == "http" else _hang_up(send))
             return
         exchange = Exchange(receive, send, self._max_body, self._count)
         try:
-            await self._app(scope, exchange.receive, exchange.send)
+            with bind(tenant=None if caller is None else caller.tenant):
+                await self._app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
-            # To the application the client has left; in truth its body was refused.
+            # The application sees a client that left; in fact its body was refused.
             if not exchange.refused:
                 raise
 
-    async def _check(self, scope: Scope) -> None:
-        """Leave the caller in the scope.
+    async def _checked(self, scope: Scope) -> Caller | None:
+        """The caller, whom the scope's state now holds too; None on an open path.
 
         Raises:
-            SomaError: the request is not to be let through.
+            SomaError: the request is not let through.
         """
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if path in OPEN:
-            self._check_length(scope)
-            return
-        caller = await self._quotas.caller(authorization_of(scope))
-        if self._quotas.needs_keys and not caller.admin and steers(path):
-            raise Forbidden("this API key may not steer the server; expected the admin key")
-        self._check_length(scope)
-        if generates(scope, path):
-            self._quotas.admit(caller)
-        scope.setdefault("state", {})[CALLER] = caller
-
-    def _check_length(self, scope: Scope) -> None:
+        caller = None
+        if path not in OPEN:
+            caller = await self._quotas.caller(authorization_of(scope))
+            if self._quotas.needs_keys and not caller.admin and steers(path):
+                raise Forbidden(NEEDS_ADMIN)
         length = declared_length(scope)
         if length is not None and length > self._max_body:
             raise too_large(self._max_body)
+        if caller is not None:
+            if generates(scope, path):
+                self._quotas.admit(caller)
+            scope.setdefault("state", {})[CALLER] = caller
+        return caller
 
     def _count(self, error: SomaError) -> None:
         for kind, reason in REASONS:
@@ -124,7 +126,7 @@ class AccessControl:
 
 
 class Exchange:
-    """A request's body on its way in, the response on its way out. A body that grows too large ends both."""
+    """Passes a request's body and its response on, and ends both where the body is too large."""
 
     def __init__(self, receive: Receive, send: Send, max_body: int, count: Callable[[SomaError], None]) -> None:
         self._receive = receive
@@ -134,10 +136,10 @@ class Exchange:
         self._read = 0
         self._started = False
         self.refused = False
-        """True once the client was told that its body is too large; the application's own answer is dropped."""
+        """True once the refusal was sent; the application's own answer is then dropped."""
 
     async def receive(self) -> Message:
-        """The next piece; of a body that is too large, what the application gets when a client leaves."""
+        """The next piece of the body; a disconnect where the body is too large."""
         if self._read <= self._max_body:
             message = await self._receive()
             if message["type"] == "http.request":
@@ -189,8 +191,24 @@ def declared_length(scope: Scope) -> int | None:
     return None
 
 
+def caller_of(request: Request) -> Caller:
+    """The caller of a request that the middleware let through."""
+    caller: Caller = request.scope["state"][CALLER]
+    return caller
+
+
+def require_admin(request: Request) -> None:
+    """Check that a request carries the admin key.
+
+    Raises:
+        Forbidden: it does not.
+    """
+    if not caller_of(request).admin:
+        raise Forbidden(NEEDS_ADMIN)
+
+
 def steers(path: str) -> bool:
-    """Whether a path is the admin's alone."""
+    """Whether a path needs the admin key."""
     return path in STEERING or not (path in KEYED or path.startswith(KEYED_BELOW))
 
 

@@ -1,8 +1,8 @@
-"""API keys as they were last seen in the database, so that a request seldom waits for it.
+"""A cache of valid API keys, so that few requests wait for the database.
 
-Guarantees: only keys that were right are remembered, so that a wrong secret costs the same lookup as an unknown
-id; a key is trusted for `trust_s` and then looked up again, once however many requests wait for it; while the
-database is away, a key that was right stays so. Memory grows with the keys issued, not with the keys tried.
+Guarantees: only valid keys are cached, so that a wrong secret costs the same lookup as an unknown id; a key is
+trusted for `trust_s` and then looked up again, once for all requests that wait for it; while the database does
+not answer, a cached key stays valid. Memory grows with the keys issued, not with the keys tried.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ LOOKUP_S = 5.0
 
 
 class Keys(Protocol):
-    """Where keys are kept: `storage.keys.KeyStore`."""
+    """Where keys are stored: `sessions.sql.api_keys.KeyStore`."""
 
     async def verify(self, key: str) -> ApiKey | None: ...
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A key that was right."""
+class CachedKey:
+    """A valid key."""
 
     key: ApiKey
     at: float
-    """When it was looked up, by the ring's clock; or when that last failed."""
+    """Seconds by the cache's clock: its last lookup, successful or failed."""
 
 
 class KeyCache:
@@ -43,39 +43,39 @@ class KeyCache:
         self._keys = keys
         self._trust_s = trust_s
         self._clock = clock
-        self._seen: dict[bytes, Seen] = {}
+        self._cached: dict[bytes, CachedKey] = {}
         self._lookups: dict[bytes, asyncio.Task[ApiKey | None]] = {}
 
     async def verify(self, key: str) -> ApiKey | None:
-        """The key's record; None for one that is unknown, wrong or revoked.
+        """The key's record; None where it is unknown, wrong or revoked.
 
         Raises:
-            StoreUnavailable: the database is away, and this key was not seen before.
+            StoreUnavailable: the key store did not answer within 5 s, and the key is not in the cache.
         """
         digest = sha256(key.encode("utf-8", "surrogatepass")).digest()
-        seen = self._seen.get(digest)
-        if seen is not None and self._clock() - seen.at < self._trust_s:
-            return seen.key
+        cached = self._cached.get(digest)
+        if cached is not None and self._clock() - cached.at < self._trust_s:
+            return cached.key
         lookup = self._lookups.get(digest)
         if lookup is None:
             lookup = asyncio.create_task(self._look_up(key, digest), name="soma-key-lookup")
             self._lookups[digest] = lookup
-        # A client that leaves must not end the lookup that others wait for.
+        # A client that disconnects must not cancel the lookup that others wait for.
         return await asyncio.shield(lookup)
 
     async def _look_up(self, key: str, digest: bytes) -> ApiKey | None:
         try:
             found = await self._in_store(key)
         except StoreUnavailable:
-            if digest not in self._seen:
+            if digest not in self._cached:
                 raise
-            found = self._seen[digest].key
+            found = self._cached[digest].key
         finally:
             del self._lookups[digest]
         if found is None:
-            self._seen.pop(digest, None)
+            self._cached.pop(digest, None)
         else:
-            self._seen[digest] = Seen(found, self._clock())
+            self._cached[digest] = CachedKey(found, self._clock())
         return found
 
     async def _in_store(self, key: str) -> ApiKey | None:

@@ -1,9 +1,9 @@
-"""Who is asking, and how much of what he may ask is left.
+"""Identifies the caller and enforces per-key quotas.
 
-Guarantees: with keys in use nobody is a caller without one; a check and the count that follows it are one step,
-so that no number of requests at once passes a limit on requests; a refusal names the wait that is enough; where
-no limit is configured, nothing is kept. One object serves the middleware and, as the scheduler's `Meter`, the
-dispatcher.
+Guarantees: with `access.mode: keys` a request without a valid key has no caller; a check and the count that
+follows it are one step, so that concurrent requests cannot exceed a limit on requests; a refusal names a wait
+that is long enough; without configured limits nothing is kept. One object serves the middleware and, as the
+scheduler's `Meter`, the dispatcher.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from soma_vllm.api.auth.key_cache import KeyCache, Keys
 from soma_vllm.api.auth.sliding_window import UsageWindow
 from soma_vllm.config import Access, Config, Limits
 from soma_vllm.errors import TooManyRequests, Unauthorized
-from soma_vllm.sessions.state.identity import tenant_of
+from soma_vllm.sessions.state.identity import bearer, tenant_of
 from soma_vllm.types import Usage
 
 SESSION_RETRY_S = 60.0
-"""Hint to a tenant with too many live sessions: nobody knows when one of them ends."""
+"""Hint to a tenant with too many live sessions: when one of them ends cannot be foreseen."""
 
 
 class Refusal(StrEnum):
     """Why a request was refused; the label of the metric."""
 
     KEY = "key"
-    """Status 401: no API key, or none that is known."""
+    """Status 401: no API key, or an unknown one."""
     ADMIN = "admin"
-    """403: a known key on a route for the admin."""
+    """403: a known key on a route that needs the admin key."""
     MALFORMED = "malformed"
-    """400: an Authorization header that cannot be one."""
+    """400: a malformed Authorization header."""
     BODY = "body"
     """413."""
     REQUESTS = "requests_per_minute"
     TOKENS = "tokens_per_minute"
     SESSIONS = "live_sessions"
     STORE = "store"
-    """503: the database is away, and the key was not seen before."""
+    """503: the database does not answer, and the key is not in the cache."""
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Whoever sent a request, in its ASGI scope as `state["soma_caller"]`."""
+    """Who sent a request; in its ASGI scope as `state["soma_caller"]`."""
 
     tenant: str
     admin: bool
@@ -60,27 +60,27 @@ class Caller:
 
 
 class Quotas:
-    """Callers by their bearer tokens, and what each tenant has left."""
+    """Identifies the caller and enforces per-key quotas."""
 
     def __init__(
         self,
         access: Access,
         limits: Limits,
-        ring: KeyCache | None = None,
+        keys: KeyCache | None = None,
         admin_key: str | None = None,
         clock: Callable[[], float] = time.monotonic,
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
-        """Without a `ring` any bearer token is a tenant; without an `admin_key` nobody is an admin."""
+        """Without `keys` any bearer token is a tenant; without an `admin_key` no request has admin rights."""
         self.access = access
         self._default = limits
-        self._own: dict[str, Limits] = {}
-        """Limits of the tenants seen so far whose keys have limits of their own."""
-        self._ring = ring
-        # Without an admin key, one that nobody has: the comparison stays the same.
+        self._tenant_limits: dict[str, Limits] = {}
+        """Limits of the tenants that were identified by a key so far."""
+        self._keys = keys
+        # Without an admin key, a random one: the comparison takes the same time.
         self._admin_digest = sha256(_as_set(admin_key or secrets.token_hex())).digest()
         self._clock = clock
-        self._ledger = UsageWindow()
+        self._usage = UsageWindow()
         self._refusals = Counter("soma_refusals", "Refused requests by reason.", ["reason"], registry=registry)
         for reason in Refusal:
             self._refusals.labels(reason)
@@ -93,70 +93,70 @@ class Quotas:
         environment: Mapping[str, str] = os.environ,
         registry: CollectorRegistry = REGISTRY,
     ) -> Quotas:
-        """As the configuration says; `keys` is asked only where keys are in use."""
+        """As the configuration says; `keys` is read only with `access.mode: keys`."""
         access = config.access
-        ring = KeyCache(keys, access.cache_s) if access.mode == "keys" else None
+        cache = KeyCache(keys, access.cache_s) if access.mode == "keys" else None
         admin_key = environment.get(access.admin_key_env)
-        return cls(access, config.limits, ring, admin_key, registry=registry)
+        return cls(access, config.limits, cache, admin_key, registry=registry)
 
     @property
     def needs_keys(self) -> bool:
         """False where any bearer token is a tenant."""
-        return self._ring is not None
+        return self._keys is not None
 
     def is_admin(self, authorization: str | None) -> bool:
-        """Whether this header carries the admin key. Takes the same time whatever it carries."""
+        """Whether this header holds the admin key. Takes the same time for every value."""
         token = bearer(authorization) or ""
         return hmac.compare_digest(sha256(_as_sent(token)).digest(), self._admin_digest)
 
     async def caller(self, authorization: str | None) -> Caller:
-        """Whoever sends this header.
+        """The caller that sends this header.
 
         Raises:
-            Unauthorized: the header is no bearer token, or none that is known where one is needed.
-            StoreUnavailable: the session store did not answer within 3 s.
+            Unauthorized: the header is no bearer token, or a required key is missing or unknown.
+            StoreUnavailable: the key store did not answer within 5 s, and the key is not in the cache.
         """
         token = bearer(authorization)
         if token is None and (authorization or "").strip().lower() not in ("", "bearer"):
-            # Two clients with other credentials must not meet in the tenant of those without any.
+            # Clients with other credentials must not share the tenant of those without any.
             raise Unauthorized("Authorization: found another scheme; expected 'Bearer <key>'")
         tenant = tenant_of(authorization)
         admin = self.is_admin(authorization)
-        if self._ring is None or admin:
+        if self._keys is None or admin:
             return Caller(tenant, admin, self._default)
         if token is None:
             raise Unauthorized("Authorization: found none; expected 'Bearer <key>'")
-        key = await self._ring.verify(token)
+        key = await self._keys.verify(token)
         if key is None:
             raise Unauthorized("Authorization: this API key is unknown or was revoked")
         limits = self._default.model_copy(update=key.limits.model_dump(exclude_unset=True))
-        self._own[tenant] = limits
+        self._tenant_limits[tenant] = limits
         return Caller(tenant, False, limits)
 
     def admit(self, caller: Caller) -> None:
         """Count one request to generate.
 
         Raises:
-            TooManyRequests: the tenant's requests or tokens of this minute are used up.
+            TooManyRequests: the tenant's requests or tokens per minute are used up.
         """
         most_requests, most_tokens = caller.limits.requests_per_minute, caller.limits.tokens_per_minute
         if most_requests is None and most_tokens is None:
             return
         now = self._clock()
-        spending = self._ledger.of(caller.tenant, now)
+        used = self._usage.tenant(caller.tenant, now)
         waits = [
             (0.0 if most is None else window.wait(now, most), most, reason)
             for window, most, reason in (
-                (spending.requests, most_requests, Refusal.REQUESTS),
-                (spending.tokens, most_tokens, Refusal.TOKENS),
+                (used.requests, most_requests, Refusal.REQUESTS),
+                (used.tokens, most_tokens, Refusal.TOKENS),
             )
         ]
         wait, most, reason = max(waits, key=lambda found: found[0])
         if wait > 0.0:
             self.refused(reason)
-            raise TooManyRequests(f"{reason}: this key's {most} are used up; ask again in {wait:.1f} s", wait)
+            raise TooManyRequests(f"{reason}: this key's {most} are used up; retry in {wait:.1f} s", wait)
         if most_requests is not None:
-            spending.requests.spend(now, 1)
+            used.requests.add(now, 1)
 
     def refused(self, reason: Refusal) -> None:
         """Count a refusal."""
@@ -169,17 +169,17 @@ class Quotas:
         tokens = (usage.prompt_tokens or 0) + (usage.completion_tokens or 0)
         if tokens and self._limits(tenant).tokens_per_minute is not None:
             now = self._clock()
-            self._ledger.of(tenant, now).tokens.spend(now, tokens)
+            self._usage.tenant(tenant, now).tokens.add(now, tokens)
 
     def limits_sessions(self, tenant: str) -> bool:
         """Whether a tenant's sessions need counting."""
         return self._limits(tenant).live_sessions is not None
 
     def check_new_session(self, tenant: str, live: int) -> None:
-        """Refuse one session more to a tenant that has its share of live ones.
+        """Check that a tenant with `live` sessions may begin another.
 
         Raises:
-            TooManyRequests: it has.
+            TooManyRequests: its limit on live sessions is reached.
         """
         most = self._limits(tenant).live_sessions
         if most is not None and live >= most:
@@ -189,18 +189,12 @@ class Quotas:
             )
 
     def may_adapt(self, tenant: str, adapters: int) -> bool:
-        """Whether a tenant that holds `adapters` may have one more."""
+        """Whether a tenant with `adapters` adapters may have another."""
         most = self._limits(tenant).adapters
         return most is None or adapters < most
 
     def _limits(self, tenant: str) -> Limits:
-        return self._own.get(tenant, self._default)
-
-
-def bearer(authorization: str | None) -> str | None:
-    """The bearer token, as `session.identity.tenant_of` reads it; None without one."""
-    scheme, _, token = (authorization or "").partition(" ")
-    return token.strip() or None if scheme.lower() == "bearer" else None
+        return self._tenant_limits.get(tenant, self._default)
 
 
 def _as_set(key: str) -> bytes:
@@ -209,7 +203,7 @@ def _as_set(key: str) -> bytes:
 
 
 def _as_sent(token: str) -> bytes:
-    """A token's bytes: servers hand headers over as Latin-1, clients send UTF-8."""
+    """A token's bytes: servers decode headers as Latin-1, clients send UTF-8."""
     try:
         return token.encode("latin-1")
     except UnicodeEncodeError:

@@ -1,7 +1,7 @@
-"""What tenants spent in the last minute: arithmetic alone, without a clock, a lock or a thread.
+"""Usage per tenant in the last minute: arithmetic alone, without a clock, a lock or a thread.
 
-Guarantees: a window forgets an amount exactly `PERIOD_S` after it was spent; the wait it names is exact, enough
-and no longer; an amount above the limit is counted in full; a tenant idle for a period takes no memory.
+Guarantees: a window drops an amount exactly `PERIOD_S` after it was added; the wait it names is exact; an
+amount above the limit is counted in full; a tenant that was idle for a period takes no memory.
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ from dataclasses import dataclass, field
 
 PERIOD_S = 60.0
 MOST_TENANTS = 65_536
-"""Tenants remembered at once. Where any token makes a tenant, the longest idle one is forgotten early."""
+"""Tenants kept at once. Where any token makes a tenant, the longest idle one is dropped early."""
 
 
-class MovingWindow:
-    """Amounts of the last `PERIOD_S` seconds. Times come from the caller, in seconds, and never go back."""
+class SlidingWindow:
+    """Amounts of the last `PERIOD_S` seconds. The caller gives times, in seconds, that never decrease."""
 
     def __init__(self) -> None:
-        self._spent: deque[tuple[float, int]] = deque()
+        self._amounts: deque[tuple[float, int]] = deque()
         self._total = 0
 
-    def spend(self, now: float, amount: int) -> None:
-        """Count an amount, however large."""
-        self._spent.append((now, amount))
+    def add(self, now: float, amount: int) -> None:
+        """Count an amount; it may be above any limit."""
+        self._amounts.append((now, amount))
         self._total += amount
 
     def wait(self, now: float, limit: int) -> float:
-        """Seconds until less than `limit` (at least 1) is spent; 0.0 when it is so already."""
-        while self._spent and self._spent[0][0] + PERIOD_S <= now:
-            self._total -= self._spent.popleft()[1]
+        """Seconds until the sum is below `limit` (at least 1); 0.0 where it is below already."""
+        while self._amounts and self._amounts[0][0] + PERIOD_S <= now:
+            self._total -= self._amounts.popleft()[1]
         left = self._total
         if left < limit:
             return 0.0
-        for at, amount in self._spent:
+        for at, amount in self._amounts:
             left -= amount
             if left < limit:
                 return at + PERIOD_S - now
@@ -41,35 +41,35 @@ class MovingWindow:
 
 
 @dataclass
-class Spending:
-    """One tenant's last minute."""
+class TenantUsage:
+    """One tenant's usage in the last minute."""
 
     used_at: float
-    requests: MovingWindow = field(default_factory=MovingWindow)
-    tokens: MovingWindow = field(default_factory=MovingWindow)
+    requests: SlidingWindow = field(default_factory=SlidingWindow)
+    tokens: SlidingWindow = field(default_factory=SlidingWindow)
 
 
 class UsageWindow:
-    """The last minute of every tenant that asked in it."""
+    """The usage of every tenant that sent a request in the last minute."""
 
     def __init__(self, most_tenants: int = MOST_TENANTS) -> None:
         self._most_tenants = most_tenants
-        self._spending: OrderedDict[str, Spending] = OrderedDict()
-        """Longest unused first."""
+        self._tenants: OrderedDict[str, TenantUsage] = OrderedDict()
+        """Least recently used first."""
 
     def __len__(self) -> int:
-        return len(self._spending)
+        return len(self._tenants)
 
-    def of(self, tenant: str, now: float) -> Spending:
-        """The tenant's spending, to be read or added to at once."""
-        found = self._spending.get(tenant)
+    def tenant(self, name: str, now: float) -> TenantUsage:
+        """The tenant's usage, to be read or added to before the next call."""
+        found = self._tenants.get(name)
         if found is None:
-            found = self._spending[tenant] = Spending(now)
+            found = self._tenants[name] = TenantUsage(now)
         found.used_at = now
-        self._spending.move_to_end(tenant)
-        while len(self._spending) > self._most_tenants or self._oldest().used_at + PERIOD_S <= now:
-            self._spending.popitem(last=False)
+        self._tenants.move_to_end(name)
+        while len(self._tenants) > self._most_tenants or self._oldest().used_at + PERIOD_S <= now:
+            self._tenants.popitem(last=False)
         return found
 
-    def _oldest(self) -> Spending:
-        return next(iter(self._spending.values()))
+    def _oldest(self) -> TenantUsage:
+        return next(iter(self._tenants.values()))

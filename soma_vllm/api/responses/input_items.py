@@ -1,15 +1,14 @@
 """Items of OpenAI's Responses API as chat messages.
 
 Guarantees: pure; the same dialogue gives the same messages whether a client sends its history as items or names
-it by an id, so that its session is recognised either way; an item that nobody here can use is refused by its
+it by an id, so that its session is recognised either way; an item that is not supported is refused by its
 place; errors never hold text of the conversation.
 
-Instructions are those of one request: the next one of the dialogue has its own, or none. They are sent as the
+Instructions belong to one request: the next request of the dialogue has its own, or none. They are sent as the
 first system message, with their text in a part, while a system message of the input is always a plain string
-and, like all input, stays in the dialogue. By that a transcript on record tells which of its messages were
-instructions: they are dropped, and the request's own put in their place. While they stay the same the
-transcript stays the same, and so does the session; other instructions are another prompt from the first word
-on, and begin a branch.
+and, like all input, stays in the dialogue. Thus a stored transcript shows which of its messages were
+instructions: these are dropped, and the request's own put in their place. The same instructions continue the
+session; different ones change the prompt from its first word on, and begin a branch.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from soma_vllm.api.responses.request import shown
-from soma_vllm.errors import BadRequest
+from soma_vllm.api.responses.request import mistake, shown
 from soma_vllm.sessions.state.transcript import text_of
 from soma_vllm.types import Message
 
@@ -26,11 +24,10 @@ from soma_vllm.types import Message
 def messages_of(given: str | Sequence[Mapping[str, Any]]) -> list[Message]:
     """The `input` of a request as chat messages; at least one.
 
-    What a model answered in several items is one message, as it is on record. Its thoughts are left out, as
-    chat clients leave them out.
+    An answer of several items is one message, as it is stored. Reasoning is left out, as chat clients do.
 
     Raises:
-        BadRequest: an item is wrong, or of a kind that is not served; names it.
+        BadRequest: an item is wrong, or of an unsupported kind; names it.
     """
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
@@ -40,17 +37,15 @@ def messages_of(given: str | Sequence[Mapping[str, Any]]) -> list[Message]:
         kind = item.get("type") or ("message" if "role" in item else None)
         add = _ITEMS.get(kind) if isinstance(kind, str) else None
         if add is None:
-            raise BadRequest(
-                f"{where}.type: found {shown(kind)}; expected one of {', '.join(_ITEMS)}", f"{where}.type"
-            )
+            raise mistake(f"{where}.type", shown(kind), f"one of {', '.join(_ITEMS)}")
         add(item, where, messages)
     if not messages:
-        raise BadRequest("input: found nothing to answer; expected at least one message", "input")
+        raise mistake("input", "no message", "at least one")
     return list(messages)
 
 
 def prompt(instructions: str | None, history: Sequence[Message], added: Sequence[Message]) -> list[Message]:
-    """The messages to send: the request's own instructions, the dialogue so far, what was added."""
+    """The messages to send: the request's own instructions, the dialogue so far, the new input."""
     if history and _is_instructions(history[0], instructions):
         history = history[1:]
     return [*([_as_instructions(instructions)] if instructions else []), *history, *added]
@@ -59,16 +54,13 @@ def prompt(instructions: str | None, history: Sequence[Message], added: Sequence
 def _add_message(item: Mapping[str, Any], where: str, messages: list[dict[str, Any]]) -> None:
     role = item.get("role")
     if role not in ("user", "assistant", "system", "developer"):
-        raise BadRequest(
-            f"{where}.role: found {shown(role)}; expected one of user, assistant, system, developer",
-            f"{where}.role",
-        )
+        raise mistake(f"{where}.role", shown(role), "one of user, assistant, system, developer")
     content = _content(item.get("content"), f"{where}.content", images=role == "user")
     last = messages[-1] if messages else {}
     if role == "assistant" and last.get("role") == "assistant" and last["content"] is None:
         last["content"] = content
         return
-    # Most chat templates know no developer; where one does, the developer is its system.
+    # Few chat templates have a developer role; those that have treat it as the system role.
     messages.append({"role": "system" if role == "developer" else role, "content": content})
 
 
@@ -99,7 +91,7 @@ _ITEMS: Mapping[str, Callable[[Mapping[str, Any], str, list[dict[str, Any]]], No
 }
 
 _TEXTS = {"input_text": "text", "output_text": "text", "refusal": "refusal"}
-"""Kind of a part -> where it has its text."""
+"""Type of a part -> the field with its text."""
 
 
 def _content(content: object, where: str, images: bool) -> str | list[dict[str, Any]]:
@@ -107,7 +99,7 @@ def _content(content: object, where: str, images: bool) -> str | list[dict[str, 
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise BadRequest(f"{where}: found {type(content).__name__}; expected text or a list of parts", where)
+        raise mistake(where, type(content).__name__, "text or a list of parts")
     parts = [_part(part, f"{where}[{index}]", images) for index, part in enumerate(content)]
     if all(part["type"] == "text" for part in parts):
         return "\n".join(part["text"] for part in parts)
@@ -116,34 +108,31 @@ def _content(content: object, where: str, images: bool) -> str | list[dict[str, 
 
 def _part(part: object, where: str, images: bool) -> dict[str, Any]:
     if not isinstance(part, dict):
-        raise BadRequest(f"{where}: found {type(part).__name__}; expected an object", where)
+        raise mistake(where, type(part).__name__, "an object")
     kind = part.get("type")
     if kind == "input_image" and images:
         return _image(part, where)
     if not isinstance(kind, str) or kind not in _TEXTS:
         served = ", ".join([*_TEXTS, "input_image"] if images else _TEXTS)
-        raise BadRequest(f"{where}.type: found {shown(kind)}; expected one of {served}", f"{where}.type")
+        raise mistake(f"{where}.type", shown(kind), f"one of {served}")
     return {"type": "text", "text": _string(part, _TEXTS[kind], where)}
 
 
 def _image(part: Mapping[str, Any], where: str) -> dict[str, Any]:
     if part.get("file_id") is not None:
-        raise BadRequest(f"{where}.file_id: no files are kept here; expected image_url", f"{where}.file_id")
+        raise mistake(f"{where}.file_id", "a file", "image_url, because files are not stored")
     image = {"url": _string(part, "image_url", where)}
     detail = part.get("detail") or "auto"
     if detail not in ("auto", "low", "high"):
-        raise BadRequest(
-            f"{where}.detail: found {shown(detail)}; expected auto, low or high", f"{where}.detail"
-        )
-    # The default is left out, so that a history says the same with it and without.
+        raise mistake(f"{where}.detail", shown(detail), "auto, low or high")
+    # The default is left out: a history with it equals one without.
     return {"type": "image_url", "image_url": image | ({} if detail == "auto" else {"detail": detail})}
 
 
 def _string(item: Mapping[str, Any], name: str, where: str) -> str:
     value = item.get(name)
     if not isinstance(value, str):
-        found = "nothing" if value is None else type(value).__name__
-        raise BadRequest(f"{where}.{name}: found {found}; expected text", f"{where}.{name}")
+        raise mistake(f"{where}.{name}", "nothing" if value is None else type(value).__name__, "text")
     return value
 
 
@@ -152,6 +141,6 @@ def _as_instructions(text: str) -> Message:
 
 
 def _is_instructions(message: Message, instructions: str | None) -> bool:
-    """Whether a transcript's first message was instructions, or is a system message that says the same."""
+    """Whether a transcript's first message was instructions, or is a system message of the same text."""
     text = text_of(message)
     return message == _as_instructions(text) or (message.get("role") == "system" and text == instructions)

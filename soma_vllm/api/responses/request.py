@@ -1,7 +1,7 @@
-"""What OpenAI's Responses API may be asked here.
+"""A request of OpenAI's Responses API, checked.
 
-Guarantees: a parameter that is unknown, or asks for what nobody here does, is refused by its name and never
-dropped; errors hold names, numbers and kinds, never text of the conversation.
+Guarantees: a parameter that is unknown or not supported is refused by its name and never dropped; errors hold
+names, numbers and kinds, never text of the conversation.
 """
 
 from __future__ import annotations
@@ -9,76 +9,45 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from openai.types.responses import ResponseFormatTextJSONSchemaConfig, ResponseIncludable
+from openai.types.responses.response import Conversation
+from openai.types.shared import ReasoningEffort, ResponseFormatJSONObject, ResponseFormatText
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from soma_vllm.errors import BadRequest
 from soma_vllm.sessions.state.identity import explicit_id
 
-LOGPROBS = "message.output_text.logprobs"
-
 REFUSED: Mapping[str, str] = {
-    "background": "a response is not worked on after its request ended",
-    "prompt": "prompt templates are not kept here",
-    "context_management": "dialogues are not compacted here",
-    "moderation": "nothing is moderated here",
+    "background": "background responses are not supported",
+    "prompt": "stored prompt templates are not supported",
+    "context_management": "compaction is not supported",
+    "moderation": "moderation is not supported",
 }
-"""Parameters of OpenAI's that nobody here serves, and why. Null, false and empty ask for nothing."""
+"""Parameters of OpenAI's that are not supported. Null, false and empty ask for nothing."""
 
-PASSED = frozenset(
-    {
-        "cache_salt",
-        "chat_template_kwargs",
-        "frequency_penalty",
-        "ignore_eos",
-        "include_reasoning",
-        "include_stop_str_in_output",
-        "logit_bias",
-        "media_io_kwargs",
-        "min_p",
-        "mm_processor_kwargs",
-        "presence_penalty",
-        "priority",
-        "repetition_penalty",
-        "seed",
-        "service_tier",
-        "session_id",
-        "skip_special_tokens",
-        "stop",
-        "stop_token_ids",
-        "structured_outputs",
-        "top_k",
-        "vllm_xargs",
-        "watermarking",
-    }
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+PASSED = _names(
+    "cache_salt chat_template_kwargs ignore_eos include_reasoning include_stop_str_in_output logit_bias "
+    "media_io_kwargs min_p mm_processor_kwargs priority repetition_penalty seed service_tier session_id "
+    "skip_special_tokens stop stop_token_ids structured_outputs top_k vllm_xargs watermarking"
 )
 """Parameters, most of them vLLM's, that a chat completion has under the same name. Its engine checks them."""
 
-INDIFFERENT = frozenset(
-    {
-        "background_options",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "stream_options",
-    }
-)
+INDIFFERENT = _names("background_options prompt_cache_options prompt_cache_retention stream_options")
 """Parameters of OpenAI's that no answer depends on."""
 
+NOT_ECHOED = {"conversation", "include", "input", "model", "store", "stream", "text"}
+"""Parameters that a response does not repeat as they are."""
 
-class Shape(BaseModel):
-    """A JSON object as a client sends it: nothing is converted."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Conversation(Shape):
-    """A dialogue by its id."""
-
-    id: str
+Summary = Literal["auto", "concise", "detailed"]
+Format = ResponseFormatText | ResponseFormatJSONObject | ResponseFormatTextJSONSchemaConfig
 
 
-class FunctionTool(Shape):
+class FunctionTool(BaseModel):
     """A function that the model may call."""
 
     type: Literal["function"]
@@ -86,96 +55,74 @@ class FunctionTool(Shape):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-    defer_loading: Literal[False] | None = None
+    defer_loading: Literal[False] | None = Field(default=None, exclude=True)
 
 
-class NamedFunction(Shape):
+class NamedFunction(BaseModel):
     """The one tool to call."""
 
     type: Literal["function"]
     name: str
 
 
-class PlainText(Shape):
-    """Text of any form."""
-
-    type: Literal["text"]
-
-
-class JsonObject(Shape):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
-
-
-class JsonSchema(Shape):
-    """JSON of this schema."""
-
-    type: Literal["json_schema"]
-    name: str
-    schema_: dict[str, Any] = Field(alias="schema")
-    description: str | None = None
-    strict: bool | None = None
-
-
-class Text(Shape):
+class Text(BaseModel):
     """The form of the answer."""
 
-    format: Annotated[PlainText | JsonObject | JsonSchema, Field(discriminator="type")] | None = None
+    format: Annotated[Format, Field(discriminator="type")] | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
-class Reasoning(Shape):
-    """How much to think. Summaries may be asked for; the thoughts themselves are shown instead."""
+class Reasoning(BaseModel):
+    """How much to reason. The reasoning itself is shown, so that summaries are accepted and have no effect."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    summary: Literal["auto", "concise", "detailed"] | None = None
-    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    effort: ReasoningEffort = None
+    summary: Summary | None = None
+    generate_summary: Summary | None = Field(default=None, exclude=True)
 
 
-class ResponsesRequest(Shape):
-    """A request that can be served. Items of `input` are checked where they are translated."""
+class ResponsesRequest(BaseModel):
+    """A request that can be served; parameters that it leaves out have OpenAI's defaults.
 
-    model_config = ConfigDict(extra="allow")
+    Items of `input` are checked where they are translated.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     input: str | list[dict[str, Any]]
     model: str | None = None
     instructions: str | None = None
     previous_response_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     conversation: str | Conversation | None = None
-    metadata: dict[str, str] | None = None
-    tools: list[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
-    parallel_tool_calls: bool | None = None
-    text: Text | None = None
-    reasoning: Reasoning | None = None
-    include: (
-        list[
-            Literal[
-                "code_interpreter_call.outputs",
-                "computer_call_output.output.image_url",
-                "file_search_call.results",
-                "message.input_image.image_url",
-                "message.output_text.logprobs",
-                "reasoning.encrypted_content",
-                "web_search_call.action.sources",
-                "web_search_call.results",
-            ]
-        ]
-        | None
-    ) = None
-    """All but the log-probabilities belong to things that no response from here holds."""
+    metadata: dict[str, str] = {}
+    tools: list[FunctionTool] = []
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction = "auto"
+    parallel_tool_calls: bool = True
+    text: Text = Text()
+    reasoning: Reasoning = Reasoning()
+    include: list[ResponseIncludable] = []
+    """All but the log-probabilities belong to items that no response of this server holds."""
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None
     """Counts built-in tools, of which there are none."""
-    temperature: float | None = None
-    top_p: float | None = None
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
-    store: bool | None = None
-    """False: the response cannot be gone on from by its id. Its turn is recorded as any other."""
-    stream: bool | None = None
-    truncation: Literal["auto", "disabled"] | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_logprobs: Annotated[int, Field(ge=0)] = 0
+    store: bool = True
+    """False: no later request can continue from the response by its id. Its turn is recorded as any other."""
+    stream: bool = False
+    truncation: Literal["auto", "disabled"] = "disabled"
     user: str | None = None
+    frequency_penalty: Any = 0.0
+    presence_penalty: Any = 0.0
+    """Checked by the engine, as those in `PASSED`."""
+    prompt_cache_key: Any = None
+    safety_identifier: Any = None
+    _passed: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def passed(self) -> Mapping[str, Any]:
+        """Those of the parameters in `PASSED` that were given."""
+        return self._passed
 
     @property
     def conversation_id(self) -> str | None:
@@ -183,18 +130,28 @@ class ResponsesRequest(Shape):
         return self.conversation.id if isinstance(self.conversation, Conversation) else self.conversation
 
     @property
-    def passed(self) -> dict[str, Any]:
-        """Parameters for the engine as they came."""
-        return {name: value for name, value in (self.model_extra or {}).items() if name in PASSED}
-
-    @property
     def wants_logprobs(self) -> bool:
         """Whether the answer's log-probabilities are to be shown."""
-        return LOGPROBS in (self.include or ())
+        return "message.output_text.logprobs" in self.include
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Those of the named parameters that the client sent."""
+        return {name: getattr(self, name) for name in names if name in self.model_fields_set}
+
+    def echoed(self) -> dict[str, Any]:
+        """The parameters as a response repeats them."""
+        text = self.text.model_dump(by_alias=True, exclude_none=True)
+        return {
+            **self.model_dump(exclude=NOT_ECHOED),
+            "background": False,
+            "conversation": None if self.conversation is None else {"id": self.conversation_id},
+            "service_tier": "default",
+            "text": {"format": {"type": "text"}, **text},
+        }
 
 
 def body_schema() -> dict[str, Any]:
-    """The JSON schema of a request as the server's description of itself shows it: without references."""
+    """The JSON schema of a request for the server's OpenAPI description: without references."""
     schema = ResponsesRequest.model_json_schema()
     definitions = schema.pop("$defs")
 
@@ -204,7 +161,8 @@ def body_schema() -> dict[str, Any]:
         if not isinstance(part, dict):
             return part
         if "$ref" in part:
-            return inlined(definitions[part["$ref"].rsplit("/", 1)[1]])
+            # What OpenAI's types do not name is refused, as it is of our own.
+            return {**inlined(definitions[part["$ref"].rsplit("/", 1)[1]]), "additionalProperties": False}
         return {name: inlined(value) for name, value in part.items() if name != "discriminator"}
 
     found: dict[str, Any] = inlined(schema)
@@ -215,7 +173,7 @@ def parse(body: object) -> ResponsesRequest:
     """A request's JSON, checked.
 
     Raises:
-        BadRequest: it is wrong, or asks for what nobody here does; names the parameter.
+        BadRequest: it is wrong, or asks for what is not supported; names the parameter.
     """
     if not isinstance(body, dict):
         raise BadRequest(f"body: found {type(body).__name__}; expected a JSON object")
@@ -223,14 +181,16 @@ def parse(body: object) -> ResponsesRequest:
     for name, why in REFUSED.items():
         if given.pop(name, None):
             raise BadRequest(f"{name}: {why}; expected it to be left out", name)
-    _check_tools(given.get("tools"))
+    named = {name: value for name, value in given.items() if name in ResponsesRequest.model_fields}
     try:
-        asked = ResponsesRequest.model_validate(given)
+        asked = ResponsesRequest.model_validate(named, strict=True, extra="forbid")
     except ValidationError as error:
         raise _refusal(error, given) from None
-    for name in asked.model_extra or ():
-        if name not in PASSED | INDIFFERENT:
-            raise BadRequest(f"{name[:100]}: found an unknown parameter; expected one that is served", name)
+    for name, value in given.items():
+        if name in PASSED:
+            asked._passed[name] = value
+        elif name not in named and name not in INDIFFERENT:
+            raise mistake(name[:100], "an unknown parameter", "one that is served")
     if asked.conversation_id is not None:
         if asked.previous_response_id is not None:
             raise BadRequest(
@@ -241,29 +201,23 @@ def parse(body: object) -> ResponsesRequest:
     return asked
 
 
+def mistake(param: str, found: str, expected: str) -> BadRequest:
+    """The error that names a wrong parameter, what was found there and what was expected."""
+    return BadRequest(f"{param}: found {found}; expected {expected}", param)
+
+
 def shown(value: object) -> str:
     """What was found, for an error: a name or number briefly, of anything else the kind."""
     return repr(value)[:100] if isinstance(value, str | bool | int | float) else type(value).__name__
 
 
-def _check_tools(tools: object) -> None:
-    """Say of a built-in tool that it is one, rather than that it lacks what functions have."""
-    for index, tool in enumerate(tools if isinstance(tools, list) else ()):
-        kind = tool.get("type") if isinstance(tool, dict) else None
-        if isinstance(kind, str) and kind != "function":
-            param = f"tools[{index}].type"
-            raise BadRequest(f"{param}: found {shown(kind)}; expected 'function', no tool is built in", param)
-
-
 def _check_choice(asked: ResponsesRequest) -> None:
-    names = {tool.name for tool in asked.tools or ()}
+    names = {tool.name for tool in asked.tools}
     choice = asked.tool_choice
     if choice == "required" and not names:
-        raise BadRequest("tool_choice: found 'required', and no tools; expected at least one", "tool_choice")
+        raise mistake("tool_choice", "'required', and no tools", "at least one")
     if isinstance(choice, NamedFunction) and choice.name not in names:
-        raise BadRequest(
-            "tool_choice: found a function that is not among the tools; expected one of them", "tool_choice"
-        )
+        raise mistake("tool_choice", "a function that is not among the tools", "one of them")
 
 
 def _check_id(conversation: str) -> None:
@@ -275,12 +229,12 @@ def _check_id(conversation: str) -> None:
 
 
 def _refusal(error: ValidationError, body: Mapping[str, Any]) -> BadRequest:
-    """The most definite of pydantic's complaints, without what was sent: that may be what somebody said."""
+    """The most specific of pydantic's complaints, without what was sent: that may be conversation text."""
     first = max(error.errors(include_url=False), key=lambda complaint: len(complaint["loc"]))
     param = _param(first["loc"], body, missing=first["type"] == "missing")
     complaint = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
     if first["type"] == "missing":
-        return BadRequest(f"{param}: found nothing; expected it to be there", param)
+        return mistake(param, "nothing", "it to be there")
     value = first["input"]
     brief = isinstance(value, bool | int | float) or first["type"] == "literal_error"
     found = shown(value) if brief else type(value).__name__
@@ -288,7 +242,7 @@ def _refusal(error: ValidationError, body: Mapping[str, Any]) -> BadRequest:
 
 
 def _param(loc: Sequence[int | str], body: Any, missing: bool) -> str:
-    """A place in the body as OpenAI writes it. What is in pydantic's path but not in the body are its types."""
+    """A place in the body as OpenAI writes it. Parts of pydantic's path that the body lacks name its types."""
     path = ""
     for part in loc:
         if isinstance(body, dict) and part in body:

@@ -1,7 +1,7 @@
 """`/v1/responses`: OpenAI's Responses API, answered by the dispatch of chats.
 
-Guarantees: a dialogue is a session however its history comes, as items, by the previous response or by a
-conversation's id; no response is found outside its tenant, and vLLM's own store of responses is out of reach.
+Guarantees: a dialogue is one session whether its history is sent as items, by the previous response or by a
+conversation's id; a response is found in its own tenant alone; vLLM's own store of responses cannot be reached.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from fastapi.responses import Response
 
 from soma_vllm.api.chat import DialogueStream, dispatcher
 from soma_vllm.api.error_responses import failed, failure
-from soma_vllm.api.responses.convert import Frame, chat_body, new_id, response_of
+from soma_vllm.api.responses.convert import Frame, chat_body, new_id
 from soma_vllm.api.responses.input_items import messages_of, prompt
 from soma_vllm.api.responses.request import ResponsesRequest, body_schema, parse
-from soma_vllm.api.responses.stream import ResponseEvents
+from soma_vllm.api.responses.stream import ResponseEvents, response_of
 from soma_vllm.engines.vllm.internals import validate_json_request, with_cancellation
 from soma_vllm.errors import BadRequest, NotFound, SomaError
 from soma_vllm.scheduler.dispatcher import DISPATCH_NAME, ChatRequest, Dispatcher
@@ -29,7 +29,7 @@ router = APIRouter()
 
 
 async def body_of(raw_request: Request) -> bytes:
-    """The request's body, read before anybody listens for the client's leaving."""
+    """The request's body, read before `with_cancellation` listens for a disconnect."""
     return await raw_request.body()
 
 
@@ -50,18 +50,18 @@ async def create_response(body: Annotated[bytes, Depends(body_of)], raw_request:
 @router.delete("/v1/responses/{response_id}")
 @router.get("/v1/responses/{response_id}/input_items")
 @router.post("/v1/responses/{response_id}/cancel")
-async def not_kept(response_id: str) -> Response:
-    """The record holds dialogues, not responses: these routes are here to stand before vLLM's own, which would
-    give any tenant's to any other. Not a 501: clients send a request again that ends in a 5xx."""
-    message = "responses are not kept as objects; go on from one with previous_response_id"
+async def not_stored(response_id: str) -> Response:
+    """Sessions are stored, response objects are not. These routes replace vLLM's, which would show responses
+    across tenants. Not a 501: clients retry a request that fails with 5xx."""
+    message = "Stored responses cannot be retrieved; continue from one with previous_response_id"
     return failure(HTTPStatus.NOT_FOUND, message)
 
 
 @router.post("/v1/responses/compact")
 @router.post("/v1/responses/input_tokens")
-async def not_done() -> Response:
-    """OpenAI's verbs beside the responses: without these routes they were taken for a response's id."""
-    return failure(HTTPStatus.NOT_FOUND, "dialogues are neither compacted nor counted here")
+async def not_supported() -> Response:
+    """OpenAI's further operations; without these routes their names would be read as a response's id."""
+    return failure(HTTPStatus.NOT_FOUND, "Compaction and token counting are not supported")
 
 
 async def _answered(asked: ResponsesRequest, raw_request: Request) -> Response:
@@ -79,11 +79,11 @@ async def _answered(asked: ResponsesRequest, raw_request: Request) -> Response:
             raw_request.headers,
             raw_request,
             session=session,
-            response=None if asked.store is False else name,
+            response=name if asked.store else None,
         )
     )
-    # An answer past all sessions, by an engine that was asked by its name, is not on record.
-    stored = asked.store is not False and "X-SOMA-Session" in answer.headers
+    # An answer of an engine that was asked by its name belongs to no session and is not recorded.
+    stored = asked.store and "X-SOMA-Session" in answer.headers
     frame = Frame(asked, name, asked.model or DISPATCH_NAME, stored)
     if answer.reply.events is not None:
         return DialogueStream(ResponseEvents(answer.reply.events, frame), answer.headers)
@@ -95,7 +95,7 @@ async def _answered(asked: ResponsesRequest, raw_request: Request) -> Response:
 async def _so_far(
     asked: ResponsesRequest, soma: Dispatcher, tenant: str
 ) -> tuple[str | None, tuple[Message, ...]]:
-    """(the session that the request names, what was said in it)."""
+    """(the session that the request names, its messages so far)."""
     if asked.previous_response_id is not None:
         said = await soma.said(tenant, asked.previous_response_id)
         return said.session, said.messages
@@ -108,7 +108,7 @@ def _json(body: bytes) -> Any:
     try:
         return json.loads(body, parse_constant=_no_number)
     except (ValueError, RecursionError):
-        raise BadRequest("body: found something else than JSON; expected a JSON object") from None
+        raise BadRequest("body: found no valid JSON; expected a JSON object") from None
 
 
 def _no_number(name: str) -> NoReturn:

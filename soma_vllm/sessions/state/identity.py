@@ -17,10 +17,16 @@ MAX_ID_LENGTH = 256
 
 def tenant_of(authorization: str | None) -> str:
     """Digest of the bearer token, or "public" without one. Tokens themselves are never stored."""
-    scheme, _, token = (authorization or "").partition(" ")
-    if scheme.lower() != "bearer" or not token.strip():
+    token = bearer(authorization)
+    if token is None:
         return "public"
-    return hashlib.sha256(token.strip().encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def bearer(authorization: str | None) -> str | None:
+    """The bearer token of an Authorization header; None without one."""
+    scheme, _, token = (authorization or "").partition(" ")
+    return token.strip() or None if scheme.lower() == "bearer" else None
 
 
 def explicit_id(headers: Mapping[str, str], body: Mapping[str, Any]) -> str | None:

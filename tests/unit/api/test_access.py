@@ -63,9 +63,9 @@ class Services:
 def services(limits: Limits | None = None, keys: KeyStore | None = None, clock: Any = None) -> Services:
     registry = CollectorRegistry()
     access = Access(mode="open" if keys is None else "keys", max_body_mib=1, cache_s=0)
-    ring = None if keys is None else KeyCache(keys, access.cache_s)
+    cache = None if keys is None else KeyCache(keys, access.cache_s)
     timing = {} if clock is None else {"clock": clock}
-    quotas = Quotas(access, limits or Limits(), ring, ADMIN, registry=registry, **timing)
+    quotas = Quotas(access, limits or Limits(), cache, ADMIN, registry=registry, **timing)
     app = FastAPI()
     built = Services(app, quotas, registry, keys)
     add_routes(app, built)

@@ -52,98 +52,98 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def ring(keys: FakeKeys, clock: Callable[[], float]) -> KeyCache:
+def cache(keys: FakeKeys, clock: Callable[[], float]) -> KeyCache:
     return KeyCache(keys, trust_s=5.0, clock=clock)
 
 
 async def test_a_key_is_looked_up_once_while_it_is_trusted(
-    ring: KeyCache, keys: FakeKeys, clock: Clock
+    cache: KeyCache, keys: FakeKeys, clock: Clock
 ) -> None:
     for now in (1000.0, 1001.0, 1004.9):
         clock.now = now
-        assert await ring.verify(RIGHT) is RECORD
+        assert await cache.verify(RIGHT) is RECORD
     assert keys.lookups == 1
 
 
 async def test_a_revoked_key_is_refused_once_it_is_no_longer_trusted(
-    ring: KeyCache, keys: FakeKeys, clock: Clock
+    cache: KeyCache, keys: FakeKeys, clock: Clock
 ) -> None:
-    await ring.verify(RIGHT)
+    await cache.verify(RIGHT)
     keys.known.clear()
     clock.now += 4.9
-    assert await ring.verify(RIGHT) is RECORD
+    assert await cache.verify(RIGHT) is RECORD
     clock.now += 0.1
-    assert await ring.verify(RIGHT) is None
+    assert await cache.verify(RIGHT) is None
 
 
 async def test_a_revoked_key_does_not_come_back_when_the_database_goes_away(
-    ring: KeyCache, keys: FakeKeys, clock: Clock
+    cache: KeyCache, keys: FakeKeys, clock: Clock
 ) -> None:
-    await ring.verify(RIGHT)
+    await cache.verify(RIGHT)
     keys.known.clear()
     clock.now += 5.0
-    assert await ring.verify(RIGHT) is None
+    assert await cache.verify(RIGHT) is None
     keys.away = True
     with pytest.raises(StoreUnavailable):
-        await ring.verify(RIGHT)
+        await cache.verify(RIGHT)
 
 
-async def test_a_wrong_key_is_looked_up_every_time_and_never_remembered(ring: KeyCache, keys: FakeKeys) -> None:
+async def test_a_wrong_key_is_looked_up_every_time_and_never_cached(cache: KeyCache, keys: FakeKeys) -> None:
     for number in range(50):
-        assert await ring.verify(f"sk-soma-0123456789ab-{number:032}") is None
+        assert await cache.verify(f"sk-soma-0123456789ab-{number:032}") is None
     assert keys.lookups == 50
-    assert not ring._seen
-    assert not ring._lookups
+    assert not cache._cached
+    assert not cache._lookups
 
 
-async def test_a_key_just_issued_is_good_at_once(ring: KeyCache, keys: FakeKeys) -> None:
+async def test_a_key_just_issued_is_good_at_once(cache: KeyCache, keys: FakeKeys) -> None:
     keys.known.clear()
-    assert await ring.verify(RIGHT) is None
+    assert await cache.verify(RIGHT) is None
     keys.known[RIGHT] = RECORD
-    assert await ring.verify(RIGHT) is RECORD
+    assert await cache.verify(RIGHT) is RECORD
 
 
 async def test_while_the_database_is_away_a_key_seen_earlier_stays_good(
-    ring: KeyCache, keys: FakeKeys, clock: Clock
+    cache: KeyCache, keys: FakeKeys, clock: Clock
 ) -> None:
-    await ring.verify(RIGHT)
+    await cache.verify(RIGHT)
     keys.away = True
     for hour in range(3):
         clock.now += 3600.0 * hour
-        assert await ring.verify(RIGHT) is RECORD
+        assert await cache.verify(RIGHT) is RECORD
 
 
 async def test_while_the_database_is_away_it_is_not_asked_at_every_request(
-    ring: KeyCache, keys: FakeKeys, clock: Clock
+    cache: KeyCache, keys: FakeKeys, clock: Clock
 ) -> None:
-    await ring.verify(RIGHT)
+    await cache.verify(RIGHT)
     keys.away = True
     clock.now += 60.0
     for _ in range(10):
-        await ring.verify(RIGHT)
+        await cache.verify(RIGHT)
     assert keys.lookups == 2
 
 
 async def test_while_the_database_is_away_nobody_can_tell_of_an_unknown_key(
-    ring: KeyCache, keys: FakeKeys
+    cache: KeyCache, keys: FakeKeys
 ) -> None:
     keys.away = True
     with pytest.raises(StoreUnavailable):
-        await ring.verify(RIGHT)
+        await cache.verify(RIGHT)
 
 
 async def test_a_database_that_hangs_counts_as_away(
-    ring: KeyCache, keys: FakeKeys, monkeypatch: pytest.MonkeyPatch
+    cache: KeyCache, keys: FakeKeys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("soma_vllm.api.auth.key_cache.LOOKUP_S", 0.01)
     keys.gate.clear()
     with pytest.raises(StoreUnavailable, match=r"did not answer within 0\.01 s"):
-        await ring.verify(RIGHT)
+        await cache.verify(RIGHT)
 
 
-async def test_requests_at_once_share_one_lookup(ring: KeyCache, keys: FakeKeys) -> None:
+async def test_requests_at_once_share_one_lookup(cache: KeyCache, keys: FakeKeys) -> None:
     keys.gate.clear()
-    waiting = [asyncio.create_task(ring.verify(RIGHT)) for _ in range(20)]
+    waiting = [asyncio.create_task(cache.verify(RIGHT)) for _ in range(20)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     keys.gate.set()
@@ -151,9 +151,9 @@ async def test_requests_at_once_share_one_lookup(ring: KeyCache, keys: FakeKeys)
     assert keys.lookups == 1
 
 
-async def test_a_client_that_leaves_does_not_end_the_lookup_of_others(ring: KeyCache, keys: FakeKeys) -> None:
+async def test_a_client_that_leaves_does_not_end_the_lookup_of_others(cache: KeyCache, keys: FakeKeys) -> None:
     keys.gate.clear()
-    leaving, staying = (asyncio.create_task(ring.verify(RIGHT)) for _ in range(2))
+    leaving, staying = (asyncio.create_task(cache.verify(RIGHT)) for _ in range(2))
     await asyncio.sleep(0)
     leaving.cancel()
     await asyncio.sleep(0)
@@ -163,7 +163,7 @@ async def test_a_client_that_leaves_does_not_end_the_lookup_of_others(ring: KeyC
 
 
 async def test_with_no_trust_every_request_is_looked_up(keys: FakeKeys, clock: Clock) -> None:
-    ring = KeyCache(keys, trust_s=0.0, clock=clock)
+    cache = KeyCache(keys, trust_s=0.0, clock=clock)
     for _ in range(3):
-        await ring.verify(RIGHT)
+        await cache.verify(RIGHT)
     assert keys.lookups == 3

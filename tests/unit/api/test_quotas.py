@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from soma_vllm.api.auth.key_cache import KeyCache
-from soma_vllm.api.auth.quotas import Quotas, Refusal, bearer
+from soma_vllm.api.auth.quotas import Quotas, Refusal
 from soma_vllm.config import Access, Config, Limits, parse_config
 from soma_vllm.errors import TooManyRequests, Unauthorized
 from soma_vllm.sessions.ports import Meter
 from soma_vllm.sessions.sql.api_keys import ApiKey
-from soma_vllm.sessions.state.identity import tenant_of
+from soma_vllm.sessions.state.identity import bearer, tenant_of
 from soma_vllm.types import Usage
 
 KEY = "sk-soma-0123456789ab-" + "s" * 32
@@ -227,8 +227,8 @@ async def test_without_limits_nothing_is_kept() -> None:
         caller = await found.caller(f"Bearer {number}")
         found.admit(caller)
         found.spent(caller.tenant, Usage(5, None, 5))
-    assert not len(found._ledger)
-    assert not found._own
+    assert not len(found._usage)
+    assert not found._tenant_limits
 
 
 async def test_refusals_are_counted_by_reason_without_tenants() -> None:

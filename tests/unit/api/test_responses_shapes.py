@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.responses_services import Spoken, checked, token
 
-from soma_vllm.api.responses.convert import Frame, chat_body, response_of
+from soma_vllm.api.responses.convert import Frame, chat_body
 from soma_vllm.api.responses.input_items import messages_of, prompt
 from soma_vllm.api.responses.request import parse
+from soma_vllm.api.responses.stream import response_of
 from soma_vllm.engines.vllm.internals import ChatCompletionRequest
 from soma_vllm.errors import EngineError
 from soma_vllm.sessions.state.transcript import says

@@ -19,9 +19,9 @@ from support.responses_services import (
     told,
 )
 
-from soma_vllm.api.responses.convert import Frame, response_of
+from soma_vllm.api.responses.convert import Frame
 from soma_vllm.api.responses.request import parse
-from soma_vllm.api.responses.stream import ResponseEvents
+from soma_vllm.api.responses.stream import ResponseEvents, response_of
 
 DONE = "data: [DONE]\n\n"
 LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}

@@ -5,13 +5,13 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soma_vllm.api.auth.sliding_window import PERIOD_S, MovingWindow, UsageWindow
+from soma_vllm.api.auth.sliding_window import PERIOD_S, SlidingWindow, UsageWindow
 
 
-def spent(entries: list[tuple[float, int]]) -> MovingWindow:
-    window = MovingWindow()
+def spent(entries: list[tuple[float, int]]) -> SlidingWindow:
+    window = SlidingWindow()
     for at, amount in entries:
-        window.spend(at, amount)
+        window.add(at, amount)
     return window
 
 
@@ -42,10 +42,10 @@ times = st.lists(st.tuples(st.floats(0, 20), st.integers(0, 50)), max_size=30)
 
 @given(times, st.integers(1, 100))
 def test_the_wait_is_enough_and_no_longer(steps: list[tuple[float, int]], limit: int) -> None:
-    now, window, entries = 0.0, MovingWindow(), []
+    now, window, entries = 0.0, SlidingWindow(), []
     for pause, amount in steps:
         now += pause
-        window.spend(now, amount)
+        window.add(now, amount)
         entries.append((now, amount))
     wait = window.wait(now, limit)
 
@@ -57,27 +57,27 @@ def test_the_wait_is_enough_and_no_longer(steps: list[tuple[float, int]], limit:
 
 
 def test_a_tenant_idle_for_a_period_takes_no_memory() -> None:
-    ledger = UsageWindow()
+    usage = UsageWindow()
     for number in range(1000):
-        ledger.of(f"t{number}", number / 1000)
-    ledger.of("late", PERIOD_S + 0.5)
-    assert len(ledger) == 500
-    ledger.of("later", 2 * PERIOD_S + 1)
-    assert len(ledger) == 1
+        usage.tenant(f"t{number}", number / 1000)
+    usage.tenant("late", PERIOD_S + 0.5)
+    assert len(usage) == 500
+    usage.tenant("later", 2 * PERIOD_S + 1)
+    assert len(usage) == 1
 
 
 def test_a_tenant_is_remembered_from_its_last_use() -> None:
-    ledger = UsageWindow()
-    ledger.of("t", 0.0).tokens.spend(0.0, 5)
-    ledger.of("t", 50.0).tokens.spend(50.0, 5)
-    ledger.of("other", 100.0)
-    assert ledger.of("t", 100.0).tokens.wait(100.0, 5) == 10.0
+    usage = UsageWindow()
+    usage.tenant("t", 0.0).tokens.add(0.0, 5)
+    usage.tenant("t", 50.0).tokens.add(50.0, 5)
+    usage.tenant("other", 100.0)
+    assert usage.tenant("t", 100.0).tokens.wait(100.0, 5) == 10.0
 
 
 def test_more_tenants_than_fit_push_out_the_longest_idle() -> None:
-    ledger = UsageWindow(most_tenants=3)
+    usage = UsageWindow(most_tenants=3)
     for tenant in ("a", "b", "c", "a", "d"):
-        ledger.of(tenant, 1.0).requests.spend(1.0, 1)
-    assert len(ledger) == 3
-    assert ledger.of("a", 1.0).requests.wait(1.0, 1) > 0.0
-    assert ledger.of("b", 1.0).requests.wait(1.0, 1) == 0.0
+        usage.tenant(tenant, 1.0).requests.add(1.0, 1)
+    assert len(usage) == 3
+    assert usage.tenant("a", 1.0).requests.wait(1.0, 1) > 0.0
+    assert usage.tenant("b", 1.0).requests.wait(1.0, 1) == 0.0

@@ -104,6 +104,10 @@ def test_the_events_before_one_that_is_too_long_are_read() -> None:
     [
         ("data: {}\n\n", "{}"),
         ("data:{}\r\n\r\n", "{}"),
+        ("data: {}\r\n", None),
+        ("data: {}\r\r", "{}"),
+        ("data: a\n\ndata: b\n\n", "a"),
+        ("data: a\ndata: b\n\n", "a\nb"),
         ("event: x\ndata: {}\n\n", "{}"),
         ("data: [DONE]\n\n", "[DONE]"),
         ('data: {"a": "\ud83d"}\n\n', '{"a": "\ud83d"}'),
