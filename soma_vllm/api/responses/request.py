@@ -190,7 +190,7 @@ def parse(body: object) -> ResponsesRequest:
         if name in PASSED:
             asked._passed[name] = value
         elif name not in named and name not in INDIFFERENT:
-            raise mistake(name[:100], "an unknown parameter", "one that is served")
+            raise BadRequest(f"{name[:100]}: found an unknown parameter; expected one that is served", name)
     if asked.conversation_id is not None:
         if asked.previous_response_id is not None:
             raise BadRequest(

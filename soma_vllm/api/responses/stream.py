@@ -243,8 +243,8 @@ class ResponseBuilder:
     def _open(self, item: Any, part: Any = None) -> _Item:
         opened = _Item(len(self._items), item, part)
         self._items.append(opened)
-        empty = {} if part is None else {"content": []}
-        self._emit("output_item.added", output_index=opened.index, item=opened.json() | empty)
+        added = opened.json() if part is None else {**opened.json(), "content": []}
+        self._emit("output_item.added", output_index=opened.index, item=added)
         if part is not None:
             self._tell(opened, "content_part.added", part=part.model_dump())
         return opened
