@@ -172,12 +172,14 @@ def train_pair(surrogate: Surrogate, pooled: Pool, config: Config, tenant: str, 
 
     if out.exists() and any(out.iterdir()):
         raise TrainingError(f"--out {out}: found files there; expected a new or an empty directory")
+    tokenizer = surrogate.tokenizer
+    examples = drop_foreign_teachers(pooled.examples, tokenizer)
+    held_out = drop_foreign_teachers(pooled.held_out, tokenizer)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".soma-distill-", dir=out.parent))
     lora, seed = config.lora.model_copy(update={"init_from": None}), config.training.seed
-    turns = (drop_foreign_teachers(part, surrogate.tokenizer) for part in (pooled.examples, pooled.held_out))
     try:
-        learnt = adapt(surrogate, *turns, config.mining, lora, seed, draft)
+        learnt = adapt(surrogate, examples, held_out, config.mining, lora, seed, draft)
         text = json.dumps(_manifest(learnt, pooled, config, tenant), indent=2) + "\n"
         (draft / MANIFEST).write_text(text, encoding="utf-8")
         if out.exists():

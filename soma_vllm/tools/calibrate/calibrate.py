@@ -23,18 +23,9 @@ from rich.console import Console
 from soma_vllm.config import Config, load_config
 from soma_vllm.errors import ConfigError, SomaError
 from soma_vllm.sessions.state.transcript import text_of
-from soma_vllm.tools.calibrate.calibration_report import Calibrated, count_missing, document, draw
+from soma_vllm.tools.calibrate.calibration_report import count_missing, document, draw, limits, table, verdict
 from soma_vllm.tools.calibrate.sources import Source, merge, read_file, read_store
-from soma_vllm.tools.calibrate.thresholds import (
-    Axis,
-    Bad,
-    Case,
-    Missing,
-    Outcome,
-    curve,
-    loosest_supported,
-    recommend,
-)
+from soma_vllm.tools.calibrate.thresholds import Axis, Bad, Calibration, Case, Missing, Outcome, calibrate_axis
 from soma_vllm.tools.command_line import InputProblems, Overrides, fill_paths, write_json
 from soma_vllm.tools.replay.dialogues import load_dialogues
 
@@ -96,14 +87,14 @@ def calibrate(
     bad = Bad(bad_gap, bad_top1)
     every, repeated = merge(found)
     cases = [case for case in every if case.outcome is not Missing.VOID]
-    axes = [_calibrate_axis(cases, axis, bad, target, point) for axis in Axis]
+    axes = [calibrate_axis(cases, axis, bad, target, point) for axis in Axis]
     _print(cases, bad, axes, len(every) - len(cases), repeated)
     if out is not None:
         names = [str(path) for path in sources or []] + (["session store"] if storage else [])
         write_json(out / "calibration.json", document(cases, axes, bad, names))
         if drawn := [one for one in axes if one.points]:
             draw(drawn, out / "calibration.png")
-    if axes[0].advice.point is None:
+    if axes[0].best is None:
         raise typer.Exit(1)
 
 
@@ -127,20 +118,7 @@ def _known_bad_gap(sources: Sequence[Source], config: Path | None, problems: Inp
     return next(iter(known), None)
 
 
-def _calibrate_axis(cases: Sequence[Case], axis: Axis, bad: Bad, target: float, by_rate: bool) -> Calibrated:
-    points = curve(cases, axis, bad)
-    return Calibrated(
-        axis=axis,
-        points=points,
-        advice=recommend(points, target, by_rate),
-        by_rate=by_rate,
-        supported=loosest_supported(cases, axis),
-        free=sum(case.free and isinstance(case.outcome, Outcome) for case in cases),
-        in_force=tuple(sorted({axis.threshold(case.in_force(axis)) for case in cases})),
-    )
-
-
-def _print(cases: Sequence[Case], bad: Bad, axes: Sequence[Calibrated], void: int, repeated: int) -> None:
+def _print(cases: Sequence[Case], bad: Bad, axes: Sequence[Calibration], void: int, repeated: int) -> None:
     """What was counted, what was not and why; then each axis."""
     console = Console()
     outcomes = [case.outcome for case in cases if isinstance(case.outcome, Outcome)]
@@ -165,12 +143,12 @@ def _print(cases: Sequence[Case], bad: Bad, axes: Sequence[Calibrated], void: in
     for one in axes:
         say(f"\ngate.{one.axis}", style="bold")
         if one.points:
-            console.print(one.table())
-            for line in one.limits:
+            console.print(table(one))
+            for line in limits(one):
                 say(line)
         else:
             say("no case has this evidence and an outcome: there is no curve")
-        say(one.verdict, style="bold yellow" if one.advice.point is None else "bold green")
+        say(verdict(one), style="bold yellow" if one.best is None else "bold green")
 
 
 def calibrate_router(

@@ -4,116 +4,106 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from soma_vllm.tools.calibrate.thresholds import Axis, Bad, Case, Missing, Outcome, Point, Rate, Recommendation
+from soma_vllm.tools.calibrate.thresholds import (
+    Axis,
+    Bad,
+    Calibration,
+    Case,
+    Missing,
+    Outcome,
+    Rate,
+    cases_needed,
+)
 from soma_vllm.tools.figures import BLUE, GREEN, INK, RED, figure_file
 
 ROWS = 20
 """Most rows of a printed curve; calibration.json has all of them."""
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """One axis: its curve and what follows from it."""
+def limits(found: Calibration) -> list[str]:
+    """How far the sources can see, and what to do to see further."""
+    free = f"Cases measured whatever the gate decided (forced sessions, evaluations): {found.free}"
+    if found.supported is None:
+        return [f"{free}. They speak for every threshold."]
+    if found.supported == found.axis.loosest:
+        return []
+    side = "above" if found.axis is Axis.GAP else "below"
+    lines = [
+        f"In force: {', '.join(f'{value:g}' for value in found.in_force)}. What the gate refused was never "
+        f"audited: {found.supported:g} is the loosest threshold that logs of served sessions can speak for."
+    ]
+    if found.free:
+        return [*lines, f"{free}. They alone speak {side} {found.supported:g}."]
+    see = "force sessions (X-SOMA-Force), serve some under a looser gate, or add an evaluation.json"
+    return [*lines, f"To see {side} that, {see}."]
 
-    axis: Axis
-    points: tuple[Point, ...]
-    advice: Recommendation
-    by_rate: bool
-    """Whether the rate itself is held to the target, and not the upper end of its interval."""
-    supported: float | None
-    """The loosest threshold that ordinary logs can speak for; None without any."""
-    free: int
-    """Cases with an outcome that was measured whatever the gate decided: they speak for every threshold."""
-    in_force: tuple[float, ...]
 
-    @property
-    def limits(self) -> list[str]:
-        """How far the sources can see, and what to do to see further."""
-        free = f"Cases measured whatever the gate decided (forced sessions, evaluations): {self.free}"
-        if self.supported is None:
-            return [f"{free}. They speak for every threshold."]
-        if self.supported == self.axis.loosest:
-            return []
-        side = "above" if self.axis is Axis.GAP else "below"
-        lines = [
-            f"In force: {', '.join(f'{value:g}' for value in self.in_force)}. What the gate refused was never "
-            f"audited: {self.supported:g} is the loosest threshold that logs of served sessions can speak for."
-        ]
-        if self.free:
-            return [*lines, f"{free}. They alone speak {side} {self.supported:g}."]
-        see = "force sessions (X-SOMA-Force), serve some under a looser gate, or add an evaluation.json"
-        return [*lines, f"To see {side} that, {see}."]
-
-    @property
-    def verdict(self) -> str:
-        """The recommendation as a sentence, or what is missing for one."""
-        advice, bound = self.advice, "rate" if self.by_rate else "upper 95 % bound"
-        if advice.point is not None:
-            return (
-                f"use gate.{self.axis}={advice.point.threshold:g}: false accepts "
-                f"{_share(advice.point.false_accepts)}, {bound} within {advice.target:g}; moves "
-                f"{_share(advice.point.moved)} of the adaptations"
-            )
-        if advice.nearest is None:
-            found = "found no accepted case"
-            return f"no recommendation: {found}; expected at least {advice.needed}, none of them bad"
-        rate = advice.nearest.false_accepts
-        start = (
-            f"no recommendation: the {bound} of the false-accept rate is within {advice.target:g} at no "
-            f"threshold. Closest: {advice.nearest.threshold:g} with {_share(rate)}."
+def verdict(found: Calibration) -> str:
+    """The recommendation as a sentence, or what is missing for one."""
+    bound, needed = "rate" if found.by_rate else "upper 95 % bound", cases_needed(found.target)
+    best, nearest = found.best, found.nearest
+    if best is not None:
+        return (
+            f"use gate.{found.axis}={best.threshold:g}: false accepts {_share(best.false_accepts)}, {bound} "
+            f"within {found.target:g}; moves {_share(best.moved)} of the adaptations"
         )
-        if advice.needed_at_rate is not None:
-            needed = f"At that rate {advice.needed_at_rate} accepted cases are needed, found {rate.total}"
-            return f"{start} {needed}; {advice.needed} if none is bad."
-        own = "That rate itself is not below the target: more cases alone will not help there."
-        return f"{start} {own}" + ("" if self.by_rate else f" It takes {advice.needed} if none is bad.")
+    if nearest is None:
+        return f"no recommendation: found no accepted case; expected at least {needed}, none of them bad"
+    rate, at_rate = nearest.false_accepts, found.needed_at_rate
+    start = (
+        f"no recommendation: the {bound} of the false-accept rate is within {found.target:g} at no "
+        f"threshold. Closest: {nearest.threshold:g} with {_share(rate)}."
+    )
+    if at_rate is not None:
+        at_rate_text = f"At that rate {at_rate} accepted cases are needed, found {rate.total}"
+        return f"{start} {at_rate_text}; {needed} if none is bad."
+    own = "That rate itself is not below the target: more cases alone will not help there."
+    return f"{start} {own}" + ("" if found.by_rate else f" It takes {needed} if none is bad.")
 
-    def table(self) -> Table:
-        """The curve, in 80 columns and at most `ROWS` rows, evenly chosen, besides the recommended one."""
-        grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
-        grid.add_column("threshold", no_wrap=True)
-        for heading in ("accepted", "bad", "false accepts\n95 %", "let through\n95 %", "moved\n95 %"):
-            grid.add_column(heading, justify="right", no_wrap=True)
-        last, rows = len(self.points) - 1, min(ROWS, len(self.points))
-        shown = {round(step * last / max(1, rows - 1)) for step in range(rows)}
-        for number, point in enumerate(self.points):
-            mark = " <" if point is self.advice.point else ""
-            if number in shown or mark:
-                grid.add_row(
-                    f"{point.threshold:.4f}{mark}",
-                    str(point.false_accepts.total),
-                    str(point.false_accepts.count),
-                    *(_cell(rate) for rate in (point.false_accepts, point.let_through, point.moved)),
-                    style="bold green" if mark else "",
-                )
-        return grid
 
-    def to_json(self) -> dict[str, Any]:
-        """This axis' entry in `calibration.json`."""
-        advice = self.advice
-        return {
-            "recommended": None if advice.point is None else advice.point.threshold,
-            "verdict": self.verdict,
-            "cases_needed": advice.needed,
-            "cases_needed_at_rate": advice.needed_at_rate,
-            "supported": self.supported,
-            "measured_anyway": self.free,
-            "in_force": list(self.in_force),
-            "curve": [
-                {
-                    name: _rate_json(part) if isinstance(part, Rate) else part
-                    for name, part in vars(point).items()
-                }
-                for point in self.points
-            ],
-        }
+def table(found: Calibration) -> Table:
+    """The curve, in 80 columns and at most `ROWS` rows, evenly chosen, besides the recommended one."""
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
+    grid.add_column("threshold", no_wrap=True)
+    for heading in ("accepted", "bad", "false accepts\n95 %", "let through\n95 %", "moved\n95 %"):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    best, last, rows = found.best, len(found.points) - 1, min(ROWS, len(found.points))
+    shown = {round(step * last / max(1, rows - 1)) for step in range(rows)}
+    for number, point in enumerate(found.points):
+        mark = " <" if point is best else ""
+        if number in shown or mark:
+            grid.add_row(
+                f"{point.threshold:.4f}{mark}",
+                str(point.false_accepts.total),
+                str(point.false_accepts.count),
+                *(_cell(rate) for rate in (point.false_accepts, point.let_through, point.moved)),
+                style="bold green" if mark else "",
+            )
+    return grid
+
+
+def _axis_json(found: Calibration) -> dict[str, Any]:
+    """This axis' entry in `calibration.json`."""
+    best = found.best
+    return {
+        "recommended": None if best is None else best.threshold,
+        "verdict": verdict(found),
+        "cases_needed": cases_needed(found.target),
+        "cases_needed_at_rate": found.needed_at_rate,
+        "supported": found.supported,
+        "measured_anyway": found.free,
+        "in_force": list(found.in_force),
+        "curve": [
+            {name: _rate_json(part) if isinstance(part, Rate) else part for name, part in vars(point).items()}
+            for point in found.points
+        ],
+    }
 
 
 def count_missing(cases: Sequence[Case]) -> dict[str, int]:
@@ -123,12 +113,12 @@ def count_missing(cases: Sequence[Case]) -> dict[str, int]:
 
 
 def document(
-    cases: Sequence[Case], found: Sequence[Calibrated], bad: Bad, sources: Sequence[str]
+    cases: Sequence[Case], found: Sequence[Calibration], bad: Bad, sources: Sequence[str]
 ) -> dict[str, Any]:
     """What `calibration.json` holds."""
     outcomes = [case.outcome for case in cases if isinstance(case.outcome, Outcome)]
     return {
-        "target": found[0].advice.target,
+        "target": found[0].target,
         "held_to_target": "rate" if found[0].by_rate else "upper bound of the 95 % Wilson interval",
         "bad": {"gap": bad.gap, "top1": bad.top1},
         "sources": list(sources),
@@ -138,12 +128,12 @@ def document(
             "bad": sum(map(bad, outcomes)),
             "left_out": count_missing(cases),
         },
-        **{one.axis.value: one.to_json() for one in found},
+        **{one.axis.value: _axis_json(one) for one in found},
         "evidence": [_case_json(case, bad) for case in cases],
     }
 
 
-def draw(found: Sequence[Calibrated], path: Path) -> None:
+def draw(found: Sequence[Calibration], path: Path) -> None:
     """The false-accept rate of each threshold with its interval, and what it moves, as a PNG.
 
     Args:
@@ -160,7 +150,7 @@ def draw(found: Sequence[Calibrated], path: Path) -> None:
         figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
 
 
-def _draw_panel(axes: Any, one: Calibrated) -> None:
+def _draw_panel(axes: Any, one: Calibration) -> None:
     # Decisions change at the thresholds alone; between two of them they are those of the stricter one.
     points = one.points if one.axis is Axis.GAP else one.points[::-1]
     where = "post" if one.axis is Axis.GAP else "pre"
@@ -173,9 +163,10 @@ def _draw_panel(axes: Any, one: Calibrated) -> None:
     moved = [point.moved.value for point in points]
     thresholds = [point.threshold for point in points]
     axes.step(thresholds, moved, where=where, color=BLUE, linewidth=1, label="adaptations moved")
-    axes.axhline(one.advice.target, color=INK, linestyle="--", linewidth=1, label="target")
-    if one.advice.point is not None:
-        axes.axvline(one.advice.point.threshold, color=GREEN, linewidth=2, label="recommended")
+    axes.axhline(one.target, color=INK, linestyle="--", linewidth=1, label="target")
+    best = one.best
+    if best is not None:
+        axes.axvline(best.threshold, color=GREEN, linewidth=2, label="recommended")
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel(f"gate.{one.axis} ({'gap' if one.axis is Axis.GAP else 'top-1'})")
     axes.spines[["top", "right"]].set_visible(False)

@@ -170,18 +170,61 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Recommendation:
-    """The threshold to use, or what is missing to name one."""
+class Calibration:
+    """What cases say about one threshold: the curve, and the value to use, or what is missing to name one."""
 
+    axis: Axis
     target: float
-    point: Point | None
-    """The loosest threshold within the target; None when there is none."""
-    nearest: Point | None
-    """The threshold that comes closest to the target; None without any accepted case."""
-    needed: int
-    """Accepted cases that suffice if none of them is bad."""
-    needed_at_rate: int | None
-    """Accepted cases that suffice at the nearest threshold's own rate; None if that is above the target."""
+    """False-accept rate to stay within."""
+    by_rate: bool
+    """Whether the rate itself is held to the target, and not the upper end of its interval."""
+    points: tuple[Point, ...]
+    supported: float | None = None
+    """The loosest threshold in force for a case with an outcome; beyond it only `free` cases count."""
+    free: int = 0
+    """Cases with an outcome that was measured whatever the gate decided."""
+    in_force: tuple[float, ...] = ()
+
+    @property
+    def best(self) -> Point | None:
+        """The loosest threshold whose false-accept rate stays within the target; None when there is none."""
+        within = [point for point in self._accepting() if self._bound(point) <= self.target]
+        return within[-1] if within else None
+
+    @property
+    def nearest(self) -> Point | None:
+        """The threshold that comes closest to the target; None without any accepted case."""
+        return min(self._accepting(), key=self._bound, default=None)
+
+    @property
+    def needed_at_rate(self) -> int | None:
+        """Accepted cases that suffice at the nearest threshold's own rate; None if that is above the target."""
+        nearest = self.nearest
+        return None if nearest is None else cases_needed(self.target, nearest.false_accepts.value or 0.0)
+
+    def _accepting(self) -> list[Point]:
+        return [point for point in self.points if point.false_accepts.total]
+
+    def _bound(self, point: Point) -> float:
+        rate = point.false_accepts
+        return rate.count / rate.total if self.by_rate else rate.interval[1]
+
+
+def calibrate_axis(
+    cases: Sequence[Case], axis: Axis, bad: Bad, target: float, by_rate: bool = False
+) -> Calibration:
+    """Everything that cases say about one threshold."""
+    free = [case.free for case, _ in _with_outcome(cases, Axis.GAP)]
+    levels = [case.in_force(axis) for case, _ in _with_outcome(cases, axis) if not case.free]
+    return Calibration(
+        axis=axis,
+        target=target,
+        by_rate=by_rate,
+        points=curve(cases, axis, bad),
+        supported=axis.threshold(max(levels)) if levels else None,
+        free=sum(free),
+        in_force=tuple(sorted({axis.threshold(case.in_force(axis)) for case in cases})),
+    )
 
 
 def wilson(count: float, total: int) -> tuple[float, float]:
@@ -202,15 +245,6 @@ def cases_needed(target: float, rate: float = 0.0) -> int | None:
     if rate >= target:
         return None
     return math.ceil(Z * Z * target * (1 - target) / (target - rate) ** 2)
-
-
-def loosest_supported(cases: Sequence[Case], axis: Axis) -> float | None:
-    """The loosest threshold in force for a case with an outcome; beyond it only `free` cases count.
-
-    None where all cases with an outcome are free.
-    """
-    levels = [case.in_force(axis) for case, _ in _with_outcome(cases, axis) if not case.free]
-    return axis.threshold(max(levels)) if levels else None
 
 
 def curve(cases: Sequence[Case], axis: Axis, bad: Bad) -> tuple[Point, ...]:
@@ -247,25 +281,6 @@ def curve(cases: Sequence[Case], axis: Axis, bad: Bad) -> tuple[Point, ...]:
             )
         )
     return tuple(points)
-
-
-def recommend(points: Sequence[Point], target: float, by_rate: bool = False) -> Recommendation:
-    """The loosest threshold whose false-accept rate stays within the target.
-
-    Judged by the upper end of the rate's interval, or by the rate itself with `by_rate`.
-    """
-
-    def bound(point: Point) -> float:
-        rate = point.false_accepts
-        return rate.count / rate.total if by_rate else rate.interval[1]
-
-    accepting = [point for point in points if point.false_accepts.total]
-    within = [point for point in accepting if bound(point) <= target]
-    nearest = min(accepting, key=bound, default=None)
-    needed = cases_needed(target)
-    assert needed is not None, "a target above 0"
-    at_rate = None if nearest is None else cases_needed(target, nearest.false_accepts.value or 0.0)
-    return Recommendation(target, within[-1] if within else None, nearest, needed, at_rate)
 
 
 def _with_outcome(cases: Sequence[Case], axis: Axis) -> list[tuple[Case, float]]:

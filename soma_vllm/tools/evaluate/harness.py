@@ -135,9 +135,11 @@ class Bench:
 
     def _lay(self, found: Material) -> _Laid:
         tokenizer = self._surrogate.tokenizer
-        parts = {"examples": found.examples, "held_out": found.held_out, "later": found.later}
         kept = replace(
-            found, **{name: drop_foreign_teachers(turns, tokenizer) for name, turns in parts.items()}
+            found,
+            examples=drop_foreign_teachers(found.examples, tokenizer),
+            held_out=drop_foreign_teachers(found.held_out, tokenizer),
+            later=drop_foreign_teachers(found.later, tokenizer),
         )
         rendered = []
         for example, turn in zip(kept.later, render(tokenizer, kept.later), strict=True):

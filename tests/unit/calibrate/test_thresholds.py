@@ -12,14 +12,14 @@ import pytest
 from soma_vllm.tools.calibrate.thresholds import (
     Axis,
     Bad,
+    Calibration,
     Case,
     Missing,
     Outcome,
     Point,
+    calibrate_axis,
     cases_needed,
     curve,
-    loosest_supported,
-    recommend,
     wilson,
 )
 from soma_vllm.types import Candidate
@@ -108,8 +108,8 @@ def test_beyond_the_threshold_in_force_only_cases_that_were_measured_anyway_spea
     assert at(points, 0.1).cases == 6
     assert at(points, 0.4).cases == 1
     assert (at(points, 0.4).false_accepts.count, at(points, 0.4).false_accepts.total) == (1, 1)
-    assert loosest_supported([*served, forced], Axis.GAP) == 0.1
-    assert loosest_supported([forced], Axis.GAP) is None
+    assert calibrate_axis([*served, forced], Axis.GAP, BAD, 0.1).supported == 0.1
+    assert calibrate_axis([forced], Axis.GAP, BAD, 0.1).supported is None
 
 
 def test_logs_of_a_stricter_gate_do_not_speak_for_a_looser_threshold() -> None:
@@ -218,12 +218,12 @@ def true_rate(threshold: float, axis: Axis) -> float:
 
 @pytest.mark.parametrize("axis", Axis)
 def test_the_recommendation_is_right_for_a_population_whose_rate_is_known(axis: Axis) -> None:
-    advice = recommend(curve(population(4_000, seed=0), axis, BAD), target=0.1)
-    assert advice.point is not None
-    assert 0.07 <= true_rate(advice.point.threshold, axis) <= 0.1
-    by_rate = recommend(curve(population(4_000, seed=0), axis, BAD), 0.1, by_rate=True)
-    assert by_rate.point is not None
-    assert true_rate(by_rate.point.threshold, axis) == pytest.approx(0.1, abs=0.015)
+    advice = calibrate_axis(population(4_000, seed=0), axis, BAD, 0.1)
+    assert advice.best is not None
+    assert 0.07 <= true_rate(advice.best.threshold, axis) <= 0.1
+    by_rate = calibrate_axis(population(4_000, seed=0), axis, BAD, 0.1, by_rate=True)
+    assert by_rate.best is not None
+    assert true_rate(by_rate.best.threshold, axis) == pytest.approx(0.1, abs=0.015)
 
 
 def test_small_samples_seldom_recommend_a_threshold_that_misses_the_target() -> None:
@@ -231,8 +231,7 @@ def test_small_samples_seldom_recommend_a_threshold_that_misses_the_target() -> 
     bound, rate, named = 0, 0, 0
     for seed in range(300):
         points = curve(population(250, seed), Axis.GAP, BAD)
-        careful = recommend(points, 0.15).point
-        bold = recommend(points, 0.15, by_rate=True).point
+        careful, bold = (Calibration(Axis.GAP, 0.15, by_rate, points).best for by_rate in (False, True))
         named += careful is not None
         bound += careful is not None and careful.threshold > 0.15
         rate += bold is not None and bold.threshold > 0.15
@@ -242,26 +241,23 @@ def test_small_samples_seldom_recommend_a_threshold_that_misses_the_target() -> 
 
 
 def test_censored_logs_never_recommend_more_than_was_in_force() -> None:
-    advice = recommend(curve(population(5000, seed=3, eps=0.08), Axis.GAP, BAD), target=0.5)
-    assert advice.point is not None
-    assert advice.point.threshold == 0.08
+    advice = calibrate_axis(population(5000, seed=3, eps=0.08), Axis.GAP, BAD, 0.5)
+    assert advice.best is not None
+    assert advice.best.threshold == 0.08
 
 
 def test_too_few_cases_name_no_threshold_but_the_number_that_would_do() -> None:
-    points = curve([case(str(n), 0.05, FINE) for n in range(10)], Axis.GAP, BAD)
-    advice = recommend(points, 0.05)
-    assert advice.point is None
-    assert advice.needed == advice.needed_at_rate == 73
-    enough = curve([case(str(n), 0.05, FINE) for n in range(73)], Axis.GAP, BAD)
-    found = recommend(enough, 0.05).point
+    advice = calibrate_axis([case(str(n), 0.05, FINE) for n in range(10)], Axis.GAP, BAD, 0.05)
+    assert advice.best is None
+    assert cases_needed(0.05) == advice.needed_at_rate == 73
+    enough = [case(str(n), 0.05, FINE) for n in range(73)]
+    found = calibrate_axis(enough, Axis.GAP, BAD, 0.05).best
     assert found is not None
     assert found.threshold == 0.2
-    one_less = curve([case(str(n), 0.05, FINE) for n in range(72)], Axis.GAP, BAD)
-    assert recommend(one_less, 0.05).point is None
+    assert calibrate_axis(enough[:72], Axis.GAP, BAD, 0.05).best is None
 
 
 def test_without_outcomes_there_is_no_curve_and_no_recommendation() -> None:
-    points = curve([case("a", 0.3, Missing.REFUSED)], Axis.GAP, BAD)
-    assert points == ()
-    advice = recommend(points, 0.05)
-    assert (advice.point, advice.nearest, advice.needed) == (None, None, 73)
+    advice = calibrate_axis([case("a", 0.3, Missing.REFUSED)], Axis.GAP, BAD, 0.05)
+    assert advice.points == ()
+    assert (advice.best, advice.nearest, advice.needed_at_rate) == (None, None, None)
