@@ -132,7 +132,10 @@ class Dispatcher:
         try:
             key = await self._enter(incoming, reading)
         except StoreUnavailable as error:
-            logger.warning("the original answers a turn that is not recorded: %s", error)
+            logger.warning(
+                "the session store did not answer; the original answers this turn, which is not recorded: %s",
+                error,
+            )
             return await self._past_sessions(self._original, incoming, started, "session store unavailable")
         if self._registry.session(key).phase is Phase.CLOSED:
             self._registry.release(key)
@@ -272,7 +275,7 @@ class Dispatcher:
             try:
                 held, reply = await self._ask_surrogate(key, route, incoming)
             except (EngineError, AdapterError) as error:
-                logger.warning("the original answers instead of the surrogate: %s", error)
+                logger.warning("the surrogate failed; the original answers instead of the surrogate: %s", error)
                 route = _instead(route, asked, f"surrogate failed: {error}")
         if reply is None:
             learns = policy.adapting is not None
