@@ -14,9 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any
-
-from soma_vllm.types import SessionKey
+from typing import Any, Protocol
 
 request_id: ContextVar[str | None] = ContextVar("soma_request_id", default=None)
 """The request's `X-Request-Id`."""
@@ -54,7 +52,16 @@ def bind(**ids: str | None) -> Iterator[None]:
             variable.reset(token)
 
 
-def bind_session(key: SessionKey) -> AbstractContextManager[None]:
+class SessionName(Protocol):
+    """A `types.SessionKey`."""
+
+    @property
+    def session(self) -> str: ...
+    @property
+    def tenant(self) -> str: ...
+
+
+def bind_session(key: SessionName) -> AbstractContextManager[None]:
     """Set the session and its tenant for the block. A task that is created in it keeps them."""
     return bind(session=key.session, tenant=key.tenant)
 
@@ -72,8 +79,8 @@ class LogContext(logging.Filter):
 
 
 class TextFormatter(logging.Formatter):
-    """`2026-11-27T20:00:00Z INFO scheduler.dispatcher: message session=… tenant=… request=…`; below it, indented,
-    what else the message has, and a traceback."""
+    """`2026-11-27T20:00:00Z INFO scheduler.dispatcher: message session=… tenant=… request=…`; below, indented,
+    further lines of the message, and a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One record, without the newline at its end."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 import signal
@@ -61,8 +63,12 @@ def test_the_check_option_starts_nothing() -> None:
 
 @pytest.fixture(scope="module")
 def drafting(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server whose surrogate drafts for its original."""
-    settings = {"policy": "speculative", "original": {"draft_tokens": 2}}
+    """A server whose surrogate drafts for its original, and that logs in JSON all it can."""
+    settings = {
+        "policy": "speculative",
+        "original": {"draft_tokens": 2},
+        "server": {"log_format": "json", "log_level": "debug"},
+    }
     with serving(tmp_path_factory.mktemp("drafting"), TINY, settings) as running:
         yield running
 
@@ -93,6 +99,28 @@ def test_an_original_that_drafts_still_teaches_by_its_log_probabilities(drafting
     (submitted,) = (e["data"] for e in found["events"] if e["kind"] == "training_submitted")
     assert submitted["teacher"] == "logprobs"
     assert "text_turns" not in submitted
+
+
+def test_a_switch_is_one_json_line_with_the_sessions_ids_on_stderr_and_in_the_file(drafting: Running) -> None:
+    drafting.until("taught", "SWITCHED")
+    printed = [json.loads(line) for line in drafting.said().splitlines() if line.startswith("{")]
+    written = [json.loads(line) for line in (drafting.run_dir / "surrogate.log").read_text().splitlines()]
+    for lines in (printed, written):
+        (switched,) = (line for line in lines if line["message"].startswith("switched candidate=adapter"))
+        assert switched["session"] == "taught"
+        assert switched["tenant"] == hashlib.sha256(b"key").hexdigest()[:16]
+        assert (switched["level"], switched["logger"]) == ("INFO", "soma_vllm.telemetry.event_log")
+    assert all(line in written for line in printed)
+
+
+def test_no_log_holds_what_was_said(drafting: Running) -> None:
+    dialogue = Dialogue(drafting, "private")
+    answer = dialogue.say("an unmistakable question about walruses")
+    logs = (drafting.run_dir / "surrogate.log", drafting.run_dir / "original.log", drafting.output)
+    for log in logs:
+        text = log.read_text()
+        assert "walruses" not in text, log.name
+        assert json.dumps(answer)[1:-1] not in text, log.name
 
 
 def test_sigterm_stops_every_part_and_leaves_no_process_behind(drafting: Running) -> None:

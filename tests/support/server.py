@@ -183,7 +183,7 @@ def serving(
         both = isinstance(value, dict) and isinstance(document.get(name), dict)
         document[name] = {**document[name], **value} if both else value
     run_dir = folder / "run"
-    document["server"] = {"port": port, "run_dir": str(run_dir)}
+    document["server"] = {**document.get("server", {}), "port": port, "run_dir": str(run_dir)}
     if "storage" not in (settings or {}):
         document["storage"] = {"url": "sqlite+aiosqlite:///{run_dir}/sessions.db"}
     document["adapters"] = {"root": "{run_dir}/adapters"}
