@@ -115,7 +115,8 @@ def test_a_switch_is_one_json_line_with_the_sessions_ids_on_stderr_and_in_the_fi
 
 def test_no_log_holds_what_was_said(drafting: Running) -> None:
     dialogue = Dialogue(drafting, "private")
-    answer = dialogue.say("an unmistakable question about walruses")
+    answer = dialogue.say("an unmistakable question about walruses").strip()
+    assert answer
     logs = (drafting.run_dir / "surrogate.log", drafting.run_dir / "original.log", drafting.output)
     for log in logs:
         text = log.read_text()
