@@ -35,9 +35,9 @@ class EventLog:
     def __call__(self, key: SessionKey, event: Event) -> None:
         """Log one event, where it is one to log."""
         if event.kind == EventKind.TURN:
-            self._remember(key, turn=event.data["number"])
+            self._remember(key, turn=event.data.get("number"))
         elif event.kind == EventKind.JUDGED:
-            self._remember(key, judged=event.data["numbers"])
+            self._remember(key, judged=event.data.get("numbers", {}))
         elif (line := _LINES.get(event.kind)) is not None:
             words, fields = line
             with bind_session(key):
@@ -63,8 +63,10 @@ def _adapter(data: Data) -> Fields:
 
 
 def _switched(data: Data, last: Data) -> Fields:
-    gap = _gaps(last).get(data["candidate"])
-    return {"candidate": data["candidate"], "gap": gap, "turn": last.get("turn")} | _adapter(data)
+    candidate = data.get("candidate", "")
+    return {"candidate": candidate, "gap": _gaps(last).get(candidate), "turn": last.get("turn")} | _adapter(
+        data
+    )
 
 
 def _refused(data: Data, last: Data) -> Fields:
@@ -78,16 +80,16 @@ def _rolled_back(data: Data, last: Data) -> Fields:
 
 
 def _submitted(data: Data, last: Data) -> Fields:
-    return {"turns": len(data["turns"]), "teacher": data.get("teacher")}
+    return {"turns": len(data.get("turns", ())), "teacher": data.get("teacher")}
 
 
 def _trained(data: Data, last: Data) -> Fields:
     stages = ("mining_s", "finetune_s", "scoring_s")
-    return {"seconds": sum(data[stage] for stage in stages), "steps": data.get("steps")}
+    return {"seconds": sum(data.get(stage, 0.0) for stage in stages), "steps": data.get("steps")}
 
 
 def _rejected(data: Data, last: Data) -> Fields:
-    return {**_adapter(data), "problems": len(data["problems"])}
+    return {**_adapter(data), "problems": len(data.get("problems", ()))}
 
 
 def _gaps(last: Data) -> dict[str, float | None]:
