@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,21 +21,15 @@ KEY = SessionKey(TENANT, "s")
 
 
 @pytest.fixture
-def logged(caplog: pytest.LogCaptureFixture) -> Any:
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], str]]:
     """Everything that is logged, from DEBUG on, as it would be written."""
+    # At DEBUG it shows SQL's parameters; a server logs what is not its own from WARNING on.
+    caplog.set_level(logging.INFO, "aiosqlite")
     caplog.set_level(logging.DEBUG)
-    caplog.set_level(logging.DEBUG, "soma_vllm")
-    logging.getLogger("aiosqlite").setLevel(
-        logging.INFO
-    )  # its own DEBUG has SQL's parameters; a server's has not
-    caplog.handler.addFilter(LogContext())
-    contexts: list[str] = []
-
-    def text() -> str:
-        contexts[:] = [TextFormatter().format(record) for record in caplog.records]
-        return "\n".join(contexts)
-
-    return text
+    ids = LogContext()
+    caplog.handler.addFilter(ids)
+    yield lambda: "\n".join(TextFormatter().format(record) for record in caplog.records)
+    caplog.handler.removeFilter(ids)
 
 
 async def test_nothing_that_was_said_is_logged_at_any_level(services: Services, logged: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,11 +24,13 @@ JUDGED = {
 
 
 @pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> Any:
+def lines(caplog: pytest.LogCaptureFixture) -> Iterator[Any]:
     """What was logged, each line with its ids."""
     caplog.set_level(logging.INFO, "soma_vllm.telemetry")
-    caplog.handler.addFilter(LogContext())
-    return lambda: [record.getMessage() + record.__dict__["context"] for record in caplog.records]
+    ids = LogContext()
+    caplog.handler.addFilter(ids)
+    yield lambda: [record.getMessage() + record.__dict__["context"] for record in caplog.records]
+    caplog.handler.removeFilter(ids)
 
 
 def tell(log: EventLog, kind: str, **data: Any) -> None:
