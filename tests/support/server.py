@@ -73,7 +73,16 @@ class Running:
         raise AssertionError(f"{name} is {found['phase']} after {GUARD_S:g} s, not {phases}")
 
     def said(self) -> str:
+        """What the server has shown on its terminal, stdout and stderr."""
         return self.output.read_text()
+
+    def logged(self, words: str) -> str:
+        """The log file once it holds these words: another process writes it."""
+        deadline = time.monotonic() + GUARD_S
+        while words not in (found := (self.run_dir / "surrogate.log").read_text()):
+            assert time.monotonic() < deadline, f"surrogate.log has no {words!r} after {GUARD_S:g} s"
+            time.sleep(0.05)
+        return found
 
 
 class Dialogue:
