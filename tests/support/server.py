@@ -204,7 +204,7 @@ def serving(
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     running = Running(process, port, output, run_dir)
     try:
-        _wait_until_said(running, until)
+        wait_until_said(running, until)
         yield running
     finally:
         running.close()
@@ -217,7 +217,8 @@ def serving(
                 process.wait()
 
 
-def _wait_until_said(running: Running, words: str) -> None:
+def wait_until_said(running: Running, words: str) -> None:
+    """Return once the server has shown these words on its terminal."""
     deadline = time.monotonic() + GUARD_S
     while time.monotonic() < deadline:
         if running.process.poll() is not None:
