@@ -73,8 +73,9 @@ class LogContext(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Lets every record pass."""
         found = ((name.removesuffix("_id"), variable.get()) for name, variable in _IDS.items())
-        record.ids = {name: value for name, value in found if value is not None}
-        record.context = "".join(f" {name}={_shown(value)}" for name, value in record.ids.items())
+        ids = {name: value for name, value in found if value is not None}
+        record.ids = ids
+        record.context = "".join(f" {name}={_shown(value)}" for name, value in ids.items())
         return True
 
 

@@ -23,7 +23,7 @@ MOST_SESSIONS = 10_000
 """Sessions whose last turn and verdict are remembered, the latest ones."""
 
 Data = Mapping[str, Any]
-Fields = Mapping[str, Any]
+Fields = dict[str, Any]
 
 
 class EventLog:
@@ -76,7 +76,7 @@ def _refused(data: Data, last: Data) -> Fields:
 
 def _rolled_back(data: Data, last: Data) -> Fields:
     names = ("moving", "drift_threshold", "breaches", "reason")
-    return {name: data.get(name) for name in names} | {"turn": last.get("turn")}
+    return {**{name: data.get(name) for name in names}, "turn": last.get("turn")}
 
 
 def _submitted(data: Data, last: Data) -> Fields:

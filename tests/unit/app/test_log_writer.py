@@ -104,6 +104,7 @@ def test_a_terminal_that_is_gone_and_a_disk_that_is_full_end_nothing(
     gone: Any = Gone()
     log_writer.write_all(iter(lines), file, gone, "text")
     assert (tmp_path / "log").read_text() == "".join(lines)
+    file.close()
     monkeypatch.setattr(file, "stream", None)
     monkeypatch.setattr(file, "_open", full)
     log_writer.write_all(iter(lines), file, gone, "text")
