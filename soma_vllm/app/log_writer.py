@@ -19,6 +19,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from typing import IO
 
 LOGGED = {
@@ -45,7 +46,7 @@ class RotatedFile(logging.handlers.RotatingFileHandler):
         """Nothing: there is no place to report it."""
 
 
-def write_all(source: IO[str], file: RotatedFile, screen: IO[str], log_format: str) -> None:
+def write_all(source: Iterable[str], file: RotatedFile, screen: IO[str], log_format: str) -> None:
     """Copy lines until the source ends."""
     logged, shows = False, True
     for raw in source:

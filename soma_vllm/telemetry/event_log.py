@@ -64,9 +64,8 @@ def _adapter(data: Data) -> Fields:
 
 def _switched(data: Data, last: Data) -> Fields:
     candidate = data.get("candidate", "")
-    return {"candidate": candidate, "gap": _gaps(last).get(candidate), "turn": last.get("turn")} | _adapter(
-        data
-    )
+    gap = _gaps(last).get(candidate)
+    return {"candidate": candidate, "gap": gap, "turn": last.get("turn"), **_adapter(data)}
 
 
 def _refused(data: Data, last: Data) -> Fields:
