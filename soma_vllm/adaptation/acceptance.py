@@ -67,7 +67,7 @@ class Acceptance:
         try:
             return require_finite(pooled(await asyncio.gather(*scores)))
         except EngineError as error:
-            logger.info("a trainer scores what the engine could not: %s", error)
+            logger.info("the engine could not score the plain surrogate; a trainer does: %s", error)
             return require_finite(await self._trainer.score(ScoreRequest(tuple(examples))))
 
     def judge(

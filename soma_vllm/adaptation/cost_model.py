@@ -82,7 +82,10 @@ class CostModel:
         try:
             found = await self._store.lengths(now - self._config.payback.over_after_s)
         except StoreUnavailable as error:
-            logger.warning("session lengths are not known: %s", error)
+            logger.warning(
+                "the session store did not answer; adapters are judged by the session lengths read last: %s",
+                error,
+            )
             return
         self._lengths, self._read_at = by_tenant(found), now
 

@@ -90,7 +90,9 @@ class DriftWatch:
                 finding = await self._ask_surrogate(key, turn, shown, session.adapter)
             self._require_same(key, session)
         except (EngineError, AdapterError, JobDropped) as error:
-            logger.info("an audit was dropped: %s", error)
+            logger.info(
+                "the audit of turn %d was dropped; the drift window stays as it is: %s", turn.number, error
+            )
             self._registry.note(key, EventKind.AUDIT_DROPPED, turn=turn.number, reason=str(error))
             return
         await self._observe(key, turn, finding)

@@ -192,7 +192,7 @@ class Adaptation:
             await self._acceptance.shadow_answers.answer(key.tenant, shown, 1, ref)
         except (EngineError, AdapterError) as error:
             # A cold cache makes the next turn slower, not wrong (the history may be longer than the context).
-            logger.info("the surrogate's cache was not prefilled: %s", error)
+            logger.info("the surrogate's cache was not prefilled; the next turn computes its prompt: %s", error)
 
     def _record_failure(self, key: SessionKey, error: SomaError) -> None:
         """Record once why an adaptation ended without a verdict."""
@@ -202,7 +202,9 @@ class Adaptation:
         elif isinstance(error, PromptTooLong):
             self._registry.note(key, EventKind.REFUSED, reason=str(error), found_wanting=False)
         else:
-            logger.warning("adaptation failed: %s", error)
+            logger.warning(
+                "adaptation failed; the original keeps the session until its cool-down ends: %s", error
+            )
             self._registry.note(key, EventKind.TRAINING_FAILED, error=type(error).__name__, message=str(error))
 
 

@@ -27,6 +27,7 @@ from soma_vllm.adaptation.shadow_answers import most_tokens, shadow_answer, shad
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import Engine
 from soma_vllm.errors import EngineError
+from soma_vllm.logs import bind_session
 from soma_vllm.sessions.state.adaptation_rules import AdaptationRules
 from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.prefix import compress
@@ -80,7 +81,8 @@ class ShadowTraffic:
             tokens = shadow_tokens(self._config.max_new_tokens, length)
             if _among(mine, messages, tokens) is None:
                 last = mine[-1].answer if mine else None
-                answer = self._rehearse(session.key.tenant, messages, tokens, last)
+                with bind_session(session.key):
+                    answer = self._rehearse(session.key.tenant, messages, tokens, last)
                 mine.append(Rehearsal(_digest(messages), tokens, answer, time.time()))
         while len(mine) > self._config.warm_window:
             mine.pop(0).answer.cancel()
@@ -150,6 +152,11 @@ def _told(answer: asyncio.Task[str]) -> None:
     if answer.cancelled() or (error := answer.exception()) is None:
         return
     if isinstance(error, EngineError):
-        logger.info("a rehearsal came to nothing: %s", type(error).__name__)
+        logger.info(
+            "the surrogate did not answer a turn as shadow traffic; it is asked again at the verdict: %s",
+            type(error).__name__,
+        )
     else:
-        logger.error("a rehearsal failed", exc_info=error)
+        logger.error(
+            "shadow traffic failed unexpectedly; the surrogate is asked again at the verdict", exc_info=error
+        )

@@ -176,7 +176,9 @@ class AdapterLifecycle:
             with suppress(NotFound):  # deleted by hand
                 await asyncio.to_thread(self._store.retire, ref.name)
         except (EngineError, AdapterError) as error:
-            logger.warning("adapter %s is not retired yet, and will be tried again: %s", ref.name, error)
+            logger.warning(
+                "adapter %s is not retired; a sweep or the next start tries again: %s", ref.name, error
+            )
             return False
         self._leases.forget(ref.name)
         return True
@@ -189,7 +191,11 @@ class AdapterLifecycle:
             async with asyncio.timeout(RECORD_S):
                 await self._records.written()
         except TimeoutError:
-            logger.warning("adapter %s is kept until the next start: the session store is away", ref.name)
+            logger.warning(
+                "the session store did not answer within %g s; adapter %s stays until the next sweep or start",
+                RECORD_S,
+                ref.name,
+            )
             return False
         return True
 

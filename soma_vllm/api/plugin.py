@@ -91,7 +91,9 @@ class SomaEndpointPlugin:
         host = _host(args)
         if self._app is not None and not host.extra_routes:
             closed = close_unlisted_routes(self._app, self._ours)
-            logger.info("closed vLLM's routes %s", ", ".join(sorted(closed)))
+            logger.info(
+                "vLLM's routes answer 404 (server.extra_routes opens them): %s", ", ".join(sorted(closed))
+            )
         state.soma_host = host
         services = await host.begin(engine_client, state)
         state.soma = services.dispatcher

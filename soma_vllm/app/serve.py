@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import traceback
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -86,19 +86,18 @@ def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> N
     run_dir = make_run_dir(config.server.run_dir)
     log = run_dir / "surrogate.log"
     console.print(f"logs       {run_dir}", markup=False)
-    with locked(run_dir), output_to(log) as terminal:
-        log_as_configured(config.server.log_level)
-        screen = Console(file=terminal, highlight=False, soft_wrap=True)
-        server = SomaServer(config, paths, policies, run_dir, lambda line: screen.print(line, markup=False))
-        try:
-            uvloop.run(server.run())
-        except SomaError:
-            raise
-        except Exception as error:  # a process edge: whatever an engine died of, people get one message
-            traceback.print_exc()
-            raise PreflightError(
-                f"the surrogate failed ({type(error).__name__}: {error}); the end of {log}:\n{tail(log, 15)}"
-            ) from error
+    try:
+        with locked(run_dir), output_to(log, config.server) as terminal:
+            log_as_configured(config.server, run_dir)
+            screen = Console(file=terminal, highlight=False, soft_wrap=True)
+            say = partial(screen.print, markup=False)
+            uvloop.run(SomaServer(config, paths, policies, run_dir, say).run())
+    except SomaError:
+        raise
+    except Exception as error:  # a process edge: whatever an engine died of, people get one message
+        raise PreflightError(
+            f"the surrogate failed ({type(error).__name__}: {error}); the end of {log}:\n{tail(log, 15)}"
+        ) from error
 
 
 if __name__ == "__main__":

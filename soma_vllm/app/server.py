@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +22,29 @@ import aiohttp
 from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs, why_text
 from soma_vllm.adaptation.threaded_encoder import ThreadedEncoder
 from soma_vllm.adapters.file_provider import AdapterFileProvider
-from soma_vllm.adapters.leases import AdapterLeases
-from soma_vllm.adapters.loaded import LoadedAdapters, room_for
 from soma_vllm.adapters.store.facade import RecordShelf
-from soma_vllm.adapters.store.file_check import check_adapter_files
 from soma_vllm.adapters.store.opening import open_root
 from soma_vllm.adapters.store.verify import Demands
 from soma_vllm.api.auth.quotas import Quotas
 from soma_vllm.app.build import Parts, SomaServices, build
+from soma_vllm.app.original_process import OriginalProcess
+from soma_vllm.app.surrogate_parts import open_surrogate, shared_vocabulary
 from soma_vllm.config import Config
-from soma_vllm.engines.child_process import ChildServer
 from soma_vllm.engines.engine import Salts
-from soma_vllm.engines.original import OriginalEngine
-from soma_vllm.engines.supervisor import Patience, Supervisor
-from soma_vllm.engines.surrogate import ChatServing, SurrogateEngine
 from soma_vllm.engines.vllm.arguments import (
-    child_command,
-    child_environment,
-    original_arguments,
-    slot_rank,
     surrogate_arguments,
     vllm_environment,
 )
 from soma_vllm.errors import PolicyUnavailable, PreflightError, TrainingError
 from soma_vllm.maintenance.sweep_trigger import SweepTrigger
 from soma_vllm.models.home import soma_home
-from soma_vllm.models.vocabulary import Vocabulary, read_vocabulary
 from soma_vllm.scheduler.dispatcher import DISPATCH_NAME
 from soma_vllm.scheduler.policies.base import Policies
 from soma_vllm.sessions.sql.api_keys import KeyStore
 from soma_vllm.sessions.sql.connections import identity
 from soma_vllm.sessions.sql.store import SessionStore
-from soma_vllm.telemetry.adapter_metrics import AdapterMetrics
 from soma_vllm.telemetry.adapter_store_metrics import AdapterStoreMetrics
+from soma_vllm.telemetry.event_log import EventLog
 from soma_vllm.telemetry.session_metrics import SessionMetrics
 from soma_vllm.training.pair import ANYONE, owner_of
 
@@ -89,8 +78,8 @@ class SomaServer:
         self._begun = False
         self._cleanup = AsyncExitStack()
         self._run_dir = run_dir
-        self._supervisor: Supervisor | None = None
         self._salts = Salts()
+        self._original = OriginalProcess(config, self._original_name, run_dir, say)
         keys = KeyStore.at(self._filled(config.storage.url))
         self._cleanup.push_async_callback(keys.close)
         self.quotas = Quotas.configured(config, keys)
@@ -106,7 +95,7 @@ class SomaServer:
         """
         async with self._cleanup:
             self._check_pair_adapter()
-            self._start_original()
+            self._original.start(self._paths.original, self._paths.surrogate, self._cleanup)
             self._say(f"surrogate  starting {self._surrogate_name} (vLLM takes 20-60 s to load)")
             os.environ.update(vllm_environment(self._config.surrogate, str(self._paths.surrogate), PLUGINS))
             # Only now: vLLM reads its environment when it is imported.
@@ -152,12 +141,15 @@ class SomaServer:
         store = await self._open_sessions()
         encoder = await self._load_encoder()
         trainer = await self._start_trainers()
-        original = await self._reach_original()
+        original = await self._original.connect(self._salts, self._cleanup)
         await self._open_policy()
         stock, sweep_trigger = AdapterStoreMetrics(), SweepTrigger()
         adapter_store = self._open_adapter_store()
         files = AdapterFileProvider(adapter_store, sweep_trigger, stock)
-        leases, surrogate = self._engage_surrogate(PrivateChat(engine_client, state), files)
+        serving = PrivateChat(engine_client, state)
+        leases, surrogate = open_surrogate(
+            self._config, self._surrogate_name, self._paths.surrogate, serving, files, self._salts
+        )
         services = build(
             Parts(
                 config=self._config,
@@ -174,7 +166,7 @@ class SomaServer:
                 stock=stock,
                 salts=self._salts,
                 sweep_trigger=sweep_trigger,
-                observers=(SessionMetrics(), stock),
+                observers=(SessionMetrics(), EventLog(), stock),
             )
         )
         self._cleanup.push_async_callback(services.stop)
@@ -192,91 +184,19 @@ class SomaServer:
     def _original_name(self) -> str:
         return self._config.original.name or _served_name(self._config.original_model)
 
-    def _start_original(self) -> None:
-        """Start the child first: it loads beside the surrogate."""
-        if self._paths.original is None:
-            self._say(f"original   is {self._config.original.url}")
-            return
-        original = self._config.original
-        child = ChildServer(
-            child_command(
-                original_arguments(
-                    self._config, str(self._paths.original), self._original_name, str(self._paths.surrogate)
-                ),
-                self._run_dir / "original.sock",
-            ),
-            child_environment(original, str(self._paths.original)),
-            self._run_dir / "original.log",
-            self._run_dir / "original.sock",
-        )
-        self._supervisor = Supervisor(child, patience=Patience(start=original.start_timeout_s))
-        self._supervisor.on_change(lambda state: self._say(f"original   {state}"))
-        self._supervisor.start()
-        self._cleanup.push_async_callback(self._supervisor.stop)
-        self._say(f"original   loads {self._original_name}; its log is {child.log_path}")
-
-    def _engage_surrogate(
-        self, serving: ChatServing, files: AdapterFileProvider
-    ) -> tuple[AdapterLeases, SurrogateEngine]:
-        """The engine, and the holds that keep adapters in it."""
-        settings = self._config.surrogate
-        metrics = AdapterMetrics()
-        limit = settings.queue_limit if settings.overflow == "wait" else 0
-        leases = AdapterLeases(settings.max_loras, limit, settings.queue_wait_s, metrics)
-        check = partial(
-            check_adapter_files,
-            max_rank=slot_rank(self._config.lora.rank),
-            base_model=str(self._paths.surrogate),
-        )
-        room = room_for(settings.max_loras, settings.max_cpu_loras)
-        loaded = LoadedAdapters(serving, room, files=files, in_use=leases.in_use, check=check, meter=metrics)
-        metrics.watch(
-            resident=lambda: len(loaded.resident()),
-            leases=leases.count,
-            distinct=leases.distinct,
-            waiting=leases.waiting,
-        )
-        return leases, SurrogateEngine(self._surrogate_name, serving, self._salts, loaded)
-
-    async def _reach_original(self) -> OriginalEngine:
-        original = self._config.original
-        if self._supervisor is None:
-            assert original.url is not None, "for_serving has checked"
-            engine = OriginalEngine(
-                self._original_name,
-                original.url,
-                api_key_env=original.api_key_env,
-                connect_timeout_s=original.connect_timeout_s,
-                speaks_vllm=original.api == "vllm",
-            )
-        else:
-            await self._supervisor.wait_ready(original.start_timeout_s)
-            engine = OriginalEngine.of_child(
-                self._original_name, self._supervisor, original.connect_timeout_s, self._salts
-            )
-        self._cleanup.push_async_callback(engine.close)
-        return engine
-
     async def _engage_teachers(self, speaks_vllm: bool) -> TeacherLogprobs:
         """Teach by log-probabilities where the original shows them in the surrogate's vocabulary."""
         why = why_text(self._config, speaks_vllm, same_vocabulary=True)
-        vocabulary = await asyncio.to_thread(self._one_vocabulary) if why is None else None
+        vocabulary = None
+        if why is None:
+            folders = self._paths.original_vocabulary, self._paths.surrogate
+            vocabulary = await asyncio.to_thread(shared_vocabulary, *folders)
         if vocabulary is not None:
             self._say("teachers   log-probabilities")
             return TeacherLogprobs(self._config, None, vocabulary.spelt)
         why = why_text(self._config, speaks_vllm, same_vocabulary=False)
         self._say(f"teachers   {why}: answers teach as text")
         return TeacherLogprobs(self._config, why)
-
-    def _one_vocabulary(self) -> Vocabulary | None:
-        """The vocabulary of both models; None where it is not one, as far as their folders say."""
-        if self._paths.original_vocabulary is None:
-            return None
-        original = read_vocabulary(self._paths.original_vocabulary)
-        surrogate = read_vocabulary(self._paths.surrogate)
-        if original is None or surrogate is None or original.digest() != surrogate.digest():
-            return None
-        return surrogate
 
     async def _open_sessions(self) -> SessionStore:
         store = SessionStore(self._filled(self._config.storage.url))

@@ -108,7 +108,13 @@ class Server(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Of soma_vllm's own lines in the run folder's surrogate.log. No level writes what was said."""
+    """Of soma_vllm's own lines; vLLM's and uvicorn's begin at warning. No level writes what was said."""
+    log_format: Literal["text", "json"] = "text"
+    """Of the lines on stderr and in the run folder's surrogate.log. json: one object a line."""
+    log_max_bytes: Annotated[int, Field(ge=0)] = 64 * 1024**2
+    """Size from which surrogate.log is continued in a new file; 0: never."""
+    log_backups: Positive = 5
+    """Older files that are kept: surrogate.log.1 is the newest."""
     run_dir: str | None = None
     """Logs and sockets of a running server; null takes a fresh folder under $SOMA_HOME/run."""
     extra_routes: bool = False

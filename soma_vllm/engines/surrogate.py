@@ -125,9 +125,10 @@ class SurrogateEngine:
             self._plain[signature.tokens] = await self._read(self.name, signature)
         adapted = await self._read(ref.name, signature)
         found = compare(signature, self._plain[signature.tokens], adapted)
-        logger.info("adapter %s: %s", ref.name, found)
         if found.agrees:
+            logger.info("adapter %s is served as it was trained: %s", ref.name, found)
             return ""
+        logger.warning("adapter %s is not served as it was trained, and will not serve: %s", ref.name, found)
         self._loaded.meter.rejected()
         numbers = ", ".join(f"{name} {value:g}" for name, value in found.numbers().items())
         return f"the engine does not serve what was trained: found {numbers} (nats per token)"

@@ -19,7 +19,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -29,6 +29,7 @@ from soma_vllm.adapters.store.manifest import PublishedAdapter
 from soma_vllm.adapters.store.protocol import StockMeter
 from soma_vllm.config import Adapters
 from soma_vllm.errors import NotFound, SomaError
+from soma_vllm.logs import bind_session
 from soma_vllm.maintenance.sweep_trigger import SweepTrigger
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.sql.records import AdapterRecord
@@ -230,15 +231,21 @@ class AdapterEvictor:
     def _ended(self, name: str, task: asyncio.Task[None]) -> None:
         self._going.pop(name, None)
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.warning("adapter %s is not evicted yet: %s", name, error)
+            logger.warning("adapter %s is not evicted; the next sweep tries again: %s", name, error)
 
     async def _evict(self, ref: AdapterRef, reason: Reason) -> None:
         async with AsyncExitStack() as leases:
             users = await self._give_back(ref, reason, leases)
-            gone = await self._adapters.retire(ref, users[0] if users else None)
-        if gone:
-            self._meter.evicted(reason)
-            logger.info("adapter %s evicted: %s", ref.name, reason)
+            user = users[0] if users else None
+            with nullcontext() if user is None else bind_session(user):
+                if await self._adapters.retire(ref, user):
+                    self._meter.evicted(reason)
+                    logger.info(
+                        "adapter %s evicted, its files deleted; %d sessions used it: %s",
+                        ref.name,
+                        len(users),
+                        reason,
+                    )
 
     async def _give_back(self, ref: AdapterRef, reason: Reason, leases: AsyncExitStack) -> list[SessionKey]:
         """Give every session that an adapter serves back to the original, and lease it."""

@@ -15,6 +15,7 @@ import logging
 from soma_vllm.adaptation.pipeline import Adaptation
 from soma_vllm.adapters.lifecycle import AdapterLifecycle
 from soma_vllm.errors import AdapterError
+from soma_vllm.logs import bind_session
 from soma_vllm.maintenance.removal import SessionRemoval
 from soma_vllm.sessions.background_tasks import BackgroundTasks
 from soma_vllm.sessions.registry import SessionRegistry
@@ -63,16 +64,16 @@ class Recovery:
         try:
             there = {one.ref.name for one in await self._adapters.stored()}
         except AdapterError as error:
-            logger.warning("the adapter store did not answer; adapters' files are not checked: %s", error)
+            logger.warning(
+                "the adapter store did not answer; a session whose adapter is lost is answered by the original "
+                "when its load fails: %s",
+                error,
+            )
             return
         for key, adapter in served:
             if adapter not in there and (await self._registry.open(key)).phase is Phase.SWITCHED:
-                logger.warning(
-                    "session=%s tenant=%s rolled back: its adapter %s has no files",
-                    key.session,
-                    key.tenant,
-                    adapter,
-                )
+                with bind_session(key):
+                    logger.warning("the files of adapter %s are gone; the session is rolled back", adapter)
                 self._registry.note(key, EventKind.ROLLED_BACK, reason="the files of its adapter are gone")
         await self._registry.written()
 
@@ -86,6 +87,9 @@ class Recovery:
             stored = await self._adapters.stored()
             refs |= {one.ref.name: one.ref for one in stored if one.owner == self._adapters.owner}
         except AdapterError as error:
-            logger.warning("the adapter store did not answer; unused adapters are kept: %s", error)
+            logger.warning(
+                "the adapter store did not answer; files of unused adapters stay until the next start: %s",
+                error,
+            )
         for name in sorted(refs.keys() - serving):
             await self._adapters.retire(refs[name])

@@ -15,6 +15,7 @@ from contextlib import suppress
 from soma_vllm.adapters.lifecycle import AdapterLifecycle
 from soma_vllm.engines.engine import Salts
 from soma_vllm.errors import AdapterError, NotFound, StoreUnavailable
+from soma_vllm.logs import bind_session
 from soma_vllm.sessions.background_tasks import BackgroundTasks
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.state.events import EventKind
@@ -69,7 +70,8 @@ class SessionRemoval:
         """Remove one session, once, however many ask for it: each would wait for the others' leases to end."""
         task = self._removals.get(key)
         if task is None:
-            task = asyncio.create_task(self._remove(key), name="soma-removal")
+            with bind_session(key):
+                task = asyncio.create_task(self._remove(key), name="soma-removal")
             self._removals[key] = task
             task.add_done_callback(lambda _: self._removals.pop(key, None))
         # A client that disconnects ends nothing: others may wait too.

@@ -48,6 +48,14 @@ class Sweeper:
                 await self._retention.sweep()
                 await self._evictor.sweep()
             except AdapterError as error:
-                logger.warning("the adapter store did not answer; the next sweep evicts adapters: %s", error)
+                logger.warning(
+                    "the adapter store did not answer; no adapter is evicted until the sweep in %g s: %s",
+                    self._every_s,
+                    error,
+                )
             except SomaError as error:
-                logger.warning("the session store did not answer; the next sweep keeps retention: %s", error)
+                logger.warning(
+                    "the session store did not answer; what has expired stays until the sweep in %g s: %s",
+                    self._every_s,
+                    error,
+                )

@@ -1,7 +1,7 @@
 """Work on a session that no request waits for: adaptation, audits, retiring an adapter.
 
 Guarantees: a session with work under way stays in memory; work that fails unexpectedly says so in the log and
-in the session, which the original keeps.
+in the session, which the original keeps; its log lines carry the session's and the tenant's ids.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
+from soma_vllm.logs import bind_session
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.phases import Phase
@@ -28,10 +29,11 @@ class BackgroundTasks:
 
     def spawn(self, key: SessionKey, work: Coroutine[Any, Any, object]) -> None:
         """Begin work on a live session."""
-        task = asyncio.create_task(work, name=f"soma-background-{key.session}")
-        self._tasks[task] = key
-        self._registry.hold(key)
-        task.add_done_callback(self._finished)
+        with bind_session(key):
+            task = asyncio.create_task(work, name=f"soma-background-{key.session}")
+            self._tasks[task] = key
+            self._registry.hold(key)
+            task.add_done_callback(self._finished)
 
     def idle(self, key: SessionKey) -> bool:
         """True when nothing is under way for this session."""
@@ -53,7 +55,11 @@ class BackgroundTasks:
     def _finished(self, task: asyncio.Task[object]) -> None:
         key = self._tasks.pop(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("background work of a session failed", exc_info=error)
+            logger.error(
+                "background work failed unexpectedly; the session stays as it is, and one that was adapting "
+                "stays with the original",
+                exc_info=error,
+            )
             if self._registry.session(key).phase is Phase.ADAPTING:
                 self._registry.note(
                     key, EventKind.TRAINING_FAILED, error=type(error).__name__, message="unexpected"

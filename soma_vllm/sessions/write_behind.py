@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_exponential
 
 from soma_vllm.errors import StoreRefused, StoreUnavailable
+from soma_vllm.logs import bind_session
 from soma_vllm.types import SessionKey
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,12 @@ class WriteBehindQueue:
         either = asyncio.FIRST_COMPLETED
         await asyncio.wait([written, self._writer], timeout=self._stop_limit_s, return_when=either)
         if self.behind:
-            logger.error("%d writes to the session store are lost", self.behind)
+            logger.error(
+                "the session store did not take all writes within %g s; %d writes are lost, and with them the "
+                "latest turns of their sessions",
+                self._stop_limit_s,
+                self.behind,
+            )
         written.cancel()
         self._writer.cancel()
 
@@ -88,7 +94,8 @@ class WriteBehindQueue:
             item = await self._writes.get()
             try:
                 if isinstance(item, Write):
-                    await self._write(item)
+                    with bind_session(item.key):
+                        await self._write(item)
                 elif not item.done():
                     item.set_result(None)
             finally:
@@ -117,7 +124,11 @@ class WriteBehindQueue:
             if error.duplicate and tried > 1:
                 return  # the first try was stored, and only its acknowledgement was lost
             self._given_up.add(write.key)
-            logger.error("session %s goes on in memory only: %s", write.key.session, error)
+            logger.error(
+                "the session store refused a write; this session continues in memory only and will not "
+                "survive a restart: %s",
+                error,
+            )
             return
         if write.anew:
             self._given_up.discard(write.key)
@@ -130,4 +141,7 @@ def _may_pass(error: BaseException) -> bool:
 
 def _say_once(state: RetryCallState) -> None:
     if state.attempt_number == 1 and state.outcome is not None:
-        logger.warning("a write is retried until the session store takes it: %s", state.outcome.exception())
+        logger.warning(
+            "the session store did not take a write; it is tried again, and later writes wait: %s",
+            state.outcome.exception(),
+        )

@@ -99,8 +99,7 @@ def test_a_session_whose_files_are_lost_is_answered_by_the_original_and_others_a
     said = dialogues[lost].say("and now?", max_tokens=32)
     assert dialogues[lost].headers["X-SOMA-Engine"] == "original"
     assert "cannot be loaded" in dialogues[lost].headers["X-SOMA-Reason"]
-    log = (marker_server.run_dir / "surrogate.log").read_text()
-    assert "the original answers instead of the surrogate" in log
+    marker_server.logged("the original answers instead of the surrogate")
     assert lost in said
     for marker in others:
         assert marker in dialogues[marker].say("still there?", max_tokens=32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 import signal
@@ -14,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 from support.guard import GUARD_S
-from support.server import TINY, Dialogue, Running, descendants, free_port, gone, serving
+from support.server import TINY, Dialogue, Running, descendants, free_port, gone, serving, wait_until_said
 
 from soma_vllm.models.home import models_dir
 
@@ -61,8 +63,12 @@ def test_the_check_option_starts_nothing() -> None:
 
 @pytest.fixture(scope="module")
 def drafting(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server whose surrogate drafts for its original."""
-    settings = {"policy": "speculative", "original": {"draft_tokens": 2}}
+    """A server whose surrogate drafts for its original, and that logs in JSON all it can."""
+    settings = {
+        "policy": "speculative",
+        "original": {"draft_tokens": 2},
+        "server": {"log_format": "json", "log_level": "debug"},
+    }
     with serving(tmp_path_factory.mktemp("drafting"), TINY, settings) as running:
         yield running
 
@@ -88,11 +94,28 @@ def test_an_original_that_drafts_still_teaches_by_its_log_probabilities(drafting
         drafting, "taught", model="soma", **{"X-SOMA-Policy": "soma", "X-SOMA-Force": "adapter"}
     )
     for number in range(1, 4):
-        dialogue.say(f"question {number}")
+        dialogue.say(f"question {number} about walruses")
     found = drafting.until("taught", "SWITCHED")
     (submitted,) = (e["data"] for e in found["events"] if e["kind"] == "training_submitted")
     assert submitted["teacher"] == "logprobs"
     assert "text_turns" not in submitted
+    logs = drafting.logged("switched") + drafting.said() + (drafting.run_dir / "original.log").read_text()
+    assert "walruses" not in logs
+    answers = [message["content"].strip() for message in dialogue.messages if message["role"] == "assistant"]
+    assert not [answer for answer in answers if len(answer) > 12 and json.dumps(answer)[1:-1] in logs]
+
+
+def test_a_switch_is_one_json_line_with_the_sessions_ids_on_stderr_and_in_the_file(drafting: Running) -> None:
+    drafting.until("taught", "SWITCHED")
+    written = [json.loads(line) for line in drafting.logged("switched candidate=adapter").splitlines()]
+    wait_until_said(drafting, "switched candidate=adapter")
+    printed = [json.loads(line) for line in drafting.said().splitlines() if line.startswith("{")]
+    (switched,) = (line for line in written if line["message"].startswith("switched candidate=adapter"))
+    assert switched["session"] == "taught"
+    assert switched["tenant"] == hashlib.sha256(b"key").hexdigest()[:16]
+    assert (switched["level"], switched["logger"]) == ("INFO", "soma_vllm.telemetry.event_log")
+    logged = [line for line in written if line["logger"] != "output"]
+    assert printed[: logged.index(switched) + 1] == logged[: logged.index(switched) + 1]
 
 
 def test_sigterm_stops_every_part_and_leaves_no_process_behind(drafting: Running) -> None:

@@ -73,7 +73,16 @@ class Running:
         raise AssertionError(f"{name} is {found['phase']} after {GUARD_S:g} s, not {phases}")
 
     def said(self) -> str:
+        """What the server has shown on its terminal, stdout and stderr."""
         return self.output.read_text()
+
+    def logged(self, words: str) -> str:
+        """The log file once it holds these words: another process writes it."""
+        deadline = time.monotonic() + GUARD_S
+        while words not in (found := (self.run_dir / "surrogate.log").read_text()):
+            assert time.monotonic() < deadline, f"surrogate.log has no {words!r} after {GUARD_S:g} s"
+            time.sleep(0.05)
+        return found
 
 
 class Dialogue:
@@ -183,7 +192,7 @@ def serving(
         both = isinstance(value, dict) and isinstance(document.get(name), dict)
         document[name] = {**document[name], **value} if both else value
     run_dir = folder / "run"
-    document["server"] = {"port": port, "run_dir": str(run_dir)}
+    document["server"] = {**document.get("server", {}), "port": port, "run_dir": str(run_dir)}
     if "storage" not in (settings or {}):
         document["storage"] = {"url": "sqlite+aiosqlite:///{run_dir}/sessions.db"}
     document["adapters"] = {"root": "{run_dir}/adapters"}
@@ -195,7 +204,7 @@ def serving(
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     running = Running(process, port, output, run_dir)
     try:
-        _wait_until_said(running, until)
+        wait_until_said(running, until)
         yield running
     finally:
         running.close()
@@ -208,7 +217,8 @@ def serving(
                 process.wait()
 
 
-def _wait_until_said(running: Running, words: str) -> None:
+def wait_until_said(running: Running, words: str) -> None:
+    """Return once the server has shown these words on its terminal."""
     deadline = time.monotonic() + GUARD_S
     while time.monotonic() < deadline:
         if running.process.poll() is not None:

@@ -165,5 +165,7 @@ def read_at(path: str) -> PublishedAdapter | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        logger.warning("%s/%s: %s; adapter left out", path, MANIFEST, error)
+        logger.warning(
+            "%s/%s cannot be read; the adapter is not listed and cannot serve: %s", path, MANIFEST, error
+        )
         return None

@@ -120,7 +120,10 @@ def die_with_parent() -> bool:
         return False
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
-        logger.warning("cannot tie this process to its parent: %s", os.strerror(ctypes.get_errno()))
+        logger.warning(
+            "cannot tie this process to its parent; it may outlive a server that is killed: %s",
+            os.strerror(ctypes.get_errno()),
+        )
         return False
     if not parent.is_alive():
         # It was gone before we asked, so no signal will ever come.

@@ -159,7 +159,9 @@ class SessionStore(SessionReader):
             finally:
                 await connection.exec_driver_sql(f"PRAGMA busy_timeout={BUSY_MS}")
         if busy:
-            logger.warning("erased text stays in SQLite's log until the next erasure: a reader is in the way")
+            logger.warning(
+                "a reader holds SQLite's write-ahead log; erased text stays in that file until the next erasure"
+            )
 
     def _upsert(self, table: type[Base]) -> Insert:
         """Insert rows, or replace those of the same key."""
