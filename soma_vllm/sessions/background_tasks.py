@@ -1,7 +1,7 @@
 """Work on a session that no request waits for: adaptation, audits, retiring an adapter.
 
-Guarantees: a session with work under way stays in memory; work that fails unexpectedly says so in the log and
-in the session, which the original keeps.
+Guarantees: a session with work under way stays in memory; an unexpected failure is logged and recorded in the
+session, which stays with the original.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ class BackgroundTasks:
         self._tasks: dict[asyncio.Task[None], SessionKey] = {}
 
     def spawn(self, key: SessionKey, work: Coroutine[Any, Any, None]) -> None:
-        """Begin work on a live session."""
+        """Begin work on a live session; it is held until the work ends."""
         task = asyncio.create_task(work, name=f"soma-background-{key.session}")
         self._tasks[task] = key
         self._registry.hold(key)
         task.add_done_callback(self._finished)
 
     def idle(self, key: SessionKey) -> bool:
-        """True when nothing is under way for this session."""
+        """True when no work is under way for this session."""
         return key not in self._tasks.values()
 
     async def cancel(self, key: SessionKey) -> None:
-        """End what is under way for a session; returns once it has cleaned up after itself."""
+        """Cancel the work on a session; returns once it has cleaned up after itself."""
         await self._end([task for task, owner in self._tasks.items() if owner == key])
 
     async def stop(self) -> None:
-        """End everything. An unfinished adaptation is begun again when the server is."""
+        """Cancel all work. An unfinished adaptation is begun again at the next start."""
         await self._end(list(self._tasks))
 
     async def _end(self, tasks: list[asyncio.Task[None]]) -> None:
