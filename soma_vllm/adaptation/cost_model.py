@@ -29,8 +29,9 @@ from soma_vllm.config import Config
 from soma_vllm.errors import StoreUnavailable
 from soma_vllm.sessions.ports import Store
 from soma_vllm.sessions.sql.records import LengthCount
-from soma_vllm.sessions.state.events import EventKind
+from soma_vllm.sessions.state.events import EventKind, Judged, Trained
 from soma_vllm.sessions.state.session import Session
+from soma_vllm.sessions.state.turn import turn_of
 from soma_vllm.types import Candidate, Event, Role, SessionKey
 
 logger = logging.getLogger(__name__)
@@ -90,30 +91,29 @@ class CostModel:
         self._lengths, self._read_at = by_tenant(found), now
 
     def _turn(self, event: Event) -> Costs:
-        costs, data, latency = self._costs, event.data, event.data["latency_s"]
-        role = Role(data["engine"])
-        took = self._busy[role].add(event.at - latency, event.at, data["complete"])
-        if not data["complete"]:
+        costs, turn = self._costs, turn_of(event.data, None)
+        latency, ttft = turn.latency_s, turn.ttft_s
+        took = self._busy[turn.engine].add(event.at - latency, event.at, turn.complete)
+        if not turn.complete:
             return costs
-        if role is Role.SURROGATE:
+        if turn.engine is Role.SURROGATE:
             return replace(costs, surrogate_turn_s=costs.surrogate_turn_s.with_one(took))
-        usage, ttft = data["usage"], data["ttft_s"]
         prefill = None if ttft is None or not latency else took * ttft / latency
         return replace(
             costs,
             original_turn_s=costs.original_turn_s.with_one(took),
             original_prefill_s=_with(costs.original_prefill_s, prefill),
-            original_prompt_tokens=_with(costs.original_prompt_tokens, usage["prompt_tokens"]),
-            original_completion_tokens=_with(costs.original_completion_tokens, usage["completion_tokens"]),
+            original_prompt_tokens=_with(costs.original_prompt_tokens, turn.usage.prompt_tokens),
+            original_completion_tokens=_with(costs.original_completion_tokens, turn.usage.completion_tokens),
         )
 
     def _trained(self, event: Event) -> Costs:
-        took = sum(event.data[f"{stage}_s"] for stage in ("mining", "finetune", "scoring"))
+        took = sum(Trained.from_data(event.data).stages.values())
         return replace(self._costs, training_s=self._costs.training_s.with_one(took))
 
     def _judged(self, event: Event) -> Costs:
         """An adapter was trained where the gate has its numbers; what a study forced does not count."""
-        found = event.data["numbers"].get("candidates", {}).get(Candidate.ADAPTER)
+        found = Judged.from_data(event.data).numbers.get("candidates", {}).get(Candidate.ADAPTER)
         if found is None:
             return self._costs
         return replace(self._costs, admitted=self._costs.admitted.with_one(float(found["passes"])))

@@ -24,8 +24,7 @@ from soma_vllm.config import Config
 from soma_vllm.engines.engine import ChatCall, ScoringEngine
 from soma_vllm.errors import AdapterError, EngineError
 from soma_vllm.sessions.registry import SessionRegistry
-from soma_vllm.sessions.state.events import EventKind
-from soma_vllm.sessions.state.gate import AuditKind
+from soma_vllm.sessions.state.events import Audited, AuditKind, EventKind
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.session import Session
 from soma_vllm.sessions.state.turn import Turn
@@ -141,9 +140,7 @@ class DriftWatch:
 
     async def _observe(self, key: SessionKey, turn: Turn, finding: Finding) -> None:
         """Put a finding into the drift window, and roll back where that demands it."""
-        session = self._registry.note(
-            key,
-            EventKind.AUDITED,
+        audited = Audited(
             turn=turn.number,
             kind=finding.kind,
             gap=round(finding.value, 4) if finding.kind == "gap" else None,
@@ -151,6 +148,7 @@ class DriftWatch:
             top1=None if finding.top1 is None else round(finding.top1, 4),
             served_by=turn.engine,
         )
+        session = self._registry.note(key, EventKind.AUDITED, **audited.to_data())
         if not session.drift.demands_rollback(self._config.gate):
             return
         adapter = session.adapter

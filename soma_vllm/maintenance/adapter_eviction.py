@@ -252,7 +252,7 @@ class AdapterEvictor:
         users = []
         for key in await self._registry.users_of(ref.name):
             session = await leases.enter_async_context(self._registry.lease(key))
-            if session.adapter is not None and session.adapter.name == ref.name:
+            if session.adapter is not None and session.is_served_by(ref.name):
                 users.append(key)
                 evicted = asdict(session.adapter)
                 self._registry.note(key, EventKind.ADAPTER_EVICTED, adapter=evicted, reason=reason)

@@ -36,15 +36,15 @@ class BackgroundTasks:
             task.add_done_callback(self._finished)
 
     def idle(self, key: SessionKey) -> bool:
-        """True when nothing is under way for this session."""
+        """True when no work is under way for this session."""
         return key not in self._tasks.values()
 
     async def cancel(self, key: SessionKey) -> None:
-        """End what is under way for a session; returns once it has cleaned up after itself."""
+        """Cancel the work on a session; returns once it has cleaned up after itself."""
         await self._end([task for task, owner in self._tasks.items() if owner == key])
 
     async def stop(self) -> None:
-        """End everything. An unfinished adaptation is begun again when the server is."""
+        """Cancel all work. An unfinished adaptation is begun again at the next start."""
         await self._end(list(self._tasks))
 
     async def _end(self, tasks: list[asyncio.Task[object]]) -> None:

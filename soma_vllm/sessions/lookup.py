@@ -14,7 +14,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from soma_vllm.errors import NotFound, StoreUnavailable, Unprocessable
-from soma_vllm.sessions.registry import SessionRegistry, in_time
+from soma_vllm.sessions.ports import in_time
+from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.sql.records import TurnLocation
 from soma_vllm.sessions.state.adapter_states import AdapterState
 from soma_vllm.sessions.state.events import EventKind
@@ -156,7 +157,7 @@ class SessionLookup:
         """The turn on record with which a request's history agrees furthest."""
         if not reading.marks:
             return None
-        chains = reading.chains()
+        chains = reading.prefix_digests()
         hit = self._index.find(tenant, family, chains)
         if hit is not None and hit.exact and hit.found.number == len(reading.marks):
             return hit.found
@@ -178,7 +179,7 @@ class SessionLookup:
             return None
         link = reading.marks[-1].link
         on_record = await in_time(self._store.standing(tenant, family, link, MOST_ALIKE))
-        names = list(dict.fromkeys([*on_record, *self._index.with_link(tenant, family, link)]))
+        names = list(dict.fromkeys([*on_record, *self._index.ending_with(tenant, family, link)]))
         if len(names) >= MOST_ALIKE and not family:
             return None
         sessions = [await self.registry.open(SessionKey(tenant, name)) for name in names[:MOST_ALIKE]]

@@ -1,10 +1,12 @@
-"""What the scheduler needs of the rooms beside it. The composition root fits concrete classes into these."""
+"""What this room needs of others: a session store, observers, a meter. The wiring fits concrete classes in."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import Protocol, TypeVar
 
+from soma_vllm.errors import StoreUnavailable
 from soma_vllm.sessions.sql.records import (
     AdapterRecord,
     LengthCount,
@@ -14,6 +16,11 @@ from soma_vllm.sessions.sql.records import (
     TurnMark,
 )
 from soma_vllm.types import Event, SessionKey, Usage
+
+LOOKUP_S = 3.0
+"""Longest wait for the store while a user waits."""
+
+T = TypeVar("T")
 
 
 class Store(Protocol):
@@ -51,8 +58,21 @@ class Store(Protocol):
     async def retired(self, adapter: str) -> None: ...
 
 
+async def in_time(answer: Awaitable[T]) -> T:
+    """What the session store answers: without its record a session must not be served as if it were new.
+
+    Raises:
+        StoreUnavailable: it did not answer within `LOOKUP_S`.
+    """
+    try:
+        async with asyncio.timeout(LOOKUP_S):
+            return await answer
+    except TimeoutError as error:
+        raise StoreUnavailable(f"the session store did not answer within {LOOKUP_S:g} s") from error
+
+
 class Observer(Protocol):
-    """Something that is told of every event: metrics, logs."""
+    """Something that is told of events: of the kinds in its attribute `kinds`, or of all where it has none."""
 
     def __call__(self, key: SessionKey, event: Event) -> None: ...
 

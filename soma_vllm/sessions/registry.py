@@ -10,17 +10,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 from soma_vllm.config import Config
 from soma_vllm.errors import NotFound, StoreUnavailable
 from soma_vllm.sessions.erasure import LEARNING, TextCache, TextErasure
 from soma_vllm.sessions.event_bus import EventBus
-from soma_vllm.sessions.ports import Observer, Store
+from soma_vllm.sessions.ports import Observer, Store, in_time
 from soma_vllm.sessions.sql.records import AdapterRecord, SessionSnapshot
 from soma_vllm.sessions.state.adapter_states import AdapterLives, AdapterState
 from soma_vllm.sessions.state.events import EventKind
@@ -35,25 +35,7 @@ from soma_vllm.types import AdapterRef, Event, SessionKey
 LIVE_SESSIONS = 10_000
 """Sessions kept in memory beside those in use: with 10 kB of text each, some 200 MB."""
 
-LOOKUP_S = 3.0
-"""Longest wait for the store while a user waits."""
-
 UNHELD_EVERY_S = 0.02
-
-T = TypeVar("T")
-
-
-async def in_time(answer: Awaitable[T]) -> T:
-    """What the session store answers: without its record a session must not be served as if it were new.
-
-    Raises:
-        StoreUnavailable: it did not answer within `LOOKUP_S`.
-    """
-    try:
-        async with asyncio.timeout(LOOKUP_S):
-            return await answer
-    except TimeoutError as error:
-        raise StoreUnavailable(f"the session store did not answer within {LOOKUP_S:g} s") from error
 
 
 @dataclass
@@ -88,7 +70,7 @@ class SessionRegistry:
         caches = [cache for cache in (self, *observers) if isinstance(cache, TextCache)]
         self.erasure = TextErasure(config.retention.text, store, caches)
         self._entries: OrderedDict[SessionKey, Entry] = OrderedDict()
-        self.index = TranscriptIndex(lambda key: self._entries[key].session.chain())
+        self.index = TranscriptIndex(lambda key: self._entries[key].session.prefix_digest())
         """Finds live sessions by transcript."""
         self._write_behind = WriteBehindQueue()
         self._opening: dict[SessionKey, asyncio.Lock] = {}
@@ -158,11 +140,9 @@ class SessionRegistry:
 
     def release(self, key: SessionKey) -> None:
         """Give one hold back; harmless where the session was removed."""
-        entry = self._entries.get(key)
-        if entry is None:
-            return
-        entry.holds -= 1
-        self._drop_if_unused(key)
+        if (entry := self._entries.get(key)) is not None:
+            entry.holds -= 1
+            self._drop_if_unused(key)
 
     def holds(self, key: SessionKey) -> int:
         """Requests and background work under way for a session."""
@@ -212,8 +192,7 @@ class SessionRegistry:
     async def live(self, tenant: str) -> int:
         """Sessions that a tenant has."""
         if tenant not in self._live:
-            count = await in_time(self.store.live(tenant))
-            self._live.setdefault(tenant, count)
+            self._live.setdefault(tenant, await in_time(self.store.live(tenant)))
         return self._live[tenant]
 
     async def adapters(self, tenant: str) -> int:
@@ -235,7 +214,7 @@ class SessionRegistry:
             StoreUnavailable: the session store did not answer within 3 s.
         """
         on_record = await in_time(self.store.users_of(name))
-        live = [e.session.key for e in self._entries.values() if _uses(e.session, name)]
+        live = [e.session.key for e in self._entries.values() if e.session.is_served_by(name)]
         return [*live, *(key for key in on_record if self._elsewhere(key))]
 
     def _elsewhere(self, key: SessionKey) -> bool:
@@ -298,17 +277,15 @@ class SessionRegistry:
 
     def _moved(self, events: Iterable[Event]) -> Iterable[AdapterRecord]:
         """The adapters that events move, as they leave them. Raises IllegalMove."""
-        for event in events:
-            if (found := self._adapters.note(event)) is not None:
-                ref, state = found
-                yield AdapterRecord(ref.name, ref.number, ref.path, state)
+        for ref, state in filter(None, map(self._adapters.note, events)):
+            yield AdapterRecord(ref.name, ref.number, ref.path, state)
 
     def _put_on_record(
         self, entry: Entry, events: Sequence[Event], adapters: tuple[AdapterRecord, ...]
     ) -> None:
         session, first_seq = entry.session, len(entry.events)
         marks = self.index.observe(session, first_seq, events)
-        snapshot = _snapshot(session)
+        snapshot = SessionSnapshot.of(session)
         silent = [_silent(event) for event in events]
         written = events if self.erasure.on_record(session.phase) else silent
         if self.erasure.in_memory(session.phase):
@@ -373,12 +350,3 @@ class SessionRegistry:
 
 def _silent(event: Event) -> Event:
     return event if event.text is None else replace(event, text=None)
-
-
-def _snapshot(session: Session) -> SessionSnapshot:
-    adapter = None if session.adapter is None else session.adapter.name
-    return SessionSnapshot(session.family, session.phase, session.chain(), len(session.turns), adapter)
-
-
-def _uses(session: Session, adapter: str) -> bool:
-    return session.adapter is not None and session.adapter.name == adapter

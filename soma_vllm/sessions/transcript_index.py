@@ -31,9 +31,9 @@ class Hit:
 class TranscriptIndex:
     """Turns of the sessions in memory."""
 
-    def __init__(self, chain_of: Callable[[SessionKey], str]) -> None:
-        """`chain_of` gives a live session's present chain."""
-        self._chain_of = chain_of
+    def __init__(self, prefix_digest_of: Callable[[SessionKey], str]) -> None:
+        """`prefix_digest_of` gives the digest of a live session's transcript so far."""
+        self._prefix_digest_of = prefix_digest_of
         self._turns: defaultdict[Place, list[tuple[SessionKey, int, int]]] = defaultdict(list)
         self._responses: dict[tuple[str, str], tuple[SessionKey, int, int]] = {}
         self._asked: dict[Place, SessionKey] = {}
@@ -89,12 +89,12 @@ class TranscriptIndex:
         for chain in chains:
             wheres = self._turns.get((tenant, family, chain))
             if wheres:
-                exact = [where for where in wheres if self._chain_of(where[0]) == chain]
+                exact = [where for where in wheres if self._prefix_digest_of(where[0]) == chain]
                 key, seq, number = (exact or wheres)[-1]
                 return Hit(TurnLocation(key.session, seq, number), bool(exact))
         return None
 
-    def with_link(self, tenant: str, family: str, link: str) -> set[str]:
+    def ending_with(self, tenant: str, family: str, link: str) -> set[str]:
         """Sessions that have a turn which ends with this exchange."""
         return {key.session for key, _, _ in self._turns.get((tenant, family, link), ())}
 

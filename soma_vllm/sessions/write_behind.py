@@ -1,10 +1,9 @@
-"""The writer behind the book: everything that goes to the session store, in order, awaited by nobody.
+"""The write-behind queue: everything that goes to the session store, in order; no request waits for it.
 
-Guarantees: while the database is away, or its disk is full, writes wait and are tried again, so that nothing is
-lost that its return can save; a session whose write is contradicted is given up alone, and what is on record of
-it stays a true beginning, because nothing is written after a gap: a kill costs each session at most the writes
-that were still queued, the latest ones; `stop` ends within its limit whatever the
-database does.
+Guarantees: while the database is away, or its disk is full, writes wait and are tried again. A session whose
+write is refused is given up alone; what is on record of it has no gaps, because nothing is written after one.
+A kill costs each session at most the writes that were still queued, the latest ones. `stop` ends within its
+limit whatever the database does.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Write:
     key: SessionKey
     do: Callable[[], Awaitable[object]]
     anew: bool = False
-    """It makes good whatever is missing before it: a removal."""
+    """May be applied although earlier writes of this session were lost: a removal."""
 
 
 class WriteBehindQueue:
@@ -75,7 +74,7 @@ class WriteBehindQueue:
         self._writes.put_nowait(write)
 
     async def written(self) -> None:
-        """Return when everything queued so far is done; what is queued meanwhile is not waited for."""
+        """Return when everything queued before the call is done."""
         here = asyncio.get_running_loop().create_future()
         self._writes.put_nowait(here)
         await here
@@ -86,7 +85,7 @@ class WriteBehindQueue:
         return self._waiting.total()
 
     def has(self, key: SessionKey) -> bool:
-        """Whether the record of this session is not what memory has."""
+        """Whether the record of this session lacks something that memory has."""
         return key in self._waiting or key in self._given_up
 
     async def _write_all(self) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.registry import REGISTRY
 
-from soma_vllm.sessions.state.events import EventKind
+from soma_vllm.sessions.state.events import Audited, EventKind, Judged, Trained
+from soma_vllm.sessions.state.turn import turn_of
 from soma_vllm.types import Event, SessionKey
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -70,7 +71,7 @@ class SessionMetrics:
             EventKind.PAYBACK_JUDGED: lambda data: self._cost_model.labels(
                 "pays" if data["pays"] else "costs_more"
             ).inc(),
-            EventKind.JUDGED: lambda data: self._verdicts.labels(data["candidate"]).inc(),
+            EventKind.JUDGED: lambda data: self._verdicts.labels(Judged.from_data(data).candidate).inc(),
         }
 
     def __call__(self, key: SessionKey, event: Event) -> None:
@@ -80,18 +81,19 @@ class SessionMetrics:
             count(event.data)
 
     def _turn(self, data: Mapping[str, Any]) -> None:
-        adapted = "yes" if data["adapter"] else "no"
-        self._turns.labels(data["engine"], data["phase"], adapted).inc()
-        self._latency.labels(data["engine"]).observe(data["latency_s"])
-        if data["ttft_s"] is not None:
-            self._ttft.labels(data["engine"]).observe(data["ttft_s"])
+        turn = turn_of(data, None)
+        self._turns.labels(turn.engine, turn.phase, "yes" if turn.adapter else "no").inc()
+        self._latency.labels(turn.engine).observe(turn.latency_s)
+        if turn.ttft_s is not None:
+            self._ttft.labels(turn.engine).observe(turn.ttft_s)
 
     def _audited(self, data: Mapping[str, Any]) -> None:
-        if data["kind"] == "gap":
-            self._gap.labels(data["served_by"]).observe(data["gap"])
+        found = Audited.from_data(data)
+        if found.kind == "gap":
+            self._gap.labels(found.served_by).observe(found.value)
         else:
-            self._surprise.observe(data["surprise"])
+            self._surprise.observe(found.value)
 
     def _trained(self, data: Mapping[str, Any]) -> None:
-        for stage in ("mining", "finetune", "scoring"):
-            self._training.labels(stage).observe(data[f"{stage}_s"])
+        for stage, seconds in Trained.from_data(data).stages.items():
+            self._training.labels(stage).observe(seconds)

@@ -19,7 +19,7 @@ CONTRADICTED = (IntegrityError, DataError, ProgrammingError)
 
 @contextmanager
 def translated(store: str = "the session store") -> Iterator[None]:
-    """Whatever the database raises inside, as an error of ours.
+    """Raise what the database raises inside as an error of this package.
 
     Raises:
         StoreRefused: the database answered, and said no.

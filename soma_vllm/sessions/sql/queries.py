@@ -18,7 +18,7 @@ from soma_vllm.sessions.sql.outages import translated
 from soma_vllm.sessions.sql.records import AdapterRecord, LengthCount, Summary, TurnLocation
 from soma_vllm.sessions.sql.schema import missing_tables, refuse_other_versions
 from soma_vllm.sessions.sql.tables import CLOSED, RETIRED, AdapterRow, EventRow, SessionRow, TextRow, TurnRow
-from soma_vllm.sessions.sql.turn_lookup import Turn, by_chains, by_link, by_response
+from soma_vllm.sessions.sql.turn_lookup import Turn, by_exchange_digest, by_prefix_digests, by_response
 from soma_vllm.types import Event, SessionKey
 
 _KEYS = select(SessionRow.tenant, SessionRow.session)
@@ -57,11 +57,11 @@ class SessionReader:
 
         Of several, one of a session whose transcript ends there, then one of the session appended to last.
         """
-        return await self._turn(by_chains(self._engine.dialect.name, tenant, family, chains))
+        return await self._turn(by_prefix_digests(self._engine.dialect.name, tenant, family, chains))
 
     async def standing(self, tenant: str, family: str, link: str, limit: int) -> list[str]:
         """At most `limit` sessions whose last turn ends with this exchange, the latest first."""
-        return [name for (name,) in await self._rows(by_link(tenant, family, link, limit))]
+        return [name for (name,) in await self._rows(by_exchange_digest(tenant, family, link, limit))]
 
     async def of_response(self, tenant: str, response: str) -> TurnLocation | None:
         """The latest turn that a client may name so."""

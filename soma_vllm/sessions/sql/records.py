@@ -1,9 +1,11 @@
-"""What the session store is handed and what it hands out, beside events: plain values, free of SQLAlchemy."""
+"""What the session store takes and gives, beside events: plain values, free of SQLAlchemy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
+from soma_vllm.sessions.state.session import Session
 from soma_vllm.types import SessionKey
 
 
@@ -19,6 +21,12 @@ class SessionSnapshot:
     turns: int
     adapter: str | None
     """Name of the adapter that serves it."""
+
+    @classmethod
+    def of(cls, session: Session) -> Self:
+        """The row of a session as it is now."""
+        adapter = None if session.adapter is None else session.adapter.name
+        return cls(session.family, session.phase, session.prefix_digest(), len(session.turns), adapter)
 
 
 @dataclass(frozen=True)

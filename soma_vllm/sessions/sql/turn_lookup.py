@@ -20,7 +20,7 @@ Turn = Select[str, int, int]
 _OF_THE_SAME = (TurnRow.tenant == SessionRow.tenant) & (TurnRow.session == SessionRow.session)
 
 
-def by_chains(dialect: str, tenant: str, family: str, chains: Sequence[str]) -> Turn:
+def by_prefix_digests(dialect: str, tenant: str, family: str, chains: Sequence[str]) -> Turn:
     """The turn with the first of these chains that there is.
 
     Of several, one of a session that stands there, then one of the session that was appended to last.
@@ -44,7 +44,7 @@ def by_chains(dialect: str, tenant: str, family: str, chains: Sequence[str]) -> 
     )
 
 
-def by_link(tenant: str, family: str, link: str, limit: int) -> Select[str]:
+def by_exchange_digest(tenant: str, family: str, link: str, limit: int) -> Select[str]:
     """Sessions whose last turn ends with this exchange, the one that was appended to last first."""
     return (
         select(SessionRow.session)

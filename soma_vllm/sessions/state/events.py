@@ -1,8 +1,29 @@
-"""The kinds of events in a session's log. Their values are on disk and on the wire: never renamed."""
+"""The kinds of events in a session's log, and the payloads that several rooms read.
+
+Kinds and keys are on disk and on the wire: never renamed. Guarantee: `from_data(data).to_data()` is `data`
+for what this version writes; what an older version left out has the default. A turn's payload is in
+`sessions/state/turn.py`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from typing import Any, Literal, Self
+
+from soma_vllm.types import AdapterRef, Candidate, Role
+
+AuditKind = Literal["gap", "surprise"]
+"""What an audit measured: the gap of two answers, or the original's surprise at one, in nats per token."""
+
+_READ: Mapping[str, Callable[[Any], object]] = {
+    "candidate": Candidate,
+    "adapter": lambda ref: AdapterRef(**ref),
+    "centroid": tuple,
+    "served_by": Role,
+}
+"""Fields whose JSON stands for another type."""
 
 
 class EventKind(StrEnum):
@@ -62,3 +83,86 @@ class EventKind(StrEnum):
     """An administrator bound the session to an engine, or released it."""
     CLOSED = "closed"
     """The session is being removed."""
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What an event of one kind says, as stored: a JSON object with the fields' names as keys."""
+
+    def to_data(self) -> dict[str, Any]:
+        """The event's data."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Self:
+        """The payload of stored data; keys of later versions are ignored."""
+        given = ((name, data[name]) for name in cls.__dataclass_fields__ if data.get(name) is not None)
+        return cls(**{name: _READ[name](value) if name in _READ else value for name, value in given})
+
+
+@dataclass(frozen=True)
+class Judged(Payload):
+    """The gate's verdict."""
+
+    candidate: Candidate
+    reason: str = ""
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    """The evidence and the thresholds in force, as `Verdict.numbers`."""
+
+
+@dataclass(frozen=True)
+class Switched(Payload):
+    """Who serves the session from now on, and why."""
+
+    candidate: Candidate
+    reason: str = ""
+    adapter: AdapterRef | None = None
+    centroid: tuple[float, ...] | None = None
+    """Mean embedding of the warm start's queries, shape (d,)."""
+
+
+@dataclass(frozen=True)
+class Trained(Payload):
+    """What a training cost, and what it reached."""
+
+    mining_s: float
+    finetune_s: float
+    scoring_s: float
+    """Seconds of each stage."""
+    steps: int = 0
+    distilled: bool = False
+    flops: float = 0.0
+    losses: list[float] | None = None
+    hardness: Mapping[str, float] | None = None
+    """By the turn's number."""
+    checkpoints: list[Mapping[str, float]] | None = None
+    """Steps, and NLL and top-1 agreement on held-out turns after them."""
+    plain: Mapping[str, float] | None = None
+    adapted: Mapping[str, float] | None = None
+    """Agreement on held-out turns; None where nothing was held out."""
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Seconds by stage."""
+        return {"mining": self.mining_s, "finetune": self.finetune_s, "scoring": self.scoring_s}
+
+
+@dataclass(frozen=True)
+class Audited(Payload):
+    """What the comparison of one turn found."""
+
+    turn: int
+    kind: AuditKind = "gap"
+    gap: float | None = None
+    """Where `kind` is "gap"."""
+    surprise: float | None = None
+    """Where `kind` is "surprise": nats per token."""
+    top1: float | None = None
+    served_by: Role = Role.SURROGATE
+
+    @property
+    def value(self) -> float:
+        """What `kind` names."""
+        found = self.gap if self.kind == "gap" else self.surprise
+        assert found is not None, f"an audit of kind {self.kind} without its value"
+        return found

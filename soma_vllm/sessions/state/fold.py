@@ -11,12 +11,12 @@ from dataclasses import asdict, replace
 
 from soma_vllm.config import Gate
 from soma_vllm.sessions.state.adaptation_rules import adapting_of
-from soma_vllm.sessions.state.events import EventKind
-from soma_vllm.sessions.state.gate import AuditKind, Drift
+from soma_vllm.sessions.state.events import Audited, EventKind, Switched
+from soma_vllm.sessions.state.gate import Drift
 from soma_vllm.sessions.state.phases import Phase, after, may_happen
 from soma_vllm.sessions.state.session import Session, fresh
 from soma_vllm.sessions.state.turn import Turn, turn_event, turn_of
-from soma_vllm.types import AdapterRef, Candidate, Event, Role, SessionKey
+from soma_vllm.types import Candidate, Event, Role, SessionKey
 
 
 def restore(key: SessionKey, events: Iterable[Event], gate: Gate) -> Session:
@@ -106,28 +106,24 @@ def _training_submitted(session: Session, event: Event, gate: Gate) -> Session:
 
 
 def _switched(session: Session, event: Event, gate: Gate) -> Session:
-    data = event.data
-    ref = data.get("adapter")
+    found = Switched.from_data(event.data)
     return replace(
         session,
-        serving=Candidate(data["candidate"]),
-        adapter=None if ref is None else AdapterRef(**ref),
-        centroid=None if data["centroid"] is None else tuple(data["centroid"]),
+        serving=found.candidate,
+        adapter=found.adapter,
+        centroid=found.centroid,
         drift=Drift(),
         switches=session.switches + 1,
     )
 
 
 def _audited(session: Session, event: Event, gate: Gate) -> Session:
-    data = event.data
-    number = data["turn"]
-    kind: AuditKind = "gap" if data.get("kind", "gap") == "gap" else "surprise"
-    found = {kind: data[kind]}
-    turns = tuple(replace(t, **found) if t.number == number else t for t in session.turns)
+    found = Audited.from_data(event.data)
+    turns = tuple(t.audited(found) if t.number == found.turn else t for t in session.turns)
     session = replace(session, turns=turns)
     if session.phase is not Phase.SWITCHED:
         return session
-    return replace(session, drift=session.drift.observe(kind, data[kind], gate))
+    return replace(session, drift=session.drift.observe(found.kind, found.value, gate))
 
 
 def _refused(session: Session, event: Event, gate: Gate) -> Session:

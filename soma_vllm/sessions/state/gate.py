@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from soma_vllm.config import Gate
+from soma_vllm.sessions.state.events import AuditKind
 from soma_vllm.types import Candidate, Evidence
 
 Vector = NDArray[np.float32]
@@ -130,9 +131,6 @@ def _numbers(item: Evidence, failure: str | None) -> dict[str, Any]:
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
-
-AuditKind = Literal["gap", "surprise"]
-"""What an audit measured: the gap of two answers, or the original's surprise at one, in nats per token."""
 
 _LEAST_THRESHOLD = 1.0e-9
 """Stands for a threshold of 0, under which any drift at all is a breach."""

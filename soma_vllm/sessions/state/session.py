@@ -62,9 +62,13 @@ class Session:
             messages += [*turn.messages, spoken(turn.answer, turn.calls)]
         return tuple(messages)
 
-    def chain(self) -> str:
+    def prefix_digest(self) -> str:
         """Digest of the transcript so far, "" before the first turn: by it the next request is recognised."""
         return self.turns[-1].chain if self.turns else ""
+
+    def is_served_by(self, adapter: str) -> bool:
+        """Whether this adapter serves it."""
+        return self.adapter is not None and self.adapter.name == adapter
 
     def kept(self) -> bool:
         """Whether the whole transcript is at hand."""

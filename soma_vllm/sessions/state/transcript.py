@@ -81,7 +81,7 @@ class TranscriptDigest:
     """The history begins in the middle of an exchange, as one does that was cut to a number of messages."""
     _hashes: RunningHashes = field(compare=False, repr=False)
 
-    def chains(self) -> list[str]:
+    def prefix_digests(self) -> list[str]:
         """Chains of the history, longest first: what a lookup tries."""
         return [mark.chain for mark in reversed(self.marks)]
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from soma_vllm.sessions.state.events import EventKind
+from soma_vllm.sessions.state.events import Audited, EventKind
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.transcript import text_of
 from soma_vllm.types import Event, Length, Message, Role, Usage
@@ -81,6 +81,10 @@ class Turn:
         if self.calls:
             return "its answer calls a tool"
         return None if self.answer.strip() else "its answer is empty"
+
+    def audited(self, found: Audited) -> Turn:
+        """The same turn with what its audit found."""
+        return replace(self, gap=found.value) if found.kind == "gap" else replace(self, surprise=found.value)
 
     def silent(self) -> Turn:
         """The same turn without its text."""

@@ -11,12 +11,29 @@ from support.services import Build, Services
 from soma_vllm.adaptation.cost_model import REFRESH_S, CostModel
 from soma_vllm.errors import StoreUnavailable
 from soma_vllm.sessions.state.phases import Phase
-from soma_vllm.types import Candidate, Event
+from soma_vllm.sessions.state.turn import Turn, turn_event
+from soma_vllm.types import Candidate, Event, Role, Usage
 
 AUTO = {"payback": "auto"}
 LONG = {"remaining_turns": 1000.0, "training_s": 1.0}
-USAGE = {"prompt_tokens": 100, "completion_tokens": 10}
+USAGE = Usage(prompt_tokens=100, completion_tokens=10)
 SHORT = {"remaining_turns": 0.01, "training_s": 100.0}
+
+
+def turn(engine: str, latency: float, at: float, ttft: float | None = None) -> Event:
+    answered = Turn(
+        number=1,
+        messages=(),
+        answer="",
+        engine=Role(engine),
+        adapter=None,
+        phase=Phase.WARM_START,
+        reason="test",
+        usage=USAGE,
+        ttft_s=ttft,
+        latency_s=latency,
+    )
+    return turn_event(answered, 0, at)
 
 
 async def warmed(services: Services, session: str = "s", **extra: Any) -> list[dict[str, Any]]:
@@ -128,10 +145,9 @@ async def test_turns_beside_each_other_share_their_engines_time(build: Build) ->
     await services.registry.start()
     await services.say([], "question")
     alone, crowded = (CostModel(services.config, services.store) for _ in range(2))
-    data = {"engine": "original", "latency_s": 8.0, "ttft_s": 4.0, "usage": USAGE, "complete": True}
     for number in range(400):
-        alone(services.session().key, Event("turn", 10.0 * number, data))
-        crowded(services.session().key, Event("turn", 2.0 * number, data))  # four at a time
+        alone(services.session().key, turn("original", 8.0, 10.0 * number, ttft=4.0))
+        crowded(services.session().key, turn("original", 8.0, 2.0 * number, ttft=4.0))  # four at a time
     saving = [(await watch.judge(services.session())).saving_per_turn for watch in (alone, crowded)]
     assert saving == pytest.approx([8.0, 2.0], rel=0.05)
 
@@ -167,10 +183,6 @@ async def test_costs_are_learned_from_turns_trainings_and_verdicts(build: Build)
     await services.registry.start()
     await services.say([], "question")
     before = await watch.judge(services.session())
-
-    def turn(engine: str, latency: float, at: float) -> Event:
-        data = {"engine": engine, "latency_s": latency, "ttft_s": None, "usage": USAGE, "complete": True}
-        return Event("turn", at, data)
 
     key = services.session().key
     for number in range(100):

@@ -33,7 +33,7 @@ from support.api_services import (
 from support.guard import GUARD_S
 
 from soma_vllm.maintenance import session_admin
-from soma_vllm.sessions import registry
+from soma_vllm.sessions import ports
 
 CHAT = "/v1/chat/completions"
 Message = dict[str, Any]
@@ -91,7 +91,7 @@ def fuzzing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzing]:
         pytest.MonkeyPatch.context() as patch,
     ):
         # On a machine with more to do than this the store is slow, and not away.
-        patch.setattr(registry, "LOOKUP_S", GUARD_S)
+        patch.setattr(ports, "LOOKUP_S", GUARD_S)
         patch.setattr(session_admin, "WRITTEN_S", GUARD_S)
         services = runner.run(SurfaceHouse.built(tmp_path_factory.mktemp("fuzzing")))
         yield Fuzzing(runner, services)

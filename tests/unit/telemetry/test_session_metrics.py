@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prometheus_client import CollectorRegistry
 
+from soma_vllm.sessions.state.phases import Phase
+from soma_vllm.sessions.state.turn import Turn, turn_event
 from soma_vllm.telemetry.session_metrics import SessionMetrics
-from soma_vllm.types import Event, SessionKey
+from soma_vllm.types import Event, Role, SessionKey, Usage
 
 
 def turn(session: str, adapter: str | None) -> tuple[SessionKey, Event]:
-    data: dict[str, Any] = {
-        "engine": "surrogate",
-        "phase": "SWITCHED",
-        "adapter": adapter,
-        "latency_s": 0.5,
-        "ttft_s": 0.1,
-    }
-    return SessionKey("t", session), Event("turn", 0.0, data)
+    answered = Turn(
+        number=1,
+        messages=(),
+        answer="",
+        engine=Role.SURROGATE,
+        adapter=adapter,
+        phase=Phase.SWITCHED,
+        reason="test",
+        usage=Usage(),
+        ttft_s=0.1,
+        latency_s=0.5,
+    )
+    return SessionKey("t", session), turn_event(answered, 0, 0.0)
 
 
 def test_series_do_not_grow_with_sessions_or_adapters() -> None:
@@ -46,7 +51,7 @@ def test_gaps_and_surprises_are_counted_apart() -> None:
     registry = CollectorRegistry()
     metrics = SessionMetrics(registry)
     key = SessionKey("t", "s")
-    served = {"served_by": "surrogate"}
+    served = {"turn": 1, "served_by": "surrogate"}
     metrics(key, Event("audited", 0.0, {"kind": "gap", "gap": 0.25, "surprise": None, **served}))
     metrics(key, Event("audited", 0.0, {"kind": "surprise", "gap": None, "surprise": 1.5, **served}))
     assert registry.get_sample_value("soma_audit_gap_sum", {"engine": "surrogate"}) == 0.25
