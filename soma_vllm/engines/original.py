@@ -47,13 +47,11 @@ class OriginalEngine:
         connect_timeout_s: float = 5.0,
         speaks_vllm: bool = False,
         socket: Path | None = None,
-        supervisor: Supervisor | None = None,
-        salts: Salts | None = None,
     ) -> None:
         """`api_key_env` names the environment variable that holds the endpoint's key.
 
         `speaks_vllm` says that the endpoint takes vLLM's own extensions, as our child always does; `socket`
-        marks that child; `supervisor`, when given, is asked whether it is ready.
+        marks that child.
 
         Raises:
             PreflightError: the environment variable is not set.
@@ -70,25 +68,20 @@ class OriginalEngine:
             self._headers["Authorization"] = f"Bearer {key}"
         self._connect_timeout = connect_timeout_s
         self._socket = socket
-        self._supervisor = supervisor
-        self._salts = salts or Salts()
+        self._supervisor: Supervisor | None = None
+        self._salts = Salts()
         self._session: aiohttp.ClientSession | None = None
 
     @classmethod
     def of_child(
         cls, name: str, supervisor: Supervisor, connect_timeout_s: float = 5.0, salts: Salts | None = None
     ) -> OriginalEngine:
-        """The engine of a supervised child server."""
-        socket = supervisor.child.socket
-        return cls(
-            name,
-            "http://original/v1",
-            connect_timeout_s=connect_timeout_s,
-            speaks_vllm=True,
-            socket=socket,
-            supervisor=supervisor,
-            salts=salts,
-        )
+        """The engine of a supervised child server; it is asked only while its supervisor says it is ready."""
+        url, socket = "http://original/v1", supervisor.child.socket
+        engine = cls(name, url, connect_timeout_s=connect_timeout_s, speaks_vllm=True, socket=socket)
+        engine._supervisor = supervisor
+        engine._salts = salts or engine._salts
+        return engine
 
     async def chat(self, call: ChatCall) -> Reply:
         """Answer one chat completion; see `Engine.chat`."""

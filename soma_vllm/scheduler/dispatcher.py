@@ -24,7 +24,7 @@ from soma_vllm.engines.logprob_capture import LogprobCapture
 from soma_vllm.engines.reply_parser import ParsedReply, observe
 from soma_vllm.errors import AdapterError, EngineError, EngineRefused, EngineUnavailable
 from soma_vllm.scheduler.routing import DISPATCH_NAME, Routing, no_such_model
-from soma_vllm.scheduler.turn import ChatRequest, SessionUnavailable, TurnContext, begin_turn
+from soma_vllm.scheduler.turn_context import ChatRequest, SessionUnavailable, TurnContext, begin_turn
 from soma_vllm.scheduler.turn_recorder import TurnRecorder
 from soma_vllm.sessions.lookup import SessionLookup, StoredTranscript
 from soma_vllm.sessions.ports import Meter

@@ -5,7 +5,7 @@ from __future__ import annotations
 from soma_vllm.adaptation.drift import DriftWatch
 from soma_vllm.adaptation.pipeline import Adaptation
 from soma_vllm.config import Config
-from soma_vllm.scheduler.turn import ChatRequest, TurnContext
+from soma_vllm.scheduler.turn_context import ChatRequest, TurnContext
 from soma_vllm.sessions.background_tasks import BackgroundTasks
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.state.events import EventKind

@@ -13,7 +13,7 @@ from soma_vllm.config import Config
 from soma_vllm.engines.engine import Engine, Engines
 from soma_vllm.errors import BadRequest, NoSuchModel
 from soma_vllm.scheduler.policies.base import Policies, Policy, TurnQuery, prepared
-from soma_vllm.scheduler.turn import ChatRequest, TurnContext
+from soma_vllm.scheduler.turn_context import ChatRequest, TurnContext
 from soma_vllm.sessions.state.gate import gap
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.prefix import compress

@@ -14,7 +14,7 @@ from soma_vllm.adaptation.evidence import TurnEvidence
 from soma_vllm.adaptation.shadow_answers import most_tokens
 from soma_vllm.engines.reply_parser import Choice, ParsedReply
 from soma_vllm.scheduler.follow_up import FollowUp
-from soma_vllm.scheduler.turn import TurnContext
+from soma_vllm.scheduler.turn_context import TurnContext
 from soma_vllm.sessions.ports import Meter
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.state.events import EventKind

@@ -35,8 +35,6 @@ from soma_vllm.types import AdapterRef, Event, SessionKey
 LIVE_SESSIONS = 10_000
 """Sessions kept in memory beside those in use: with 10 kB of text each, some 200 MB."""
 
-UNHELD_EVERY_S = 0.02
-
 
 @dataclass
 class Entry:
@@ -153,7 +151,7 @@ class SessionRegistry:
         """Wait until only the caller holds a session, or the time is over."""
         deadline = time.monotonic() + limit_s
         while self.holds(key) > 1 and time.monotonic() < deadline:
-            await asyncio.sleep(UNHELD_EVERY_S)
+            await asyncio.sleep(0.02)
 
     def session(self, key: SessionKey) -> Session:
         """A live session as it is now."""

@@ -12,7 +12,7 @@ from support.services import Services
 
 from soma_vllm.errors import EngineUnavailable, TooManyRequests
 from soma_vllm.logs import LogContext
-from soma_vllm.scheduler.turn import ChatRequest, SessionUnavailable, TurnContext, begin_turn
+from soma_vllm.scheduler.turn_context import ChatRequest, SessionUnavailable, TurnContext, begin_turn
 from soma_vllm.sessions.lookup import SessionLookup
 from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.types import Reason, ReasonCode, Role, Route
