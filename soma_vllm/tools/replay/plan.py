@@ -36,7 +36,7 @@ _STEP_COST = 1.15
 _TURN_S = 0.25
 """What a turn costs beside both: HTTP, tokenizing, scheduling."""
 _CROWD = 1.3
-"""The surrogate's core also rehearses and shares its memory with a trainer."""
+"""The surrogate's core also answers shadow traffic and shares its memory with a trainer."""
 _BACKWARD = 2
 """A training step reads its text forwards and as much backwards, per weight."""
 _TRAINER_COST = 2.0
