@@ -108,7 +108,7 @@ test-shared: setup
 	@$(BIN)/python -m pytest $(SHARED)
 
 test-apart: lint
-	@$(BIN)/python -m pytest tests/unit tests/integration $(addprefix --ignore=,$(SHARED))
+	@$(BIN)/python -m pytest tests/unit tests/contract tests/integration $(addprefix --ignore=,$(SHARED))
 
 test-real: setup
 	@$(BIN)/python -m pytest tests/real
@@ -123,7 +123,7 @@ fast-services: setup
 	@$(FAST) $(SERVICES)
 
 fast-rest: setup
-	@$(FAST) tests/unit $(addprefix --ignore=,$(SERVICES))
+	@$(FAST) tests/unit tests/contract $(addprefix --ignore=,$(SERVICES))
 
 ## make lint    ruff and mypy
 lint: setup

@@ -4,8 +4,8 @@
     ├── ConfigError            (ValueError)  the configuration is wrong; lists every mistake at once
     ├── BadRequest             (ValueError)  the client's request is wrong                     -> 400
     │   ├── BodyTooLarge                     longer than this server reads                     -> 413
-    │   ├── NoSuchModel                      nobody here serves a model of that name           -> 404
-    │   └── Unprocessable                    well-formed, but nobody here can do what it asks  -> 422
+    │   ├── NoSuchModel                      no engine here serves a model of that name        -> 404
+    │   └── Unprocessable                    well-formed, but no engine here can do it         -> 422
     ├── Unauthorized                         no API key, or none that is known                 -> 401
     ├── Forbidden                            a known API key, but not for this                 -> 403
     ├── NotFound               (LookupError) no such session, adapter or model                 -> 404
@@ -61,11 +61,11 @@ class BodyTooLarge(BadRequest):
 
 
 class NoSuchModel(BadRequest):
-    """The client asks for a model that nobody here serves."""
+    """The client asks for a model that is not served here."""
 
 
 class Unprocessable(BadRequest):
-    """The client's request is well-formed, but asks for something that nobody here can do."""
+    """The client's request is well-formed, but asks for something that no engine here can do."""
 
 
 class Unauthorized(SomaError):
@@ -81,7 +81,8 @@ class NotFound(SomaError, LookupError):
 
 
 class TooManyRequests(SomaError):
-    """The API key has used up a limit of its own. `retry_after` is in seconds: asking earlier is in vain."""
+    """The API key has used up a limit of its own. `retry_after` is in seconds: an earlier request is refused
+    too."""
 
     def __init__(self, message: str, retry_after: float) -> None:
         self.retry_after = retry_after

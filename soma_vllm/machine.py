@@ -1,4 +1,4 @@
-"""What this machine's processor can compute fast, told without importing torch.
+"""What this machine's processor computes fast, found without importing torch.
 
 Guarantees: the answer is the same in every process of a server (it is read from /proc/cpuinfo and one
 environment variable, both inherited); an unknown processor is `OTHER`, never an error.
@@ -55,7 +55,7 @@ def detected() -> InstructionSet:
 
 
 def level(flags: str) -> InstructionSet:
-    """The level that a line of flags of /proc/cpuinfo tells of."""
+    """The level that a line of flags of /proc/cpuinfo has."""
     has = set(flags.split())
     if {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"} <= has:
         return InstructionSet.AVX512_BF16
@@ -74,7 +74,7 @@ def has_fast_bf16() -> bool:
 def training_dtype(configured: str, device: str) -> str:
     """What `training.dtype` means here: "bfloat16" or "float32" for "auto", else what is configured.
 
-    Whether float32 fits in memory beside a server, `engines/arithmetic.py` knows.
+    `engines/arithmetic.py` decides whether float32 fits in memory together with a server.
     """
     if configured != "auto":
         return configured

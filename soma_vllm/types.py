@@ -50,7 +50,7 @@ class AdapterRef:
     """A published adapter as an engine needs it: vLLM's name, integer id and path."""
 
     name: str
-    """Unique for ever: vLLM's prefix cache keys on it."""
+    """Never reused: vLLM's prefix cache keys on it."""
     number: int
     """vLLM's lora_int_id: allocated by the store, at least 1, never reused."""
     path: str
@@ -91,7 +91,7 @@ class Example:
     answer: str
     """What the original answered."""
     teacher: Teacher | None = None
-    """How it came to answer that; None where the original shows only its words."""
+    """Its distribution over that answer; None where the original returns text alone."""
     length: Length = Length()
 
 
@@ -200,6 +200,6 @@ class Event:
     at: float
     """Unix time, seconds."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """JSON-compatible: numbers, names, digests. Never what somebody said."""
+    """JSON-compatible: numbers, names, digests. Never conversation text."""
     text: Mapping[str, Any] | None = None
-    """JSON-compatible: what was said. Kept apart, so that it can be erased while the event stays."""
+    """JSON-compatible: conversation text. Kept apart, so that it can be erased while the event stays."""

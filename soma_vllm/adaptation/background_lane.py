@@ -1,11 +1,12 @@
-"""Background work at an engine: one job at a time, while no user's request is running there.
+"""Background work at an engine: how much of it is granted, and when it runs.
 
-Guarantees:
+`BackgroundLane` guarantees:
 
-* A user's request is never held back: it is counted and sent; a job that is running is cancelled at that
+* A user's request is never delayed: it is counted and sent, and a job that is running is cancelled at that
   moment, which closes its connection and thereby stops its generation.
-* A cancelled job is tried again when the engine is idle. A job waits at most `wait_s` for an idle engine and
-  then runs for at most `wait_s`: the configured wait, or as long as users' requests take where that is longer.
+* One job runs at a time, while no user's request is in the engine. A cancelled job is tried again in the next
+  such time. It waits at most `wait_s` for its turn and then runs for at most `wait_s`: the configured wait,
+  or as long as users' requests take where that is longer, so that a slow engine does not drop every job.
 * A user's request lasts from the call to the last token of its answer.
 """
 
@@ -28,75 +29,102 @@ REQUESTS = 12
 """A wait is at least as long as this many of the latest requests took, one after the other."""
 
 
+class TokenBucket:
+    """Grants `per_minute` things a minute; after a pause up to a minute's worth at once, at least one.
+
+    In any span of t minutes at most `max(1, per_minute) + t * per_minute` are granted.
+    """
+
+    def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` returns seconds and never goes back."""
+        self._rate = per_minute / 60.0
+        self._capacity = max(1.0, per_minute)
+        self._left = self._capacity
+        self._clock = clock
+        self._updated = clock()
+
+    def take(self) -> bool:
+        """Whether one more is granted now."""
+        now = self._clock()
+        self._left = min(self._capacity, self._left + (now - self._updated) * self._rate)
+        self._updated = now
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True
+
+
 class JobDropped(Exception):
     """A background job was given up; the message says why."""
 
 
 class BackgroundLane:
-    """Users' requests at one engine, and the one background job there. Single event loop, no locks needed."""
+    """One background job at a time at an engine, while no user's request is there. For one event loop, without
+    locks."""
 
     def __init__(self, yields: bool, wait_s: float) -> None:
-        """`yields`: work runs only while no user is there. Without it, work only waits for other work."""
+        """`yields`: jobs run only while no user's request is there; False: they wait for other jobs alone.
+        `wait_s`: shortest limit of a wait and of a run."""
         self._yields = yields
-        self._least_s = wait_s
+        self._min_wait_s = wait_s
         self._took: deque[float] = deque(maxlen=REQUESTS)
         self._users = 0
-        self._working: asyncio.Task[Any] | None = None
+        self._running: asyncio.Task[Any] | None = None
         self._free = asyncio.Event()
         self._free.set()
 
     def watched(self, engine: Engine) -> Engine:
-        """The same engine for users: their requests are counted while they last."""
+        """The engine for users: counts their requests while they last."""
         return _Watched(engine, self)
 
     def came(self) -> None:
-        """A user's request goes to the engine; work there gives way."""
+        """Count a user's request that goes to the engine, and cancel the job there."""
         self._users += 1
-        self._settle()
-        if self._yields and self._working is not None:
-            self._working.cancel()
+        self._update_free()
+        if self._yields and self._running is not None:
+            self._running.cancel()
 
     def left(self, after_s: float | None = None) -> None:
-        """A user's request is over, after so many seconds where it was answered."""
-        assert self._users > 0, "found no request under way; expected one"
+        """Count a user's request that is over; `after_s`: seconds that its answer took, None without one."""
+        assert self._users > 0, "no user's request is counted"
         self._users -= 1
         if after_s is not None:
             self._took.append(after_s)
-        self._settle()
+        self._update_free()
 
     @property
     def wait_s(self) -> float:
-        """Longest wait for a turn, and longest turn, of what is begun now."""
+        """Longest wait and longest run of a job that is submitted now, seconds."""
         # By the median: one client that reads slowly is no slow engine.
-        return max(self._least_s, len(self._took) * median(self._took) if self._took else 0.0)
+        return max(self._min_wait_s, len(self._took) * median(self._took) if self._took else 0.0)
 
-    async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """What `work` returns or raises, run in a quiet time; it may be begun several times.
+    async def run(self, job: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run a job when the engine has no users, and return what it returns; it may be started several times.
 
         Raises:
-            JobDropped: there was none within the wait, or the work took longer than that.
+            JobDropped: the engine was not free within `wait_s`, or the job ran longer than that.
         """
         wait_s = self.wait_s
         deadline = asyncio.get_running_loop().time() + wait_s
         while True:
-            await self._turn(deadline, wait_s)
-            task: asyncio.Task[T] = asyncio.create_task(work(), name="soma-quiet-work")
-            self._working = task
-            self._settle()
+            await self._wait_until_free(deadline, wait_s)
+            task: asyncio.Task[T] = asyncio.create_task(job(), name="soma-background-job")
+            self._running = task
+            self._update_free()
             try:
                 done, _ = await asyncio.wait([task], timeout=wait_s)
             finally:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-                self._working = None
-                self._settle()
+                self._running = None
+                self._update_free()
             if not done:
                 raise JobDropped(f"not over after {wait_s:.3g} s")
             if not task.cancelled():
                 return task.result()
 
-    async def _turn(self, deadline: float, wait_s: float) -> None:
-        """Return at a moment when work may begin; the caller begins before it awaits anything."""
+    async def _wait_until_free(self, deadline: float, wait_s: float) -> None:
+        """Return when a job may start; the caller starts it before it awaits anything."""
         try:
             async with asyncio.timeout_at(deadline):
                 while not self._free.is_set():
@@ -106,15 +134,15 @@ class BackgroundLane:
         if asyncio.get_running_loop().time() > deadline:
             raise JobDropped(f"gave way until {wait_s:.3g} s were over")
 
-    def _settle(self) -> None:
-        if self._working is None and not (self._yields and self._users):
+    def _update_free(self) -> None:
+        if self._running is None and not (self._yields and self._users):
             self._free.set()
         else:
             self._free.clear()
 
 
 class _Watched:
-    """`Engine` that says when a user comes and leaves."""
+    """`Engine` that tells the lane when a user's request begins and ends."""
 
     def __init__(self, engine: Engine, lane: BackgroundLane) -> None:
         self.name = engine.name

@@ -6,8 +6,8 @@
   answer is there already, so this evidence costs no time of the original.
 
 Enough breaches in a row, of either kind, roll the session back. Nothing here delays a reply: the original is
-asked within a budget, in its quiet times, one audit at a time. An audit that comes to nothing is one event,
-`audit_dropped`, with its reason.
+asked within a budget, while it serves no user, one audit at a time. An audit that is given up or fails is one
+event, `audit_dropped`, with its reason.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import logging
 import random
 from dataclasses import asdict, dataclass
 
-from soma_vllm.adaptation.background_lane import BackgroundLane, JobDropped
+from soma_vllm.adaptation.background_lane import BackgroundLane, JobDropped, TokenBucket
 from soma_vllm.adaptation.shadow_answers import ShadowAnswers, comparable, shadow_answer, shadow_tokens
-from soma_vllm.adaptation.token_bucket import TokenBucket
 from soma_vllm.adapters.lifecycle import AdapterLifecycle
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import ChatCall, ScoringEngine
@@ -132,7 +131,7 @@ class DriftWatch:
         """Keep an audit out of a drift window that it was not taken for.
 
         Raises:
-            Dropped: the session was rolled back, restarted or closed meanwhile, whatever it is now.
+            JobDropped: since then the session was rolled back, restarted or closed.
         """
         session = self._registry.session(key)
         if session.phase is not Phase.SWITCHED or session.switches != before.switches:

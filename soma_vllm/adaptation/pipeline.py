@@ -74,7 +74,7 @@ class Adaptation:
         self._background.spawn(key, self._run(key, session, forced))
 
     def start_if_due(self, key: SessionKey, rules: AdaptationRules | None = None) -> None:
-        """Start, unless turns are missing or not at hand."""
+        """Start, if the session has enough turns and their text is in memory."""
         if self._registry.session(key).wants_adaptation(self._config):
             self.start(key, None, rules)
 

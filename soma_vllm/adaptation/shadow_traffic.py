@@ -1,14 +1,14 @@
-"""Rehearsals: the plain surrogate answers a warm turn while the original answers it for the user.
+"""Shadow traffic: the plain surrogate answers the warm turns too, and only the gate reads its answers.
 
-Nobody hears a rehearsal; it is evidence. Begun with the user's request it is there when the warm start, or a
-cool-down, is complete, so that a verdict needs no further answer and a session may switch before its next
-turn. Sessions that end early cost nothing: rehearsals begin with the first held-out turn, and those of the
-turns before it are made up for first: one after the other, so that each finds the last one's prompt cached.
+A shadow answer is requested together with the original's, so that all evidence exists when the warm start, or
+a cool-down, is complete, and a session may switch before its next turn. Sessions that end early cost nothing:
+shadow traffic starts at the first held-out turn. It then answers the turns before that one as well, one after
+the other, so that each finds the prompt of the last one in the engine's cache.
 
-Guarantees: a rehearsal is used only for the very prompt and length that it was made for; one that failed, or
-was never made, is as good as none (whoever needs that answer asks for it then); nothing of one stays once its
-session is switched or removed, nor, where retention has its words erased then, once it is refused. Otherwise
-they are evidence of its next verdict too. Of a prompt no more than a digest is kept.
+Guarantees: a shadow answer is used only for the very prompt and length that it was made for. Where there is
+none, or it failed, `answer` returns None, and the caller asks the surrogate itself. Answers are dropped when
+their session is switched or removed and, where `retention.text` has its text erased at that point, when it is
+refused; else they count in its next verdict too. Of a prompt only a digest is kept.
 """
 
 from __future__ import annotations
@@ -37,61 +37,65 @@ from soma_vllm.types import Candidate, Event, Length, Message, SessionKey
 
 logger = logging.getLogger(__name__)
 
-MOST_SESSIONS = 2_000
-"""Sessions whose rehearsals are kept; those of older ones are made again if need be."""
+MAX_SESSIONS = 2_000
+"""Sessions whose shadow answers are kept; the least recently used are dropped first and requested again if a
+verdict needs them."""
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """One answer under way, or given."""
+class ShadowAnswer:
+    """One answer, given or still being generated."""
 
     prompt: bytes
-    """Its digest."""
+    """Digest of the prompt."""
     tokens: int
+    """Most tokens that it may have."""
     answer: asyncio.Task[str]
-    begun: float
-    """Unix time."""
+    began: float
+    """Unix time, seconds."""
 
 
 class ShadowTraffic:
-    """By session. An observer of the events in `kinds`, and a cache of text."""
+    """The shadow answers of each session. An observer of the events in `kinds`, and a cache of text."""
 
     kinds = frozenset({EventKind.SWITCHED, EventKind.CLOSED})
 
     def __init__(self, config: Config, surrogate: Engine) -> None:
         self._config = config
         self._surrogate = surrogate
-        self._of: OrderedDict[SessionKey, list[Rehearsal]] = OrderedDict()
+        self._answers: OrderedDict[SessionKey, list[ShadowAnswer]] = OrderedDict()
 
     def __call__(self, key: SessionKey, event: Event) -> None:
         """Forget a session that was switched or is being removed."""
         self.forget(key)
 
     def begin(self, session: Session, asked: TurnQuery, adapting: AdaptationRules | None) -> None:
-        """If a verdict is near, have the turn rehearsed that the original will answer now, and those before."""
+        """If a verdict is near, request shadows of the turn that the original will answer now and of those
+        before."""
         missing = session.turns_to_adaptation(self._config)
         if adapting is None or not adapting.gate or not self._is_near_its_verdict(missing):
             return
         judged = session.warm_examples(self._config)[-(self._config.warm_window - missing) :]
         before = [(example.messages, example.length) for example in judged]
         now = compress(asked.messages, self._config.prefix, self._config.compressed_prefix_turns)
-        mine = self._of.setdefault(session.key, [])
-        self._of.move_to_end(session.key)
+        made = self._answers.setdefault(session.key, [])
+        self._answers.move_to_end(session.key)
         for messages, length in (*before, (now, Length(None, most_tokens(asked.body)))):
             tokens = shadow_tokens(self._config.max_new_tokens, length)
-            if _among(mine, messages, tokens) is None:
-                last = mine[-1].answer if mine else None
+            if _find(made, messages, tokens) is None:
                 with bind_session(session.key):
-                    answer = self._rehearse(session.key.tenant, messages, tokens, last)
-                mine.append(Rehearsal(_digest(messages), tokens, answer, time.time()))
-        while len(mine) > self._config.warm_window:
-            mine.pop(0).answer.cancel()
-        while len(self._of) > MOST_SESSIONS:
-            self.forget(next(iter(self._of)))
+                    answer = self._request(
+                        session.key.tenant, messages, tokens, made[-1].answer if made else None
+                    )
+                made.append(ShadowAnswer(_digest(messages), tokens, answer, time.time()))
+        while len(made) > self._config.warm_window:
+            made.pop(0).answer.cancel()
+        while len(self._answers) > MAX_SESSIONS:
+            self.forget(next(iter(self._answers)))
 
     async def answer(self, key: SessionKey, messages: Sequence[Message], tokens: int) -> str | None:
-        """What the plain surrogate answered to this prompt in so many tokens; None without a rehearsal."""
-        found = _among(self._of.get(key, ()), messages, tokens)
+        """The plain surrogate's shadow answer to this prompt in `tokens` tokens; None without one."""
+        found = _find(self._answers.get(key, ()), messages, tokens)
         if found is None:
             return None
         await asyncio.wait([found.answer])
@@ -99,37 +103,39 @@ class ShadowTraffic:
         return None if failed else found.answer.result()
 
     def forget(self, key: SessionKey) -> None:
-        """Drop a session's rehearsals, and end those under way."""
-        for rehearsal in self._of.pop(key, ()):
-            rehearsal.answer.cancel()
+        """Drop a session's shadow answers and cancel those still being generated."""
+        for shadow in self._answers.pop(key, ()):
+            shadow.answer.cancel()
 
     def forget_before(self, at: float) -> None:
-        """Drop what was begun before a Unix time."""
-        for key, mine in list(self._of.items()):
-            if any(rehearsal.begun < at for rehearsal in mine):
+        """Forget each session that has a shadow answer requested before a Unix time."""
+        for key, made in list(self._answers.items()):
+            if any(shadow.began < at for shadow in made):
                 self.forget(key)
 
     async def stop(self) -> None:
-        """End everything."""
-        tasks = [rehearsal.answer for mine in self._of.values() for rehearsal in mine]
-        for key in list(self._of):
+        """Cancel everything and wait for its end."""
+        tasks = [shadow.answer for made in self._answers.values() for shadow in made]
+        for key in list(self._answers):
             self.forget(key)
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _rehearse(
+    def _request(
         self, tenant: str, messages: tuple[Message, ...], tokens: int, after: asyncio.Task[str] | None
     ) -> asyncio.Task[str]:
-        async def in_its_turn() -> str:
+        """Have the surrogate answer once `after` is over."""
+
+        async def in_turn() -> str:
             if after is not None:
                 await asyncio.wait([after])
             return await shadow_answer(self._surrogate, tenant, messages, tokens)
 
-        answer = asyncio.create_task(in_its_turn(), name="soma-rehearsal")
-        answer.add_done_callback(_told)
+        answer = asyncio.create_task(in_turn(), name="soma-shadow-answer")
+        answer.add_done_callback(_log_failure)
         return answer
 
     def _is_near_its_verdict(self, missing: int | None) -> TypeGuard[int]:
-        """Whether the turn that comes is among those held out, if all goes on as it did."""
+        """Whether the next turn will be held out, unless the session is rewritten before its verdict."""
         return (
             missing is not None
             and missing <= self._config.acceptance_min_turns
@@ -137,18 +143,18 @@ class ShadowTraffic:
         )
 
 
-def _among(shadow_traffic: Iterable[Rehearsal], messages: Sequence[Message], tokens: int) -> Rehearsal | None:
-    """The rehearsal of this prompt in so many tokens."""
+def _find(answers: Iterable[ShadowAnswer], messages: Sequence[Message], tokens: int) -> ShadowAnswer | None:
+    """The shadow answer to this prompt in `tokens` tokens."""
     prompt = _digest(messages)
-    return next((one for one in shadow_traffic if one.tokens == tokens and one.prompt == prompt), None)
+    return next((one for one in answers if one.tokens == tokens and one.prompt == prompt), None)
 
 
 def _digest(messages: Sequence[Message]) -> bytes:
     return hashlib.sha256(json.dumps(list(messages), sort_keys=True).encode()).digest()
 
 
-def _told(answer: asyncio.Task[str]) -> None:
-    """Say why a rehearsal came to nothing; what it was about is not said."""
+def _log_failure(answer: asyncio.Task[str]) -> None:
+    """Log the kind of a failure; an engine's message may quote the prompt and is left out."""
     if answer.cancelled() or (error := answer.exception()) is None:
         return
     if isinstance(error, EngineError):

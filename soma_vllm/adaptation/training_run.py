@@ -1,7 +1,8 @@
 """One training of one session: whether it may and pays, the run itself, and the publication of its adapter.
 
-Guarantees: a run that fails, is cancelled, or whose session left the adaptation leaves no files behind; nobody
-starts from what another tenant's sessions taught; the adapter that is published is loaded and proven.
+Guarantees: a run that fails, is cancelled, or whose session left the adaptation leaves no files behind; no
+training starts from an adapter that another tenant's sessions were trained into; a published adapter is
+loaded and proven.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from soma_vllm.adaptation.acceptance import require_finite
 from soma_vllm.adaptation.cost_model import CostModel
 from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs
 from soma_vllm.adapters.lifecycle import AdapterLifecycle
-from soma_vllm.config import Config, Lora
+from soma_vllm.config import Adaptation, Config, Lora
 from soma_vllm.errors import SomaError, StoreUnavailable
 from soma_vllm.sessions.ports import Meter
 from soma_vllm.sessions.registry import SessionRegistry
@@ -35,15 +36,17 @@ class AdaptationAbandoned(SomaError):
 class TrainingBudget:
     """Whether a session may have an adapter, and whether it pays."""
 
-    def __init__(self, config: Config, registry: SessionRegistry, meter: Meter, cost_model: CostModel) -> None:
-        self._config = config
+    def __init__(
+        self, settings: Adaptation, registry: SessionRegistry, meter: Meter, cost_model: CostModel
+    ) -> None:
+        self._settings = settings
         self._registry = registry
         self._meter = meter
         self._cost_model = cost_model
 
     async def allowed(self, tenant: str) -> tuple[Candidate, ...]:
         """The configured candidates, without an adapter where the tenant may have no further one."""
-        candidates = self._config.adaptation.candidates
+        candidates = self._settings.candidates
         if Candidate.ADAPTER not in candidates:
             return candidates
         try:
@@ -56,7 +59,7 @@ class TrainingBudget:
 
     async def objection(self, key: SessionKey) -> str | None:
         """Why an adapter of this session would not be worth its cost; None where it would."""
-        mode = self._config.adaptation.payback
+        mode = self._settings.payback
         if mode != "auto":
             return None if mode == "always" else "adaptation.payback is never"
         judgement = await self._cost_model.judge(self._registry.session(key))

@@ -103,7 +103,7 @@ class SomaServices:
 def build(parts: Parts) -> SomaServices:
     """Put the services together; nothing starts."""
     config, teacher_logprobs = parts.config, parts.teacher_logprobs
-    cost_model = CostModel(config, parts.store)
+    cost_model = CostModel(config.payback, config.prices, config.gate, config.acceptance_min_turns, parts.store)
     shadow_traffic = ShadowTraffic(config, parts.surrogate)
     watching = (parts.sweep_trigger, teacher_logprobs, cost_model, shadow_traffic)
     registry = SessionRegistry(config, parts.store, (*parts.observers, *watching))
@@ -115,7 +115,7 @@ def build(parts: Parts) -> SomaServices:
         registry,
         background,
         Acceptance(config, shadow_answers, shadow_traffic, parts.trainer),
-        TrainingBudget(config, registry, parts.meter, cost_model),
+        TrainingBudget(config.adaptation, registry, parts.meter, cost_model),
         TrainingRun(config, registry, parts.trainer, adapters, teacher_logprobs),
     )
     lane = BackgroundLane(config.gate.audit_yields, config.gate.audit_wait_s)

@@ -1,4 +1,4 @@
-"""A baseline's process, seen from the server: started when it is first needed, asked one thing at a time.
+"""The server's side of a baseline's process: started at its first request, one request at a time.
 
 Guarantees: nothing blocks the event loop; a process that died or hung past its time limit is replaced at the
 next request; it ends with this process, however that ends, because its input does. Packages are imported there
@@ -87,10 +87,10 @@ class BaselineProcess:
     def _over(self, task: asyncio.Task[Any]) -> None:
         self._under_way.discard(task)
         if not task.cancelled():
-            task.exception()  # whoever asked may have left, and nobody else is to hear of it
+            task.exception()  # its caller may be gone: retrieve it, or asyncio logs it
 
     async def close(self) -> None:
-        """End it, for good; who still waits for it is told so."""
+        """End the process for good; requests that wait for it raise PolicyUnavailable."""
         self._closed = True
         await self._end()
 

@@ -1,6 +1,6 @@
 """What runs in a baseline's process: one package, loaded once, asked line by line.
 
-Started as a script, not imported, so that nothing of this server's own is loaded beside the package. The first
+Started as a script, not imported, so that no module of this server is loaded with the package. The first
 line of standard input says what to load, each further one is a request; every line is answered by one line of
 JSON, `{"ok": …}` or `{"error": …}`. What packages print goes to standard error. The end of the input ends it.
 """

@@ -38,9 +38,14 @@ class Baselines(Section):
     packages: str = "{soma_home}/baselines"
     """Directory of those packages; {soma_home} is filled in. Packages of this environment are found as well."""
     device: Literal["cpu", "cuda"] = "cpu"
+    """Where the methods' own models compute."""
     threads: Positive = 1
+    """Torch threads of each process on a CPU."""
     load_timeout_s: Seconds = 300.0
+    """Longest start of a process, seconds, in which it loads its model; after it the policy is not
+    available."""
     timeout_s: Seconds = 60.0
-    """Longest wait for one compression or estimate; the original answers then, under the full history."""
+    """Longest wait for one compression or estimate, seconds; after it the original answers, under the full
+    history."""
     llmlingua2: Llmlingua2 = Llmlingua2()
     routellm: Routellm = Routellm()

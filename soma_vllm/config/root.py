@@ -31,6 +31,7 @@ class Config(Section):
     original_model: str | None = None
     """Local path, embedded model's name or Hugging Face id. May be null when `original.url` is given."""
     surrogate_model: str | None = None
+    """Local path, embedded model's name or Hugging Face id. Required by soma-serve."""
     warm_window: Annotated[int, Field(ge=1, le=64)] = 4
     """W: turns the original answers before the session may move."""
     compressed_prefix_turns: Annotated[int, Field(ge=0)] = 2

@@ -13,22 +13,26 @@ class Engine(Section):
     """What both engines have in common. Devices are named here and nowhere else."""
 
     device: Literal["cpu", "cuda"] = "cpu"
+    """Where the engine computes; what else it needs there is under `gpu`, `cpu_cores` and the memory keys."""
     gpu: str | None = None
     """CUDA_VISIBLE_DEVICES of this engine, e.g. "0" or "0,1"; null leaves the environment as it is."""
     cpu_cores: str | None = None
     """Cores of this engine's threads on a CPU, e.g. "0" or "0-3"; null lets vLLM choose."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Of the weights. auto: the fastest that this machine has and that fits (`engines/arithmetic.py`)."""
+    """Type of the weights. auto: the fastest that this machine has and that fits (`engines/arithmetic.py`)."""
     max_model_len: Positive = 4096
+    """Longest prompt and answer together, tokens."""
     max_num_seqs: Positive = 16
+    """Most requests that one engine step works on; further ones wait inside vLLM."""
     kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
-    """Memory of the KV cache on a CPU."""
+    """Memory of the KV cache on a CPU, GiB."""
     block_size: Literal[16, 32, 64, 128] = 32
     """Tokens in a block of the KV cache on a CPU. Only whole blocks are found again in the next turn."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.45
     """Share of the GPU that this engine may take."""
     enforce_eager: bool | None = None
-    """Without CUDA graphs; null: on a CPU only. On an H100 they made a step with adapters 19 times as quick."""
+    """Whether vLLM runs without CUDA graphs; null: on a CPU only. On an H100, graphs made a step with adapters
+    19 times as fast."""
     extra_args: tuple[str, ...] = ()
     """Further arguments of `vllm serve`, verbatim."""
 
@@ -54,13 +58,18 @@ class Original(Engine):
     when_down: Literal["refuse", "surrogate"] = "refuse"
     """While the original is down: answer 503, or let the plain surrogate answer."""
     connect_timeout_s: Seconds = 5.0
+    """Longest wait for a connection to the original, seconds; after it the original is unavailable to that
+    request."""
     start_timeout_s: Seconds = 600.0
+    """Longest start of the child server, seconds; after it soma-serve gives up, and a restarted child is
+    ended."""
 
 
 class Surrogate(Engine):
     """The small model: a vLLM engine with multi-LoRA inside soma-serve."""
 
     name: str | None = None
+    """Model name in requests; null takes `surrogate_model`'s own."""
     max_loras: Positive = 4
     """Adapters that one engine step can mix: slots. The background uses one of them at times."""
     max_cpu_loras: Positive = 64
@@ -71,7 +80,7 @@ class Surrogate(Engine):
     queue_limit: Annotated[int, Field(ge=0)] = 32
     """Most requests in that queue."""
     queue_wait_s: Seconds = 10.0
-    """Longest wait in it."""
+    """Longest wait in that queue, seconds."""
     tools: bool = False
     """Whether it may answer requests that define tools. Give it `--enable-auto-tool-choice` and a
     `--tool-call-parser` by `extra_args` then."""
@@ -81,7 +90,9 @@ class Training(Section):
     """The Ray actors that train."""
 
     workers: Positive = 1
+    """Trainers, each a Ray actor with a copy of the surrogate: so many trainings run at the same time."""
     device: Literal["cpu", "cuda"] = "cpu"
+    """Where trainers compute."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
     """Asked of Ray when device is cuda; a fraction shares a GPU."""
     threads: Positive = 1
@@ -93,22 +104,27 @@ class Training(Section):
     ray_address: str | None = None
     """An existing Ray cluster; null starts a private one."""
     seed: int = 0
+    """Seed of mining and training, and of the choice of the turns that are audited."""
 
 
 class Encoder(Section):
     """The gate's sentence encoder: fixed, never the adapted surrogate."""
 
     model: str = "all-minilm-l6-v2"
+    """Local path, embedded model's name or Hugging Face id of a sentence encoder."""
     threads: Positive = 1
+    """Torch threads of the encoder, which runs on the CPU."""
 
 
 class Server(Section):
     """Where soma-serve listens."""
 
     host: str = "127.0.0.1"
+    """Address that soma-serve listens on; 0.0.0.0 for every interface."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """TCP port."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Of soma_vllm's own lines; vLLM's and uvicorn's begin at warning. No level writes what was said."""
+    """Of soma_vllm's own lines; vLLM's and uvicorn's begin at warning. No level logs conversation text."""
     log_format: Literal["text", "json"] = "text"
     """Of the lines on stderr and in the run folder's surrogate.log. json: one object a line."""
     log_max_bytes: Annotated[int, Field(ge=0)] = 64 * 1024**2
@@ -123,41 +139,42 @@ class Server(Section):
 
 
 class Storage(Section):
-    """Where sessions live."""
+    """Where sessions are stored."""
 
     url: str = "sqlite+aiosqlite:///{soma_home}/sessions.db"
     """SQLAlchemy URL; {soma_home} and {run_dir} are filled in."""
 
 
 class Retention(Section):
-    """How long what was said, and what was learned from it, is kept."""
+    """How long conversation text, and what was learned from it, is kept."""
 
     text: Literal["until_adapted", "session", "never"] = "session"
     """What the store keeps of the conversation itself. session: all, as long as the session. until_adapted:
-    while the session may still be learned from. never: nothing; memory holds it meanwhile. Under both that ends
-    when the session is switched or refused, and a refused one is not judged again."""
+    while the session may still be learned from. never: nothing; it is in memory alone. Under the last two
+    the text is erased when the session is switched or refused, and a refused session is not judged again."""
     text_ttl_s: Seconds | None = None
-    """Stored text older than this is erased, whatever its session does; null: no limit of its own."""
+    """Age at which stored text is erased, seconds, whatever its session does; null: no such limit."""
     session_ttl_s: Seconds | None = 30 * 86400.0
-    """A session unused for this long is removed with all it has; null: never."""
+    """Seconds without use after which a session is removed, with its text and adapter; null: never."""
 
 
 class Access(Section):
-    """Who may ask. `soma keys` issues API keys."""
+    """Which API keys are served. `soma keys` issues them."""
 
     mode: Literal["open", "keys"] = "open"
     """open: any bearer token is a tenant of its own. keys: only keys issued with `soma keys add` are served."""
     admin_key_env: str = "SOMA_ADMIN_KEY"
-    """Name of the environment variable that holds the admin key; while it is unset nobody is an admin."""
+    """Name of the environment variable that holds the admin key; while it is unset, no request is an
+    administrator's."""
     max_body_mib: Positive = 16
-    """Largest request body."""
+    """Largest request body, MiB."""
     cache_s: Annotated[float, Field(ge=0)] = 5.0
-    """Seconds that a key looked up in the database is trusted: a revoked key is refused after at most that.
-    While the database is away, a key seen earlier stays good."""
+    """Seconds for which a key that was looked up in the database is trusted: a revoked key is refused after at
+    most that. While the database is away, a key that was seen earlier stays valid."""
 
 
 class Limits(Section):
-    """How much one API key may ask; null: no limit. A key's own values, from `soma keys add`, come first."""
+    """What one API key may use; null: no limit. A key's own values, from `soma keys add`, come first."""
 
     requests_per_minute: Positive | None = None
     """In any 60 seconds."""
@@ -171,8 +188,8 @@ class Limits(Section):
 
 
 class Adapters(Section):
-    """Where adapters live, and how many. Beyond a budget the least recently used is evicted and its session
-    goes back to the original; pinned ones (`soma adapters pin`) stay. null: no limit."""
+    """Where adapters are stored, and how many. Beyond a budget the least recently used is evicted and its
+    session goes back to the original; pinned ones (`soma adapters pin`) stay. null: no limit."""
 
     root: str = "adapters_store"
     """Directory, relative to the working directory, or a URL that fsspec knows (s3://…, gs://…; its package

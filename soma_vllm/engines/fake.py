@@ -1,8 +1,9 @@
 """A fake engine for the timing of faults: what no real engine can be made to do at a given moment.
 
-It answers from a script, holds before its first token, breaks after n events or refuses, and records the
-calls it got. Asked for log-probabilities it makes some up, written as vLLM writes them. Everything that a real
-engine can show is tested on a real one.
+It answers from a script, holds before its first token, breaks after a number of events or refuses, and
+records its calls. Of a request it honours `stream`, `n`, `stream_options.include_usage` and `logprobs`, with
+made-up values in the form of vLLM's. It keeps the contract of real engines
+(tests/support/engine_contract.py); all else that a real engine can show is tested on a real one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from soma_vllm.errors import EngineError, EngineUnavailable
 
 
 class FakeEngine:
-    """`Engine` that answers `answers` in turn (the last one for ever), a word per event."""
+    """`Engine` that gives `answers` in turn (then the last one again and again), a word per event."""
 
     def __init__(self, name: str = "fake", answers: Sequence[str] = ("An answer.",)) -> None:
         self.name = name
@@ -55,7 +56,7 @@ class FakeEngine:
         return Reply(events=events)
 
     def _completion(self, answer: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        tokens = [*answer.split(), _END]
+        answers = _choices(answer, body)
         return {
             "id": "chatcmpl-fake",
             "object": "chat.completion",
@@ -63,17 +64,14 @@ class FakeEngine:
             "model": self.name,
             "choices": [
                 {
-                    "index": 0,
-                    "message": {"role": "assistant", "content": answer},
-                    "logprobs": _logprobs(tokens, body),
+                    "index": index,
+                    "message": {"role": "assistant", "content": text},
+                    "logprobs": _logprobs([*text.split(), _END], body),
                     "finish_reason": "stop",
                 }
+                for index, text in enumerate(answers)
             ],
-            "usage": {
-                "prompt_tokens": 1,
-                "completion_tokens": len(tokens),
-                "total_tokens": len(tokens) + 1,
-            },
+            "usage": _usage(answers),
         }
 
     async def _stream(
@@ -83,36 +81,59 @@ class FakeEngine:
         finished = False
         try:
             yield ""
-            pieces = [piece + " " for piece in answer.split(" ")]
-            pieces[-1] = pieces[-1][:-1]
-            deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
-            deltas += [{"content": piece} for piece in pieces]
-            for count, delta in enumerate(deltas):
+            answers = _choices(answer, body)
+            chunks = [chunk for index, text in enumerate(answers) for chunk in _chunks(index, text, body)]
+            for count, chunk in enumerate(chunks):
                 if count == break_after:
                     finished = True
                     raise EngineUnavailable(f"{self.name} broke after {count} events")
-                last = count == len(deltas) - 1
-                tokens = [delta["content"].strip(), _END][: 2 if last else 1]
-                shown = _logprobs(tokens, body) if count else None
-                yield self._event(delta, shown, "stop" if last else None)
+                yield self._event([chunk])
+            if (body.get("stream_options") or {}).get("include_usage"):
+                yield self._event([], usage=_usage(answers))
             finished = True
             yield "data: [DONE]\n\n"
         finally:
             if not finished:
                 self.closed_early.set()
 
-    def _event(self, delta: dict[str, Any], shown: dict[str, Any] | None, finish_reason: str | None) -> str:
+    def _event(self, choices: Sequence[Mapping[str, Any]], **more: Any) -> str:
         chunk = {
             "id": "chatcmpl-fake",
             "object": "chat.completion.chunk",
             "created": 0,
             "model": self.name,
-            "choices": [{"index": 0, "delta": delta, "logprobs": shown, "finish_reason": finish_reason}],
+            "choices": choices,
+            **more,
         }
         return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 _END = "<end>"
+
+
+def _choices(answer: str, body: Mapping[str, Any]) -> list[str]:
+    """One answer for each of the request's `n` choices."""
+    return [answer, *(f"{answer}, or {index}" for index in range(1, body.get("n") or 1))]
+
+
+def _chunks(index: int, answer: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A choice of each event of one streamed answer: its role, then a word each."""
+    *words, last = answer.split(" ")
+    found = [_chunk(index, {"role": "assistant", "content": ""}, None)]
+    found += [_chunk(index, {"content": f"{word} "}, _logprobs([word], body)) for word in words]
+    return [*found, _chunk(index, {"content": last}, _logprobs([last, _END], body), "stop")]
+
+
+def _chunk(
+    index: int, delta: Mapping[str, Any], shown: Mapping[str, Any] | None, finish_reason: str | None = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": shown, "finish_reason": finish_reason}
+
+
+def _usage(answers: Sequence[str]) -> dict[str, int]:
+    """One prompt token, and one token a word and an end."""
+    tokens = sum(len(answer.split()) + 1 for answer in answers)
+    return {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": tokens + 1}
 
 
 def token_of(word: str) -> int:

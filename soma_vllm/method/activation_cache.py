@@ -1,7 +1,7 @@
-"""Turns as the upper layers meet them: packed, embedded, and past the frozen lower layers once and for all.
+"""Cached activations: packed turns, embedded and run through the frozen lower layers once.
 
-Guarantees: logits are those of the whole model (`Decoder`); nothing below the cut is computed twice, and no
-position but those that predict an answer's token meets the output head.
+Guarantees: logits are those of the whole model (`Decoder`); nothing below the cut is computed twice, and the
+output head runs at the positions alone that predict an answer's token.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Guarantees: the pieces put together are the model's own forward pass, bit by bit on equal batches; that is
 checked when a `Decoder` is made, so a model whose forward pass is something else is refused at once and never
-trained wrongly. Nothing is changed for longer than one call.
+trained wrongly. The model is as before after each call.
 
 Why: what lies below the adapted layers is the same in every training step and need be computed only once, and
 only positions that predict an answer's token need meet the output head.
@@ -28,7 +28,7 @@ class Decoder:
     """A causal language model of the form embedding -> layers -> norm -> head (Llama, Qwen2 and their like)."""
 
     def __init__(self, model: Any) -> None:
-        """Take a loaded model to pieces, in thought.
+        """Find the parts of a loaded model; it is not changed.
 
         Raises:
             ModelError: its forward pass is not made of these pieces alone.

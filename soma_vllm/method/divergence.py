@@ -40,7 +40,7 @@ class Neighbourhoods:
 
 @dataclass(frozen=True)
 class TurnTerms:
-    """What one turn brings to J(P); scalars."""
+    """The terms of one turn in J(P); scalars."""
 
     divergence: torch.Tensor
     """L_sem_exp (Eq. 2)."""

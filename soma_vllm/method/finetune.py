@@ -33,7 +33,7 @@ from soma_vllm.method.stopping import Best, Checkpoint, Judge, Patience
 
 @dataclass(frozen=True)
 class Training:
-    """How a training went."""
+    """What a training did."""
 
     losses: tuple[float, ...]
     """Weighted training loss before each step, nats per answer token."""
@@ -62,7 +62,7 @@ def turn_weights(hardness: Mapping[int, float]) -> dict[int, float]:
 
 @contextmanager
 def attached(decoder: Decoder, lora: Lora, seed: int) -> Iterator[Any]:
-    """The decoder's model with a fresh adapter in it, in evaluation mode, for the length of the block.
+    """The decoder's model with a fresh adapter in it, in evaluation mode, inside the block.
 
     The adapter starts from nothing (its product is 0), or from the files in `lora.init_from`. Yields peft's
     model, for `save`; inside the block the decoder runs with the adapter.

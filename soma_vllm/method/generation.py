@@ -19,7 +19,7 @@ from soma_vllm.method.scoring import evaluating
 from soma_vllm.types import Message
 
 _ROWS = 16
-"""Prompts generated for at once."""
+"""Prompts in one batch."""
 
 
 @torch.inference_mode()
@@ -62,7 +62,8 @@ def _generate(
 
 @contextmanager
 def _recommended(decoder: Decoder, config: GenerationConfig) -> Iterator[None]:
-    """`config` in place of the folder's own, which would fill in what it leaves open: a penalty, say."""
+    """Use `config` instead of the folder's own, which would supply every setting that it lacks, such as a
+    penalty."""
     own = decoder.model.generation_config
     decoder.model.generation_config = config
     try:

@@ -1,4 +1,4 @@
-"""Stage 1: mine soft prompts on the frozen surrogate, and read off how hard each turn is.
+"""Stage 1: mine soft prompts on the frozen surrogate, and measure how hard each turn is.
 
 Guarantees: the surrogate's weights receive no gradient and do not change; equal seeds give equal results on
 one machine; a prompt's objective is that of the prompt returned, not of the step before it.
@@ -36,12 +36,12 @@ RANKING_STEPS = 1
 
 @dataclass(frozen=True)
 class MiningResult:
-    """The best of M mined prompts, and what mining learnt about the turns."""
+    """The best of M mined prompts, and the hardness of each turn."""
 
     prompt: torch.Tensor
     """(L, d) float32, squashed, on the CPU."""
     objectives: tuple[float, ...]
-    """Final J(P) of each candidate, in the order of their seeds; the least one's prompt is `prompt`."""
+    """Final J(P) of each candidate, in the order of their seeds; `prompt` is that of the least."""
     hardness: dict[int, float]
     """r_t by turn, at least 0."""
     verbalized: tuple[int, ...]
@@ -51,7 +51,7 @@ class MiningResult:
 
 @dataclass(frozen=True)
 class _Reading:
-    """One look at all n turns under all M prompts."""
+    """One evaluation of all n turns under all M prompts."""
 
     objectives: tuple[float, ...]
     """J(P) of each prompt."""

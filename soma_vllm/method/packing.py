@@ -14,7 +14,7 @@ import torch
 from soma_vllm.method.rendering import Rendered
 
 _WASTE = 1.15
-"""Padded tokens per real token that a batch may come to."""
+"""Most tokens of a batch, padding included, per real token."""
 _BATCH_TOKENS = 8192
 
 
@@ -32,7 +32,7 @@ class Strand:
 
 @dataclass(frozen=True)
 class Batch:
-    """Strands side by side, padded on the right."""
+    """A batch of strands, padded on the right."""
 
     strands: tuple[Strand, ...]
     ids: torch.Tensor

@@ -48,7 +48,7 @@ class Surrogate:
 
 @dataclass(frozen=True)
 class Learnt:
-    """What an adaptation came to, while its adapter is still in the surrogate. Plain values but for `peft`."""
+    """The result of an adaptation, while its adapter is still in the surrogate. Plain values but for `peft`."""
 
     peft: Any
     """peft's view of the adapted model, for `finetune.save`."""
@@ -57,7 +57,7 @@ class Learnt:
     adapted: Agreement
     """The surrogate with it, on the same turns."""
     checkpoints: tuple[Checkpoint, ...]
-    """What held-out turns said after 0 steps and at each checkpoint."""
+    """Agreement on the held-out turns after 0 steps and at each checkpoint."""
     steps: int
     """Steps behind the adapter: those of the best checkpoint."""
     losses: tuple[float, ...]
@@ -74,8 +74,8 @@ class Learnt:
     mined_text_ids: tuple[int, ...]
     """V(P), token ids of the surrogate; empty where nothing was mined."""
     probe: Probe
-    """What the adapted surrogate said of the first held-out turn, to check the engine that serves it; empty
-    without one."""
+    """Log-probabilities of the first held-out turn under the adapted surrogate, to check the engine that
+    serves it; empty without one."""
     flops: float
     """Floating-point operations of mining and training, estimated from shapes (2 per weight and token)."""
     mining_s: float
@@ -241,7 +241,7 @@ def _scores(decoder: Decoder, judged: tuple[Rendered, ...]) -> list[TurnScore]:
 
 
 def _check_disjoint(examples: tuple[Example, ...], held_out: tuple[Example, ...]) -> None:
-    """Judging an adapter on its own training turns sees nothing."""
+    """An adapter judged on its own training turns looks better than it is."""
     turns = [example.turn for example in examples]
     both = sorted(set(turns) & {example.turn for example in held_out})
     if both:

@@ -3,7 +3,7 @@
 Guarantees: the prompt is what an engine would send for the same messages (`apply_chat_template` with the
 generation prompt); an answer known token by token is those tokens, one known as text ends with the template's
 end-of-turn token, so that an adapter learns when to stop; a shortened prompt keeps its end, a shortened answer
-its beginning, and neither is ever cut to nothing.
+its beginning, and each keeps at least one token.
 """
 
 from __future__ import annotations

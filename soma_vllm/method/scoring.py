@@ -1,6 +1,6 @@
 """Teacher-forced agreement with the original's answers: no generation, a dialogue's turns in one pass.
 
-Guarantees: only answer positions meet the output head; every answer token counts once, the end of turn
+Guarantees: the output head runs at answer positions alone; every answer token counts once, the end of turn
 included; the model is read, never changed. Plain and adapted surrogates are scored by the same code.
 """
 

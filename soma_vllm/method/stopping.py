@@ -45,7 +45,7 @@ class Judge:
 
 
 class Best:
-    """The weights of the checkpoint that is best on held-out turns, and all that were seen."""
+    """Keeps the weights of the checkpoint that is best on held-out turns, and the score of each."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], judge: Judge | None) -> None:
         self._parameters = parameters

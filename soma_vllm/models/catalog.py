@@ -2,7 +2,7 @@
 
 An embedded model needs no model hub: its bytes lie in wheels of a Python package index, as parts of one
 quantized GGUF file or as a ready folder. The catalog pins package versions and SHA-256 sums, so what arrives
-is exactly what was tested, or nothing.
+is exactly what was tested, or an error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class EmbeddedModel:
     kind: Literal["gguf", "folder"]
     """gguf: the wheels' data files, joined, are one GGUF file. folder: `<package>/model/` is the model."""
     sha256: str
-    """Of the joined GGUF file, or of the folder's model.safetensors."""
+    """SHA-256 of the joined GGUF file, or of the folder's model.safetensors."""
     download_bytes: int
     """About how much is downloaded."""
     folder_bytes: int
@@ -41,7 +41,8 @@ class EmbeddedModel:
 
     @property
     def peak_bytes(self) -> int:
-        """Disk needed while fetching: the wheels, the joined file and the finished folder lie side by side."""
+        """Disk needed while fetching: the wheels, the joined file and the finished folder exist at the same
+        time."""
         joined = self.download_bytes if self.kind == "gguf" else 0
         return self.download_bytes + joined + self.folder_bytes
 
@@ -92,7 +93,7 @@ _MODELS = (
 CATALOG: Mapping[str, EmbeddedModel] = MappingProxyType({model.name: model for model in _MODELS})
 
 DEMO_NAMES = ("qwen2.5-coder-0.5b-instruct", "all-minilm-l6-v2", "qwen2.5-coder-1.5b-instruct")
-"""The pair and the encoder of configs/cpu_demo.yaml, smallest wait first."""
+"""The pair and the encoder of configs/cpu_demo.yaml, quickest to fetch first."""
 
 TINY_NAMES = ("tiny-original", "tiny-surrogate", "tiny-encoder")
 """Random models made by `soma models make-tiny`."""

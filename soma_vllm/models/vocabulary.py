@@ -1,6 +1,6 @@
 """What a model's token ids mean: whether two models mean the same by them, and which of them spell a text.
 
-Log-probabilities travel as token ids; between models of different vocabularies they would teach noise.
+Log-probabilities travel as token ids; between models of different vocabularies they would train on noise.
 """
 
 from __future__ import annotations

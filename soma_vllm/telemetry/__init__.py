@@ -1,1 +1,1 @@
-"""What an operator can see: metrics from the stream of events."""
+"""Prometheus metrics, from the stream of events."""

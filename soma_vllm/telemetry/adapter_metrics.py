@@ -1,4 +1,4 @@
-"""Prometheus series of the adapters: what lies in the engine, what loading costs, who holds and who waits.
+"""Prometheus series of the adapters: how many are loaded, what loading takes, leases and waiting requests.
 
 Labels are closed sets: nothing here grows with sessions or adapters, and no adapter is ever named.
 """
@@ -52,7 +52,7 @@ class AdapterMetrics:
         }
 
     def watch(self, **gauges: Callable[[], int]) -> None:
-        """Say where `resident`, `leases`, `distinct` and `waiting` are read from, whenever somebody asks."""
+        """Set where `resident`, `leases`, `distinct` and `waiting` are read from at each scrape."""
         for name, read in gauges.items():
             self._gauges[name].set_function(read)
 

@@ -1,4 +1,4 @@
-"""Prometheus series of the adapter store: what it holds, what had to go, how long files take to be at hand.
+"""Prometheus series of the adapter store: what it holds, what was evicted, how long files take to fetch.
 
 Labels are closed sets: nothing here grows with adapters or tenants. Gauges are as of the last sweep.
 """
@@ -50,14 +50,14 @@ class AdapterStoreMetrics:
             self._retired.inc()
 
     def kept(self, count: int, size_bytes: int) -> None:
-        """So much is on the shelf."""
+        """Set how many adapters are stored, and their bytes."""
         self._count.set(count)
         self._bytes.set(size_bytes)
 
     def evicted(self, reason: Reason) -> None:
-        """An adapter had to go."""
+        """Count an eviction by its reason."""
         self._evicted.labels(reason.value).inc()
 
     def fetched(self, seconds: float) -> None:
-        """It took so long to have an adapter's files at hand."""
+        """Observe how long it took to fetch an adapter's files."""
         self._fetch.observe(seconds)

@@ -1,4 +1,4 @@
-"""What travels to a trainer and back: plain, picklable messages. Tensors travel as files."""
+"""Messages to and from a trainer: plain and picklable. Tensors are exchanged as files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from soma_vllm.types import Agreement, Example, Signature
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """What a trainer is told once, when it starts."""
+    """Settings of a trainer, fixed when it starts."""
 
     surrogate_path: str
     device: str
@@ -67,14 +67,14 @@ class TrainResult:
     steps: int
     """Steps behind the adapter."""
     distilled: bool
-    """Whether the original's distribution was the target, and not only its words."""
+    """Whether the original's distribution was the target, and not only its tokens."""
     losses: tuple[float, ...]
     flops: float
     mining_s: float
     finetune_s: float
     scoring_s: float
     signature: Signature | None = None
-    """By which the engine that serves the adapter is checked; None: it is not."""
+    """What the engine that serves the adapter is checked against; None: it is not checked."""
 
 
 class Trainer(Protocol):

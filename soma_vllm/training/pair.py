@@ -1,4 +1,4 @@
-"""Whose a pair's adapter is: `soma distill` writes it down, and only that tenant's sessions start from it."""
+"""The owner of a pair's adapter: `soma distill` records it, and only that tenant's sessions start from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def owner_of(directory: str | Path) -> str:
     """The tenant whose sessions the adapter was distilled from, or `ANYONE`.
 
     Raises:
-        TrainingError: there is no manifest that says so.
+        TrainingError: its manifest is missing or names no tenant.
     """
     file = Path(directory) / MANIFEST
     try:

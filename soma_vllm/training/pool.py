@@ -77,7 +77,7 @@ class TrainerPool:
         """One trained adapter.
 
         Raises:
-            TrainingError: no adapter came of it.
+            TrainingError: the training failed, took too long or lost its trainer.
         """
         result: TrainResult = await self._run("train", request)
         return result

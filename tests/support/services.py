@@ -46,21 +46,20 @@ SETTINGS: dict[str, Any] = {
 
 
 class Versatile(FakeEngine):
-    """An engine that also calls tools, and gives several choices, as it is told to."""
+    """An engine that also calls tools, as it is told to."""
 
     def __init__(self, name: str, answers: Sequence[str]) -> None:
         super().__init__(name, answers)
         self.calls_tools: list[dict[str, Any]] = []
-        self.choices = 1
 
     def _completion(self, answer: str, body: Mapping[str, Any]) -> dict[str, Any]:
         found = super()._completion(answer, body)
-        (first,) = found["choices"]
         if self.calls_tools:
-            first["message"] = {"role": "assistant", "content": None, "tool_calls": self.calls_tools}
-        for index in range(1, self.choices):
-            message = {"role": "assistant", "content": f"{answer}, or {index}"}
-            found["choices"].append({**first, "index": index, "message": message})
+            found["choices"][0]["message"] = {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": self.calls_tools,
+            }
         return found
 
 

@@ -87,7 +87,7 @@ class Llmlingua2Policy:
 
 
 def _compressible(message: Message) -> bool:
-    """Whether a message of the history is plain text that somebody said, or a tool found."""
+    """Whether a message of the history is plain text of a user, an assistant or a tool."""
     content = message.get("content")
     return message.get("role") != "system" and isinstance(content, str) and bool(content.strip())
 

@@ -1,4 +1,4 @@
-"""How a policy comes by the process of its package: its model's folder, and the limits of the configuration."""
+"""The process of a policy's package, with its model's folder and the limits of the configuration."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ async def test_stopping_ends_an_audit_that_runs_and_one_that_waits(build: Build)
     async with asyncio.timeout(GUARD_S):
         await services.background.stop()
     assert services.original.closed_early.is_set()
-    assert not [task for task in asyncio.all_tasks() if task.get_name() == "soma-quiet-work"]
+    assert not [task for task in asyncio.all_tasks() if task.get_name() == "soma-background-job"]
 
 
 async def test_a_session_that_was_rolled_back_returns_under_a_stricter_gate(build: Build) -> None:

@@ -1,4 +1,4 @@
-"""The surrogate answers warm turns while the original does: what is rehearsed, and what is made of it."""
+"""The surrogate answers warm turns while the original does: which ones, and what becomes of its answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def talked(services: Services, turns: int, **extra: Any) -> list[dict[str,
 
 
 def asked(services: Services) -> list[str]:
-    """The queries that the surrogate answered for nobody."""
+    """The queries that the surrogate answered as shadow traffic."""
     calls = [call.body for call in services.surrogate.calls if call.background]
     return [body["messages"][-1]["content"] for body in calls if body["max_tokens"] != 1]
 
@@ -44,7 +44,7 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
-async def test_a_held_out_turn_is_answered_beside_the_original_and_never_again(build: Build) -> None:
+async def test_a_held_out_turn_is_answered_while_the_original_answers_it_and_never_again(build: Build) -> None:
     services = await started(build)
     history = await talked(services, 3)
     services.original.go.clear()
@@ -60,7 +60,7 @@ async def test_a_held_out_turn_is_answered_beside_the_original_and_never_again(b
     assert len(asked(services)) == 4
 
 
-async def test_a_rehearsal_is_evidence_only(build: Build) -> None:
+async def test_a_shadow_answer_is_evidence_only(build: Build) -> None:
     services = await started(build)
     services.surrogate.answers = ["different"]
     history: list[dict[str, Any]] = []
@@ -90,7 +90,7 @@ async def test_a_rewritten_turn_is_judged_on_what_was_really_asked(build: Build)
     ]
 
 
-async def test_a_rehearsal_that_failed_is_made_again(build: Build) -> None:
+async def test_a_shadow_answer_that_failed_is_requested_again(build: Build) -> None:
     services = await started(build)
     history: list[dict[str, Any]] = []
     services.surrogate.refusal = EngineUnavailable("not yet")
@@ -125,7 +125,7 @@ async def test_what_fell_short_on_the_whole_is_not_let_through_by_its_held_out_p
     assert services.session().serving == "adapter"
 
 
-async def test_nothing_is_rehearsed_where_nothing_will_be_judged(build: Build) -> None:
+async def test_there_is_no_shadow_traffic_where_nothing_will_be_judged(build: Build) -> None:
     services = await started(build)
     await talked(services, 4, headers={"x-soma-policy": "history_ft"})
     assert asked(services) == []
@@ -137,13 +137,13 @@ async def test_what_is_removed_is_forgotten_and_what_runs_is_ended(build: Build)
     await talked(services, 3)
     key: SessionKey = services.session().key
     await asyncio.sleep(0)
-    assert services.shadow_traffic._of.keys() == {key}
+    assert services.shadow_traffic._answers.keys() == {key}
     await services.session_admin.remove(key)
     await asyncio.wait_for(services.surrogate.closed_early.wait(), GUARD_S)
-    assert not services.shadow_traffic._of
+    assert not services.shadow_traffic._answers
 
 
-async def test_stopping_ends_every_rehearsal(build: Build) -> None:
+async def test_stopping_ends_all_shadow_traffic(build: Build) -> None:
     services = await started(build)
     services.surrogate.go.clear()
     await talked(services, 3)
@@ -163,7 +163,7 @@ async def test_the_engine_reads_the_held_out_answers_and_no_trainer_is_asked(bui
     assert services.trainer.requests == []
 
 
-async def test_a_refused_session_is_rehearsed_again_where_its_next_verdict_is_near(build: Build) -> None:
+async def test_a_refused_session_has_shadow_traffic_again_when_its_next_verdict_is_near(build: Build) -> None:
     services = await started(build, adaptation={"cool_down_turns": 4, "candidates": ["plain"]})
     services.surrogate.answers = ["different"]
     history = await talked(services, 4)
@@ -178,7 +178,7 @@ async def test_a_refused_session_is_rehearsed_again_where_its_next_verdict_is_ne
     assert services.session().phase is Phase.SWITCHED
 
 
-async def test_what_was_rehearsed_for_one_verdict_serves_the_next(build: Build) -> None:
+async def test_the_shadow_answers_of_one_verdict_serve_the_next(build: Build) -> None:
     services = await started(build, adaptation={"cool_down_turns": 2, "candidates": ["plain"]})
     services.surrogate.answers = ["different", "different", "same"]
     history = await talked(services, 4)
@@ -251,19 +251,19 @@ async def test_the_cache_is_warmed_with_what_was_said_however_long_that_is_kept(
 
 
 @pytest.mark.parametrize(("text", "kept"), [("session", 4), ("until_adapted", 0), ("never", 0)])
-async def test_no_rehearsal_outlives_the_words_it_answers(build: Build, text: str, kept: int) -> None:
+async def test_no_shadow_answer_outlives_the_text_it_answers(build: Build, text: str, kept: int) -> None:
     services = await started(build, adaptation={"candidates": ["plain"]}, retention={"text": text})
     services.surrogate.answers = ["different"]
     await talked(services, 4)
     await services.settled()
     assert services.session().phase is Phase.ORIGINAL_ONLY
-    assert sum(len(mine) for mine in services.shadow_traffic._of.values()) == kept
+    assert sum(len(made) for made in services.shadow_traffic._answers.values()) == kept
 
 
-async def test_a_sweep_forgets_rehearsals_as_old_as_the_words_it_erases(build: Build) -> None:
+async def test_a_sweep_forgets_shadow_answers_as_old_as_the_text_it_erases(build: Build) -> None:
     services = await started(build, retention={"text_ttl_s": 0.01})
     await talked(services, 3)
-    assert services.shadow_traffic._of
+    assert services.shadow_traffic._answers
     await asyncio.sleep(0.02)
     await services.retention.sweep()
-    assert not services.shadow_traffic._of
+    assert not services.shadow_traffic._answers

@@ -1,4 +1,4 @@
-"""The fake engine keeps the port's promises, since other tests rest on it."""
+"""The fake engine's script; the contract that it keeps is tested in tests/contract."""
 
 from __future__ import annotations
 
@@ -56,11 +56,3 @@ async def test_a_refusal_and_a_break_happen_where_they_were_planned() -> None:
     await anext(reply.events)
     with pytest.raises(EngineUnavailable, match="after 1 events"):
         await anext(reply.events)
-
-
-async def test_a_stream_closed_unread_is_noticed() -> None:
-    engine = FakeEngine()
-    reply = await engine.chat(STREAM)
-    assert reply.events is not None
-    await reply.events.aclose()
-    assert engine.closed_early.is_set()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+import ast
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel
+from support.config_reads import unread
 
 import soma_vllm
-from soma_vllm.config import Config, load_config, parse_config
+from soma_vllm.config import Config, Gate, load_config, parse_config
 from soma_vllm.errors import ConfigError
 
 ROOT = Path(soma_vllm.__file__).parent.parent
@@ -34,13 +34,14 @@ gate: {accept_threshold: 0.20, locality_threshold: 0.35, drift_window: 4, drift_
 """
 
 
-def leaves(model: type[BaseModel]) -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from leaves(annotation)
-        else:
-            yield name
+READ_THROUGH = {
+    "access.max_body_mib": ("api/auth/access.py", "quotas.access.max_body_mib"),
+    **{
+        f"adapters.{name}": ("adapters/eviction_policy.py", f"budgets.{name}")
+        for name in ("max_count", "max_bytes", "tenant_max_count", "tenant_max_bytes", "ttl_s")
+    },
+}
+"""Keys that are read through an object of another module, with the file and the expression that reads them."""
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
@@ -127,14 +128,66 @@ def test_scoring_audits_need_an_original_that_is_a_vllm() -> None:
         parse_config({**settings, "original": endpoint}, "it").for_serving()
 
 
-def test_an_endpoint_of_somebody_elses_takes_no_draft_model() -> None:
+def test_an_external_endpoint_takes_no_draft_model() -> None:
     original = {"url": "http://127.0.0.1:1/v1", "name": "big", "draft_tokens": 4}
     with pytest.raises(ConfigError, match=r"original\.draft_tokens: found 4 with original\.url; expected 0"):
         parse_config({"surrogate_model": "small", "original": original}, "it").for_serving()
 
 
-def test_no_key_exists_that_nothing_reads() -> None:
+def package_sources() -> list[str]:
     package = ROOT / "soma_vllm"
-    sources = [p.read_text(encoding="utf-8") for p in package.rglob("*.py") if p.parent.name != "config"]
-    read = set(re.findall(r"\.([A-Za-z_]+)", "\n".join(sources)))
-    assert not set(leaves(Config)) - read
+    return [p.read_text(encoding="utf-8") for p in package.rglob("*.py") if p.parent.name != "config"]
+
+
+def test_no_key_exists_that_nothing_reads() -> None:
+    assert set(unread(package_sources())) <= READ_THROUGH.keys()
+    for file, expression in READ_THROUGH.values():
+        assert expression in (ROOT / "soma_vllm" / file).read_text(encoding="utf-8")
+
+
+def test_a_key_that_nothing_reads_is_found() -> None:
+    class Larger(Gate):
+        """Keys that nothing reads, though other objects have attributes of these names."""
+
+        name: str = ""
+        steps: int = 1
+
+    class Whole(Config):
+        gate: Larger = Larger()
+        url: str = ""
+
+    assert {"gate.name", "gate.steps", "url"} <= set(unread(package_sources(), Whole))
+    assert "gate.audit_rate" not in unread(package_sources(), Whole)
+
+
+@pytest.mark.parametrize(
+    ("source", "read"),
+    [
+        ("def f(config: Config): return config.lora.steps", True),
+        ("def f(self): return self._config.lora.steps", True),
+        ("def f(parts): return parts.config.lora.steps", True),
+        ("def f(config):\n    lora, seed = config.lora, 1\n    return lora.steps", True),
+        ("from soma_vllm.config import Lora\ndef f(settings: Lora | None): return settings.steps", True),
+        ("from soma_vllm.config import Lora\ndef g() -> Lora: ...\ndef f(): return g().steps", True),
+        ("def f(config): return config.gate, made.steps", False),
+        ("def f(config): return config.mining.steps", False),
+        ("def f(lora): return lora.steps", False),
+        ("from peft import Lora\ndef f(settings: Lora): return settings.steps", False),
+        ("# config.lora.steps", False),
+    ],
+)
+def test_a_key_counts_as_read_from_its_own_section_only(source: str, read: bool) -> None:
+    assert ("lora.steps" not in unread([source])) is read
+
+
+def test_every_key_says_what_it_does() -> None:
+    texts = [p.read_text(encoding="utf-8") for p in (ROOT / "soma_vllm" / "config").glob("*.py")]
+    bare = []
+    for node in (
+        node for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)
+    ):
+        for field, after in pairwise([*node.body, ast.Pass()]):
+            if isinstance(field, ast.AnnAssign) and not isinstance(field.value, ast.Call):
+                said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                bare += [] if said else [f"{node.name}.{ast.unparse(field.target)}"]
+    assert not bare

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from soma_vllm.config import Config
+from pathlib import Path
+
+import soma_vllm
+from soma_vllm.config import Config, load_config
+
+CONFIGS = Path(soma_vllm.__file__).parent.parent / "configs"
+SHIPPED = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "prices.yaml")
 
 
 def test_the_defaults_lie_in_the_ranges_the_paper_states() -> None:
@@ -19,6 +25,8 @@ def test_hardness_is_not_the_inverted_form_unless_asked_for() -> None:
     assert Config().mining.hardness == "divergence"
 
 
-def test_the_yardstick_is_not_the_surrogate() -> None:
-    config = Config(surrogate_model="small")
-    assert config.encoder.model not in (config.surrogate_model, config.original_model)
+def test_the_yardstick_is_no_model_of_any_pair() -> None:
+    configs = [Config(), *(load_config(path) for path in SHIPPED)]
+    pairs = {name for config in configs for name in (config.original_model, config.surrogate_model)} - {None}
+    assert len(pairs) >= 4
+    assert not pairs & {config.encoder.model for config in configs}

@@ -387,10 +387,8 @@ async def test_a_session_does_not_switch_in_the_middle_of_a_tool_loop(services: 
 
 
 async def test_a_client_may_go_on_from_any_of_several_choices(services: Services) -> None:
-    services.original.choices = 2
     history: History = []
-    answer = await services.say(history, "question 1")
-    services.original.choices = 1
+    answer = await services.say(history, "question 1", n=2)
     assert answer.reply.body is not None
     other = [history[0], answer.reply.body["choices"][1]["message"]]
     answer = await services.say(other, "question 2")
