@@ -19,15 +19,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from soma_vllm.adapters.store.file_check import check_adapter_files
+from soma_vllm.adapters.file_provider import FilesInPlace
+from soma_vllm.adapters.store.manifest import LocalAdapter
 from soma_vllm.errors import EngineUnavailable
 from soma_vllm.types import AdapterRef, Signature
 
 MARGIN = 1
 """Places of the engine's own cache that are left free, where it has more than slots."""
 _STRIPES = 64
-
-Check = Callable[[AdapterRef], Signature | None]
 
 
 class Loading(Protocol):
@@ -40,16 +39,9 @@ class Loading(Protocol):
 class AdapterFiles(Protocol):
     """Where adapters' files come from."""
 
-    async def ensure_local(self, ref: AdapterRef) -> AdapterRef:
-        """An adapter whose files lie on this machine. Raises EngineUnavailable."""
+    async def ensure_local(self, ref: AdapterRef) -> LocalAdapter:
+        """An adapter whose files lie on this machine and are fit for the engine. Raises EngineUnavailable."""
         ...
-
-
-class FilesInPlace:
-    """Adapters whose files lie where their references say."""
-
-    async def ensure_local(self, ref: AdapterRef) -> AdapterRef:
-        return ref
 
 
 class ResidencyMeter(Protocol):
@@ -91,15 +83,13 @@ class LoadedAdapters:
         *,
         files: AdapterFiles | None = None,
         in_use: Callable[[str], bool] = lambda name: False,
-        check: Check = check_adapter_files,
         meter: ResidencyMeter | None = None,
     ) -> None:
-        """`in_use` says whether somebody holds an adapter; `check` blocks, and runs on a thread."""
+        """`in_use` says whether somebody holds an adapter."""
         self._engine = engine
         self._room = room
         self._files: AdapterFiles = files or FilesInPlace()
         self._in_use = in_use
-        self._check = check
         self.meter: ResidencyMeter = meter or Unmetered()
         self._resident: dict[str, AdapterRef] = {}  # the least recently used first
         self._signatures: dict[str, Signature | None] = {}
@@ -167,13 +157,12 @@ class LoadedAdapters:
         async with self._stripe(ref.name):
             if ref.name in self._resident:
                 return
-            here = await self._files.ensure_local(ref)
-            signature = await asyncio.to_thread(self._check, here)
+            local = await self._files.ensure_local(ref)
             async with self._changing:
-                await self._make_room(here)
-                await self._add(here)
-                self._resident[ref.name] = here
-                self._signatures[ref.name] = signature
+                await self._make_room(ref)
+                await self._add(local.ref)
+                self._resident[ref.name] = local.ref
+                self._signatures[ref.name] = local.signature
 
     async def _make_room(self, ref: AdapterRef) -> None:
         while len(self._resident) >= self._room:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from soma_vllm.adapters.file_provider import AdapterFileProvider
 from soma_vllm.adapters.leases import AdapterLeases
 from soma_vllm.adapters.loaded import LoadedAdapters, room_for
 from soma_vllm.adapters.store.facade import RecordShelf
-from soma_vllm.adapters.store.file_check import check_adapter_files
 from soma_vllm.adapters.store.opening import open_root
 from soma_vllm.adapters.store.verify import Demands
 from soma_vllm.api.auth.quotas import Quotas
@@ -156,7 +154,8 @@ class SomaServer:
         await self._open_policy()
         stock, sweep_trigger = AdapterStoreMetrics(), SweepTrigger()
         adapter_store = self._open_adapter_store()
-        files = AdapterFileProvider(adapter_store, sweep_trigger, stock)
+        engine_takes = Demands(slot_rank(self._config.lora.rank), str(self._paths.surrogate))
+        files = AdapterFileProvider(adapter_store, sweep_trigger, stock, engine_takes)
         leases, surrogate = self._engage_surrogate(PrivateChat(engine_client, state), files)
         services = build(
             Parts(
@@ -223,13 +222,8 @@ class SomaServer:
         metrics = AdapterMetrics()
         limit = settings.queue_limit if settings.overflow == "wait" else 0
         leases = AdapterLeases(settings.max_loras, limit, settings.queue_wait_s, metrics)
-        check = partial(
-            check_adapter_files,
-            max_rank=slot_rank(self._config.lora.rank),
-            base_model=str(self._paths.surrogate),
-        )
         room = room_for(settings.max_loras, settings.max_cpu_loras)
-        loaded = LoadedAdapters(serving, room, files=files, in_use=leases.in_use, check=check, meter=metrics)
+        loaded = LoadedAdapters(serving, room, files=files, in_use=leases.in_use, meter=metrics)
         metrics.watch(
             resident=lambda: len(loaded.resident()),
             leases=leases.count,

@@ -139,8 +139,8 @@ async def play(place: Place, steps: Steps) -> None:
     steps.before(os, "fsync")
     steps.before(os, "rename", also_after=True)
     steps.before(os, "replace")
-    steps.before(shutil, "copyfile")
-    place.adapters._copy = shutil.copyfile
+    steps.before(Path, "write_bytes")
+    place.adapters._write = Path.write_bytes
     sqlalchemy_event.listen(store._engine.sync_engine, "commit", lambda _: steps.step("commit"))
     services = place.services(store, steps)
     services.registry._observers = (

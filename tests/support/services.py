@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs, why_text
 from soma_vllm.adapters.eviction_policy import Reason
 from soma_vllm.adapters.leases import AdapterLeases
-from soma_vllm.adapters.store.manifest import FileFacts, PublishedAdapter
+from soma_vllm.adapters.store.manifest import LocalAdapter, PublishedAdapter
+from soma_vllm.adapters.store.verify import AdapterFacts, FileFacts
 from soma_vllm.app.build import Parts, build
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import ChatCall, Salts
@@ -183,10 +184,12 @@ class FakeAdapterStore:
     def clear(self) -> None:
         pass
 
-    def resolve(self, name: str) -> AdapterRef:
+    def resolve(self, name: str) -> LocalAdapter:
         if name not in self.there:
             raise NotFound(f"adapter {name}")
-        return self.there[name].ref
+        found = self.there[name]
+        facts = AdapterFacts(found.rank, 8.0, ("q_proj",), found.base_model, found.weights, found.config)
+        return LocalAdapter(found.ref, facts, None)
 
     def list(self, tenant: str | None = None) -> tuple[PublishedAdapter, ...]:
         return tuple(one for one in self.there.values() if tenant in (None, one.key.tenant))

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from soma_vllm.adapters.store.manifest import PublishedAdapter
+from soma_vllm.adapters.store.manifest import LocalAdapter, PublishedAdapter
 from soma_vllm.adapters.store.opening import AnyAdapterStore
 from soma_vllm.errors import NotFound
 from soma_vllm.types import AdapterRef, SessionKey
@@ -48,7 +48,7 @@ class RecordShelf:
         with suppress(NotFound):
             self._store.retire(name)
 
-    def resolve(self, name: str) -> AdapterRef:
+    def resolve(self, name: str) -> LocalAdapter:
         """Have the files on this machine, whole. Raises NotFound, AdapterRejected."""
         return self._store.resolve(name)
 

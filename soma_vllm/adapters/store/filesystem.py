@@ -23,26 +23,27 @@ from typing import Any
 from soma_vllm.adapters.store.atomic_files import Changes, Counter, is_locked, locked, locked_with_others, sync
 from soma_vllm.adapters.store.listing import Listing, read_at
 from soma_vllm.adapters.store.manifest import (
-    MANIFEST,
+    LocalAdapter,
     PublishedAdapter,
     document,
+    local,
     plain_json,
     read,
     spelt,
     whole,
 )
 from soma_vllm.adapters.store.naming import Place, checked, digest_of_session, home_of, place_of, version_of
-from soma_vllm.adapters.store.staging import Copy, Staging, fill
-from soma_vllm.adapters.store.verify import NOTHING, AdapterFacts, Demands, digest_of, verify_files
-from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
-from soma_vllm.types import AdapterRef, SessionKey
+from soma_vllm.adapters.store.staging import Staging, WriteFile, fill
+from soma_vllm.adapters.store.verify import NOTHING, Demands, verify
+from soma_vllm.errors import AdapterError, NotFound
+from soma_vllm.types import MANIFEST, SessionKey
 
 
 class AdapterStore:
     """Adapters under one root. Several processes may share a root.
 
     `demands` are made of every adapter. `owner` is written into each, and says which server's record speaks of
-    it. `copy` brings one file from the trainer's directory into the store's.
+    it. `write` makes one file.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class AdapterStore:
         *,
         demands: Demands = NOTHING,
         owner: str = "",
-        copy: Copy = shutil.copyfile,
+        write: WriteFile = Path.write_bytes,
     ) -> None:
         self._root = Path(root).resolve()
         self.owner = owner
@@ -63,7 +64,7 @@ class AdapterStore:
         self._changes = Changes(self._root / ".changes")
         self._listing = Listing(self._root, self._changes)
         self._demands = demands
-        self._copy = copy
+        self._write = write
 
     # -- publishing -------------------------------------------------------------------------------------
 
@@ -80,10 +81,10 @@ class AdapterStore:
         """
         training = plain_json(manifest)
         with disk_errors(f"adapter not published to {self._root}"):
-            facts = verify_files(trained, self._demands)
+            facts, contents = verify(trained, self._demands)
             with self._staged(key) as (staged, place):
                 content = spelt(document(key, place, facts, base_model, self.owner, training))
-                fill(staged, trained, facts, content, self._copy)
+                fill(staged, {**contents, MANIFEST: content}, self._write)
                 final = self._reveal(staged, place)
         return read(content, str(final))
 
@@ -128,19 +129,22 @@ class AdapterStore:
             AdapterRejected: files are missing or cut off.
         """
         adapter = self._find(name)
-        reject_damage(name, Path(adapter.ref.path), adapter, digests=False)
+        with disk_errors(f"adapter {name} cannot be read"):
+            paths = [Path(adapter.ref.path) / file for file in adapter.files()]
+            found = {path.name: path.stat().st_size for path in paths if path.is_file()}
+        adapter.reject_sizes(found)
         return adapter
 
-    def resolve(self, name: str) -> AdapterRef:
+    def resolve(self, name: str) -> LocalAdapter:
         """The adapter as an engine needs it, byte by byte what was published. Reads the files once.
 
         Raises:
             NotFound: no such adapter is published.
             AdapterRejected: its files are damaged.
+            AdapterError: they cannot be read now.
         """
-        adapter = self._find(name)
-        reject_damage(name, Path(adapter.ref.path), adapter)
-        return adapter.ref
+        with disk_errors(f"adapter {name} cannot be read"):
+            return local(name, self._root / place_of(name).path)
 
     def latest(self, key: SessionKey) -> PublishedAdapter | None:
         """The session's newest version, if it has any."""
@@ -165,7 +169,7 @@ class AdapterStore:
         """
         adapter = self._find(name)
         with disk_errors(f"adapter {name} cannot be read"):
-            verify_again(name, Path(adapter.ref.path), adapter, self._demands)
+            verify(Path(adapter.ref.path), self._demands, adapter.files(), name=name)
         return adapter
 
     def _find(self, name: str) -> PublishedAdapter:
@@ -274,33 +278,6 @@ class AdapterStore:
     def serves(self) -> bool:
         """Whether a living server serves from this root."""
         return self._serving.exists() and is_locked(self._serving)
-
-
-def reject_damage(name: str, directory: Path, adapter: PublishedAdapter, digests: bool = True) -> None:
-    """Raise AdapterRejected where files are missing, or are not those that were published."""
-    problems = []
-    for file, facts in adapter.files().items():
-        path = directory / file
-        try:
-            size = path.stat().st_size
-            if size != facts.size:
-                problems.append(f"{file}: found {size} bytes; expected {facts.size}")
-            elif digests and (found := digest_of(path)) != facts.sha256:
-                problems.append(f"{file}: expected SHA-256 {facts.sha256}, found {found}")
-        except OSError as error:
-            problems.append(f"{file} cannot be read: {error.strerror or error}")
-    if problems:
-        raise AdapterRejected(name, problems)
-
-
-def verify_again(name: str, directory: Path, adapter: PublishedAdapter, demands: Demands) -> AdapterFacts:
-    """Check files as a publication does, and that they are those published. Raises AdapterRejected."""
-    try:
-        facts = verify_files(directory, demands)
-    except AdapterRejected as error:
-        raise AdapterRejected(name, error.problems) from error
-    reject_damage(name, directory, adapter)
-    return facts
 
 
 def _last_version(home: Path) -> int:

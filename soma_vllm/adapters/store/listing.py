@@ -19,8 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from soma_vllm.adapters.store.atomic_files import Changes
-from soma_vllm.adapters.store.manifest import MANIFEST, PublishedAdapter, read
+from soma_vllm.adapters.store.manifest import PublishedAdapter, read
 from soma_vllm.adapters.store.naming import version_of
+from soma_vllm.types import MANIFEST
 
 logger = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ from soma_vllm.tools.evaluate.original_answers import played_for
 from soma_vllm.tools.evaluate.trajectory import Trajectory
 from soma_vllm.tools.evaluate.variants import Variant, choose
 from soma_vllm.tools.replay.dialogues import load_dialogues
+from soma_vllm.types import CONFIG
 
 REPORT = "evaluation.json"
 
@@ -126,8 +127,8 @@ def _planned(
     except ConfigError as error:
         problems.append(str(error))
     start = None if config is None else config.lora.init_from
-    if start is not None and not (Path(start) / "adapter_config.json").is_file():
-        problems.append(f"--init {start}: found no adapter_config.json there; expected an adapter's directory")
+    if start is not None and not (Path(start) / CONFIG).is_file():
+        problems.append(f"--init {start}: found no {CONFIG} there; expected an adapter's directory")
     variants: tuple[Variant, ...] = ()
     if config is not None:
         try:

@@ -17,8 +17,7 @@ from soma_vllm.config import Config
 from soma_vllm.errors import TrainingError
 from soma_vllm.method.recipe import Learnt, Surrogate, adapt
 from soma_vllm.tools.evaluate.dataset import Material, understood
-from soma_vllm.training.pair import MANIFEST
-from soma_vllm.types import Example
+from soma_vllm.types import MANIFEST, Example
 
 
 @dataclass(frozen=True)

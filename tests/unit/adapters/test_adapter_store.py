@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import json
@@ -13,17 +14,20 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.adapter_files import BASE_MODEL, write_adapter
 from support.guard import GUARD_S
 
+from soma_vllm.adapters.file_provider import AdapterFileProvider
 from soma_vllm.adapters.store import listing
 from soma_vllm.adapters.store.filesystem import AdapterStore
 from soma_vllm.adapters.store.manifest import PublishedAdapter
 from soma_vllm.adapters.store.verify import Demands
 from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
-from soma_vllm.types import SessionKey
+from soma_vllm.maintenance.sweep_trigger import SweepTrigger
+from soma_vllm.types import CONFIG, WEIGHTS, SessionKey
 
 KEY = SessionKey("public", "dialogue-7")
 OTHER = SessionKey("public", "dialogue-8")
@@ -188,59 +192,108 @@ def test_one_process_sees_what_another_published_and_retired(root: Path, trained
         ours.retire(name)
 
 
-def full_disk_at(file: str) -> Callable[[Path, Path], None]:
-    def copy(source: Path, target: Path) -> None:
+def full_disk_at(file: str) -> Callable[[Path, bytes], None]:
+    def write(target: Path, content: bytes) -> None:
         if target.name == file:
-            target.write_bytes(source.read_bytes()[:10])
+            target.write_bytes(content[:10])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        shutil.copyfile(source, target)
+        target.write_bytes(content)
 
-    return copy
+    return write
 
 
-def manifest_blocked(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
+def manifest_blocked(target: Path, content: bytes) -> None:
     (target.parent / "soma.json").mkdir(exist_ok=True)
+    target.write_bytes(content)
 
 
-def bits_flipped_in(file: str) -> Callable[[Path, Path], None]:
-    def copy(source: Path, target: Path) -> None:
-        content = source.read_bytes()
+def bits_flipped_in(file: str) -> Callable[[Path, bytes], None]:
+    def write(target: Path, content: bytes) -> None:
         target.write_bytes(content[:-1] + b"\x01" if target.name == file else content)
 
-    return copy
+    return write
 
 
 @pytest.mark.parametrize(
-    ("copy", "expected"),
+    ("write", "expected"),
     [
         (full_disk_at("adapter_config.json"), "No space left on device"),
         (full_disk_at("adapter_model.safetensors"), "No space left on device"),
         (manifest_blocked, "Is a directory"),
-        (bits_flipped_in("adapter_model.safetensors"), "weights changed on the way"),
-        (bits_flipped_in("adapter_config.json"), "adapter_config.json changed on the way"),
     ],
 )
 def test_a_failed_publication_leaves_nothing_behind(
-    copy: Callable[[Path, Path], None], expected: str, root: Path, trained: Path
+    write: Callable[[Path, bytes], None], expected: str, root: Path, trained: Path
 ) -> None:
     with pytest.raises(AdapterError, match=expected):
-        publish(AdapterStore(root, copy=copy), trained)
+        publish(AdapterStore(root, write=write), trained)
     store = AdapterStore(root)
     assert store.list() == ()
     assert files_under(root) == []
     assert publish(store, trained).ref.number == 2, "the failed publication's number stays spent"
 
 
+@pytest.mark.parametrize("file", [WEIGHTS, CONFIG])
+def test_bits_that_flip_on_their_way_to_the_disk_are_found_before_an_engine_reads_them(
+    file: str, root: Path, trained: Path
+) -> None:
+    store = AdapterStore(root, write=bits_flipped_in(file))
+    adapter = publish(store, trained)
+    with pytest.raises(AdapterRejected, match=f"{file}: expected SHA-256"):
+        store.resolve(adapter.ref.name)
+
+
+def test_what_is_published_is_what_was_verified_even_where_the_trainer_goes_on(
+    root: Path, trained: Path
+) -> None:
+    def write(target: Path, content: bytes) -> None:
+        (trained / WEIGHTS).write_bytes(b"another step")
+        target.write_bytes(content)
+
+    store = AdapterStore(root, write=write)
+    store.verify(publish(store, trained).ref.name)
+
+
+def test_the_weights_are_read_and_hashed_once_when_published_and_once_for_each_load(
+    root: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (trained / WEIGHTS).stat().st_size
+    digests, reads, active = [0], [0], [True]
+    digest = hashlib.sha256
+
+    def counted(content: bytes = b"", **named: Any) -> Any:
+        digests[0] += len(content) == size
+        return digest(content, **named)
+
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        if active and event == "open" and str(arguments[0]).endswith(WEIGHTS):
+            reads[0] += arguments[1] in ("r", "rb")
+
+    monkeypatch.setattr(hashlib, "sha256", counted)
+    sys.addaudithook(watch)
+    store = AdapterStore(root)
+    name = publish(store, trained).ref.name
+    assert (digests, reads) == ([1], [1]), "the trainer's file"
+    for loads in (1, 2):
+        asyncio.run(AdapterFileProvider(store, SweepTrigger(), Meter()).ensure_local(store.get(name).ref))
+        assert (digests, reads) == ([1 + loads], [1 + loads]), "the published one"
+    active.clear()
+
+
+class Meter:
+    def fetched(self, seconds: float) -> None:
+        assert seconds > 0
+
+
 def test_a_place_already_taken_is_never_overwritten(root: Path, trained: Path) -> None:
-    def take_the_place(source: Path, target: Path) -> None:
-        shutil.copyfile(source, target)
+    def take_the_place(target: Path, content: bytes) -> None:
+        target.write_bytes(content)
         home = next(path for path in (root / "public").iterdir())
         (home / "v0001").mkdir(exist_ok=True)
         (home / "v0001" / "mine").touch()
 
     with pytest.raises(AdapterError, match="not empty"):
-        publish(AdapterStore(root, copy=take_the_place), trained)
+        publish(AdapterStore(root, write=take_the_place), trained)
     assert [Path(path).name for path in files_under(root)] == ["mine"]
 
 
@@ -253,12 +306,12 @@ def test_an_unwritable_root_is_told_as_an_adapter_error(tmp_path: Path, trained:
 def test_a_publication_under_way_is_not_taken_for_garbage(root: Path, trained: Path) -> None:
     swept = []
 
-    def copy(source: Path, target: Path) -> None:
+    def write(target: Path, content: bytes) -> None:
         swept.append(AdapterStore(root).collect_garbage())
-        shutil.copyfile(source, target)
+        target.write_bytes(content)
 
-    adapter = publish(AdapterStore(root, copy=copy), trained)
-    assert swept == [0, 0]
+    adapter = publish(AdapterStore(root, write=write), trained)
+    assert swept == [0, 0, 0]
     AdapterStore(root).verify(adapter.ref.name)
 
 
@@ -302,7 +355,7 @@ def spoilt(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
-        (Path.unlink, "cannot be read: No such file"),
+        (Path.unlink, "is missing|found no bytes"),
         (lambda path: path.write_bytes(path.read_bytes()[:20]), "found 20 bytes; expected"),
         (spoilt, "expected SHA-256"),
     ],

@@ -34,7 +34,7 @@ def test_every_adapter_says_for_which_record_it_was_published(tmp_path: Path) ->
 def test_an_adapter_that_was_deleted_is_not_there_and_may_be_deleted_again(tmp_path: Path) -> None:
     ours = adapter_store(tmp_path, "ours")
     ref = ours.publish(KEY, write_adapter(tmp_path / "trained"), base_model="small", manifest={})
-    assert ours.resolve(ref.name) == ref
+    assert ours.resolve(ref.name).ref == ref
     for _ in range(2):
         ours.retire(ref.name)
     assert list(ours.list()) == []

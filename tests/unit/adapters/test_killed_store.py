@@ -80,7 +80,7 @@ def whole(store: AnyAdapterStore) -> tuple[PublishedAdapter, ...]:
     for adapter in listed:
         assert store.verify(adapter.ref.name) == adapter
         assert store.get(adapter.ref.name) == adapter
-        assert store.resolve(adapter.ref.name) == adapter.ref
+        assert store.resolve(adapter.ref.name).ref == adapter.ref
     return listed
 
 
@@ -170,7 +170,7 @@ def test_a_download_killed_at_any_step_is_done_again(
     name = publish(RemoteAdapterStore(url, work / "publisher"), trained).ref.name
     for cache in each_step(work, fresh, lambda cache: RemoteAdapterStore(url, cache).resolve(name)):
         store = RemoteAdapterStore(url, cache)
-        found = Path(store.resolve(name).path)
+        found = Path(store.resolve(name).ref.path)
         assert {path.name for path in found.iterdir()} == {
             "adapter_config.json",
             "adapter_model.safetensors",

@@ -21,7 +21,7 @@ from soma_vllm.adapters.store.manifest import PublishedAdapter
 from soma_vllm.adapters.store.object_store import RemoteAdapterStore
 from soma_vllm.adapters.store.opening import AnyAdapterStore, open_root
 from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
-from soma_vllm.types import SessionKey
+from soma_vllm.types import CONFIG, WEIGHTS, SessionKey
 
 KEY = SessionKey("public", "dialogue-7")
 FORK = multiprocessing.get_context("fork")
@@ -58,7 +58,7 @@ def test_what_one_machine_publishes_another_finds_and_fetches(url: str, trained:
     latest = there.latest(KEY)
     assert latest is not None
     assert latest.ref.name == second.ref.name
-    ref = there.resolve(first.ref.name)
+    ref = there.resolve(first.ref.name).ref
     assert Path(ref.path).is_relative_to(tmp_path / "there")
     assert {path.name for path in Path(ref.path).iterdir()} == FILES
     for name in FILES - {"soma.json"}:
@@ -69,7 +69,7 @@ def test_what_one_machine_publishes_another_finds_and_fetches(url: str, trained:
 def test_a_retired_adapter_is_gone_for_everybody(url: str, trained: Path, tmp_path: Path) -> None:
     here, there = RemoteAdapterStore(url, tmp_path / "here"), RemoteAdapterStore(url, tmp_path / "there")
     adapter, kept = publish(here, trained), publish(here, trained)
-    path = Path(here.resolve(adapter.ref.name).path)
+    path = Path(here.resolve(adapter.ref.name).ref.path)
     there.pin(adapter.ref.name)
     assert here.pins() == {adapter.ref.name}
     there.retire(adapter.ref.name)
@@ -101,9 +101,9 @@ def test_one_fetch_serves_all_who_want_an_adapter_at_once(
     monkeypatch.setattr(Bucket, "fetch", counted)
     stores = [RemoteAdapterStore(url, tmp_path / "there") for _ in range(4)]
     with ThreadPoolExecutor(8) as pool:
-        paths = set(pool.map(lambda n: stores[n % 4].resolve(name).path, range(16)))
+        paths = set(pool.map(lambda n: stores[n % 4].resolve(name).ref.path, range(16)))
     assert len(paths) == 1
-    assert sorted(fetched) == sorted(FILES)
+    assert sorted(fetched) == [CONFIG, WEIGHTS], "the manifest is the mark"
 
 
 @pytest.mark.parametrize("file", sorted(FILES))
@@ -114,7 +114,7 @@ def test_a_damaged_cache_entry_is_fetched_again(
     store = RemoteAdapterStore(url, tmp_path / "here")
     adapter = publish(store, trained)
     spoil(Path(adapter.ref.path) / file)
-    found = store.resolve(adapter.ref.name)
+    found = store.resolve(adapter.ref.name).ref
     assert found == adapter.ref
     assert (Path(found.path) / "adapter_model.safetensors").read_bytes() == (
         trained / "adapter_model.safetensors"
@@ -133,7 +133,7 @@ def test_what_is_cached_is_served_while_the_object_store_is_away(
             raise ConnectionRefusedError("no route")
 
     monkeypatch.setattr(store._bucket, "_fs", Away())
-    assert store.resolve(cached.ref.name) == cached.ref
+    assert store.resolve(cached.ref.name).ref == cached.ref
     with pytest.raises(AdapterError, match="ConnectionRefusedError") as caught:
         store.resolve(other.ref.name)
     assert not isinstance(caught.value, AdapterRejected)

@@ -194,7 +194,7 @@ async def test_damage_found_at_a_load_is_told_and_its_session_goes_back(build: B
     ref = services.session("a").adapter
     assert ref is not None
     files = AdapterFileProvider(services.adapter_store, services.sweep_trigger, services.stock)
-    assert await files.ensure_local(ref) == ref
+    assert (await files.ensure_local(ref)).ref == ref
 
     def damaged(name: str) -> Any:
         raise AdapterRejected(name, ["weights: cut off"])

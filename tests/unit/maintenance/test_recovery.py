@@ -39,7 +39,16 @@ def test_whatever_step_a_server_is_killed_at_nothing_that_was_written_is_lost_an
     assert [play.returncode for play in plays] == [0] * PROCESSES, told
     found = [json.loads(line) for printed, _ in told for line in printed.splitlines()]
     assert [one for one in found if one["problems"]] == [], told
-    moments = {"commit", "training begins", "copyfile", "fsync", "replace", "rename", "rename done", "rmtree"}
+    moments = {
+        "commit",
+        "training begins",
+        "write_bytes",
+        "fsync",
+        "replace",
+        "rename",
+        "rename done",
+        "rmtree",
+    }
     assert moments <= {one["name"] for one in found}
     assert len(found) > 80
 
