@@ -12,47 +12,25 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Literal, Protocol
 
+from soma_vllm.adapters.meter import AdapterMeter, Outcome, Unmetered
 from soma_vllm.adapters.slots import AdapterSlots, SlotRequest, State
 from soma_vllm.errors import EngineUnavailable
 
 BACKGROUND_WAIT_S = 600.0
 """Longest wait of work that no user waits for."""
 
-Outcome = Literal["granted", "timed_out", "leaving"]
-Overflow = Literal["full", "timed_out", "leaving"]
-
-
-class SlotMeter(Protocol):
-    """Something that is told how users fare: `telemetry.adapter_metrics.AdapterMetrics`."""
-
-    def waited(self, seconds: float, outcome: Outcome) -> None:
-        """A user's wait in the queue ended."""
-        ...
-
-    def overflowed(self, why: Overflow) -> None:
-        """A user got no slot; the original answers."""
-        ...
-
-
-class Unmetered:
-    """Tells nobody."""
-
-    def waited(self, seconds: float, outcome: Outcome) -> None: ...
-    def overflowed(self, why: Overflow) -> None: ...
-
 
 class AdapterLeases:
     """Who is using which adapter. Single event loop, no locks needed."""
 
     def __init__(
-        self, slots: int, queue_limit: int = 0, wait_s: float = 0.0, meter: SlotMeter | None = None
+        self, slots: int, queue_limit: int = 0, wait_s: float = 0.0, meter: AdapterMeter | None = None
     ) -> None:
         """`queue_limit` users wait, each at most `wait_s` seconds; 0 of either: nobody does."""
         self._slots = AdapterSlots(slots, queue_limit if wait_s > 0 else 0)
         self._wait_s = wait_s
-        self._meter: SlotMeter = meter or Unmetered()
+        self._meter: AdapterMeter = meter or Unmetered()
         self._waiting: dict[SlotRequest, asyncio.Future[None]] = {}
         self._unused: dict[str, asyncio.Event] = {}
 
@@ -66,11 +44,10 @@ class AdapterLeases:
         if ticket.state is State.WAITING:
             began = time.monotonic()
             await self._turn(ticket, self._wait_s)
-            outcome: Outcome = _OUTCOMES[ticket.state]
-            self._meter.waited(time.monotonic() - began, outcome)
+            self._meter.waited(time.monotonic() - began, _OUTCOMES[ticket.state])
         if ticket.state is State.GRANTED:
             return ticket
-        self._meter.overflowed(_OVERFLOWS[ticket.state])
+        self._meter.overflowed(_OUTCOMES[ticket.state])
         raise EngineUnavailable(_why(ticket))
 
     async def release(self, ticket: SlotRequest) -> None:
@@ -156,10 +133,6 @@ class AdapterLeases:
 
 _OUTCOMES: dict[State, Outcome] = {
     State.GRANTED: "granted",
-    State.OVER: "timed_out",
-    State.DRAINING: "leaving",
-}
-_OVERFLOWS: dict[State, Overflow] = {
     State.FULL: "full",
     State.OVER: "timed_out",
     State.DRAINING: "leaving",

@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from soma_vllm.adapters.file_provider import FilesInPlace
+from soma_vllm.adapters.meter import AdapterMeter, Unmetered
 from soma_vllm.adapters.store.manifest import LocalAdapter
 from soma_vllm.errors import EngineUnavailable
 from soma_vllm.types import AdapterRef, Signature
@@ -44,30 +45,6 @@ class AdapterFiles(Protocol):
         ...
 
 
-class ResidencyMeter(Protocol):
-    """Something that is told of loads: `telemetry.adapter_metrics.AdapterMetrics`."""
-
-    def loaded(self, seconds: float, warm: bool) -> None:
-        """A use of an adapter waited this long for it; warm: it was there already."""
-        ...
-
-    def evicted(self) -> None:
-        """An adapter was removed to make room."""
-        ...
-
-    def rejected(self) -> None:
-        """An adapter is not served as it was trained."""
-        ...
-
-
-class Unmetered:
-    """Tells nobody."""
-
-    def loaded(self, seconds: float, warm: bool) -> None: ...
-    def evicted(self) -> None: ...
-    def rejected(self) -> None: ...
-
-
 def room_for(max_loras: int, max_cpu_loras: int) -> int:
     """Adapters to keep in an engine of that many slots and that many places in memory."""
     return max(max_loras, max_cpu_loras - MARGIN)
@@ -83,14 +60,14 @@ class LoadedAdapters:
         *,
         files: AdapterFiles | None = None,
         in_use: Callable[[str], bool] = lambda name: False,
-        meter: ResidencyMeter | None = None,
+        meter: AdapterMeter | None = None,
     ) -> None:
         """`in_use` says whether somebody holds an adapter."""
         self._engine = engine
         self._room = room
         self._files: AdapterFiles = files or FilesInPlace()
         self._in_use = in_use
-        self.meter: ResidencyMeter = meter or Unmetered()
+        self.meter: AdapterMeter = meter or Unmetered()
         self._resident: dict[str, AdapterRef] = {}  # the least recently used first
         self._signatures: dict[str, Signature | None] = {}
         self._coming: dict[str, asyncio.Task[None]] = {}
