@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from soma_vllm.adapters.store.manifest import LocalAdapter, local
-from soma_vllm.adapters.store.protocol import Shelf, StockMeter
+from soma_vllm.adapters.store.protocol import AdapterStore, AdapterStoreMeter
 from soma_vllm.adapters.store.verify import NOTHING, Demands
 from soma_vllm.errors import AdapterRejected, EngineUnavailable, NotFound, SomaError
 from soma_vllm.types import AdapterRef
@@ -25,9 +25,9 @@ class AdapterFileProvider:
 
     def __init__(
         self,
-        adapter_store: Shelf,
+        adapter_store: AdapterStore,
         sweep_trigger: DamageReports,
-        meter: StockMeter,
+        meter: AdapterStoreMeter,
         demands: Demands = NOTHING,
     ) -> None:
         """`demands` are the engine's: an adapter that does not meet them stays published, and is not loaded."""

@@ -1,4 +1,4 @@
-"""`/soma/adapters`: what is on the shelf of a running server, and what an administrator may do with it.
+"""`/soma/adapters`: the adapters of a running server, and what an administrator may do with it.
 
 Guarantees: without the admin key only the caller's own adapters are seen, and another's answer 404 like one
 that does not exist; an adapter is taken from its sessions, and out of the engine, before its files go.

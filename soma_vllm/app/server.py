@@ -24,8 +24,8 @@ from soma_vllm.adaptation.threaded_encoder import ThreadedEncoder
 from soma_vllm.adapters.file_provider import AdapterFileProvider
 from soma_vllm.adapters.leases import AdapterLeases
 from soma_vllm.adapters.loaded import LoadedAdapters, room_for
-from soma_vllm.adapters.store.facade import RecordShelf
 from soma_vllm.adapters.store.opening import open_root
+from soma_vllm.adapters.store.protocol import AdapterStore
 from soma_vllm.adapters.store.verify import Demands
 from soma_vllm.api.auth.quotas import Quotas
 from soma_vllm.app.build import Parts, SomaServices, build
@@ -279,7 +279,7 @@ class SomaServer:
         self._say(f"sessions   {await store.count()} on record")
         return store
 
-    def _open_adapter_store(self) -> RecordShelf:
+    def _open_adapter_store(self) -> AdapterStore:
         store = open_root(
             self._filled(self._config.adapters.root),
             self._filled(self._config.adapters.cache),
@@ -288,7 +288,7 @@ class SomaServer:
         )
         # Told to `soma adapters`, which deletes nothing under a running server.
         self._cleanup.enter_context(store.in_service())
-        return RecordShelf(store)
+        return store
 
     async def _load_encoder(self) -> ThreadedEncoder:
         from soma_vllm.method.encoder import SentenceEncoder

@@ -26,7 +26,7 @@ from soma_vllm.errors import AdapterError, BadRequest, ConfigError, NotFound, So
 
 if TYPE_CHECKING:
     from soma_vllm.adapters.store.manifest import PublishedAdapter
-    from soma_vllm.adapters.store.opening import AnyAdapterStore
+    from soma_vllm.adapters.store.protocol import AdapterStore
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -160,7 +160,7 @@ def collect(
             typer.echo(f"evicted    {eviction.name} ({eviction.reason})")
 
 
-def _beyond_budgets(store: AnyAdapterStore, config: Path | None) -> Any:
+def _beyond_budgets(store: AdapterStore, config: Path | None) -> Any:
     """What the configuration's budgets do not allow."""
     from soma_vllm.adapters.eviction_policy import StoredAdapter, to_evict
 
@@ -188,7 +188,7 @@ def _row(adapter: PublishedAdapter, used: dict[str, float], pinned: bool) -> dic
     }
 
 
-def _opened(config: Path | None, root: str | None, judging: bool = False) -> AnyAdapterStore:
+def _opened(config: Path | None, root: str | None, judging: bool = False) -> AdapterStore:
     """The store that the command line names; for judging, with what the configuration demands of adapters.
 
     Raises:
@@ -206,7 +206,7 @@ def _opened(config: Path | None, root: str | None, judging: bool = False) -> Any
     return open_root(where, cache, demands=demands)
 
 
-def _opened_alone(config: Path | None, root: str | None) -> AnyAdapterStore:
+def _opened_alone(config: Path | None, root: str | None) -> AdapterStore:
     """The same, while no server of this machine serves from it. Raises BadRequest."""
     store = _opened(config, root)
     if store.serves():

@@ -1,4 +1,4 @@
-"""Prometheus series of the adapter store: what it holds, what had to go, how long files take to be at hand.
+"""Prometheus series of the adapter store: what it holds, what had to go, how long files take to arrive.
 
 Labels are closed sets: nothing here grows with adapters or tenants. Gauges are as of the last sweep.
 """
@@ -19,15 +19,15 @@ class AdapterStoreMetrics:
     """A meter of the stock, and an observer of events."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        self._count = Gauge("soma_adapters_stored", "Adapters on the shelf.", registry=registry)
-        self._bytes = Gauge("soma_adapters_stored_bytes", "Bytes of adapters on the shelf.", registry=registry)
+        self._count = Gauge("soma_adapters_stored", "Adapters published.", registry=registry)
+        self._bytes = Gauge("soma_adapters_stored_bytes", "Bytes of adapters published.", registry=registry)
         self._published = Counter("soma_adapters_published", "Adapters published.", registry=registry)
         self._retired = Counter(
-            "soma_adapters_retired", "Adapters that left the engine and the shelf.", registry=registry
+            "soma_adapters_retired", "Adapters that left the engine and the store.", registry=registry
         )
         self._evicted = Counter(
             "soma_store_evictions",
-            "Adapters that had to go from the shelf, by reason.",
+            "Adapters that had to leave the store, by reason.",
             ["reason"],
             registry=registry,
         )
@@ -48,7 +48,7 @@ class AdapterStoreMetrics:
             self._retired.inc()
 
     def kept(self, count: int, size_bytes: int) -> None:
-        """So much is on the shelf."""
+        """So much is stored."""
         self._count.set(count)
         self._bytes.set(size_bytes)
 
@@ -57,5 +57,5 @@ class AdapterStoreMetrics:
         self._evicted.labels(reason.value).inc()
 
     def fetched(self, seconds: float) -> None:
-        """It took so long to have an adapter's files at hand."""
+        """It took so long to have an adapter's files on this machine."""
         self._fetch.observe(seconds)

@@ -1,4 +1,4 @@
-"""An object store as `remote.py` needs it, over fsspec: paths below one URL, and one kind of error.
+"""An object store as `object_store.py` needs it, over fsspec: paths below one URL, and one kind of error.
 
 Guarantees: nothing is cached, so that another host's work is seen at once; whatever a backend raises arrives as
 NotFound or AdapterError; deleting what is not there is no error.
@@ -111,15 +111,6 @@ class Bucket:
             except (FileNotFoundError, NotADirectoryError):
                 return []
             return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of what lies directly in a folder, by name."""
-        with self._errors(f"{folder} cannot be listed"):
-            try:
-                found = self._fs.ls(self._at(folder), detail=True)
-            except (FileNotFoundError, NotADirectoryError):
-                return {}
-            return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found}
 
     def remove(self, path: str) -> None:
         """Delete an object, if there is one."""

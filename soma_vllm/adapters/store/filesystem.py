@@ -9,7 +9,7 @@ Guarantees:
 * `get` and `resolve` open the files of one adapter, however many there are.
 
 The directory tree is the truth; what is kept in memory only makes `list` quick. Methods block on the disk and
-may be called from any thread. An object store, which has no rename, is `remote.py`.
+may be called from any thread. An object store, which has no rename, is `object_store.py`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from soma_vllm.errors import AdapterError, NotFound
 from soma_vllm.types import MANIFEST, SessionKey
 
 
-class AdapterStore:
+class FilesystemAdapterStore:
     """Adapters under one root. Several processes may share a root.
 
     `demands` are made of every adapter. `owner` is written into each, and says which server's record speaks of
@@ -122,17 +122,14 @@ class AdapterStore:
         return self._listing.of(None if tenant is None else checked(tenant))
 
     def get(self, name: str) -> PublishedAdapter:
-        """The adapter of that name, its files in place at their full lengths.
+        """The adapter of that name, by its manifest alone.
 
         Raises:
             NotFound: no such adapter is published.
-            AdapterRejected: files are missing or cut off.
         """
-        adapter = self._find(name)
-        with disk_errors(f"adapter {name} cannot be read"):
-            paths = [Path(adapter.ref.path) / file for file in adapter.files()]
-            found = {path.name: path.stat().st_size for path in paths if path.is_file()}
-        adapter.reject_sizes(found)
+        adapter = read_at(str(self._root / place_of(name).path))
+        if adapter is None or adapter.ref.name != name:
+            raise NotFound(f"adapter {name}: not published under {self._root}")
         return adapter
 
     def resolve(self, name: str) -> LocalAdapter:
@@ -158,7 +155,7 @@ class AdapterStore:
             NotFound: no such adapter is published.
         """
         with disk_errors(f"adapter {name} cannot be read"):
-            return whole((Path(self._find(name).ref.path) / MANIFEST).read_bytes())
+            return whole((Path(self.get(name).ref.path) / MANIFEST).read_bytes())
 
     def verify(self, name: str) -> PublishedAdapter:
         """Check a published adapter's files once more, and that they are the ones published.
@@ -167,16 +164,9 @@ class AdapterStore:
             NotFound: no such adapter is published.
             AdapterRejected: the files are damaged or were edited.
         """
-        adapter = self._find(name)
+        adapter = self.get(name)
         with disk_errors(f"adapter {name} cannot be read"):
             verify(Path(adapter.ref.path), self._demands, adapter.files(), name=name)
-        return adapter
-
-    def _find(self, name: str) -> PublishedAdapter:
-        """Raises NotFound."""
-        adapter = read_at(str(self._root / place_of(name).path))
-        if adapter is None or adapter.ref.name != name:
-            raise NotFound(f"adapter {name}: not published under {self._root}")
         return adapter
 
     def _of(self, key: SessionKey) -> tuple[PublishedAdapter, ...]:
@@ -238,7 +228,7 @@ class AdapterStore:
             for name in self.pins():
                 with suppress(AdapterError):
                     try:
-                        self._find(name)
+                        self.get(name)
                     except NotFound:
                         self._unpinned(name)
             return swept
@@ -256,7 +246,7 @@ class AdapterStore:
             NotFound: no such adapter is published.
             AdapterError: the store cannot be written.
         """
-        self._find(name)
+        self.get(name)
         with disk_errors(f"adapter {name} not pinned"):
             if not pinned:
                 self._unpinned(name)

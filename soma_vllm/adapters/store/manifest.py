@@ -46,16 +46,6 @@ class PublishedAdapter:
         """What has to be there for an engine, by file name."""
         return {CONFIG: self.config, WEIGHTS: self.weights}
 
-    def reject_sizes(self, found: Mapping[str, int]) -> None:
-        """Raise AdapterRejected where files are missing or cut off; `found` is their bytes by name."""
-        problems = [
-            f"{file}: found {found.get(file, 'no')} bytes; expected {facts.size}"
-            for file, facts in self.files().items()
-            if found.get(file) != facts.size
-        ]
-        if problems:
-            raise AdapterRejected(self.ref.name, problems)
-
     def view(self) -> dict[str, Any]:
         """As JSON, for people. Where it lies is the server's business."""
         return {

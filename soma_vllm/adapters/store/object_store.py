@@ -65,7 +65,7 @@ DRAWS = 100
 """Numbers drawn before it is said that something is wrong."""
 
 
-class RemoteAdapterStore:
+class ObjectStoreAdapterStore:
     """Adapters below a URL, for an engine that reads them from `cache`. Hosts and processes may share both."""
 
     def __init__(
@@ -92,7 +92,7 @@ class RemoteAdapterStore:
     def publish(
         self, key: SessionKey, trained: Path, *, base_model: str, manifest: Mapping[str, Any]
     ) -> PublishedAdapter:
-        """Verify a trainer's directory and publish a copy of it; raises as `AdapterStore.publish` does."""
+        """Verify a trainer's directory and publish a copy of it; raises as the file system's does."""
         training = plain_json(manifest)
         with disk_errors(f"adapter not published to {self._bucket}"):
             facts, contents = verify(trained, self._demands)
@@ -163,16 +163,8 @@ class RemoteAdapterStore:
         return tuple(sorted(found.values(), key=lambda one: (one.created, one.ref.number)))
 
     def get(self, name: str) -> PublishedAdapter:
-        """The adapter of that name, its files in place at their full lengths.
-
-        Raises:
-            NotFound: no such adapter is published.
-            AdapterRejected: files are missing or cut off.
-            AdapterError: the object store does not answer.
-        """
-        adapter = self._find(name)
-        adapter.reject_sizes(self._bucket.sizes(place_of(name).numbered_path))
-        return adapter
+        """The adapter of that name, by its mark alone. Raises NotFound, AdapterError."""
+        return self._marked(name)[0]
 
     def resolve(self, name: str) -> LocalAdapter:
         """The adapter as an engine needs it, in the cache, byte by byte what was published.
@@ -200,15 +192,11 @@ class RemoteAdapterStore:
         return whole(self._marked(name)[1])
 
     def verify(self, name: str) -> PublishedAdapter:
-        """Fetch a published adapter's files once more and check them; raises as `AdapterStore.verify` does."""
+        """Fetch a published adapter's files once more and check them; raises as the file system's does."""
         place = place_of(name)
         with disk_errors(f"adapter {name} cannot be read"), self._downloaded(place) as (staged, adapter):
             verify(staged, self._demands, adapter.files(), name=name)
         return adapter
-
-    def _find(self, name: str) -> PublishedAdapter:
-        """Raises NotFound, AdapterError."""
-        return self._marked(name)[0]
 
     def _marked(self, name: str) -> tuple[PublishedAdapter, bytes]:
         """(an adapter, the manifest that its mark holds). Raises NotFound, AdapterError."""
@@ -247,7 +235,7 @@ class RemoteAdapterStore:
     # -- ending -----------------------------------------------------------------------------------------
 
     def retire(self, name: str) -> None:
-        """Take an adapter out of the listing, then delete its files; as `AdapterStore.retire`."""
+        """Take an adapter out of the listing, then delete its files; as the file system's."""
         place = place_of(name)
         if not self._bucket.has(_mark(place)):
             self._cache.drop(self._cache.entry(place))
@@ -317,7 +305,7 @@ class RemoteAdapterStore:
 
     def pin(self, name: str, pinned: bool = True) -> None:
         """Have an adapter never evicted, or let it go again. Raises NotFound, AdapterError."""
-        self._find(name)
+        self.get(name)
         if pinned:
             self._bucket.write(f".pins/{name}", b"")
         else:

@@ -63,7 +63,7 @@ async def test_beyond_the_count_the_least_recently_used_adapter_goes(build: Buil
     assert services.session("b").phase is Phase.ROLLED_BACK
     assert services.surrogate.log[-2:] == ["unload adapter-b-2", "delete adapter-b-2"]
     assert services.stock.evictions == [Reason.COUNT]
-    assert services.stock.on_shelf == (3, 3 * 1024)
+    assert services.stock.stored == (3, 3 * 1024)
     assert await swept(services) == 0
     answer = await services.say(histories["b"], "question 3", "b")
     assert answer.headers["X-SOMA-Engine"] == "original"
@@ -212,7 +212,7 @@ async def test_an_adapter_of_ours_that_nobody_speaks_of_is_deleted_and_others_ar
     services = await started(build)
     await adapted(services, "a")
     known = services.adapter_store.there["adapter-a-1"]
-    for name, owner in (("mine", "us"), ("theirs", "them")):
+    for name, owner in (("mine", services.adapter_store.owner), ("theirs", "them")):
         ref = replace(known.ref, name=name, number=len(name))
         services.adapter_store.there[name] = replace(known, ref=ref, owner=owner, created=time.time() - 1)
     assert await swept(services) == 1
