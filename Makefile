@@ -108,7 +108,7 @@ test-shared: setup
 	@$(BIN)/python -m pytest $(SHARED)
 
 test-apart: lint
-	@$(BIN)/python -m pytest tests/unit tests/integration $(addprefix --ignore=,$(SHARED))
+	@$(BIN)/python -m pytest tests/unit tests/contract tests/integration $(addprefix --ignore=,$(SHARED))
 
 test-real: setup
 	@$(BIN)/python -m pytest tests/real
@@ -117,7 +117,7 @@ test-real: setup
 check: setup
 	@$(MAKE) --no-print-directory -j2 --output-sync=target lint fast-services fast-rest
 
-SERVICES := tests/unit/scheduler tests/unit/sessions tests/unit/adaptation tests/unit/maintenance tests/unit/api tests/unit/adapters
+SERVICES := tests/unit/scheduler tests/unit/sessions tests/unit/adaptation tests/unit/maintenance tests/unit/api tests/unit/adapters tests/contract
 FAST := $(BIN)/python -m pytest -q -m "not slow"
 fast-services: setup
 	@$(FAST) $(SERVICES)
