@@ -1,9 +1,9 @@
-"""Holds on adapters: from reservation to the last token, for users and for the background.
+"""Leases on adapters: from reservation to the last token, for users and for background work.
 
 Guarantees: no more distinct adapters are held than the engine has slots, so no request queues behind another
 session's adapter inside the engine; who waits for a slot is served in a fair order (`slots.py`) and waits at
-most the configured time; `drain` returns only when nobody uses the adapter any more, and from its call on
-nobody new can; a wait that is cancelled leaves nothing behind.
+most the configured time; from the call of `drain` on no new lease is granted, and it returns when the last one
+is given back; a wait that is cancelled leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class AdapterLeases:
     def __init__(
         self, slots: int, queue_limit: int = 0, wait_s: float = 0.0, meter: AdapterMeter | None = None
     ) -> None:
-        """`queue_limit` users wait, each at most `wait_s` seconds; 0 of either: nobody does."""
+        """`queue_limit` users wait, each at most `wait_s` seconds; 0 of either: none does."""
         self._slots = AdapterSlots(slots, queue_limit if wait_s > 0 else 0)
         self._wait_s = wait_s
         self._meter: AdapterMeter = meter or Unmetered()
@@ -58,7 +58,7 @@ class AdapterLeases:
 
     @asynccontextmanager
     async def background(self, name: str | None) -> AsyncIterator[None]:
-        """Use an adapter in the background: users come first, and the adapter does not leave meanwhile.
+        """Use an adapter in the background: users come first, and the adapter stays until the end.
 
         Raises:
             EngineUnavailable: the adapter is leaving, or users left no slot for very long.
@@ -77,7 +77,7 @@ class AdapterLeases:
             await self.release(ticket)
 
     async def drain(self, name: str) -> None:
-        """Let nobody new use the adapter, for ever, and wait until nobody does."""
+        """Grant no new lease on the adapter, and wait until the last one is given back."""
         self._tell(self._slots.drain(name))
         if self._slots.in_use(name):
             await self._unused.setdefault(name, asyncio.Event()).wait()
@@ -91,7 +91,7 @@ class AdapterLeases:
         return self._slots.can_acquire(name)
 
     def in_use(self, name: str) -> bool:
-        """Whether somebody uses an adapter, a user or the background."""
+        """Whether an adapter is leased, to a user or to background work."""
         return self._slots.in_use(name)
 
     def count(self) -> int:

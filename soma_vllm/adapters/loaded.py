@@ -4,7 +4,7 @@ An engine beyond its limit evicts silently, reads the adapter again inside a lat
 everyone's requests if the files are gone by then. Guarantees that keep it from that:
 
 * Never more than `room` adapters are in the engine; before one more comes, the least recently used one that
-  nobody holds is removed. One that is held stays: its files may vanish meanwhile, and nobody notices.
+  is not leased is removed. One that is leased stays, even if its files are deleted.
 * Before each load the files are looked at; what is not fit never reaches the engine.
 * Loads and removals are idempotent. Loads of one adapter at the same time are one load, which no caller's
   cancellation interrupts; loads and removals of one adapter never overlap.
@@ -62,7 +62,7 @@ class LoadedAdapters:
         in_use: Callable[[str], bool] = lambda name: False,
         meter: AdapterMeter | None = None,
     ) -> None:
-        """`in_use` says whether somebody holds an adapter."""
+        """`in_use` says whether an adapter is leased."""
         self._engine = engine
         self._room = room
         self._files: AdapterFiles = files or FilesInPlace()
@@ -89,7 +89,7 @@ class LoadedAdapters:
         self.meter.loaded(time.monotonic() - began, warm)
 
     def prefetch(self, ref: AdapterRef) -> None:
-        """Begin to load an adapter that somebody will ask for; a failure is told to whoever loads it then."""
+        """Begin to load an adapter that a request will need; a failure is raised by the `load` that follows."""
         if ref.name not in self._resident:
             self._task(ref)
 
@@ -128,7 +128,7 @@ class LoadedAdapters:
     def _came(self, name: str, done: asyncio.Task[None]) -> None:
         del self._coming[name]
         if not done.cancelled():
-            done.exception()  # a prefetch that fails is nobody's to hear
+            done.exception()  # no one awaits a prefetch
 
     async def _bring(self, ref: AdapterRef) -> None:
         async with self._stripe(ref.name):

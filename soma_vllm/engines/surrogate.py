@@ -2,7 +2,7 @@
 
 Guarantees: an adapter is servable from the moment `load` returns for as long as it is held, and is served as it
 was trained; a reply is handed over only after its first event has arrived, so a failure before the first token
-is still an exception that another engine can make good. What lies in the engine's memory is `adapters.loaded`'s.
+is still an exception that another engine can make good. `adapters.loaded` decides what lies in its memory.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ Guarantees:
   of each adapter: its sessions' last append on record, so that it survives restarts and costs no writing.
 * An adapter goes in one order: its sessions are given back to the original (`adapter_evicted`), its last tokens
   come out, it leaves the engine, its files are deleted. They may be adapted again.
-* An adapter whose files are missing or damaged serves nobody: its sessions go back to the original.
-* An adapter that an adaptation under way made is left to that. One of ours that nobody speaks of (the server
+* An adapter whose files are missing or damaged serves no session: its sessions go back to the original.
+* An adapter that an adaptation under way made is left to that. One of ours on no record (the server
   was killed between publishing it and saying so) is deleted; what other servers published under the same root
   is not ours, and only budgets delete it.
 * While the session store is away nothing is evicted.
@@ -106,7 +106,7 @@ class AdapterEvictor:
         await asyncio.wait([self._begin(adapter.ref, Reason.ASKED)])
         with suppress(NotFound):
             await self._adapters.find(name)
-            raise SomaError(f"adapter {name} serves nobody, but could not be deleted yet; the log says why")
+            raise SomaError(f"adapter {name} serves no session, but could not be deleted yet; the log says why")
 
     async def sweep(self) -> int:
         """Evict what has to go; how many adapters.
@@ -180,7 +180,7 @@ class AdapterEvictor:
         used: Mapping[str, float],
         records: Mapping[str, AdapterRecord],
     ) -> list[Eviction]:
-        """Adapters of ours that serve nobody and that no adaptation looks after."""
+        """Adapters of ours that serve no session and that no adaptation looks after."""
         before = time.time() - self._orphan_after_s
         mine = (one for one in listed if self._adapters.owner and one.owner == self._adapters.owner)
         return [

@@ -52,7 +52,7 @@ class AdapterMetrics:
         }
 
     def watch(self, **gauges: Callable[[], int]) -> None:
-        """Say where `resident`, `leases`, `distinct` and `waiting` are read from, whenever somebody asks."""
+        """Say where `resident`, `leases`, `distinct` and `waiting` are read from at each scrape."""
         for name, read in gauges.items():
             self._gauges[name].set_function(read)
 

@@ -22,7 +22,7 @@ class Bucket:
     """What lies below a URL. Paths are relative, with slashes."""
 
     def __init__(self, url: str) -> None:
-        """Raises AdapterError: nobody here speaks this kind of URL."""
+        """Raises AdapterError: no installed package opens this kind of URL."""
         self._url = url.rstrip("/")
         try:
             self._fs, base = fsspec.core.url_to_fs(self._url, use_listings_cache=False)
@@ -143,5 +143,5 @@ class Bucket:
             raise
         except FileNotFoundError as error:
             raise NotFound(f"{self._url}: {what}: not found") from error
-        except Exception as error:  # the edge to somebody else's service: every backend has errors of its own
+        except Exception as error:  # the edge to another service: every backend has errors of its own
             raise AdapterError(f"{self._url}: {what}: {type(error).__name__}: {error}") from error

@@ -90,7 +90,7 @@ class FilesystemAdapterStore:
 
     @contextmanager
     def _staged(self, key: SessionKey) -> Iterator[tuple[Path, Place]]:
-        """An empty directory that nobody lists, with the place allocated to it."""
+        """An empty directory that is not listed, with the place allocated to it."""
         home = self._root / home_of(key)
         with ExitStack() as held:
             with self._staging.ordered():
@@ -195,7 +195,7 @@ class FilesystemAdapterStore:
             with locked(self._lock):
                 path = self._root / place.path
                 found = read_at(str(path))
-                # Without a manifest that can be read it goes all the same: somebody damaged it.
+                # Without a manifest that can be read it goes all the same: it was damaged.
                 if not path.is_dir() or (found is not None and found.ref.name != name):
                     raise NotFound(f"adapter {name}: not published under {self._root}")
                 # Not locked: should this process be killed, the next one may sweep it up at once.

@@ -46,7 +46,7 @@ class Listing:
     def of(self, tenant: str | None = None) -> tuple[PublishedAdapter, ...]:
         """What is published, of one tenant or of all."""
         with self._lock:
-            word = self._changes.word()  # first: what changes meanwhile shows the next time
+            word = self._changes.word()  # first: what changes during the walk shows the next time
             now = time.monotonic()
             if word is None or word != self._word or now >= self._walked + TRUSTED_S:
                 self._walk()
@@ -70,7 +70,7 @@ def _versions(root: Path) -> Iterator[Identity]:
                     continue
                 try:
                     found = version.stat()
-                except FileNotFoundError:  # retired meanwhile
+                except FileNotFoundError:  # retired during the walk
                     continue
                 yield version.path, found.st_ino, found.st_mtime_ns
 

@@ -14,7 +14,7 @@ Guarantees:
   damaged entry is fetched again, concurrent fetches of one adapter are one, and what is cached is served while
   the object store is away.
 * A killed upload or retirement leaves a note under `.pending/`; what it names is finished or deleted by
-  `collect_garbage` once the note is old enough to belong to nobody.
+  `collect_garbage` once the note is old enough.
 
 Methods block on the network and may be called from any thread.
 """
@@ -78,7 +78,7 @@ class ObjectStoreAdapterStore:
         write: WriteFile = Path.write_bytes,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """Raises AdapterError: nobody here speaks this kind of URL."""
+        """Raises AdapterError: no installed package opens this kind of URL."""
         self.owner = owner
         self._bucket = Bucket(url)
         self._cache = AdapterCache(Path(cache).resolve() / self._bucket.digest)
@@ -106,7 +106,7 @@ class ObjectStoreAdapterStore:
         return read(content, str(self._cache.entry(place)))
 
     def _place(self, key: SessionKey) -> Place:
-        """A number that nobody has, claimed for ever, and the session's next version."""
+        """A number that was never given out, claimed, and the session's next version."""
         home = home_of(key)
         for _ in range(DRAWS):
             number = secrets.randbelow(LARGEST) + 1
@@ -179,7 +179,7 @@ class ObjectStoreAdapterStore:
         if cached is not None:
             return cached
         with disk_errors(f"adapter {name} not fetched"), self._cache.fetching(place):
-            cached = self._cache.whole(place)  # somebody fetched it while we waited
+            cached = self._cache.whole(place)  # fetched by another thread or process while we waited
             return cached if cached is not None else self._fetch(place)
 
     def latest(self, key: SessionKey) -> PublishedAdapter | None:
@@ -285,7 +285,7 @@ class ObjectStoreAdapterStore:
             at = 0.0
         if at > time.time() - self._patience_s:
             return 0
-        with suppress(NotFound):  # of the name: somebody else's file
+        with suppress(NotFound):  # of the name: a file of another program
             place = place_of(name)
             if not self._bucket.has(_mark(place)):
                 self._clear(place)

@@ -14,7 +14,7 @@ def open_root(root: str, cache: str | Path, *, demands: Demands = NOTHING, owner
     """The store at `root`. `owner` names the record that speaks of what is published here.
 
     Raises:
-        AdapterError: nobody here speaks this kind of URL.
+        AdapterError: no installed package opens this kind of URL.
     """
     if "://" in root:
         return ObjectStoreAdapterStore(root, cache, demands=demands, owner=owner)
