@@ -143,11 +143,6 @@ class FilesystemAdapterStore:
         with disk_errors(f"adapter {name} cannot be read"):
             return local(name, self._root / place_of(name).path)
 
-    def latest(self, key: SessionKey) -> PublishedAdapter | None:
-        """The session's newest version, if it has any."""
-        mine = self._of(key)
-        return mine[-1] if mine else None
-
     def manifest(self, name: str) -> Mapping[str, Any]:
         """soma.json of an adapter.
 
@@ -168,15 +163,6 @@ class FilesystemAdapterStore:
         with disk_errors(f"adapter {name} cannot be read"):
             verify(Path(adapter.ref.path), self._demands, adapter.files(), name=name)
         return adapter
-
-    def _of(self, key: SessionKey) -> tuple[PublishedAdapter, ...]:
-        versions = sorted(self._home(key).glob("v*"))
-        found = [read_at(str(path)) for path in versions]
-        mine = (adapter for adapter in found if adapter is not None and adapter.key == key)
-        return tuple(sorted(mine, key=lambda one: one.version))
-
-    def _home(self, key: SessionKey) -> Path:
-        return self._root / home_of(key)
 
     # -- ending -----------------------------------------------------------------------------------------
 
@@ -210,7 +196,7 @@ class FilesystemAdapterStore:
         Raises:
             AdapterError: the store cannot be written.
         """
-        home = self._home(key)
+        home = self._root / home_of(key)
         if not home.is_dir():
             return
         with disk_errors("a session's folder not removed"), locked(self._lock):

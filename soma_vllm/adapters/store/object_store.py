@@ -182,11 +182,6 @@ class ObjectStoreAdapterStore:
             cached = self._cache.whole(place)  # fetched by another thread or process while we waited
             return cached if cached is not None else self._fetch(place)
 
-    def latest(self, key: SessionKey) -> PublishedAdapter | None:
-        """The session's newest version, if it has any."""
-        mine = [adapter for adapter in self.list(checked(key.tenant)) if adapter.key == key]
-        return max(mine, key=lambda one: one.version, default=None)
-
     def manifest(self, name: str) -> Mapping[str, Any]:
         """soma.json of an adapter. Raises NotFound, AdapterError."""
         return whole(self._marked(name)[1])
@@ -248,7 +243,7 @@ class ObjectStoreAdapterStore:
     def forget(self, key: SessionKey) -> None:
         """Remove what is left of a session that is gone, where none of its adapters is."""
         home = home_of(key)
-        if self.latest(key) is None:
+        if all(one.key != key for one in self.list(key.tenant)):
             self._bucket.remove_below(home)
             shutil.rmtree(self._cache.folder / home, ignore_errors=True)
 
