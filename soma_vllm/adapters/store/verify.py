@@ -211,7 +211,7 @@ def _check_weights(
 ) -> tuple[str, ...]:
     """Check every tensor against the configuration; the kinds of module that are adapted."""
     try:
-        tensors = sorted(deserialize(content), key=lambda one: one[0])
+        tensors = sorted(deserialize(content), key=lambda one: one[0])  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         problems.append(f"{WEIGHTS} is not a whole safetensors file: {error}")
         return ()
