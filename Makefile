@@ -117,7 +117,7 @@ test-real: setup
 check: setup
 	@$(MAKE) --no-print-directory -j2 --output-sync=target lint docs fast-services fast-rest
 
-SERVICES := tests/unit/scheduler tests/unit/sessions tests/unit/adaptation tests/unit/maintenance tests/unit/api tests/unit/adapters
+SERVICES := tests/unit/scheduler tests/unit/sessions tests/unit/adaptation tests/unit/maintenance tests/unit/api tests/unit/adapters tests/contract
 FAST := $(BIN)/python -m pytest -q -m "not slow"
 fast-services: setup
 	@$(FAST) $(SERVICES)

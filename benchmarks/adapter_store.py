@@ -3,7 +3,7 @@
 One adapter of rank 8 is published `--adapters` times, over `--tenants` tenants, one per session. Publishing and
 resolving are timed one by one (median and 95th percentile), listing cold (a fresh process' first look: every
 manifest is read) and warm (nothing changed, and one adapter was published since). `resolve` reads and digests
-the weights, as each load does; `get` reads the manifest and looks at two lengths. The weights are small
+the weights, as each load does; `get` reads the manifest. The weights are small
 (`--width`), so that it is the store that is measured. Times depend on the disk: publishing waits for it again
 and again. Over fsspec every listing asks the far side, here another folder of the same disk.
 
@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from soma_vllm.adapters.store.opening import AnyAdapterStore, open_root
+from soma_vllm.adapters.store.opening import open_root
+from soma_vllm.adapters.store.protocol import AdapterStore
 from soma_vllm.types import SessionKey
 
 KINDS = ("directory", "fsspec")
@@ -61,7 +62,7 @@ def timed(work: Callable[[], object]) -> float:
     return (time.perf_counter() - started) * 1000
 
 
-def measured(opened: Callable[[], AnyAdapterStore], files: Path, adapters: int, tenants: int) -> dict[str, Any]:
+def measured(opened: Callable[[], AdapterStore], files: Path, adapters: int, tenants: int) -> dict[str, Any]:
     """Milliseconds of every operation on one store."""
     store, draw = opened(), random.Random(0)
     publishing = []
@@ -74,7 +75,6 @@ def measured(opened: Callable[[], AnyAdapterStore], files: Path, adapters: int, 
     cold = timed(fresh.list)
     names = [one.ref.name for one in draw.sample(fresh.list(), min(SAMPLES, adapters))]
     first = opened()
-    time.sleep(2.1)  # a directory's time is trusted once it is two seconds old
     fresh.list()
     results = {
         "publish, the first hundred": publishing[:100],

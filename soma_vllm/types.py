@@ -16,6 +16,11 @@ from numpy.typing import NDArray
 Message = Mapping[str, Any]
 """One OpenAI chat message, as the client sent it."""
 
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+MANIFEST = "soma.json"
+"""The files of an adapter: the first two as peft and vLLM name them, the third of our own."""
+
 
 class Role(StrEnum):
     """The two models of a pair. Also the value of the `X-SOMA-Engine` header."""

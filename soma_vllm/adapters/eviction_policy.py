@@ -24,7 +24,7 @@ class Reason(StrEnum):
     LOST = "lost"
     """Its files are missing or damaged."""
     ORPHANED = "orphaned"
-    """It serves nobody, and no adaptation is under way that it could come of."""
+    """It serves no session, and no adaptation under way made it."""
     ASKED = "asked"
     """An administrator said so."""
 

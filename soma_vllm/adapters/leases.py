@@ -1,9 +1,9 @@
-"""Holds on adapters: from reservation to the last token, for users and for the background.
+"""Leases on adapters: from reservation to the last token, for users and for background work.
 
 Guarantees: no more distinct adapters are held than the engine has slots, so no request queues behind another
 session's adapter inside the engine; who waits for a slot is served in a fair order (`slots.py`) and waits at
-most the configured time; `drain` returns only when nobody uses the adapter any more, and from its call on
-nobody new can; a wait that is cancelled leaves nothing behind.
+most the configured time; from the call of `drain` on no new lease is granted, and it returns when the last one
+is given back; a wait that is cancelled leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -12,47 +12,25 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Literal, Protocol
 
+from soma_vllm.adapters.meter import AdapterMeter, Outcome, Unmetered
 from soma_vllm.adapters.slots import AdapterSlots, SlotRequest, State
 from soma_vllm.errors import EngineUnavailable
 
 BACKGROUND_WAIT_S = 600.0
 """Longest wait of work that no user waits for."""
 
-Outcome = Literal["granted", "timed_out", "leaving"]
-Overflow = Literal["full", "timed_out", "leaving"]
-
-
-class SlotMeter(Protocol):
-    """Something that is told how users fare: `telemetry.adapter_metrics.AdapterMetrics`."""
-
-    def waited(self, seconds: float, outcome: Outcome) -> None:
-        """A user's wait in the queue ended."""
-        ...
-
-    def overflowed(self, why: Overflow) -> None:
-        """A user got no slot; the original answers."""
-        ...
-
-
-class Unmetered:
-    """Tells nobody."""
-
-    def waited(self, seconds: float, outcome: Outcome) -> None: ...
-    def overflowed(self, why: Overflow) -> None: ...
-
 
 class AdapterLeases:
     """Who is using which adapter. Single event loop, no locks needed."""
 
     def __init__(
-        self, slots: int, queue_limit: int = 0, wait_s: float = 0.0, meter: SlotMeter | None = None
+        self, slots: int, queue_limit: int = 0, wait_s: float = 0.0, meter: AdapterMeter | None = None
     ) -> None:
-        """`queue_limit` users wait, each at most `wait_s` seconds; 0 of either: nobody does."""
+        """`queue_limit` users wait, each at most `wait_s` seconds; 0 of either: none does."""
         self._slots = AdapterSlots(slots, queue_limit if wait_s > 0 else 0)
         self._wait_s = wait_s
-        self._meter: SlotMeter = meter or Unmetered()
+        self._meter: AdapterMeter = meter or Unmetered()
         self._waiting: dict[SlotRequest, asyncio.Future[None]] = {}
         self._unused: dict[str, asyncio.Event] = {}
 
@@ -66,11 +44,10 @@ class AdapterLeases:
         if ticket.state is State.WAITING:
             began = time.monotonic()
             await self._turn(ticket, self._wait_s)
-            outcome: Outcome = _OUTCOMES[ticket.state]
-            self._meter.waited(time.monotonic() - began, outcome)
+            self._meter.waited(time.monotonic() - began, _OUTCOMES[ticket.state])
         if ticket.state is State.GRANTED:
             return ticket
-        self._meter.overflowed(_OVERFLOWS[ticket.state])
+        self._meter.overflowed(_OUTCOMES[ticket.state])
         raise EngineUnavailable(_why(ticket))
 
     async def release(self, ticket: SlotRequest) -> None:
@@ -81,7 +58,7 @@ class AdapterLeases:
 
     @asynccontextmanager
     async def background(self, name: str | None) -> AsyncIterator[None]:
-        """Use an adapter in the background: users come first, and the adapter does not leave meanwhile.
+        """Use an adapter in the background: users come first, and the adapter stays until the end.
 
         Raises:
             EngineUnavailable: the adapter is leaving, or users left no slot for very long.
@@ -100,7 +77,7 @@ class AdapterLeases:
             await self.release(ticket)
 
     async def drain(self, name: str) -> None:
-        """Let nobody new use the adapter, for ever, and wait until nobody does."""
+        """Grant no new lease on the adapter, and wait until the last one is given back."""
         self._tell(self._slots.drain(name))
         if self._slots.in_use(name):
             await self._unused.setdefault(name, asyncio.Event()).wait()
@@ -114,7 +91,7 @@ class AdapterLeases:
         return self._slots.can_acquire(name)
 
     def in_use(self, name: str) -> bool:
-        """Whether somebody uses an adapter, a user or the background."""
+        """Whether an adapter is leased, to a user or to background work."""
         return self._slots.in_use(name)
 
     def count(self) -> int:
@@ -156,10 +133,6 @@ class AdapterLeases:
 
 _OUTCOMES: dict[State, Outcome] = {
     State.GRANTED: "granted",
-    State.OVER: "timed_out",
-    State.DRAINING: "leaving",
-}
-_OVERFLOWS: dict[State, Overflow] = {
     State.FULL: "full",
     State.OVER: "timed_out",
     State.DRAINING: "leaving",

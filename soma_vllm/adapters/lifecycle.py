@@ -12,7 +12,10 @@ Guarantees:
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
+import shutil
+import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
@@ -22,7 +25,7 @@ from typing import Any, Protocol
 from soma_vllm.adapters.leases import AdapterLeases
 from soma_vllm.adapters.slots import SlotRequest
 from soma_vllm.adapters.store.manifest import PublishedAdapter
-from soma_vllm.adapters.store.protocol import Shelf
+from soma_vllm.adapters.store.protocol import AdapterStore
 from soma_vllm.errors import AdapterError, AdapterRejected, EngineError, NotFound
 from soma_vllm.sessions.state.adapter_states import AdapterState
 from soma_vllm.sessions.state.events import EventKind
@@ -58,19 +61,21 @@ class AdapterLifecycle:
     """Publishes, loads, leases and retires adapters."""
 
     def __init__(
-        self, store: Shelf, engine: AdapterServing, leases: AdapterLeases, records: AdapterRecords
+        self, store: AdapterStore, engine: AdapterServing, leases: AdapterLeases, records: AdapterRecords
     ) -> None:
         self._store = store
         self._engine = engine
         self._leases = leases
         self._records = records
         self._retiring: set[str] = set()
+        # The same after every restart, and another for servers of another session store.
+        self._trainings = f"soma-train-{hashlib.sha256(store.owner.encode()).hexdigest()[:12]}-"
 
     # -- publish ----------------------------------------------------------------------------------------
 
     def workplace(self) -> str:
         """A new empty directory to train in."""
-        return self._store.workplace()
+        return tempfile.mkdtemp(prefix=self._trainings)
 
     async def publish(self, key: SessionKey, trained: Path, manifest: Mapping[str, Any]) -> AdapterRef:
         """Verify and publish a trainer's files as the session's next adapter.
@@ -79,9 +84,10 @@ class AdapterLifecycle:
             AdapterRejected: the files are not fit to be loaded.
             AdapterError: the store cannot be written; nothing was published.
         """
-        ref = await asyncio.to_thread(
+        published = await asyncio.to_thread(
             self._store.publish, key, trained, base_model=self._engine.name, manifest=manifest
         )
+        ref = published.ref
         self._records.note(key, EventKind.ADAPTER_PUBLISHED, adapter=asdict(ref))
         return ref
 
@@ -210,6 +216,10 @@ class AdapterLifecycle:
         """What is published under the root, of one tenant or of all. Raises AdapterError."""
         return await asyncio.to_thread(self._store.list, tenant)
 
+    async def find(self, name: str) -> PublishedAdapter:
+        """The published adapter of that name. Raises NotFound, AdapterError."""
+        return await asyncio.to_thread(self._store.get, name)
+
     async def pins(self) -> frozenset[str]:
         """Adapters that are never evicted. Raises AdapterError."""
         return await asyncio.to_thread(self._store.pins)
@@ -220,4 +230,9 @@ class AdapterLifecycle:
 
     async def collect_garbage(self) -> None:
         """Delete what killed trainings and publications left; none may be under way. Raises AdapterError."""
-        await asyncio.to_thread(self._store.clear)
+        await asyncio.to_thread(self._clear)
+
+    def _clear(self) -> None:
+        for left in Path(tempfile.gettempdir()).glob(f"{self._trainings}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        self._store.collect_garbage()

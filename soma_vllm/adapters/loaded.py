@@ -4,7 +4,7 @@ An engine beyond its limit evicts silently, reads the adapter again inside a lat
 everyone's requests if the files are gone by then. Guarantees that keep it from that:
 
 * Never more than `room` adapters are in the engine; before one more comes, the least recently used one that
-  nobody holds is removed. One that is held stays: its files may vanish meanwhile, and nobody notices.
+  is not leased is removed. One that is leased stays, even if its files are deleted.
 * Before each load the files are looked at; what is not fit never reaches the engine.
 * Loads and removals are idempotent. Loads of one adapter at the same time are one load, which no caller's
   cancellation interrupts; loads and removals of one adapter never overlap.
@@ -19,15 +19,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from soma_vllm.adapters.store.file_check import check_adapter_files
+from soma_vllm.adapters.file_provider import FilesInPlace
+from soma_vllm.adapters.meter import AdapterMeter, Unmetered
+from soma_vllm.adapters.store.manifest import LocalAdapter
 from soma_vllm.errors import EngineUnavailable
 from soma_vllm.types import AdapterRef, Signature
 
 MARGIN = 1
 """Places of the engine's own cache that are left free, where it has more than slots."""
 _STRIPES = 64
-
-Check = Callable[[AdapterRef], Signature | None]
 
 
 class Loading(Protocol):
@@ -40,40 +40,9 @@ class Loading(Protocol):
 class AdapterFiles(Protocol):
     """Where adapters' files come from."""
 
-    async def ensure_local(self, ref: AdapterRef) -> AdapterRef:
-        """An adapter whose files lie on this machine. Raises EngineUnavailable."""
+    async def ensure_local(self, ref: AdapterRef) -> LocalAdapter:
+        """An adapter whose files lie on this machine and are fit for the engine. Raises EngineUnavailable."""
         ...
-
-
-class FilesInPlace:
-    """Adapters whose files lie where their references say."""
-
-    async def ensure_local(self, ref: AdapterRef) -> AdapterRef:
-        return ref
-
-
-class ResidencyMeter(Protocol):
-    """Something that is told of loads: `telemetry.adapter_metrics.AdapterMetrics`."""
-
-    def loaded(self, seconds: float, warm: bool) -> None:
-        """A use of an adapter waited this long for it; warm: it was there already."""
-        ...
-
-    def evicted(self) -> None:
-        """An adapter was removed to make room."""
-        ...
-
-    def rejected(self) -> None:
-        """An adapter is not served as it was trained."""
-        ...
-
-
-class Unmetered:
-    """Tells nobody."""
-
-    def loaded(self, seconds: float, warm: bool) -> None: ...
-    def evicted(self) -> None: ...
-    def rejected(self) -> None: ...
 
 
 def room_for(max_loras: int, max_cpu_loras: int) -> int:
@@ -91,16 +60,14 @@ class LoadedAdapters:
         *,
         files: AdapterFiles | None = None,
         in_use: Callable[[str], bool] = lambda name: False,
-        check: Check = check_adapter_files,
-        meter: ResidencyMeter | None = None,
+        meter: AdapterMeter | None = None,
     ) -> None:
-        """`in_use` says whether somebody holds an adapter; `check` blocks, and runs on a thread."""
+        """`in_use` says whether an adapter is leased."""
         self._engine = engine
         self._room = room
         self._files: AdapterFiles = files or FilesInPlace()
         self._in_use = in_use
-        self._check = check
-        self.meter: ResidencyMeter = meter or Unmetered()
+        self.meter: AdapterMeter = meter or Unmetered()
         self._resident: dict[str, AdapterRef] = {}  # the least recently used first
         self._signatures: dict[str, Signature | None] = {}
         self._coming: dict[str, asyncio.Task[None]] = {}
@@ -122,7 +89,7 @@ class LoadedAdapters:
         self.meter.loaded(time.monotonic() - began, warm)
 
     def prefetch(self, ref: AdapterRef) -> None:
-        """Begin to load an adapter that somebody will ask for; a failure is told to whoever loads it then."""
+        """Begin to load an adapter that a request will need; a failure is raised by the `load` that follows."""
         if ref.name not in self._resident:
             self._task(ref)
 
@@ -161,19 +128,18 @@ class LoadedAdapters:
     def _came(self, name: str, done: asyncio.Task[None]) -> None:
         del self._coming[name]
         if not done.cancelled():
-            done.exception()  # a prefetch that fails is nobody's to hear
+            done.exception()  # no one awaits a prefetch
 
     async def _bring(self, ref: AdapterRef) -> None:
         async with self._stripe(ref.name):
             if ref.name in self._resident:
                 return
-            here = await self._files.ensure_local(ref)
-            signature = await asyncio.to_thread(self._check, here)
+            local = await self._files.ensure_local(ref)
             async with self._changing:
-                await self._make_room(here)
-                await self._add(here)
-                self._resident[ref.name] = here
-                self._signatures[ref.name] = signature
+                await self._make_room(ref)
+                await self._add(local.ref)
+                self._resident[ref.name] = local.ref
+                self._signatures[ref.name] = local.signature
 
     async def _make_room(self, ref: AdapterRef) -> None:
         while len(self._resident) >= self._room:

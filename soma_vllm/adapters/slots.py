@@ -5,11 +5,11 @@ Guarantees, whatever is asked in whatever order:
 * Never more distinct adapters in use than there are slots.
 * Users wait first come, first served, by adapter: those who wait for the same adapter get it together, since it
   takes one slot for all of them.
-* A hot adapter starves nobody: while somebody waits, at most `OVERTAKES` later requests get in before them, by
+* A hot adapter starves no other: while a request waits, at most `OVERTAKES` later requests get in before it, by
   an adapter that is in use anyway; all others queue behind.
 * The background comes after users and takes at most `BACKGROUND_SLOTS` slots, but is not starved either: after
   `PATIENCE` grants to users it queues as a user does.
-* Nobody waits for what is free: whatever lets the next one in says so at once.
+* No request waits for what is free: whatever lets the next one in says so at once.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class AdapterSlots:
         return self._admit()
 
     def drain(self, name: str) -> list[SlotRequest]:
-        """Let nobody new use an adapter; those who wait for it are refused."""
+        """Grant an adapter to no new request; those that wait for it are refused."""
         self._draining.add(name)
         refused = []
         for queue in (self._queue, self._background):
@@ -129,7 +129,7 @@ class AdapterSlots:
     # -- looking ----------------------------------------------------------------------------------------
 
     def in_use(self, name: str) -> bool:
-        """Whether anybody uses an adapter."""
+        """Whether an adapter is granted to any request."""
         return name in self._used
 
     def can_acquire(self, name: str) -> bool:
@@ -154,7 +154,7 @@ class AdapterSlots:
         """Whether a newcomer gets in at once."""
         if not self._queue:
             return self._fits(ticket.name, ticket.background)
-        # Whoever is first waits for a slot, so none is free.
+        # The first in the queue waits for a slot, so none is free.
         if ticket.background or ticket.name not in self._used:
             return False
         first = next(iter(self._queue.values()))
@@ -190,7 +190,7 @@ class AdapterSlots:
             self._queue.setdefault(name, _Line([], self._overtaken)).tickets.extend(line.tickets)
 
     def _admit(self) -> list[SlotRequest]:
-        """Let in whoever's turn it is, until somebody has to wait."""
+        """Grant in turn, until the next one has to wait."""
         admitted: list[SlotRequest] = []
         while True:
             self._promote()
@@ -208,7 +208,7 @@ class AdapterSlots:
         overtaken = self._overtaken
         for ticket in tickets:
             self._grant(ticket)
-        self._overtaken = overtaken  # who has waited overtakes nobody
+        self._overtaken = overtaken  # a request that has waited overtakes none
 
 
 def _take(counter: Counter[str], name: str) -> None:

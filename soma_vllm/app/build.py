@@ -21,7 +21,7 @@ from soma_vllm.adaptation.threaded_encoder import Encoder
 from soma_vllm.adaptation.training_run import TrainingBudget, TrainingRun
 from soma_vllm.adapters.leases import AdapterLeases
 from soma_vllm.adapters.lifecycle import AdapterLifecycle
-from soma_vllm.adapters.store.protocol import Shelf, StockMeter
+from soma_vllm.adapters.store.protocol import AdapterStore, AdapterStoreMeter
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import AdapterEngine, Engines, Salts, ScoringEngine
 from soma_vllm.maintenance.adapter_eviction import AdapterEvictor
@@ -54,11 +54,11 @@ class Parts:
     encoder: Encoder
     trainer: Trainer
     store: Store
-    adapter_store: Shelf
+    adapter_store: AdapterStore
     leases: AdapterLeases
     teacher_logprobs: TeacherLogprobs
     meter: Meter
-    stock: StockMeter
+    stock: AdapterStoreMeter
     salts: Salts
     sweep_trigger: SweepTrigger
     observers: Sequence[Observer] = ()

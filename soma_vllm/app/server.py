@@ -22,8 +22,8 @@ import aiohttp
 from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs, why_text
 from soma_vllm.adaptation.threaded_encoder import ThreadedEncoder
 from soma_vllm.adapters.file_provider import AdapterFileProvider
-from soma_vllm.adapters.store.facade import RecordShelf
 from soma_vllm.adapters.store.opening import open_root
+from soma_vllm.adapters.store.protocol import AdapterStore
 from soma_vllm.adapters.store.verify import Demands
 from soma_vllm.api.auth.quotas import Quotas
 from soma_vllm.app.build import Parts, SomaServices, build
@@ -32,6 +32,7 @@ from soma_vllm.app.surrogate_parts import open_surrogate, shared_vocabulary
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import Salts
 from soma_vllm.engines.vllm.arguments import (
+    slot_rank,
     surrogate_arguments,
     vllm_environment,
 )
@@ -145,11 +146,10 @@ class SomaServer:
         await self._open_policy()
         stock, sweep_trigger = AdapterStoreMetrics(), SweepTrigger()
         adapter_store = self._open_adapter_store()
-        files = AdapterFileProvider(adapter_store, sweep_trigger, stock)
+        engine_takes = Demands(slot_rank(self._config.lora.rank), str(self._paths.surrogate))
+        files = AdapterFileProvider(adapter_store, sweep_trigger, stock, engine_takes)
         serving = PrivateChat(engine_client, state)
-        leases, surrogate = open_surrogate(
-            self._config, self._surrogate_name, self._paths.surrogate, serving, files, self._salts
-        )
+        leases, surrogate = open_surrogate(self._config, self._surrogate_name, serving, files, self._salts)
         services = build(
             Parts(
                 config=self._config,
@@ -205,7 +205,7 @@ class SomaServer:
         self._say(f"sessions   {await store.count()} on record")
         return store
 
-    def _open_adapter_store(self) -> RecordShelf:
+    def _open_adapter_store(self) -> AdapterStore:
         store = open_root(
             self._filled(self._config.adapters.root),
             self._filled(self._config.adapters.cache),
@@ -214,7 +214,7 @@ class SomaServer:
         )
         # Told to `soma adapters`, which deletes nothing under a running server.
         self._cleanup.enter_context(store.in_service())
-        return RecordShelf(store)
+        return store
 
     async def _load_encoder(self) -> ThreadedEncoder:
         from soma_vllm.method.encoder import SentenceEncoder

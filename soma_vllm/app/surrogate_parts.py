@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from soma_vllm.adapters.file_provider import AdapterFileProvider
 from soma_vllm.adapters.leases import AdapterLeases
 from soma_vllm.adapters.loaded import LoadedAdapters, room_for
-from soma_vllm.adapters.store.file_check import check_adapter_files
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import Salts
 from soma_vllm.engines.surrogate import ChatServing, SurrogateEngine
-from soma_vllm.engines.vllm.arguments import slot_rank
 from soma_vllm.models.vocabulary import Vocabulary, read_vocabulary
 from soma_vllm.telemetry.adapter_metrics import AdapterMetrics
 
 
 def open_surrogate(
-    config: Config, name: str, model: Path, serving: ChatServing, files: AdapterFileProvider, salts: Salts
+    config: Config, name: str, serving: ChatServing, files: AdapterFileProvider, salts: Salts
 ) -> tuple[AdapterLeases, SurrogateEngine]:
     """The engine, and the leases that keep adapters in it; its metrics are exposed from now on."""
     settings, metrics = config.surrogate, AdapterMetrics()
     limit = settings.queue_limit if settings.overflow == "wait" else 0
     leases = AdapterLeases(settings.max_loras, limit, settings.queue_wait_s, metrics)
-    check = partial(check_adapter_files, max_rank=slot_rank(config.lora.rank), base_model=str(model))
     room = room_for(settings.max_loras, settings.max_cpu_loras)
-    loaded = LoadedAdapters(serving, room, files=files, in_use=leases.in_use, check=check, meter=metrics)
+    loaded = LoadedAdapters(serving, room, files=files, in_use=leases.in_use, meter=metrics)
     metrics.watch(
         resident=lambda: len(loaded.resident()),
         leases=leases.count,

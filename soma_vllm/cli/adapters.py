@@ -24,7 +24,7 @@ from soma_vllm.errors import AdapterError, BadRequest, ConfigError
 from soma_vllm.tools.command_line import fill_paths, one_line_errors
 
 if TYPE_CHECKING:
-    from soma_vllm.adapters.store.opening import AnyAdapterStore
+    from soma_vllm.adapters.store.protocol import AdapterStore
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -145,7 +145,7 @@ def collect(
             typer.echo(f"evicted    {eviction.name} ({eviction.reason})")
 
 
-def _beyond_budgets(store: AnyAdapterStore, config: Path | None) -> Any:
+def _beyond_budgets(store: AdapterStore, config: Path | None) -> Any:
     """What the configuration's budgets do not allow."""
     from soma_vllm.adapters.eviction_policy import StoredAdapter, to_evict
 
@@ -160,7 +160,7 @@ def _beyond_budgets(store: AnyAdapterStore, config: Path | None) -> Any:
     return to_evict(kept, load_config(config).adapters, time.time())
 
 
-def _open(config: Path | None, root: str | None, judging: bool = False) -> AnyAdapterStore:
+def _open(config: Path | None, root: str | None, judging: bool = False) -> AdapterStore:
     """The store that the command line names; for judging, with what the configuration demands of adapters.
 
     Raises:
@@ -178,7 +178,7 @@ def _open(config: Path | None, root: str | None, judging: bool = False) -> AnyAd
     return open_root(where, cache, demands=demands)
 
 
-def _open_unserved(config: Path | None, root: str | None) -> AnyAdapterStore:
+def _open_unserved(config: Path | None, root: str | None) -> AdapterStore:
     """The store, for deletions. Raises BadRequest: a server of this machine serves from it."""
     store = _open(config, root)
     if store.serves():

@@ -15,7 +15,7 @@ class Mining(Section):
 
     enabled: bool | Literal["auto"] = "auto"
     """false: a training uses the bare warm start, with equal weights. true: every session is mined first. For
-    studies. auto: mined where that was measured to help later turns, which is nowhere yet (docs/experiments)."""
+    studies. auto: mined where that was measured to help later turns: nowhere yet (docs/experiments)."""
     hardness: Literal["divergence", "reference"] = "divergence"
     """How a turn's hardness r_t is measured. reference: the published code's inverted form. For studies."""
     soft_len: Annotated[int, Field(ge=1, le=256)] = 16

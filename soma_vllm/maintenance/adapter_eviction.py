@@ -1,4 +1,4 @@
-"""Care for the adapters on the shelf: they are kept within their budgets, and an administrator may order them.
+"""Keeps stored adapters within their budgets, and does what an administrator asks of them.
 
 Guarantees:
 
@@ -6,8 +6,8 @@ Guarantees:
   of each adapter: its sessions' last append on record, so that it survives restarts and costs no writing.
 * An adapter goes in one order: its sessions are given back to the original (`adapter_evicted`), its last tokens
   come out, it leaves the engine, its files are deleted. They may be adapted again.
-* An adapter whose files are missing or damaged serves nobody: its sessions go back to the original.
-* An adapter that an adaptation under way made is left to that. One of ours that nobody speaks of (the server
+* An adapter whose files are missing or damaged serves no session: its sessions go back to the original.
+* An adapter that an adaptation under way made is left to that. One of ours on no record (the server
   was killed between publishing it and saying so) is deleted; what other servers published under the same root
   is not ours, and only budgets delete it.
 * While the session store is away nothing is evicted.
@@ -19,14 +19,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack, nullcontext
+from contextlib import AsyncExitStack, nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
 from soma_vllm.adapters.eviction_policy import Eviction, Reason, StoredAdapter, to_evict
 from soma_vllm.adapters.lifecycle import AdapterLifecycle
 from soma_vllm.adapters.store.manifest import PublishedAdapter
-from soma_vllm.adapters.store.protocol import StockMeter
+from soma_vllm.adapters.store.protocol import AdapterStoreMeter
 from soma_vllm.config import Adapters
 from soma_vllm.errors import NotFound, SomaError
 from soma_vllm.logs import bind_session
@@ -55,7 +55,7 @@ class AdapterEvictor:
         registry: SessionRegistry,
         adapters: AdapterLifecycle,
         sweep_trigger: SweepTrigger,
-        meter: StockMeter,
+        meter: AdapterStoreMeter,
         orphan_after_s: float = ORPHAN_AFTER_S,
     ) -> None:
         self._budgets = budgets
@@ -73,7 +73,7 @@ class AdapterEvictor:
 
         Raises:
             StoreUnavailable: the session store does not answer.
-            AdapterError: the shelf does not.
+            AdapterError: the adapter store does not.
         """
         used, records = await self._on_record()
         listed = await self._adapters.stored(tenant)
@@ -105,18 +105,19 @@ class AdapterEvictor:
         adapter = await self._find(name)
         # Not awaited itself: an administrator who leaves does not stop it half way.
         await asyncio.wait([self._begin(adapter.ref, Reason.ASKED)])
-        if any(one.ref.name == name for one in await self._adapters.stored(adapter.key.tenant)):
-            raise SomaError(f"adapter {name} serves nobody, but could not be deleted yet; the log says why")
+        with suppress(NotFound):
+            await self._adapters.find(name)
+            raise SomaError(f"adapter {name} serves no session, but could not be deleted yet; the log says why")
 
     async def sweep(self) -> int:
         """Evict what has to go; how many adapters.
 
         Raises:
             StoreUnavailable: the session store does not answer.
-            AdapterError: the shelf does not.
+            AdapterError: the adapter store does not.
         """
         damaged = self._sweep_trigger.take_damaged()
-        # In this order: what is on record as serving was on the shelf before, so that it is missed rightly.
+        # In this order: what is on record as serving was stored before, so that it is missed rightly.
         used, records = await self._on_record()
         listed = await self._adapters.stored()
         pins = await self._adapters.pins()
@@ -151,7 +152,7 @@ class AdapterEvictor:
         pins: frozenset[str],
         records: Mapping[str, AdapterRecord],
     ) -> list[StoredAdapter]:
-        """The shelf as the decision sees it."""
+        """Stored adapters as the decision sees them."""
         return [
             StoredAdapter(
                 name := one.ref.name,
@@ -180,7 +181,7 @@ class AdapterEvictor:
         used: Mapping[str, float],
         records: Mapping[str, AdapterRecord],
     ) -> list[Eviction]:
-        """Adapters of ours that serve nobody and that no adaptation looks after."""
+        """Adapters of ours that serve no session and that no adaptation looks after."""
         before = time.time() - self._orphan_after_s
         mine = (one for one in listed if self._adapters.owner and one.owner == self._adapters.owner)
         return [
@@ -212,10 +213,10 @@ class AdapterEvictor:
         return adapter
 
     async def _find(self, name: str) -> PublishedAdapter:
-        for one in await self._adapters.stored():
-            if one.ref.name == name:
-                return one
-        raise NotFound(f"no adapter {name!r}")
+        try:
+            return await self._adapters.find(name)
+        except NotFound as error:  # which says where the store is
+            raise NotFound(f"no adapter {name!r}") from error
 
     # -- doing ------------------------------------------------------------------------------------------
 

@@ -57,21 +57,21 @@ class AdapterMetrics:
             self._gauges[name].set_function(read)
 
     def loaded(self, seconds: float, warm: bool) -> None:
-        """See `ResidencyMeter`."""
+        """See `AdapterMeter`."""
         self._load.labels("warm" if warm else "cold").observe(seconds)
 
     def evicted(self) -> None:
-        """See `ResidencyMeter`."""
+        """See `AdapterMeter`."""
         self._evictions.inc()
 
     def rejected(self) -> None:
-        """See `ResidencyMeter`."""
+        """See `AdapterMeter`."""
         self._rejections.inc()
 
     def waited(self, seconds: float, outcome: str) -> None:
-        """See `SlotMeter`."""
+        """See `AdapterMeter`."""
         self._wait.labels(outcome).observe(seconds)
 
     def overflowed(self, why: str) -> None:
-        """See `SlotMeter`."""
+        """See `AdapterMeter`."""
         self._overflow.labels(why).inc()

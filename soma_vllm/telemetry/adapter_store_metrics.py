@@ -21,15 +21,15 @@ class AdapterStoreMetrics:
     kinds = frozenset({EventKind.ADAPTER_PUBLISHED, EventKind.ADAPTER_RETIRED})
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        self._count = Gauge("soma_adapters_stored", "Adapters on the shelf.", registry=registry)
-        self._bytes = Gauge("soma_adapters_stored_bytes", "Bytes of adapters on the shelf.", registry=registry)
+        self._count = Gauge("soma_adapters_stored", "Adapters published.", registry=registry)
+        self._bytes = Gauge("soma_adapters_stored_bytes", "Bytes of adapters published.", registry=registry)
         self._published = Counter("soma_adapters_published", "Adapters published.", registry=registry)
         self._retired = Counter(
-            "soma_adapters_retired", "Adapters that left the engine and the shelf.", registry=registry
+            "soma_adapters_retired", "Adapters that left the engine and the store.", registry=registry
         )
         self._evicted = Counter(
             "soma_store_evictions",
-            "Adapters that had to go from the shelf, by reason.",
+            "Adapters that had to leave the store, by reason.",
             ["reason"],
             registry=registry,
         )

@@ -32,8 +32,8 @@ from soma_vllm.tools.evaluate.dataset import (
 )
 from soma_vllm.tools.evaluate.trajectory import load_trajectories
 from soma_vllm.tools.replay.dialogues import Dialogues, load_dialogues
-from soma_vllm.training.pair import ANYONE, MANIFEST
-from soma_vllm.types import Example
+from soma_vllm.training.pair import ANYONE
+from soma_vllm.types import MANIFEST, Example
 
 if TYPE_CHECKING:
     from soma_vllm.method.recipe import Learnt, Surrogate

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from soma_vllm.errors import TrainingError
+from soma_vllm.types import MANIFEST
 
-MANIFEST = "soma.json"
 ANYONE = "*"
 """The tenant of an adapter made of the operator's own dialogues: every tenant's sessions may start from it."""
 

@@ -27,8 +27,7 @@ from typing import Any
 
 from sqlalchemy import event as sqlalchemy_event
 
-from soma_vllm.adapters.store.facade import RecordShelf
-from soma_vllm.adapters.store.filesystem import AdapterStore
+from soma_vllm.adapters.store.filesystem import FilesystemAdapterStore
 from soma_vllm.adapters.store.verify import Demands
 from soma_vllm.config import parse_config
 from soma_vllm.sessions.sql.connections import identity
@@ -110,7 +109,7 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.url = f"sqlite+aiosqlite:///{folder}/sessions.db"
-        self.adapters = AdapterStore(
+        self.adapters = FilesystemAdapterStore(
             folder / "adapters", demands=Demands(8, BASE_MODEL), owner=identity(self.url)
         )
         self.told = folder / "told"
@@ -118,7 +117,7 @@ class Place:
 
     def services(self, store: SessionStore, steps: Steps | None = None) -> Services:
         tempfile.tempdir = str(self.temporary)
-        adapter_store = RecordShelf(self.adapters)
+        adapter_store = self.adapters
         return Services(CONFIG, store, adapter_store=adapter_store, trainer=FileTrainer(steps))
 
     def tell(self, **what: Any) -> None:
@@ -139,8 +138,8 @@ async def play(place: Place, steps: Steps) -> None:
     steps.before(os, "fsync")
     steps.before(os, "rename", also_after=True)
     steps.before(os, "replace")
-    steps.before(shutil, "copyfile")
-    place.adapters._copy = shutil.copyfile
+    steps.before(Path, "write_bytes")
+    place.adapters._write = Path.write_bytes
     sqlalchemy_event.listen(store._engine.sync_engine, "commit", lambda _: steps.step("commit"))
     services = place.services(store, steps)
     services.registry.bus.on_every(lambda k, e: place.tell(event=e.kind, session=k.session))

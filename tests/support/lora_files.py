@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from soma_vllm.types import AdapterRef, Signature
+from soma_vllm.types import CONFIG, MANIFEST, WEIGHTS, AdapterRef, Signature
 
 RANK, WIDTH = 4, 16
 
@@ -24,21 +25,38 @@ def files_of(folder: Path, name: str = "a", number: int = 1, **config: Any) -> A
         f"{module}.lora_A.weight": np.full((RANK, WIDTH), number, dtype=np.float32),
         f"{module}.lora_B.weight": np.full((WIDTH, RANK), number, dtype=np.float32),
     }
-    save_file(weights, path / "adapter_model.safetensors")
+    save_file(weights, path / WEIGHTS)
     document = {"r": RANK, "lora_alpha": 8, "base_model_name_or_path": "models/small", **config}
-    (path / "adapter_config.json").write_text(json.dumps(document))
-    digest = hashlib.sha256((path / "adapter_model.safetensors").read_bytes()).hexdigest()
-    (path / "soma.json").write_text(json.dumps({"weights": {"sha256": digest}}))
-    return AdapterRef(name, number, str(path))
+    (path / CONFIG).write_text(json.dumps(document))
+    return publish(AdapterRef(name, number, str(path)))
+
+
+def publish(ref: AdapterRef, **training: Any) -> AdapterRef:
+    """Write the manifest that a store would for the files that are there."""
+    path = Path(ref.path)
+    contents = {kind: path / file for kind, file in (("weights", WEIGHTS), ("config", CONFIG))}
+    files = {
+        kind: {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "bytes": file.stat().st_size}
+        for kind, file in contents.items()
+    }
+    document = {
+        "format": 2,
+        "name": ref.name,
+        "number": ref.number,
+        "version": 1,
+        "tenant": "public",
+        "session": "s",
+        "created": "2026-01-01T00:00:00+00:00",
+        "owner": "",
+        "base_model": "small",
+        "rank": RANK,
+        **files,
+        "training": training,
+    }
+    (path / MANIFEST).write_text(json.dumps(document))
+    return ref
 
 
 def sign(ref: AdapterRef, signature: Signature) -> None:
     """Put a signature into an adapter's manifest."""
-    path = Path(ref.path, "soma.json")
-    document = json.loads(path.read_text())
-    fields = {
-        "tokens": list(signature.tokens),
-        "plain": list(signature.plain),
-        "adapted": list(signature.adapted),
-    }
-    path.write_text(json.dumps({**document, "training": {"signature": fields}}))
+    publish(ref, signature=asdict(signature))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs, why_text
 from soma_vllm.adapters.eviction_policy import Reason
 from soma_vllm.adapters.leases import AdapterLeases
-from soma_vllm.adapters.store.manifest import FileFacts, PublishedAdapter
+from soma_vllm.adapters.store.manifest import LocalAdapter, PublishedAdapter
+from soma_vllm.adapters.store.verify import AdapterFacts, FileFacts
 from soma_vllm.app.build import Parts, build
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import ChatCall, Salts
@@ -148,44 +150,49 @@ class FakeTrainer:
 
 
 class FakeAdapterStore:
-    """Numbers adapters and remembers what was retired."""
+    """An adapter store in memory. It outlives the servers that use it, as a disk does."""
 
-    owner = "us"
-
-    def __init__(self, log: list[str]) -> None:
+    def __init__(self) -> None:
+        self.owner = f"us-{uuid.uuid4().hex}"
         self.published: list[str] = []
         self.owners: dict[str, SessionKey] = {}
         self.there: dict[str, PublishedAdapter] = {}
         self.pinned: set[str] = set()
-        self._log = log
+        self.log: list[str] = []
+        """Where deletions are told: to the server that was started last."""
+        self._manifests: dict[str, Mapping[str, Any]] = {}
+        self._servers = 0
 
     def publish(
         self, key: SessionKey, trained: Path, *, base_model: str, manifest: Mapping[str, Any]
-    ) -> AdapterRef:
+    ) -> PublishedAdapter:
         number = len(self.published) + 1
         name = f"adapter-{key.session}-{number}"
         self.published.append(name)
         self.owners[name] = key
+        version = sum(one == key for one in self.owners.values())
+        files = FileFacts("0", 1000), FileFacts("0", 24)
         ref = AdapterRef(name, number, str(trained))
-        self.there[name] = PublishedAdapter(
-            ref, key, 1, time.time(), base_model, 8, self.owner, FileFacts("0", 1000), FileFacts("0", 24)
-        )
-        return ref
+        made = PublishedAdapter(ref, key, version, time.time(), base_model, 8, self.owner, *files)
+        self.there[name] = made
+        self._manifests[name] = {"name": name, "training": dict(manifest)}
+        return made
 
     def retire(self, name: str) -> None:
-        self.there.pop(name, None)
-        self._log.append(f"delete {name}")
+        del self.there[self.get(name).ref.name]
+        self.pinned.discard(name)
+        self.log.append(f"delete {name}")
 
-    def workplace(self) -> str:
-        return tempfile.mkdtemp(prefix="soma-train-")
+    def resolve(self, name: str) -> LocalAdapter:
+        found = self.get(name)
+        facts = AdapterFacts(found.rank, 8.0, ("q_proj",), found.base_model, found.weights, found.config)
+        return LocalAdapter(found.ref, facts, None)
 
-    def clear(self) -> None:
-        pass
+    def manifest(self, name: str) -> Mapping[str, Any]:
+        return self._manifests[self.get(name).ref.name]
 
-    def resolve(self, name: str) -> AdapterRef:
-        if name not in self.there:
-            raise NotFound(f"adapter {name}")
-        return self.there[name].ref
+    def verify(self, name: str) -> PublishedAdapter:
+        return self.get(name)
 
     def list(self, tenant: str | None = None) -> tuple[PublishedAdapter, ...]:
         return tuple(one for one in self.there.values() if tenant in (None, one.key.tenant))
@@ -193,8 +200,29 @@ class FakeAdapterStore:
     def pins(self) -> frozenset[str]:
         return frozenset(self.pinned)
 
+    def pin(self, name: str, pinned: bool = True) -> None:
+        self.get(name)
+        (self.pinned.add if pinned else self.pinned.discard)(name)
+
     def forget(self, key: SessionKey) -> None:
         pass
+
+    def collect_garbage(self) -> int:
+        return 0
+
+    @contextmanager
+    def in_service(self) -> Iterator[None]:
+        self._servers += 1
+        yield
+        self._servers -= 1
+
+    def serves(self) -> bool:
+        return self._servers > 0
+
+    def get(self, name: str) -> PublishedAdapter:
+        if name not in self.there:
+            raise NotFound(f"adapter {name}")
+        return self.there[name]
 
 
 class OpenMeter:
@@ -223,11 +251,11 @@ class Stock:
     """Remembers what was measured of adapters."""
 
     def __init__(self) -> None:
-        self.on_shelf = (0, 0)
+        self.stored = (0, 0)
         self.evictions: list[Reason] = []
 
     def kept(self, count: int, size_bytes: int) -> None:
-        self.on_shelf = (count, size_bytes)
+        self.stored = (count, size_bytes)
 
     def evicted(self, reason: Reason) -> None:
         self.evictions.append(reason)
@@ -266,7 +294,9 @@ class Services:
         self.original = original or FakeOriginal()
         self.surrogate = surrogate or FakeSurrogate()
         self.trainer = trainer or FakeTrainer()
-        self.adapter_store = adapter_store or FakeAdapterStore(self.surrogate.log)
+        self.adapter_store = adapter_store or FakeAdapterStore()
+        if isinstance(self.adapter_store, FakeAdapterStore):
+            self.adapter_store.log = self.surrogate.log
         self.sweep_trigger = SweepTrigger()
         self.stock = Stock()
         self.meter = OpenMeter()

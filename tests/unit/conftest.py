@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.services import SETTINGS, Build, Later, Services
+from support.services import SETTINGS, Build, FakeAdapterStore, Later, Services
 
 from soma_vllm.config import parse_config
 from soma_vllm.sessions.sql.store import SessionStore
@@ -16,9 +16,10 @@ from soma_vllm.sessions.sql.store import SessionStore
 
 @pytest.fixture
 async def build(tmp_path: Path) -> AsyncIterator[Build]:
-    """Builds houses over one database; keyword arguments replace settings."""
+    """Builds servers over one database and one adapter store; keyword arguments replace settings."""
     store = SessionStore(f"sqlite+aiosqlite:///{tmp_path}/s.db")
     await store.open()
+    adapter_store = FakeAdapterStore()
     houses: list[Services] = []
 
     def make(**changes: Any) -> Services:
@@ -27,7 +28,7 @@ async def build(tmp_path: Path) -> AsyncIterator[Build]:
             for name, value in SETTINGS.items()
         }
         settings |= {name: value for name, value in changes.items() if name not in SETTINGS}
-        services = Services(parse_config(settings, "test"), store)
+        services = Services(parse_config(settings, "test"), store, adapter_store=adapter_store)
         houses.append(services)
         return services
 

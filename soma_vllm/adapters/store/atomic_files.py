@@ -45,7 +45,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked_with_others(path: Path) -> Iterator[None]:
-    """Hold a lock that others may hold in this way as well, but nobody as `locked`."""
+    """Hold a lock that others may hold in this way as well, but not as `locked`."""
     with _held(path, fcntl.LOCK_SH):
         yield
 
@@ -75,7 +75,7 @@ def is_locked(path: Path) -> bool:
 class Changes:
     """A file that says whether anything has changed: a new word after every change, none during one.
 
-    A change that was killed leaves it wordless, until the next one ends: nobody trusts what he knows meanwhile.
+    A change that was killed leaves it wordless, until the next one ends: until then no listing is trusted.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""An object store as `remote.py` needs it, over fsspec: paths below one URL, and one kind of error.
+"""An object store as `object_store.py` needs it, over fsspec: paths below one URL, and one kind of error.
 
 Guarantees: nothing is cached, so that another host's work is seen at once; whatever a backend raises arrives as
 NotFound or AdapterError; deleting what is not there is no error.
@@ -22,7 +22,7 @@ class Bucket:
     """What lies below a URL. Paths are relative, with slashes."""
 
     def __init__(self, url: str) -> None:
-        """Raises AdapterError: nobody here speaks this kind of URL."""
+        """Raises AdapterError: no installed package opens this kind of URL."""
         self._url = url.rstrip("/")
         try:
             self._fs, base = fsspec.core.url_to_fs(self._url, use_listings_cache=False)
@@ -112,15 +112,6 @@ class Bucket:
                 return []
             return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
 
-    def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of what lies directly in a folder, by name."""
-        with self._errors(f"{folder} cannot be listed"):
-            try:
-                found = self._fs.ls(self._at(folder), detail=True)
-            except (FileNotFoundError, NotADirectoryError):
-                return {}
-            return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found}
-
     def remove(self, path: str) -> None:
         """Delete an object, if there is one."""
         with self._errors(f"{path} not deleted"):
@@ -152,5 +143,5 @@ class Bucket:
             raise
         except FileNotFoundError as error:
             raise NotFound(f"{self._url}: {what}: not found") from error
-        except Exception as error:  # the edge to somebody else's service: every backend has errors of its own
+        except Exception as error:  # the edge to another service: every backend has errors of its own
             raise AdapterError(f"{self._url}: {what}: {type(error).__name__}: {error}") from error

@@ -14,11 +14,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from soma_vllm.adapters.store.atomic_files import is_locked, locked, locked_with_others
-from soma_vllm.adapters.store.filesystem import disk_errors, reject_damage
-from soma_vllm.adapters.store.manifest import MANIFEST, PublishedAdapter, read
+from soma_vllm.adapters.store.filesystem import disk_errors
+from soma_vllm.adapters.store.manifest import LocalAdapter, local
 from soma_vllm.adapters.store.naming import Place
 from soma_vllm.adapters.store.staging import Staging
-from soma_vllm.errors import AdapterRejected
+from soma_vllm.errors import AdapterRejected, NotFound
 
 LOCKS = 64
 """Files whose locks keep fetches of one adapter apart."""
@@ -40,15 +40,12 @@ class AdapterCache:
         """Every entry, whole or not."""
         return list(self.folder.glob("[!.]*/*/v*"))
 
-    def whole(self, place: Place) -> PublishedAdapter | None:
+    def whole(self, place: Place) -> LocalAdapter | None:
         """The adapter of an entry that is what it should be; reads all of it."""
-        entry = self.entry(place)
         try:
-            adapter = read((entry / MANIFEST).read_bytes(), str(entry))
-            reject_damage(place.name, entry, adapter)
-        except (OSError, ValueError, AdapterRejected):
+            return local(place.name, self.entry(place))
+        except (OSError, NotFound, AdapterRejected):
             return None
-        return adapter if adapter.ref.name == place.name else None
 
     @contextmanager
     def fetching(self, place: Place) -> Iterator[None]:

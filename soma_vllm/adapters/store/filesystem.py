@@ -9,7 +9,7 @@ Guarantees:
 * `get` and `resolve` open the files of one adapter, however many there are.
 
 The directory tree is the truth; what is kept in memory only makes `list` quick. Methods block on the disk and
-may be called from any thread. An object store, which has no rename, is `remote.py`.
+may be called from any thread. An object store, which has no rename, is `object_store.py`.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ from typing import Any
 from soma_vllm.adapters.store.atomic_files import Changes, Counter, is_locked, locked, locked_with_others, sync
 from soma_vllm.adapters.store.listing import Listing, read_at
 from soma_vllm.adapters.store.manifest import (
-    MANIFEST,
+    LocalAdapter,
     PublishedAdapter,
     document,
+    local,
     plain_json,
     read,
     spelt,
     whole,
 )
 from soma_vllm.adapters.store.naming import Place, checked, digest_of_session, home_of, place_of, version_of
-from soma_vllm.adapters.store.staging import Copy, Staging, fill
-from soma_vllm.adapters.store.verify import NOTHING, AdapterFacts, Demands, digest_of, verify_files
-from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
-from soma_vllm.types import AdapterRef, SessionKey
+from soma_vllm.adapters.store.staging import Staging, WriteFile, fill
+from soma_vllm.adapters.store.verify import NOTHING, Demands, verify
+from soma_vllm.errors import AdapterError, NotFound
+from soma_vllm.types import MANIFEST, SessionKey
 
 
-class AdapterStore:
+class FilesystemAdapterStore:
     """Adapters under one root. Several processes may share a root.
 
     `demands` are made of every adapter. `owner` is written into each, and says which server's record speaks of
-    it. `copy` brings one file from the trainer's directory into the store's.
+    it. `write` makes one file.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class AdapterStore:
         *,
         demands: Demands = NOTHING,
         owner: str = "",
-        copy: Copy = shutil.copyfile,
+        write: WriteFile = Path.write_bytes,
     ) -> None:
         self._root = Path(root).resolve()
         self.owner = owner
@@ -63,7 +64,7 @@ class AdapterStore:
         self._changes = Changes(self._root / ".changes")
         self._listing = Listing(self._root, self._changes)
         self._demands = demands
-        self._copy = copy
+        self._write = write
 
     # -- publishing -------------------------------------------------------------------------------------
 
@@ -80,16 +81,16 @@ class AdapterStore:
         """
         training = plain_json(manifest)
         with disk_errors(f"adapter not published to {self._root}"):
-            facts = verify_files(trained, self._demands)
+            facts, contents = verify(trained, self._demands)
             with self._staged(key) as (staged, place):
                 content = spelt(document(key, place, facts, base_model, self.owner, training))
-                fill(staged, trained, facts, content, self._copy)
+                fill(staged, {**contents, MANIFEST: content}, self._write)
                 final = self._reveal(staged, place)
         return read(content, str(final))
 
     @contextmanager
     def _staged(self, key: SessionKey) -> Iterator[tuple[Path, Place]]:
-        """An empty directory that nobody lists, with the place allocated to it."""
+        """An empty directory that is not listed, with the place allocated to it."""
         home = self._root / home_of(key)
         with ExitStack() as held:
             with self._staging.ordered():
@@ -121,31 +122,26 @@ class AdapterStore:
         return self._listing.of(None if tenant is None else checked(tenant))
 
     def get(self, name: str) -> PublishedAdapter:
-        """The adapter of that name, its files in place at their full lengths.
+        """The adapter of that name, by its manifest alone.
 
         Raises:
             NotFound: no such adapter is published.
-            AdapterRejected: files are missing or cut off.
         """
-        adapter = self._find(name)
-        reject_damage(name, Path(adapter.ref.path), adapter, digests=False)
+        adapter = read_at(str(self._root / place_of(name).path))
+        if adapter is None or adapter.ref.name != name:
+            raise NotFound(f"adapter {name}: not published under {self._root}")
         return adapter
 
-    def resolve(self, name: str) -> AdapterRef:
+    def resolve(self, name: str) -> LocalAdapter:
         """The adapter as an engine needs it, byte by byte what was published. Reads the files once.
 
         Raises:
             NotFound: no such adapter is published.
             AdapterRejected: its files are damaged.
+            AdapterError: they cannot be read now.
         """
-        adapter = self._find(name)
-        reject_damage(name, Path(adapter.ref.path), adapter)
-        return adapter.ref
-
-    def latest(self, key: SessionKey) -> PublishedAdapter | None:
-        """The session's newest version, if it has any."""
-        mine = self._of(key)
-        return mine[-1] if mine else None
+        with disk_errors(f"adapter {name} cannot be read"):
+            return local(name, self._root / place_of(name).path)
 
     def manifest(self, name: str) -> Mapping[str, Any]:
         """soma.json of an adapter.
@@ -154,7 +150,7 @@ class AdapterStore:
             NotFound: no such adapter is published.
         """
         with disk_errors(f"adapter {name} cannot be read"):
-            return whole((Path(self._find(name).ref.path) / MANIFEST).read_bytes())
+            return whole((Path(self.get(name).ref.path) / MANIFEST).read_bytes())
 
     def verify(self, name: str) -> PublishedAdapter:
         """Check a published adapter's files once more, and that they are the ones published.
@@ -163,26 +159,10 @@ class AdapterStore:
             NotFound: no such adapter is published.
             AdapterRejected: the files are damaged or were edited.
         """
-        adapter = self._find(name)
+        adapter = self.get(name)
         with disk_errors(f"adapter {name} cannot be read"):
-            verify_again(name, Path(adapter.ref.path), adapter, self._demands)
+            verify(Path(adapter.ref.path), self._demands, adapter.files(), name=name)
         return adapter
-
-    def _find(self, name: str) -> PublishedAdapter:
-        """Raises NotFound."""
-        adapter = read_at(str(self._root / place_of(name).path))
-        if adapter is None or adapter.ref.name != name:
-            raise NotFound(f"adapter {name}: not published under {self._root}")
-        return adapter
-
-    def _of(self, key: SessionKey) -> tuple[PublishedAdapter, ...]:
-        versions = sorted(self._home(key).glob("v*"))
-        found = [read_at(str(path)) for path in versions]
-        mine = (adapter for adapter in found if adapter is not None and adapter.key == key)
-        return tuple(sorted(mine, key=lambda one: one.version))
-
-    def _home(self, key: SessionKey) -> Path:
-        return self._root / home_of(key)
 
     # -- ending -----------------------------------------------------------------------------------------
 
@@ -201,7 +181,7 @@ class AdapterStore:
             with locked(self._lock):
                 path = self._root / place.path
                 found = read_at(str(path))
-                # Without a manifest that can be read it goes all the same: somebody damaged it.
+                # Without a manifest that can be read it goes all the same: it was damaged.
                 if not path.is_dir() or (found is not None and found.ref.name != name):
                     raise NotFound(f"adapter {name}: not published under {self._root}")
                 # Not locked: should this process be killed, the next one may sweep it up at once.
@@ -216,7 +196,7 @@ class AdapterStore:
         Raises:
             AdapterError: the store cannot be written.
         """
-        home = self._home(key)
+        home = self._root / home_of(key)
         if not home.is_dir():
             return
         with disk_errors("a session's folder not removed"), locked(self._lock):
@@ -234,7 +214,7 @@ class AdapterStore:
             for name in self.pins():
                 with suppress(AdapterError):
                     try:
-                        self._find(name)
+                        self.get(name)
                     except NotFound:
                         self._unpinned(name)
             return swept
@@ -252,7 +232,7 @@ class AdapterStore:
             NotFound: no such adapter is published.
             AdapterError: the store cannot be written.
         """
-        self._find(name)
+        self.get(name)
         with disk_errors(f"adapter {name} not pinned"):
             if not pinned:
                 self._unpinned(name)
@@ -274,33 +254,6 @@ class AdapterStore:
     def serves(self) -> bool:
         """Whether a living server serves from this root."""
         return self._serving.exists() and is_locked(self._serving)
-
-
-def reject_damage(name: str, directory: Path, adapter: PublishedAdapter, digests: bool = True) -> None:
-    """Raise AdapterRejected where files are missing, or are not those that were published."""
-    problems = []
-    for file, facts in adapter.files().items():
-        path = directory / file
-        try:
-            size = path.stat().st_size
-            if size != facts.size:
-                problems.append(f"{file}: found {size} bytes; expected {facts.size}")
-            elif digests and (found := digest_of(path)) != facts.sha256:
-                problems.append(f"{file}: expected SHA-256 {facts.sha256}, found {found}")
-        except OSError as error:
-            problems.append(f"{file} cannot be read: {error.strerror or error}")
-    if problems:
-        raise AdapterRejected(name, problems)
-
-
-def verify_again(name: str, directory: Path, adapter: PublishedAdapter, demands: Demands) -> AdapterFacts:
-    """Check files as a publication does, and that they are those published. Raises AdapterRejected."""
-    try:
-        facts = verify_files(directory, demands)
-    except AdapterRejected as error:
-        raise AdapterRejected(name, error.problems) from error
-    reject_damage(name, directory, adapter)
-    return facts
 
 
 def _last_version(home: Path) -> int:

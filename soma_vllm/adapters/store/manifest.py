@@ -9,25 +9,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from soma_vllm.adapters.store.naming import Place
-from soma_vllm.adapters.store.verify import CONFIG, WEIGHTS, AdapterFacts
-from soma_vllm.errors import AdapterError
-from soma_vllm.types import AdapterRef, SessionKey
+from soma_vllm.adapters.store.verify import AdapterFacts, Depth, FileFacts, verify
+from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
+from soma_vllm.types import CONFIG, MANIFEST, WEIGHTS, AdapterRef, SessionKey, Signature
 
 FORMAT = 2
-MANIFEST = "soma.json"
-
-
-@dataclass(frozen=True)
-class FileFacts:
-    """One file as it was published."""
-
-    sha256: str
-    """Hexadecimal."""
-    size: int
-    """Bytes."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +61,16 @@ class PublishedAdapter:
         }
 
 
+@dataclass(frozen=True)
+class LocalAdapter:
+    """An adapter whose files lie on this machine, whole, and byte by byte what was published."""
+
+    ref: AdapterRef
+    facts: AdapterFacts
+    signature: Signature | None
+    """What its trainer found that it does to a fixed text, where the manifest tells."""
+
+
 def plain_json(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What a training reports, as JSON has it.
 
@@ -106,8 +106,8 @@ def document(
         "rank": facts.rank,
         "alpha": facts.alpha,
         "modules": list(facts.modules),
-        "weights": {"sha256": facts.digest, "bytes": facts.size_bytes},
-        "config": {"sha256": facts.config_digest, "bytes": facts.config_bytes},
+        "weights": {"sha256": facts.weights.sha256, "bytes": facts.weights.size},
+        "config": {"sha256": facts.config.sha256, "bytes": facts.config.size},
         "training": training,
     }
 
@@ -153,3 +153,52 @@ def read(content: bytes | str, path: str) -> PublishedAdapter:
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"not a manifest of format {FORMAT}") from error
+
+
+def local(name: str, directory: Path) -> LocalAdapter:
+    """The adapter of this name in a directory of this machine, its files read once and compared.
+
+    Raises:
+        NotFound: no manifest of this adapter is there.
+        AdapterRejected: its files are missing, damaged or not those published.
+        OSError: they cannot be read.
+    """
+    content = _manifest_bytes(name, directory)
+    try:
+        adapter = read(content, str(directory))
+    except ValueError as error:
+        raise NotFound(f"adapter {name}: {directory / MANIFEST}: {error}") from error
+    if adapter.ref.name != name:
+        raise NotFound(f"adapter {name}: found {adapter.ref.name} in {directory}")
+    facts, _ = verify(directory, expected=adapter.files(), depth=Depth.QUICK, name=name)
+    try:
+        return LocalAdapter(adapter.ref, facts, signature_in(json.loads(content)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterRejected(name, [f"{MANIFEST}: found no whole signature: {error!r}"]) from error
+
+
+def _manifest_bytes(name: str, directory: Path) -> bytes:
+    try:
+        return (directory / MANIFEST).read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise NotFound(f"adapter {name}: {directory / MANIFEST} is missing") from error
+
+
+def signature_in(manifest: Mapping[str, Any]) -> Signature | None:
+    """The signature in a manifest; None where there is none.
+
+    Raises:
+        ValueError, KeyError, TypeError: there is something else in its place.
+    """
+    found = manifest.get("training", {}).get("signature")
+    if found is None:
+        return None
+    signature = Signature(
+        tuple(int(token) for token in found["tokens"]),
+        tuple(float(value) for value in found["plain"]),
+        tuple(float(value) for value in found["adapted"]),
+    )
+    lengths = {len(signature.plain), len(signature.adapted), len(signature.tokens) - 1}
+    if len(lengths) != 1 or lengths == {0}:
+        raise ValueError(f"found lengths {sorted(lengths)}; expected one length")
+    return signature

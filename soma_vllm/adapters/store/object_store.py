@@ -14,7 +14,7 @@ Guarantees:
   damaged entry is fetched again, concurrent fetches of one adapter are one, and what is cached is served while
   the object store is away.
 * A killed upload or retirement leaves a note under `.pending/`; what it names is finished or deleted by
-  `collect_garbage` once the note is old enough to belong to nobody.
+  `collect_garbage` once the note is old enough.
 
 Methods block on the network and may be called from any thread.
 """
@@ -27,16 +27,18 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from soma_vllm.adapters.store.bucket import Bucket
 from soma_vllm.adapters.store.download_cache import AdapterCache
-from soma_vllm.adapters.store.filesystem import disk_errors, reject_damage, verify_again
+from soma_vllm.adapters.store.filesystem import disk_errors
 from soma_vllm.adapters.store.manifest import (
-    MANIFEST,
+    LocalAdapter,
     PublishedAdapter,
     document,
+    local,
     plain_json,
     read,
     spelt,
@@ -51,10 +53,10 @@ from soma_vllm.adapters.store.naming import (
     place_of,
     version_of,
 )
-from soma_vllm.adapters.store.staging import Copy, fill
-from soma_vllm.adapters.store.verify import CONFIG, NOTHING, WEIGHTS, Demands, verify_files
+from soma_vllm.adapters.store.staging import WriteFile, fill
+from soma_vllm.adapters.store.verify import NOTHING, Demands, verify
 from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
-from soma_vllm.types import AdapterRef, SessionKey
+from soma_vllm.types import CONFIG, MANIFEST, WEIGHTS, SessionKey
 
 PATIENCE_S = 3600.0
 """Age from which an upload or a retirement under way is taken for dead."""
@@ -63,7 +65,7 @@ DRAWS = 100
 """Numbers drawn before it is said that something is wrong."""
 
 
-class RemoteAdapterStore:
+class ObjectStoreAdapterStore:
     """Adapters below a URL, for an engine that reads them from `cache`. Hosts and processes may share both."""
 
     def __init__(
@@ -73,15 +75,15 @@ class RemoteAdapterStore:
         *,
         demands: Demands = NOTHING,
         owner: str = "",
-        copy: Copy = shutil.copyfile,
+        write: WriteFile = Path.write_bytes,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """Raises AdapterError: nobody here speaks this kind of URL."""
+        """Raises AdapterError: no installed package opens this kind of URL."""
         self.owner = owner
         self._bucket = Bucket(url)
         self._cache = AdapterCache(Path(cache).resolve() / self._bucket.digest)
         self._demands = demands
-        self._copy = copy
+        self._write = write
         self._patience_s = patience_s
         self._known: dict[str, PublishedAdapter] = {}
 
@@ -90,21 +92,21 @@ class RemoteAdapterStore:
     def publish(
         self, key: SessionKey, trained: Path, *, base_model: str, manifest: Mapping[str, Any]
     ) -> PublishedAdapter:
-        """Verify a trainer's directory and publish a copy of it; raises as `AdapterStore.publish` does."""
+        """Verify a trainer's directory and publish a copy of it; raises as the file system's does."""
         training = plain_json(manifest)
         with disk_errors(f"adapter not published to {self._bucket}"):
-            facts = verify_files(trained, self._demands)
+            facts, contents = verify(trained, self._demands)
             place = self._place(key)
             content = spelt(document(key, place, facts, base_model, self.owner, training))
             with self._cache.staging.made(str(place.number)) as staged:
-                fill(staged, trained, facts, content, self._copy)
+                fill(staged, {**contents, MANIFEST: content}, self._write)
                 self._upload(staged, place, content)
                 with suppress(OSError):  # it is published; the first load will fetch it
                     self._cache.keep(staged, place)
         return read(content, str(self._cache.entry(place)))
 
     def _place(self, key: SessionKey) -> Place:
-        """A number that nobody has, claimed for ever, and the session's next version."""
+        """A number that was never given out, claimed, and the session's next version."""
         home = home_of(key)
         for _ in range(DRAWS):
             number = secrets.randbelow(LARGEST) + 1
@@ -161,25 +163,10 @@ class RemoteAdapterStore:
         return tuple(sorted(found.values(), key=lambda one: (one.created, one.ref.number)))
 
     def get(self, name: str) -> PublishedAdapter:
-        """The adapter of that name, its files in place at their full lengths.
+        """The adapter of that name, by its mark alone. Raises NotFound, AdapterError."""
+        return self._marked(name)[0]
 
-        Raises:
-            NotFound: no such adapter is published.
-            AdapterRejected: files are missing or cut off.
-            AdapterError: the object store does not answer.
-        """
-        adapter = self._find(name)
-        sizes = self._bucket.sizes(place_of(name).numbered_path)
-        problems = [
-            f"{file}: found {sizes.get(file, 'no')} bytes; expected {facts.size}"
-            for file, facts in adapter.files().items()
-            if sizes.get(file) != facts.size
-        ]
-        if problems:
-            raise AdapterRejected(name, problems)
-        return adapter
-
-    def resolve(self, name: str) -> AdapterRef:
+    def resolve(self, name: str) -> LocalAdapter:
         """The adapter as an engine needs it, in the cache, byte by byte what was published.
 
         Raises:
@@ -190,54 +177,50 @@ class RemoteAdapterStore:
         place = place_of(name)
         cached = self._cache.whole(place)
         if cached is not None:
-            return cached.ref
+            return cached
         with disk_errors(f"adapter {name} not fetched"), self._cache.fetching(place):
-            cached = self._cache.whole(place)  # somebody fetched it while we waited
-            return cached.ref if cached is not None else self._fetch(place).ref
-
-    def latest(self, key: SessionKey) -> PublishedAdapter | None:
-        """The session's newest version, if it has any."""
-        mine = [adapter for adapter in self.list(checked(key.tenant)) if adapter.key == key]
-        return max(mine, key=lambda one: one.version, default=None)
+            cached = self._cache.whole(place)  # fetched by another thread or process while we waited
+            return cached if cached is not None else self._fetch(place)
 
     def manifest(self, name: str) -> Mapping[str, Any]:
         """soma.json of an adapter. Raises NotFound, AdapterError."""
-        self._find(name)
-        return whole(self._bucket.read(_mark(place_of(name))))
+        return whole(self._marked(name)[1])
 
     def verify(self, name: str) -> PublishedAdapter:
-        """Fetch a published adapter's files once more and check them; raises as `AdapterStore.verify` does."""
+        """Fetch a published adapter's files once more and check them; raises as the file system's does."""
         place = place_of(name)
         with disk_errors(f"adapter {name} cannot be read"), self._downloaded(place) as (staged, adapter):
-            verify_again(name, staged, adapter, self._demands)
+            verify(staged, self._demands, adapter.files(), name=name)
         return adapter
 
-    def _find(self, name: str) -> PublishedAdapter:
-        """Raises NotFound, AdapterError."""
+    def _marked(self, name: str) -> tuple[PublishedAdapter, bytes]:
+        """(an adapter, the manifest that its mark holds). Raises NotFound, AdapterError."""
         place = place_of(name)
         try:
-            adapter = read(self._bucket.read(_mark(place)), str(self._cache.entry(place)))
+            mark = self._bucket.read(_mark(place))
+            adapter = read(mark, str(self._cache.entry(place)))
         except (NotFound, ValueError) as error:
             raise NotFound(f"adapter {name}: not published under {self._bucket}") from error
         if adapter.ref.name != name:
             raise NotFound(f"adapter {name}: not published under {self._bucket}")
-        return adapter
+        return adapter, mark
 
     # -- the cache --------------------------------------------------------------------------------------
 
-    def _fetch(self, place: Place) -> PublishedAdapter:
+    def _fetch(self, place: Place) -> LocalAdapter:
         """Bring an adapter into the cache, in place of what is there."""
         with self._downloaded(place) as (staged, adapter):
-            reject_damage(place.name, staged, adapter)
+            fetched = local(place.name, staged)
             self._cache.keep(staged, place)
-        return adapter
+        return replace(fetched, ref=adapter.ref)
 
     @contextmanager
     def _downloaded(self, place: Place) -> Iterator[tuple[Path, PublishedAdapter]]:
-        """A staged directory with what the object store holds."""
-        adapter = self._find(place.name)
+        """A staged directory with what the object store holds; the mark says what that should be."""
+        adapter, mark = self._marked(place.name)
         with self._cache.staging.made(f"{place.number}-{secrets.token_hex(4)}") as staged:
-            for name in (CONFIG, WEIGHTS, MANIFEST):
+            (staged / MANIFEST).write_bytes(mark)
+            for name in (CONFIG, WEIGHTS):
                 try:
                     self._bucket.fetch(f"{place.numbered_path}/{name}", staged / name)
                 except NotFound as error:
@@ -247,7 +230,7 @@ class RemoteAdapterStore:
     # -- ending -----------------------------------------------------------------------------------------
 
     def retire(self, name: str) -> None:
-        """Take an adapter out of the listing, then delete its files; as `AdapterStore.retire`."""
+        """Take an adapter out of the listing, then delete its files; as the file system's."""
         place = place_of(name)
         if not self._bucket.has(_mark(place)):
             self._cache.drop(self._cache.entry(place))
@@ -260,7 +243,7 @@ class RemoteAdapterStore:
     def forget(self, key: SessionKey) -> None:
         """Remove what is left of a session that is gone, where none of its adapters is."""
         home = home_of(key)
-        if self.latest(key) is None:
+        if all(one.key != key for one in self.list(key.tenant)):
             self._bucket.remove_below(home)
             shutil.rmtree(self._cache.folder / home, ignore_errors=True)
 
@@ -297,7 +280,7 @@ class RemoteAdapterStore:
             at = 0.0
         if at > time.time() - self._patience_s:
             return 0
-        with suppress(NotFound):  # of the name: somebody else's file
+        with suppress(NotFound):  # of the name: a file of another program
             place = place_of(name)
             if not self._bucket.has(_mark(place)):
                 self._clear(place)
@@ -317,7 +300,7 @@ class RemoteAdapterStore:
 
     def pin(self, name: str, pinned: bool = True) -> None:
         """Have an adapter never evicted, or let it go again. Raises NotFound, AdapterError."""
-        self._find(name)
+        self.get(name)
         if pinned:
             self._bucket.write(f".pins/{name}", b"")
         else:

@@ -1,6 +1,6 @@
 """A directory beside the truth, where adapters are made and unmade: what lies there is listed nowhere.
 
-Guarantees: a staged directory is locked while somebody works in it, so that what a dead process left is told
+Guarantees: a staged directory is locked while it is worked in, so that what a dead process left is told
 from what a living one makes; what a failure leaves is deleted at once, what a kill leaves by the next `sweep`.
 """
 
@@ -12,12 +12,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from soma_vllm.adapters.store.atomic_files import is_locked, locked, sync
-from soma_vllm.adapters.store.manifest import MANIFEST
-from soma_vllm.adapters.store.verify import CONFIG, WEIGHTS, AdapterFacts, digest_of
-from soma_vllm.errors import AdapterError
 
-Copy = Callable[[Path, Path], object]
-"""Brings one file from the first place to the second."""
+WriteFile = Callable[[Path, bytes], object]
+"""Makes one file; replaced where a disk is to fail."""
 
 
 class Staging:
@@ -72,25 +69,13 @@ class Staging:
         return len(dead)
 
 
-def fill(staged: Path, trained: Path, facts: AdapterFacts, manifest: bytes, copy: Copy) -> None:
-    """Write every file of an adapter and wait until all of it is on the disk.
+def fill(staged: Path, contents: Mapping[str, bytes], write: WriteFile) -> None:
+    """Write every file of an adapter, the very bytes that were verified, and wait until all are on the disk.
 
     Raises:
-        AdapterError: what arrived is not what was verified.
         OSError: the disk refuses.
     """
-    for name in (CONFIG, WEIGHTS):
-        copy(trained / name, staged / name)
-    expect_digests(staged, {CONFIG: facts.config_digest, WEIGHTS: facts.digest})
-    (staged / MANIFEST).write_bytes(manifest)
+    for name, content in contents.items():
+        write(staged / name, content)
     for path in (*staged.iterdir(), staged):
         sync(path)
-
-
-def expect_digests(directory: Path, expected: Mapping[str, str]) -> None:
-    """Raise AdapterError where a file is not the one that was verified."""
-    for name, digest in expected.items():
-        found = digest_of(directory / name)
-        if found != digest:
-            kind = "weights" if name == WEIGHTS else name
-            raise AdapterError(f"{kind} changed on the way: expected SHA-256 {digest}, found {found}")

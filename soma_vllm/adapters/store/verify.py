@@ -1,9 +1,14 @@
-"""Is this directory an adapter that an engine may load? Every problem is reported at once.
+"""Is this directory an adapter that an engine may load? Every problem is reported at once, as AdapterRejected.
 
-Guarantees for a directory that passes: weights come from safetensors alone, so that reading them runs no
-code; the files are files, no links, and whole; every weight is finite; the A and B of every module are there,
-of the rank that adapter_config.json promises and of widths and layers that the base model has; nothing in the
-configuration asks for more than a plain LoRA.
+An engine that finds out by itself may do so inside a model step, and take everybody's requests down with it. So
+files are looked at twice: in full when they are published, and quickly before each load. Guarantees for what
+passes, at either depth: weights come from safetensors alone, so that reading them runs no code; the files are
+whole; every weight is a finite number; every matrix has the rank that adapter_config.json promises; rank, base
+model, widths and layers are those demanded; and the files are those published, where it is said which those
+were. In full also: the files are files, no links, with no pickle beside them; the A and B of every module are
+there; nothing in the configuration asks for more than a plain LoRA.
+
+Each file is read once and hashed once. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -13,19 +18,16 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
-from safetensors import SafetensorError, safe_open
+import numpy as np
+from safetensors import SafetensorError, deserialize
 
 from soma_vllm.adapters.store.base_model import BaseShapes, shapes_of
 from soma_vllm.errors import AdapterRejected
-
-if TYPE_CHECKING:
-    import torch
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+from soma_vllm.types import CONFIG, WEIGHTS
 
 PICKLED = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 """Endings of files that run code when they are read."""
@@ -41,6 +43,18 @@ PLAIN: Mapping[str, object] = {
 }
 """Features of peft's format beyond a plain LoRA, with the one value of each that is accepted."""
 
+EXPONENTS = {"F32": ("<u4", 0x7F800000), "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00)}
+"""By safetensors' name of a type: its words, and the exponent bits that are all set in a NaN or an infinity."""
+
+
+class Depth(Enum):
+    """How closely files are looked at."""
+
+    FULL = "full"
+    """Before they are published, or when an operator asks."""
+    QUICK = "quick"
+    """Before each load: what an engine would stumble over."""
+
 
 @dataclass(frozen=True)
 class Demands:
@@ -48,7 +62,7 @@ class Demands:
 
     max_rank: int | None = None
     base_model: str | None = None
-    """Compared with what the adapter says it was trained on, by path or by last path component."""
+    """Compared with what the adapter says it was trained on, by the last path component."""
     shapes: BaseShapes | None = None
 
     @staticmethod
@@ -60,8 +74,25 @@ class Demands:
         """
         return Demands(max_rank, str(model), shapes_of(model))
 
+    def unmet(self, rank: int, base_model: str) -> Iterator[str]:
+        """What is wrong with an adapter of this rank for this base model."""
+        if self.max_rank is not None and rank > self.max_rank:
+            yield f"r: found {rank}; expected at most {self.max_rank}"
+        if self.base_model is not None and Path(base_model).name != Path(self.base_model).name:
+            yield f"base_model_name_or_path: found {base_model!r}; expected {self.base_model!r}"
+
 
 NOTHING = Demands()
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """One file as it was verified or published."""
+
+    sha256: str
+    """Hexadecimal."""
+    size: int
+    """Bytes."""
 
 
 @dataclass(frozen=True)
@@ -74,56 +105,62 @@ class AdapterFacts:
     """Kinds of module adapted, sorted: "down_proj", "q_proj", ..."""
     base_model: str
     """What the adapter was trained on, as its configuration names it."""
-    digest: str
-    """SHA-256 of the weights' file, hexadecimal."""
-    size_bytes: int
-    """Size of the weights' file."""
-    config_digest: str
-    """SHA-256 of adapter_config.json, hexadecimal."""
-    config_bytes: int
-    """Size of adapter_config.json."""
+    weights: FileFacts
+    config: FileFacts
 
 
-def verify_files(directory: Path, demands: Demands = NOTHING) -> AdapterFacts:
-    """Check the files of a trained adapter; extra files are ignored unless they are pickles.
+class Verified(NamedTuple):
+    """An adapter that passed, and the bytes that did."""
+
+    facts: AdapterFacts
+    contents: Mapping[str, bytes]
+    """By file name."""
+
+
+def verify(
+    directory: Path,
+    demands: Demands = NOTHING,
+    expected: Mapping[str, FileFacts] | None = None,
+    depth: Depth = Depth.FULL,
+    name: str | None = None,
+) -> Verified:
+    """Check an adapter's two files, read once; extra files are ignored unless they are pickles.
+
+    `expected` says by file name which files were published; `name` is the adapter's in errors.
 
     Raises:
         AdapterRejected: with every problem found.
+        OSError: a file that is there cannot be read.
     """
-    problems = list(_file_problems(directory))
-    config = _read_config(directory / CONFIG, problems)
-    if config is not None:
-        problems.extend(_config_problems(config, demands.max_rank, demands.base_model))
-    weights = directory / WEIGHTS
+    full = depth is Depth.FULL
+    problems = list(_directory_problems(directory)) if full else []
+    contents: dict[str, bytes] = {}
+    facts: dict[str, FileFacts] = {}
+    config: Mapping[str, Any] = {}
     modules: tuple[str, ...] = ()
-    if weights.is_file():
+    for file in (CONFIG, WEIGHTS):
         try:
-            modules = _check_weights(weights, config, demands.shapes, problems)
-        except SafetensorError as error:
-            problems.append(f"{WEIGHTS} is not a whole safetensors file: {error}")
-    else:
-        problems.append(f"{WEIGHTS} is missing")
-    if problems or config is None:
-        raise AdapterRejected(directory.name, problems)
-    return AdapterFacts(
-        rank=config["r"],
-        alpha=float(config["lora_alpha"]),
-        modules=modules,
-        base_model=str(config.get("base_model_name_or_path") or ""),
-        digest=digest_of(weights),
-        size_bytes=weights.stat().st_size,
-        config_digest=digest_of(directory / CONFIG),
-        config_bytes=(directory / CONFIG).stat().st_size,
-    )
+            content = (directory / file).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            problems.append(f"{file} is missing")
+            continue
+        contents[file] = content
+        facts[file] = FileFacts(hashlib.sha256(content).hexdigest(), len(content))
+        if expected is not None:
+            problems.extend(_changed(file, facts[file], expected[file]))
+        if file == CONFIG:
+            config = _read_config(content, problems)
+            problems.extend(_config_problems(config, demands, full))
+        else:
+            modules = _check_weights(content, config, demands.shapes, full, problems)
+    if problems:
+        raise AdapterRejected(name or directory.name, problems)
+    alpha, base_model = float(config["lora_alpha"]), str(config.get("base_model_name_or_path") or "")
+    found = AdapterFacts(config["r"], alpha, modules, base_model, facts[WEIGHTS], facts[CONFIG])
+    return Verified(found, contents)
 
 
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _file_problems(directory: Path) -> Iterator[str]:
+def _directory_problems(directory: Path) -> Iterator[str]:
     for path in sorted(directory.glob("*")):
         if path.suffix.lower() in PICKLED:
             yield f"found {path.name}; expected weights as safetensors only"
@@ -131,73 +168,77 @@ def _file_problems(directory: Path) -> Iterator[str]:
             yield f"{path.name} is a link; expected a file of the adapter's own"
 
 
-def _read_config(path: Path, problems: list[str]) -> dict[str, Any] | None:
+def _changed(file: str, found: FileFacts, expected: FileFacts) -> Iterator[str]:
+    if found.size != expected.size:
+        yield f"{file}: found {found.size} bytes; expected {expected.size}"
+    elif found.sha256 != expected.sha256:
+        yield f"{file}: expected SHA-256 {expected.sha256}, found {found.sha256}"
+
+
+def _read_config(content: bytes, problems: list[str]) -> Mapping[str, Any]:
+    """The configuration; empty, with a problem told, where it is none."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        problems.append(f"{CONFIG} is missing")
-        return None
-    except ValueError as error:
+        config = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
         problems.append(f"{CONFIG} is not JSON: {error}")
-        return None
+        return {}
     if not isinstance(config, dict):
         problems.append(f"{CONFIG}: found a {type(config).__name__}; expected an object")
-        return None
+        return {}
     return config
 
 
-def _config_problems(config: Mapping[str, Any], max_rank: int | None, base_model: str | None) -> Iterator[str]:
-    if config.get("peft_type") != "LORA":
+def _config_problems(config: Mapping[str, Any], demands: Demands, full: bool) -> Iterator[str]:
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if full and config.get("peft_type") != "LORA":
         yield f"peft_type: found {config.get('peft_type')!r}; expected 'LORA'"
-    rank = config.get("r")
     if not _is_count(rank):
         yield f"r: found {rank!r}; expected a positive integer"
-    elif max_rank is not None and rank > max_rank:
-        yield f"r: found {rank}; expected at most {max_rank}"
-    alpha = config.get("lora_alpha")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         yield f"lora_alpha: found {alpha!r}; expected a positive number"
     targets = config.get("target_modules")
-    if not _is_name_list(targets):
+    if full and not _is_name_list(targets):
         yield f"target_modules: found {targets!r}; expected a list of module names"
     for key, accepted in PLAIN.items():
         found = config.get(key)
-        if found and found != accepted:
+        if full and found and found != accepted:
             yield f"{key}: found {found!r}; expected {accepted!r}"
-    trained_on = config.get("base_model_name_or_path")
-    if base_model is not None and Path(str(trained_on)).name != Path(base_model).name:
-        yield f"base_model_name_or_path: found {trained_on!r}; expected {base_model!r}"
+    yield from demands.unmet(rank if _is_count(rank) else 0, str(config.get("base_model_name_or_path")))
 
 
 def _check_weights(
-    path: Path, config: Mapping[str, Any] | None, shapes: BaseShapes | None, problems: list[str]
+    content: bytes, config: Mapping[str, Any], shapes: BaseShapes | None, full: bool, problems: list[str]
 ) -> tuple[str, ...]:
     """Check every tensor against the configuration; the kinds of module that are adapted."""
-    rank = config.get("r") if config else None
+    try:
+        tensors = sorted(deserialize(content), key=lambda one: one[0])  # type: ignore[no-untyped-call]
+    except SafetensorError as error:
+        problems.append(f"{WEIGHTS} is not a whole safetensors file: {error}")
+        return ()
     sides: dict[str, set[str]] = {}
-    with safe_open(path, framework="pt") as file:
-        names = sorted(file.keys())
-        for name in names:
-            module, side = _parse(name)
-            if side is None:
-                problems.append(f"{name}: expected only tensors named ….lora_A.weight and ….lora_B.weight")
-                continue
-            sides.setdefault(module, set()).add(side)
-            tensor = file.get_tensor(name)
-            problems.extend(_tensor_problems(name, side, tensor, rank))
-            if shapes is not None and tensor.dim() == 2:
-                problems.extend(shapes.problems(module, side, tuple(tensor.shape)))
-    if not names:
+    for name, tensor in tensors:
+        module, side = _parse(name)
+        if side is None:
+            problems.append(f"{name}: expected only tensors named ….lora_A.weight and ….lora_B.weight")
+            continue
+        sides.setdefault(module, set()).add(side)
+        problems.extend(_tensor_problems(name, side, tensor, config.get("r")))
+        if shapes is not None and len(tensor["shape"]) == 2:
+            problems.extend(shapes.problems(module, side, tuple(tensor["shape"])))
+    if not tensors:
         problems.append(f"{WEIGHTS} holds no tensors")
+    kinds = tuple(sorted({module.rpartition(".")[2] for module in sides}))
+    if full and tensors:
+        problems.extend(_incomplete(sides, kinds, config.get("target_modules")))
+    return kinds
+
+
+def _incomplete(sides: Mapping[str, set[str]], kinds: tuple[str, ...], targets: object) -> Iterator[str]:
     for module, found in sides.items():
         if len(found) < 2:
-            missing = "lora_B" if "lora_A" in found else "lora_A"
-            problems.append(f"{module}: {missing} is missing")
-    kinds = tuple(sorted({module.rpartition(".")[2] for module in sides}))
-    targets = config.get("target_modules") if config else None
-    if names and _is_name_list(targets) and set(kinds) != {name.rpartition(".")[2] for name in targets}:
-        problems.append(f"adapted modules: found {list(kinds)}; expected {sorted(targets)}")
-    return kinds
+            yield f"{module}: {'lora_B' if 'lora_A' in found else 'lora_A'} is missing"
+    if _is_name_list(targets) and set(kinds) != {name.rpartition(".")[2] for name in targets}:
+        yield f"adapted modules: found {list(kinds)}; expected {sorted(targets)}"
 
 
 def _parse(name: str) -> tuple[str, str | None]:
@@ -209,14 +250,17 @@ def _parse(name: str) -> tuple[str, str | None]:
     return module, f"lora_{tail[0]}"
 
 
-def _tensor_problems(name: str, side: str, tensor: torch.Tensor, rank: object) -> Iterator[str]:
-    if tensor.dim() != 2 or not tensor.is_floating_point():
-        yield f"{name}: found {tensor.dtype} of shape {tuple(tensor.shape)}; expected a matrix of floats"
+def _tensor_problems(name: str, side: str, tensor: Mapping[str, Any], rank: object) -> Iterator[str]:
+    shape = tuple(tensor["shape"])
+    if len(shape) != 2 or 0 in shape or tensor["dtype"] not in EXPONENTS:
+        yield f"{name}: found {tensor['dtype']} of shape {shape}; expected a matrix of floats"
         return
-    found = tensor.shape[0 if side == "lora_A" else 1]
+    found = shape[0 if side == "lora_A" else 1]
     if _is_count(rank) and found != rank:
-        yield f"{name}: found rank {found} in shape {tuple(tensor.shape)}; expected {rank}"
-    if not bool(tensor.isfinite().all()):
+        yield f"{name}: found rank {found} in shape {shape}; expected {rank}"
+    word, exponent = EXPONENTS[tensor["dtype"]]
+    values = np.frombuffer(tensor["data"], dtype=np.dtype(word))
+    if bool(((values & exponent) == exponent).any()):
         yield f"{name}: holds values that are not finite"
 
 

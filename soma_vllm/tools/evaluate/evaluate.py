@@ -24,6 +24,7 @@ from soma_vllm.tools.evaluate.evaluate_view import Steps, table
 from soma_vllm.tools.evaluate.trajectory import Trajectory, load_trajectories
 from soma_vllm.tools.evaluate.variants import Variant, choose
 from soma_vllm.tools.replay.dialogues import Dialogues, load_dialogues
+from soma_vllm.types import CONFIG
 
 REPORT = "evaluation.json"
 
@@ -106,8 +107,8 @@ def _prepare(
             lora = config.lora.model_copy(update={"init_from": str(init)})
             config = config.model_copy(update={"lora": lora})
         start = config.lora.init_from
-        if start is not None and not (Path(start) / "adapter_config.json").is_file():
-            there = "found no adapter_config.json there; expected an adapter's directory"
+        if start is not None and not (Path(start) / CONFIG).is_file():
+            there = f"found no {CONFIG} there; expected an adapter's directory"
             problems.append(f"--init {start}: {there}")
         variants = problems.attempt(partial(choose, names, config))
     if config is None or found is None:

@@ -11,28 +11,28 @@ import pytest
 from support.adapter_files import write_adapter
 from support.crash import each_refusal, each_step
 
-from soma_vllm.adapters.store.filesystem import AdapterStore
+from soma_vllm.adapters.store.filesystem import FilesystemAdapterStore
 from soma_vllm.adapters.store.manifest import PublishedAdapter
-from soma_vllm.adapters.store.object_store import RemoteAdapterStore
-from soma_vllm.adapters.store.opening import AnyAdapterStore
+from soma_vllm.adapters.store.object_store import ObjectStoreAdapterStore
+from soma_vllm.adapters.store.protocol import AdapterStore
 from soma_vllm.errors import AdapterError, NotFound
 from soma_vllm.types import SessionKey
 
 KEY = SessionKey("public", "dialogue-7")
 OWN = frozenset({".number", ".version", ".lock", ".number.new", ".version.new", ".changes"})
 
-Open = Callable[[Path], AnyAdapterStore]
+Open = Callable[[Path], AdapterStore]
 
 
-def local(folder: Path) -> AnyAdapterStore:
-    return AdapterStore(folder / "root")
+def local(folder: Path) -> AdapterStore:
+    return FilesystemAdapterStore(folder / "root")
 
 
-def remote(folder: Path) -> AnyAdapterStore:
-    return RemoteAdapterStore(f"file://{folder}/root", folder / "cache", patience_s=0.0)
+def remote(folder: Path) -> AdapterStore:
+    return ObjectStoreAdapterStore(f"file://{folder}/root", folder / "cache", patience_s=0.0)
 
 
-def publish(store: AnyAdapterStore, trained: Path) -> PublishedAdapter:
+def publish(store: AdapterStore, trained: Path) -> PublishedAdapter:
     return store.publish(KEY, trained, base_model="small", manifest={})
 
 
@@ -74,13 +74,13 @@ def left_in(folder: Path) -> list[Path]:
     ]
 
 
-def whole(store: AnyAdapterStore) -> tuple[PublishedAdapter, ...]:
+def whole(store: AdapterStore) -> tuple[PublishedAdapter, ...]:
     """What is listed; every one of it verifies, and resolves."""
     listed = store.list()
     for adapter in listed:
         assert store.verify(adapter.ref.name) == adapter
         assert store.get(adapter.ref.name) == adapter
-        assert store.resolve(adapter.ref.name) == adapter.ref
+        assert store.resolve(adapter.ref.name).ref == adapter.ref
     return listed
 
 
@@ -167,10 +167,10 @@ def test_a_download_killed_at_any_step_is_done_again(
     fresh: Callable[[], Path], trained: Path, work: Path
 ) -> None:
     url = f"file://{work}/far"
-    name = publish(RemoteAdapterStore(url, work / "publisher"), trained).ref.name
-    for cache in each_step(work, fresh, lambda cache: RemoteAdapterStore(url, cache).resolve(name)):
-        store = RemoteAdapterStore(url, cache)
-        found = Path(store.resolve(name).path)
+    name = publish(ObjectStoreAdapterStore(url, work / "publisher"), trained).ref.name
+    for cache in each_step(work, fresh, lambda cache: ObjectStoreAdapterStore(url, cache).resolve(name)):
+        store = ObjectStoreAdapterStore(url, cache)
+        found = Path(store.resolve(name).ref.path)
         assert {path.name for path in found.iterdir()} == {
             "adapter_config.json",
             "adapter_model.safetensors",
@@ -183,11 +183,11 @@ def test_a_download_killed_at_any_step_is_done_again(
 def test_a_pin_killed_at_any_step_is_a_pin_or_none(
     fresh: Callable[[], Path], trained: Path, work: Path
 ) -> None:
-    def prepare() -> tuple[AdapterStore, str]:
-        store = AdapterStore(fresh() / "root")
+    def prepare() -> tuple[FilesystemAdapterStore, str]:
+        store = FilesystemAdapterStore(fresh() / "root")
         return store, publish(store, trained).ref.name
 
-    def pin(made: tuple[AdapterStore, str]) -> None:
+    def pin(made: tuple[FilesystemAdapterStore, str]) -> None:
         store, name = made
         for pinned in (True, False, True):
             store.pin(name, pinned)

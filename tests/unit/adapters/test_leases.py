@@ -7,7 +7,8 @@ import asyncio
 import pytest
 from support.guard import GUARD_S
 
-from soma_vllm.adapters.leases import AdapterLeases, Outcome, Overflow
+from soma_vllm.adapters.leases import AdapterLeases
+from soma_vllm.adapters.meter import Outcome
 from soma_vllm.adapters.slots import OVERTAKES
 from soma_vllm.errors import EngineUnavailable
 
@@ -20,7 +21,7 @@ class Meter:
         assert seconds >= 0
         self.told.append(f"waited {outcome}")
 
-    def overflowed(self, why: Overflow) -> None:
+    def overflowed(self, why: Outcome) -> None:
         self.told.append(f"overflowed {why}")
 
 

@@ -16,12 +16,13 @@ from support.guard import GUARD_S
 
 from soma_vllm.adapters.store import object_store
 from soma_vllm.adapters.store.bucket import Bucket
-from soma_vllm.adapters.store.filesystem import AdapterStore
+from soma_vllm.adapters.store.filesystem import FilesystemAdapterStore
 from soma_vllm.adapters.store.manifest import PublishedAdapter
-from soma_vllm.adapters.store.object_store import RemoteAdapterStore
-from soma_vllm.adapters.store.opening import AnyAdapterStore, open_root
+from soma_vllm.adapters.store.object_store import ObjectStoreAdapterStore
+from soma_vllm.adapters.store.opening import open_root
+from soma_vllm.adapters.store.protocol import AdapterStore
 from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
-from soma_vllm.types import SessionKey
+from soma_vllm.types import CONFIG, WEIGHTS, SessionKey
 
 KEY = SessionKey("public", "dialogue-7")
 FORK = multiprocessing.get_context("fork")
@@ -43,22 +44,22 @@ def trained(tmp_path: Path) -> Path:
     return write_adapter(tmp_path / "trained")
 
 
-def publish(store: AnyAdapterStore, trained: Path, key: SessionKey = KEY) -> PublishedAdapter:
+def publish(store: AdapterStore, trained: Path, key: SessionKey = KEY) -> PublishedAdapter:
     return store.publish(key, trained, base_model="small", manifest={"losses": [1.0]})
 
 
 def test_what_one_machine_publishes_another_finds_and_fetches(url: str, trained: Path, tmp_path: Path) -> None:
-    here, there = RemoteAdapterStore(url, tmp_path / "here"), RemoteAdapterStore(url, tmp_path / "there")
+    here, there = (
+        ObjectStoreAdapterStore(url, tmp_path / "here"),
+        ObjectStoreAdapterStore(url, tmp_path / "there"),
+    )
     first, second = publish(here, trained), publish(here, trained)
     assert (first.version, second.version) == (1, 2)
     assert [one.ref.name for one in there.list()] == [first.ref.name, second.ref.name]
     assert there.list("nobody") == ()
     assert there.get(first.ref.name).key == KEY
     assert there.manifest(first.ref.name)["training"] == {"losses": [1.0]}
-    latest = there.latest(KEY)
-    assert latest is not None
-    assert latest.ref.name == second.ref.name
-    ref = there.resolve(first.ref.name)
+    ref = there.resolve(first.ref.name).ref
     assert Path(ref.path).is_relative_to(tmp_path / "there")
     assert {path.name for path in Path(ref.path).iterdir()} == FILES
     for name in FILES - {"soma.json"}:
@@ -67,9 +68,12 @@ def test_what_one_machine_publishes_another_finds_and_fetches(url: str, trained:
 
 
 def test_a_retired_adapter_is_gone_for_everybody(url: str, trained: Path, tmp_path: Path) -> None:
-    here, there = RemoteAdapterStore(url, tmp_path / "here"), RemoteAdapterStore(url, tmp_path / "there")
+    here, there = (
+        ObjectStoreAdapterStore(url, tmp_path / "here"),
+        ObjectStoreAdapterStore(url, tmp_path / "there"),
+    )
     adapter, kept = publish(here, trained), publish(here, trained)
-    path = Path(here.resolve(adapter.ref.name).path)
+    path = Path(here.resolve(adapter.ref.name).ref.path)
     there.pin(adapter.ref.name)
     assert here.pins() == {adapter.ref.name}
     there.retire(adapter.ref.name)
@@ -90,7 +94,7 @@ def test_a_retired_adapter_is_gone_for_everybody(url: str, trained: Path, tmp_pa
 def test_one_fetch_serves_all_who_want_an_adapter_at_once(
     url: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = publish(RemoteAdapterStore(url, tmp_path / "here"), trained).ref.name
+    name = publish(ObjectStoreAdapterStore(url, tmp_path / "here"), trained).ref.name
     fetched: list[str] = []
     fetch = Bucket.fetch
 
@@ -99,11 +103,11 @@ def test_one_fetch_serves_all_who_want_an_adapter_at_once(
         fetch(bucket, path, file)
 
     monkeypatch.setattr(Bucket, "fetch", counted)
-    stores = [RemoteAdapterStore(url, tmp_path / "there") for _ in range(4)]
+    stores = [ObjectStoreAdapterStore(url, tmp_path / "there") for _ in range(4)]
     with ThreadPoolExecutor(8) as pool:
-        paths = set(pool.map(lambda n: stores[n % 4].resolve(name).path, range(16)))
+        paths = set(pool.map(lambda n: stores[n % 4].resolve(name).ref.path, range(16)))
     assert len(paths) == 1
-    assert sorted(fetched) == sorted(FILES)
+    assert sorted(fetched) == [CONFIG, WEIGHTS], "the manifest is the mark"
 
 
 @pytest.mark.parametrize("file", sorted(FILES))
@@ -111,10 +115,10 @@ def test_one_fetch_serves_all_who_want_an_adapter_at_once(
 def test_a_damaged_cache_entry_is_fetched_again(
     file: str, spoil: Callable[[Path], object], url: str, trained: Path, tmp_path: Path
 ) -> None:
-    store = RemoteAdapterStore(url, tmp_path / "here")
+    store = ObjectStoreAdapterStore(url, tmp_path / "here")
     adapter = publish(store, trained)
     spoil(Path(adapter.ref.path) / file)
-    found = store.resolve(adapter.ref.name)
+    found = store.resolve(adapter.ref.name).ref
     assert found == adapter.ref
     assert (Path(found.path) / "adapter_model.safetensors").read_bytes() == (
         trained / "adapter_model.safetensors"
@@ -124,7 +128,7 @@ def test_a_damaged_cache_entry_is_fetched_again(
 def test_what_is_cached_is_served_while_the_object_store_is_away(
     url: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = RemoteAdapterStore(url, tmp_path / "here")
+    store = ObjectStoreAdapterStore(url, tmp_path / "here")
     cached, other = publish(store, trained), publish(store, trained)
     shutil.rmtree(other.ref.path)
 
@@ -133,7 +137,7 @@ def test_what_is_cached_is_served_while_the_object_store_is_away(
             raise ConnectionRefusedError("no route")
 
     monkeypatch.setattr(store._bucket, "_fs", Away())
-    assert store.resolve(cached.ref.name) == cached.ref
+    assert store.resolve(cached.ref.name).ref == cached.ref
     with pytest.raises(AdapterError, match="ConnectionRefusedError") as caught:
         store.resolve(other.ref.name)
     assert not isinstance(caught.value, AdapterRejected)
@@ -146,13 +150,16 @@ def test_what_is_cached_is_served_while_the_object_store_is_away(
 def test_objects_that_were_deleted_or_changed_are_rejected(
     file: str, url: str, trained: Path, tmp_path: Path
 ) -> None:
-    here, there = RemoteAdapterStore(url, tmp_path / "here"), RemoteAdapterStore(url, tmp_path / "there")
+    here, there = (
+        ObjectStoreAdapterStore(url, tmp_path / "here"),
+        ObjectStoreAdapterStore(url, tmp_path / "there"),
+    )
     cut, gone = publish(here, trained), publish(here, trained)
     bucket = Bucket(url)
     bucket.write(f"{Path(cut.ref.path).relative_to(here._cache.folder)}/{file}", b"x")
     bucket.remove(f"{Path(gone.ref.path).relative_to(here._cache.folder)}/{file}")
     for adapter in (cut, gone):
-        for verb in (there.get, there.resolve, there.verify):
+        for verb in (there.resolve, there.verify):
             with pytest.raises(AdapterRejected, match=file):
                 verb(adapter.ref.name)
         there.retire(adapter.ref.name)
@@ -163,7 +170,7 @@ def test_objects_that_were_deleted_or_changed_are_rejected(
 def test_an_upload_that_fails_leaves_nothing(
     at: str, url: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = RemoteAdapterStore(url, tmp_path / "here")
+    store = ObjectStoreAdapterStore(url, tmp_path / "here")
     put, write = Bucket.put, Bucket.write
 
     def full(bucket: Bucket, *arguments: object) -> None:
@@ -189,12 +196,12 @@ def test_an_upload_that_fails_leaves_nothing(
 def test_an_upload_that_others_gave_up_is_not_listed(
     url: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = RemoteAdapterStore(url, tmp_path / "here")
+    store = ObjectStoreAdapterStore(url, tmp_path / "here")
     put = Bucket.put
 
     def slow(bucket: Bucket, file: Path, path: str) -> None:
         put(bucket, file, path)
-        RemoteAdapterStore(url, tmp_path / "there", patience_s=0.0).collect_garbage()
+        ObjectStoreAdapterStore(url, tmp_path / "there", patience_s=0.0).collect_garbage()
 
     monkeypatch.setattr(Bucket, "put", slow)
     with pytest.raises(AdapterError, match="took longer than others wait"):
@@ -205,22 +212,22 @@ def test_an_upload_that_others_gave_up_is_not_listed(
 def test_garbage_of_an_upload_under_way_is_left_alone(
     url: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = RemoteAdapterStore(url, tmp_path / "here")
+    store = ObjectStoreAdapterStore(url, tmp_path / "here")
     put = Bucket.put
 
     def slow(bucket: Bucket, file: Path, path: str) -> None:
         put(bucket, file, path)
-        RemoteAdapterStore(url, tmp_path / "there").collect_garbage()
+        ObjectStoreAdapterStore(url, tmp_path / "there").collect_garbage()
 
     monkeypatch.setattr(Bucket, "put", slow)
     adapter = publish(store, trained)
-    assert RemoteAdapterStore(url, tmp_path / "there").verify(adapter.ref.name).key == KEY
+    assert ObjectStoreAdapterStore(url, tmp_path / "there").verify(adapter.ref.name).key == KEY
 
 
 def test_a_number_that_is_taken_is_drawn_again(
     url: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = RemoteAdapterStore(url, tmp_path / "here")
+    store = ObjectStoreAdapterStore(url, tmp_path / "here")
     draws = iter([5, 5, 5, 8])
     monkeypatch.setattr(object_store.secrets, "randbelow", lambda most: next(draws))
     assert publish(store, trained).ref.number == 6
@@ -229,7 +236,7 @@ def test_a_number_that_is_taken_is_drawn_again(
 
 
 def _publish_some(url: str, cache: Path, trained: Path) -> list[tuple[int, str]]:
-    store = RemoteAdapterStore(url, cache)
+    store = ObjectStoreAdapterStore(url, cache)
     return [(one.ref.number, one.ref.name) for one in (publish(store, trained) for _ in range(6))]
 
 
@@ -241,7 +248,7 @@ def test_two_processes_that_publish_for_one_session_at_once_share_no_number_or_n
         jobs = [pool.submit(_publish_some, url, tmp_path / name, trained) for name in ("a", "b")]
         published = [row for job in jobs for row in job.result(timeout=GUARD_S)]
     assert [len(set(column)) for column in zip(*published, strict=True)] == [12, 12]
-    assert {one.ref.name for one in RemoteAdapterStore(url, tmp_path / "c").list()} == {
+    assert {one.ref.name for one in ObjectStoreAdapterStore(url, tmp_path / "c").list()} == {
         name for _, name in published
     }
 
@@ -256,7 +263,7 @@ def test_of_two_claims_on_a_file_system_one_wins(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("session", ["../../etc", "a/b", "ä\n\0", "\ud800", "*"])
 def test_a_session_id_never_becomes_a_path(session: str, url: str, trained: Path, tmp_path: Path) -> None:
-    store = RemoteAdapterStore(url, tmp_path / "here")
+    store = ObjectStoreAdapterStore(url, tmp_path / "here")
     key = SessionKey("public", session)
     adapter = publish(store, trained, key)
     assert store.list() == (adapter,)
@@ -268,15 +275,18 @@ def test_a_session_id_never_becomes_a_path(session: str, url: str, trained: Path
 
 
 def test_a_root_is_opened_by_what_it_looks_like(tmp_path: Path) -> None:
-    assert isinstance(open_root(str(tmp_path / "x"), tmp_path / "cache"), AdapterStore)
-    assert isinstance(open_root("memory://x", tmp_path / "cache"), RemoteAdapterStore)
+    assert isinstance(open_root(str(tmp_path / "x"), tmp_path / "cache"), FilesystemAdapterStore)
+    assert isinstance(open_root("memory://x", tmp_path / "cache"), ObjectStoreAdapterStore)
     assert open_root("memory://x", tmp_path, owner="a").owner == "a"
     with pytest.raises(AdapterError, match=r"adapters\.root: found 'nowhere://x'"):
         open_root("nowhere://x", tmp_path / "cache")
 
 
 def test_a_root_in_service_is_known_on_its_machine(url: str, tmp_path: Path) -> None:
-    store, other = RemoteAdapterStore(url, tmp_path / "here"), RemoteAdapterStore(url, tmp_path / "here")
+    store, other = (
+        ObjectStoreAdapterStore(url, tmp_path / "here"),
+        ObjectStoreAdapterStore(url, tmp_path / "here"),
+    )
     assert not other.serves()
     with store.in_service():
         assert other.serves()

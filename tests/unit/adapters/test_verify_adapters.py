@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from support.adapter_files import BASE_MODEL, RANK, WIDTH, module, tensors, write_adapter
 
 from soma_vllm.adapters.store.base_model import shapes_of
-from soma_vllm.adapters.store.verify import Demands, verify_files
+from soma_vllm.adapters.store.verify import Demands, FileFacts, verify
 from soma_vllm.errors import AdapterError, AdapterRejected
 
 Q_A = f"{module(0, 'q_proj')}.lora_A.weight"
@@ -23,19 +23,17 @@ Q_A = f"{module(0, 'q_proj')}.lora_A.weight"
 
 def problems_of(directory: Path, **demands: Any) -> str:
     with pytest.raises(AdapterRejected) as caught:
-        verify_files(directory, Demands(**demands))
+        verify(directory, Demands(**demands))
     return "; ".join(caught.value.problems)
 
 
 def test_a_sound_adapter_passes_and_its_facts_are_told(tmp_path: Path) -> None:
-    facts = verify_files(
-        write_adapter(tmp_path), Demands(max_rank=RANK, base_model="/elsewhere/tiny-surrogate")
-    )
+    demands = Demands(max_rank=RANK, base_model="/elsewhere/tiny-surrogate")
+    facts, _ = verify(write_adapter(tmp_path), demands)
     weights = (tmp_path / "adapter_model.safetensors").read_bytes()
     assert (facts.rank, facts.alpha, facts.modules) == (RANK, 8.0, ("q_proj", "v_proj"))
     assert facts.base_model == BASE_MODEL
-    assert facts.digest == hashlib.sha256(weights).hexdigest()
-    assert facts.size_bytes == len(weights)
+    assert facts.weights == FileFacts(hashlib.sha256(weights).hexdigest(), len(weights))
 
 
 def test_what_peft_itself_saves_passes(tmp_path: Path) -> None:
@@ -43,7 +41,7 @@ def test_what_peft_itself_saves_passes(tmp_path: Path) -> None:
     model.add_module("q_proj", torch.nn.Linear(WIDTH, WIDTH))
     adapted = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=8, target_modules=["q_proj"]))
     adapted.save_pretrained(tmp_path, save_embedding_layers=False)
-    facts = verify_files(tmp_path, Demands(max_rank=RANK))
+    facts, _ = verify(tmp_path, Demands(max_rank=RANK))
     assert (facts.rank, facts.modules) == (RANK, ("q_proj",))
 
 
@@ -193,7 +191,7 @@ def test_widths_follow_from_the_base_models_configuration(
 ) -> None:
     demands = Demands(shapes=shapes_of(base_model(tmp_path / "base")))
     sound = write_adapter(tmp_path / "a", fitting(kind, inside, outside), target_modules=[kind])
-    verify_files(sound, demands)
+    verify(sound, demands)
     if kind == "c_attn":  # of an architecture with names of its own: its widths are not judged
         return
     wide = write_adapter(tmp_path / "b", fitting(kind, inside + 1, outside + 2), target_modules=[kind])
@@ -227,7 +225,7 @@ def test_the_text_part_of_a_model_of_several_kinds_counts(tmp_path: Path) -> Non
 def test_of_a_model_that_says_nothing_nothing_is_judged(tmp_path: Path) -> None:
     assert shapes_of(tmp_path) is None
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    verify_files(write_adapter(tmp_path / "a"), Demands(shapes=shapes_of(tmp_path)))
+    verify(write_adapter(tmp_path / "a"), Demands(shapes=shapes_of(tmp_path)))
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(AdapterError, match=r"config\.json cannot be read"):
         Demands.of_model(tmp_path)

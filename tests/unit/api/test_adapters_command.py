@@ -11,7 +11,8 @@ import yaml
 from support.adapter_files import write_adapter
 from typer.testing import CliRunner, Result
 
-from soma_vllm.adapters.store.opening import AnyAdapterStore, open_root
+from soma_vllm.adapters.store.opening import open_root
+from soma_vllm.adapters.store.protocol import AdapterStore
 from soma_vllm.cli import adapters as command
 from soma_vllm.cli.main import app
 from soma_vllm.types import SessionKey
@@ -36,12 +37,12 @@ def config(tmp_path: Path, root: str) -> Path:
 
 
 @pytest.fixture
-def store(root: str, tmp_path: Path) -> AnyAdapterStore:
+def store(root: str, tmp_path: Path) -> AdapterStore:
     return open_root(root, tmp_path / "cache")
 
 
 @pytest.fixture
-def names(store: AnyAdapterStore, tmp_path: Path) -> list[str]:
+def names(store: AdapterStore, tmp_path: Path) -> list[str]:
     trained = write_adapter(tmp_path / "trained")
     keys = [SessionKey(tenant, "s") for tenant in ("alice", "bob")]
     return [
@@ -82,7 +83,7 @@ def test_damage_is_found_and_told(config: Path, names: list[str], tmp_path: Path
 
 
 def test_offline_the_budgets_are_kept_and_pins_are_respected(
-    config: Path, names: list[str], store: AnyAdapterStore
+    config: Path, names: list[str], store: AdapterStore
 ) -> None:
     assert soma("pin", names[0], "--config", config).exit_code == 0
     swept = soma("gc", "--offline", "--config", config)
@@ -94,7 +95,7 @@ def test_offline_the_budgets_are_kept_and_pins_are_respected(
 
 
 def test_nothing_is_deleted_offline_under_a_running_server(
-    config: Path, names: list[str], store: AnyAdapterStore
+    config: Path, names: list[str], store: AdapterStore
 ) -> None:
     with store.in_service():
         for arguments in (("rm", names[0]), ("gc",)):

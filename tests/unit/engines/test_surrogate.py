@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from support.lora_files import files_of, sign
 
+from soma_vllm.adapters.file_provider import FilesInPlace
 from soma_vllm.adapters.loaded import LoadedAdapters
+from soma_vllm.adapters.store.manifest import LocalAdapter
 from soma_vllm.engines.engine import ChatCall, Salts
 from soma_vllm.engines.surrogate import SurrogateEngine
 from soma_vllm.errors import AdapterRejected, EngineRefused, EngineUnavailable
@@ -79,7 +81,7 @@ async def test_an_adapter_must_be_loaded_before_it_serves() -> None:
 
 async def test_an_adapter_without_files_never_reaches_the_engine() -> None:
     serving = Serving()
-    with pytest.raises(EngineUnavailable, match="adapter a is not fit to be loaded: No such file"):
+    with pytest.raises(EngineUnavailable, match=r"adapter a is not fit to be loaded: .*soma\.json is missing"):
         await SurrogateEngine("small", serving).load(REF)
     assert serving.added == []
 
@@ -114,11 +116,11 @@ class Files:
         self.here = here
         self.asked = 0
 
-    async def ensure_local(self, ref: AdapterRef) -> AdapterRef:
+    async def ensure_local(self, ref: AdapterRef) -> LocalAdapter:
         self.asked += 1
         if self.here is None:
             raise EngineUnavailable("damaged")
-        return self.here
+        return await FilesInPlace().ensure_local(self.here)
 
 
 async def test_an_adapter_is_loaded_from_where_its_files_are_on_this_machine(here: AdapterRef) -> None:

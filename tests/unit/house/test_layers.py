@@ -46,7 +46,7 @@ BELOW: dict[str, frozenset[str]] = {
 HEAVY = {
     "ray": {"training"},
     "vllm": {"engines"},
-    "torch": {"method", "adapters", "engines", "models", "tools/replay/probe.py"},
+    "torch": {"method", "engines", "models", "tools/replay/probe.py"},
     "transformers": {"method", "models"},
     "peft": {"method"},
     "fastapi": {"api"},

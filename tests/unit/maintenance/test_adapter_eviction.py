@@ -63,7 +63,7 @@ async def test_beyond_the_count_the_least_recently_used_adapter_goes(build: Buil
     assert services.session("b").phase is Phase.ROLLED_BACK
     assert services.surrogate.log[-2:] == ["unload adapter-b-2", "delete adapter-b-2"]
     assert services.stock.evictions == [Reason.COUNT]
-    assert services.stock.on_shelf == (3, 3 * 1024)
+    assert services.stock.stored == (3, 3 * 1024)
     assert await swept(services) == 0
     answer = await services.say(histories["b"], "question 3", "b")
     assert answer.headers["X-SOMA-Engine"] == "original"
@@ -194,7 +194,7 @@ async def test_damage_found_at_a_load_is_told_and_its_session_goes_back(build: B
     ref = services.session("a").adapter
     assert ref is not None
     files = AdapterFileProvider(services.adapter_store, services.sweep_trigger, services.stock)
-    assert await files.ensure_local(ref) == ref
+    assert (await files.ensure_local(ref)).ref == ref
 
     def damaged(name: str) -> Any:
         raise AdapterRejected(name, ["weights: cut off"])
@@ -212,7 +212,7 @@ async def test_an_adapter_of_ours_that_nobody_speaks_of_is_deleted_and_others_ar
     services = await started(build)
     await adapted(services, "a")
     known = services.adapter_store.there["adapter-a-1"]
-    for name, owner in (("mine", "us"), ("theirs", "them")):
+    for name, owner in (("mine", services.adapter_store.owner), ("theirs", "them")):
         ref = replace(known.ref, name=name, number=len(name))
         services.adapter_store.there[name] = replace(known, ref=ref, owner=owner, created=time.time() - 1)
     assert await swept(services) == 1

@@ -14,8 +14,8 @@ from support.adapter_files import write_adapter
 from support.crash import each_step
 from support.services import SETTINGS, Services
 
-from soma_vllm.adapters.store.facade import RecordShelf
-from soma_vllm.adapters.store.opening import AnyAdapterStore, open_root
+from soma_vllm.adapters.store.opening import open_root
+from soma_vllm.adapters.store.protocol import AdapterStore
 from soma_vllm.config import parse_config
 from soma_vllm.sessions.sql.store import SessionStore
 from soma_vllm.sessions.state.phases import Phase
@@ -31,11 +31,11 @@ def work() -> Iterator[Path]:
 
 
 class Server:
-    """A house over a real shelf and a real database in one folder."""
+    """A server over a real adapter store and a real database in one folder."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         root = f"file://{folder}/root" if kind == "remote" else str(folder / "root")
-        self.adapter_store: AnyAdapterStore = open_root(root, folder / "cache", owner=str(folder))
+        self.adapter_store: AdapterStore = open_root(root, folder / "cache", owner=str(folder))
         if kind == "remote":
             self.adapter_store._patience_s = 0.0
         self._url = f"sqlite+aiosqlite:///{folder}/s.db"
@@ -43,9 +43,7 @@ class Server:
     async def __aenter__(self) -> Services:
         self._store = SessionStore(self._url)
         await self._store.open()
-        self._house = Services(
-            parse_config(SETTINGS, "test"), self._store, adapter_store=RecordShelf(self.adapter_store)
-        )
+        self._house = Services(parse_config(SETTINGS, "test"), self._store, adapter_store=self.adapter_store)
         train = self._house.trainer.train
 
         async def trained(request: TrainRequest) -> TrainResult:

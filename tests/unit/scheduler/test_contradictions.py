@@ -12,8 +12,7 @@ import pytest
 from support.adapter_files import write_adapter
 from support.services import Build, Services
 
-from soma_vllm.adapters.store.facade import RecordShelf
-from soma_vllm.adapters.store.filesystem import AdapterStore
+from soma_vllm.adapters.store.filesystem import FilesystemAdapterStore
 from soma_vllm.sessions.state.phases import Phase
 
 History = list[dict[str, Any]]
@@ -158,13 +157,13 @@ async def test_of_many_requests_at_once_equal_ones_are_one_turn_and_others_branc
 async def test_a_disk_that_is_full_when_an_adapter_is_published_costs_the_session_its_adapter_alone(
     build: Build, tmp_path: Path
 ) -> None:
-    def full(source: Path, target: Path) -> None:
+    def full(target: Path, content: bytes) -> None:
         target.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     services = build()
     await services.registry.start()
-    adapter_store = RecordShelf(AdapterStore(tmp_path / "adapters", owner="ours", copy=full))
+    adapter_store = FilesystemAdapterStore(tmp_path / "adapters", owner="ours", write=full)
     services.adapters._store = adapter_store
     services.trainer.writes = write_adapter
     services.surrogate.answers = ["different", "same"]
