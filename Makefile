@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup models tiny baselines demo smoke evaluate serve check test lint docs fast-services fast-rest bench study load-tools load-test gpu-rehearsal lock clean
+.PHONY: help setup models tiny baselines demo smoke evaluate serve check test lint fast-services fast-rest bench study load-tools load-test gpu-rehearsal lock clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -115,7 +115,7 @@ test-real: setup
 
 ## make check   lint, types and the fast tests: nothing is downloaded, no engine is started (3.5 minutes on 2 cores)
 check: setup
-	@$(MAKE) --no-print-directory -j2 --output-sync=target lint docs fast-services fast-rest
+	@$(MAKE) --no-print-directory -j2 --output-sync=target lint fast-services fast-rest
 
 SERVICES := tests/unit/scheduler tests/unit/sessions tests/unit/adaptation tests/unit/maintenance tests/unit/api tests/unit/adapters tests/contract
 FAST := $(BIN)/python -m pytest -q -m "not slow"
@@ -123,7 +123,7 @@ fast-services: setup
 	@$(FAST) $(SERVICES)
 
 fast-rest: setup
-	@$(FAST) tests/unit tests/contract $(addprefix --ignore=,$(SERVICES))
+	@$(FAST) tests/unit $(addprefix --ignore=,$(SERVICES))
 
 ## make lint    ruff and mypy
 lint: setup
