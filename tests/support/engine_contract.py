@@ -17,8 +17,8 @@ from support.guard import GUARD_S
 
 QUERY = {"messages": [{"role": "user", "content": "tell me something"}], "temperature": 0.0}
 SHORT = {**QUERY, "max_tokens": 8}
-LONG = {**QUERY, "max_tokens": 1500, "ignore_eos": True, "n": 8}
-"""Lasts for seconds even on a tiny model."""
+LONG = {**QUERY, "temperature": 1.0, "max_tokens": 1500, "ignore_eos": True, "n": 8}
+"""Lasts for seconds even on a tiny model. Not greedy: vLLM then refuses several choices."""
 WRONG = {**QUERY, "temperature": -1.0}
 """vLLM refuses it."""
 
