@@ -58,7 +58,7 @@ def agreement_from_prompt(reply: Mapping[str, Any], opening: Sequence[int]) -> A
 
 
 def _entry(found: Any, token: int) -> Mapping[str, Any]:
-    """What was said of the prompt's own token at one position (beside it stand the likeliest ones)."""
+    """The entry of the prompt's own token at one position; the others are the likeliest ones."""
     # JSON has no keys but text; in our own process they are still numbers.
     entry = found.get(str(token), found.get(token)) if isinstance(found, dict) else None
     if not isinstance(entry, dict) or not isinstance(entry.get("logprob"), int | float):

@@ -81,8 +81,8 @@ class SessionAdmin:
             return rolled_back
 
     async def readapt(self, key: SessionKey) -> Session:
-        """Have a session adapted anew, from all its turns that can teach: at once where their text is at hand,
-        else with its next turn.
+        """Have a session adapted anew, from all its turns that can teach: at once where their text is in
+        memory, else with its next turn.
 
         Raises:
             NotFound: there is no such session.

@@ -1,4 +1,4 @@
-"""A directory beside the truth, where adapters are made and unmade: what lies there is listed nowhere.
+"""A directory where adapters are assembled and taken apart; nothing in it is ever listed.
 
 Guarantees: a staged directory is locked while it is worked in, so that what a dead process left is told
 from what a living one makes; what a failure leaves is deleted at once, what a kill leaves by the next `sweep`.

@@ -191,7 +191,7 @@ async def add_adapter(engine_client: Any, request: LoRARequest) -> bool:
 
 
 def keep_adapters_out_of_metrics(engine_client: Any) -> None:
-    """Take away the series that names adapters: it shows them to whoever reads /metrics, and grows with every
+    """Remove the series that names adapters: it shows them to every reader of /metrics, and grows with every
     combination of adapters for as long as the process lives."""
     manager = engine_client.logger_manager
     for stats in () if manager is None else manager.stat_loggers:

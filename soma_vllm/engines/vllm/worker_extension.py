@@ -29,20 +29,20 @@ class ReadsAdaptersAside:
     """Methods that vLLM adds to its worker; `collective_rpc` calls them by name, with plain arguments."""
 
     model_runner: Any
-    _soma_shelf: AdaptersAside
+    _soma_adapters: AdaptersAside
 
     def soma_read_adapter(self, name: str, number: int, path: str) -> None:
         """Begin to read an adapter's files, unless that has begun already."""
         if not vllm_is_supported():
             return
-        if not hasattr(self, "_soma_shelf"):
-            self._soma_shelf = AdaptersAside(self.model_runner.lora_manager)
-        self._soma_shelf.begin(name, number, path)
+        if not hasattr(self, "_soma_adapters"):
+            self._soma_adapters = AdaptersAside(self.model_runner.lora_manager)
+        self._soma_adapters.begin(name, number, path)
 
     def soma_adapter_is_read(self, number: int) -> bool:
         """False while an adapter is being read; True once `add_lora` need not wait for the disk, or cannot be
         spared it."""
-        return not hasattr(self, "_soma_shelf") or self._soma_shelf.is_done(number)
+        return not hasattr(self, "_soma_adapters") or self._soma_adapters.is_done(number)
 
 
 class AdaptersAside:
@@ -71,7 +71,7 @@ class AdaptersAside:
         thread.start()
 
     def is_done(self, number: int) -> bool:
-        """Whether nobody is reading it."""
+        """Whether no thread is reading it."""
         thread = self._threads.get(number)
         return thread is None or not thread.is_alive()
 
@@ -81,7 +81,7 @@ class AdaptersAside:
         try:
             lora = self._load(request)
             self._manager._adapter_manager._create_merged_loras_inplace(lora)
-        except Exception:  # `add_lora` will meet it again, and tell whoever asked
+        except Exception:  # `add_lora` meets the same error, and reports it
             return
         if request.lora_int_id in self._threads:
             self._read[request.lora_int_id] = lora

@@ -28,7 +28,7 @@ class SessionReader:
     """The questions. Every one raises StoreUnavailable while the database is away."""
 
     def __init__(self, url: str) -> None:
-        """Connects to nothing yet.
+        """Opens no connection yet.
 
         Raises:
             ConfigError: `url` is of no database that the store knows.

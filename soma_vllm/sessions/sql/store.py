@@ -44,7 +44,7 @@ class SessionStore(SessionReader):
     """
 
     def __init__(self, url: str) -> None:
-        """Connects to nothing yet.
+        """Opens no connection yet.
 
         Raises:
             ConfigError: `url` is of no database that the store knows.

@@ -1,7 +1,7 @@
-"""The tables of the session store, and how values that databases refuse are spelt in them.
+"""The tables of the session store, and how values that databases refuse are encoded in them.
 
 Guarantees: ids that clients chose and documents come back exactly as they were stored, on SQLite and PostgreSQL
-alike, NUL characters, lone surrogates, NaN and infinities included; what somebody said is in `texts` alone. The
+alike, NUL characters, lone surrogates, NaN and infinities included; conversation text is in `texts` alone. The
 same tables are written down a second time, as steps, in `migrations/`; a test holds the two together.
 """
 

@@ -1,7 +1,7 @@
 """How sessions under a policy are adapted in the background: a value that a policy states once.
 
-Guarantee: it is recorded with every adaptation (`adaptation_started`), so that a session says for ever by which
-rules it came to be served, and a restart takes it up by the same ones.
+Guarantee: it is recorded with every adaptation (`adaptation_started`), so that a session's record says by
+which rules it came to be served, and a restart takes it up by the same ones.
 """
 
 from __future__ import annotations

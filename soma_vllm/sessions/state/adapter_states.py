@@ -2,8 +2,8 @@
 
     TRAINED -> VERIFIED -> LOADED -> ACTIVE -> DRAINING -> RETIRED
 
-Guarantees: a move that is not in the table raises; nothing leaves RETIRED, and nothing comes to it but through
-DRAINING, in which nobody new may use the adapter. Pure: what moves an adapter are the events of its sessions.
+Guarantees: a move that is not in the table raises; nothing leaves RETIRED, and nothing enters it but through
+DRAINING, in which no new request uses the adapter. Pure: adapters are moved by the events of their sessions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class AdapterState(StrEnum):
     ACTIVE = "ACTIVE"
     """It serves a session, or several branches of one."""
     DRAINING = "DRAINING"
-    """It serves nobody any more; its last tokens are on their way."""
+    """It serves no session any more; its last tokens are being generated."""
     RETIRED = "RETIRED"
     """Its files are gone. Its name and number stay spent."""
 

@@ -32,7 +32,7 @@ TRANSITIONS: Mapping[tuple[Phase, str], Phase] = {
     (Phase.WARM_START, EventKind.ADAPTATION_STARTED): Phase.ADAPTING,
     (Phase.ROLLED_BACK, EventKind.ADAPTATION_STARTED): Phase.ADAPTING,
     (Phase.ORIGINAL_ONLY, EventKind.ADAPTATION_STARTED): Phase.ADAPTING,
-    # A server that was stopped meanwhile starts an unfinished adaptation again.
+    # A server that was stopped starts an unfinished adaptation again.
     (Phase.ADAPTING, EventKind.ADAPTATION_STARTED): Phase.ADAPTING,
     (Phase.ADAPTING, EventKind.SWITCHED): Phase.SWITCHED,
     (Phase.ADAPTING, EventKind.REFUSED): Phase.ORIGINAL_ONLY,

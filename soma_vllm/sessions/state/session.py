@@ -71,7 +71,7 @@ class Session:
         return self.adapter is not None and self.adapter.name == adapter
 
     def kept(self) -> bool:
-        """Whether the whole transcript is at hand."""
+        """Whether the text of every turn is in memory."""
         return all(turn.kept for turn in self.turns)
 
     def seen_before(self, turn: Turn) -> tuple[Message, ...]:

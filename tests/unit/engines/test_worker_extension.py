@@ -124,6 +124,6 @@ def test_what_is_never_added_does_not_pile_up(worker: Worker, manager: Manager) 
     for number in range(1, KEPT + 4):
         worker.soma_read_adapter("a", number, "/a")
         wait(worker, number)
-    assert len(worker._soma_shelf._read) == KEPT
+    assert len(worker._soma_adapters._read) == KEPT
     assert manager._load_adapter(request(1)) == "weights of 1"
     assert manager.read.count((1, threading.current_thread().name)) == 1
