@@ -3,7 +3,8 @@
 `install` may run any number of times, in API servers, engine cores and workers. It guarantees:
 
 * On a CPU, with a vLLM whose internals are known, LoRA products come from `lora_kernels.py`. With any other
-  vLLM the stock kernels stay, with a warning, since those serve base-model requests wrongly in batches with adapters.
+  vLLM the stock kernels stay, with a warning, since those answer base-model requests wrongly in batches with
+  adapters.
 * On a CPU with AVX2 and no AVX-512, products of bf16 base weights come from `linear.py`; with an unknown vLLM
   they stay, with a warning, since they are only slow.
 * A process that another one started ends when its parent does, even when that one was killed: an engine core
