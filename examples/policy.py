@@ -20,8 +20,8 @@ class EveryOther:
     def __init__(self, config):
         self._warm = config.warm_window
 
-    def route(self, session, asked):
+    def route(self, session, query):
         """Pure and fast: this is on the path of every request."""
-        turn = asked.builds_on + 1
+        turn = query.builds_on + 1
         engine = Role.SURROGATE if turn > self._warm and turn % 2 == 0 else Role.ORIGINAL
-        return Route(engine, None, asked.messages, f"turn {turn}, warm start {self._warm}")
+        return Route(engine, None, query.messages, f"turn {turn}, warm start {self._warm}")

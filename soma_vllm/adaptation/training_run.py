@@ -136,10 +136,10 @@ class TrainingRun:
         """
         signature = {} if result.signature is None else {"signature": asdict(result.signature)}
         try:
-            ref = await self._adapters.publish(key, Path(result.directory), training_costs(result) | signature)
+            manifest = training_costs(result) | signature
+            ref = await self._adapters.publish(key, Path(result.directory), manifest, made)
         finally:
             shutil.rmtree(result.directory, ignore_errors=True)
-        made.append(ref)
         self.require_adapting(key)
         await self._adapters.prove(key, ref)
         return ref

@@ -77,8 +77,12 @@ class AdapterLifecycle:
         """A new empty directory to train in."""
         return tempfile.mkdtemp(prefix=self._trainings)
 
-    async def publish(self, key: SessionKey, trained: Path, manifest: Mapping[str, Any]) -> AdapterRef:
+    async def publish(
+        self, key: SessionKey, trained: Path, manifest: Mapping[str, Any], made: list[AdapterRef]
+    ) -> AdapterRef:
         """Verify and publish a trainer's files as the session's next adapter.
+
+        It is put into `made` before it is recorded: the caller retires what is in there, whatever fails.
 
         Raises:
             AdapterRejected: the files are not fit to be loaded.
@@ -88,6 +92,7 @@ class AdapterLifecycle:
             self._store.publish, key, trained, base_model=self._engine.name, manifest=manifest
         )
         ref = published.ref
+        made.append(ref)
         self._records.note(key, EventKind.ADAPTER_PUBLISHED, adapter=asdict(ref))
         return ref
 
@@ -154,7 +159,7 @@ class AdapterLifecycle:
 
         `key` is a live session that the end is recorded for; without one it goes into the adapter's own record.
         """
-        if self._records.adapter_state(ref.name) is AdapterState.RETIRED:
+        if key is not None and self._records.adapter_state(ref.name) is AdapterState.RETIRED:
             return True
         if ref.name in self._retiring:
             return False

@@ -6,6 +6,7 @@ soma-serve gives it real engines, stores and trainers; tests give it fakes of th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from soma_vllm.adaptation.acceptance import Acceptance
@@ -91,13 +92,17 @@ class SomaServices:
         self.sweeper.start()
 
     async def stop(self) -> None:
-        """End all work, then write what is still to be written."""
-        await self.sweeper.stop()
-        await self.removal.stop()
-        await self.evictor.stop()
-        await self.background.stop()
-        await self.shadow_traffic.stop()
-        await self.registry.stop()
+        """End all work, then write what is still to be written, also where a part fails to end."""
+        async with AsyncExitStack() as stops:  # the last one first
+            for stop in (
+                self.registry.stop,
+                self.shadow_traffic.stop,
+                self.background.stop,
+                self.evictor.stop,
+                self.removal.stop,
+                self.sweeper.stop,
+            ):
+                stops.push_async_callback(stop)
 
 
 def build(parts: Parts) -> SomaServices:

@@ -5,7 +5,8 @@ file; and a thread of the server could not read the pipe while an extension that
 
 Guarantees: every line goes to the file, which is rotated by its size; lines of logging go to stderr too, what
 else is printed does not. A file with JSON lines has nothing but JSON lines. Neither a full disk nor a closed
-stderr ends it; it ends with the last process that can write to it, and so has a crash's last words.
+stderr ends it, and a stderr that is not read loses lines and holds nothing up. It ends with the last process
+that can write to it, and so has a crash's last words.
 
 Run as a script, by its path: it imports nothing but the standard library.
 """
@@ -15,7 +16,9 @@ from __future__ import annotations
 import json
 import logging
 import logging.handlers
+import os
 import re
+import select
 import signal
 import sys
 import time
@@ -62,10 +65,14 @@ def write_all(source: Iterable[str], file: RotatedFile, screen: IO[str], log_for
 
 
 def _shown(line: str, screen: IO[str]) -> bool:
-    """Write a line; False where its reader is gone."""
+    """Write a line, unless its reader does not keep up; False where the reader is gone."""
+    text = f"{line}\n".encode("utf-8", "replace")
     try:
-        screen.write(f"{line}\n")
-        screen.flush()
+        # What one write may take at once never blocks where the descriptor is ready.
+        for start in range(0, len(text), select.PIPE_BUF):
+            if not select.select([], [screen], [], 0)[1]:
+                break
+            os.write(screen.fileno(), text[start : start + select.PIPE_BUF])
     except OSError:
         return False
     return True

@@ -262,7 +262,8 @@ class SomaServer:
         self._say(f"listening  {url}/v1  (models: {', '.join(self.models())}; ready in {seconds:.0f} s)")
 
     def _filled(self, template: str) -> str:
-        return template.format(soma_home=soma_home(), run_dir=self._run_dir)
+        filled = template.replace("{soma_home}", str(soma_home()))
+        return filled.replace("{run_dir}", str(self._run_dir))
 
 
 def _served_name(model: str | None) -> str:

@@ -47,10 +47,11 @@ def output_to(log: Path, settings: Server) -> Iterator[TextIO]:
         try:
             yield terminal
         except BaseException as error:
-            if not isinstance(error, SomaError | KeyboardInterrupt):
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):  # the writer may be gone
+                if not isinstance(error, SomaError | KeyboardInterrupt):
+                    traceback.print_exc()
+                sys.stdout.flush()
+                sys.stderr.flush()
             for descriptor, saved in zip((1, 2), kept, strict=True):
                 os.dup2(saved, descriptor)
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -59,3 +59,5 @@ class Sweeper:
                     self._every_s,
                     error,
                 )
+            except Exception:  # one fault must not end retention for good
+                logger.exception("a sweep failed unexpectedly; the next one is in %g s", self._every_s)

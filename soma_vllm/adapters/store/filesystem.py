@@ -14,6 +14,7 @@ may be called from any thread. An object store, which has no rename, is `object_
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -35,8 +36,11 @@ from soma_vllm.adapters.store.manifest import (
 from soma_vllm.adapters.store.naming import Place, checked, digest_of_session, home_of, place_of, version_of
 from soma_vllm.adapters.store.staging import Staging, WriteFile, fill
 from soma_vllm.adapters.store.verify import NOTHING, Demands, verify
-from soma_vllm.errors import AdapterError, NotFound
+from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
 from soma_vllm.types import MANIFEST, SessionKey
+
+LASTING = frozenset({errno.EIO, errno.EACCES, errno.EPERM})
+"""Errors of a disk that trying again does not mend: a bad sector, another owner."""
 
 
 class FilesystemAdapterStore:
@@ -118,8 +122,13 @@ class FilesystemAdapterStore:
     # -- finding ----------------------------------------------------------------------------------------
 
     def list(self, tenant: str | None = None) -> tuple[PublishedAdapter, ...]:
-        """What is published, of one tenant or of all, oldest first."""
-        return self._listing.of(None if tenant is None else checked(tenant))
+        """What is published, of one tenant or of all, oldest first.
+
+        Raises:
+            AdapterError: the disk does not answer.
+        """
+        with disk_errors(f"{self._root} cannot be listed"):
+            return self._listing.of(None if tenant is None else checked(tenant))
 
     def get(self, name: str) -> PublishedAdapter:
         """The adapter of that name, by its manifest alone.
@@ -137,11 +146,16 @@ class FilesystemAdapterStore:
 
         Raises:
             NotFound: no such adapter is published.
-            AdapterRejected: its files are damaged.
+            AdapterRejected: its files are damaged, or on a disk that will not read them.
             AdapterError: they cannot be read now.
         """
         with disk_errors(f"adapter {name} cannot be read"):
-            return local(name, self._root / place_of(name).path)
+            try:
+                return local(name, self._root / place_of(name).path)
+            except OSError as error:
+                if error.errno not in LASTING:
+                    raise
+                raise AdapterRejected(name, [f"its files cannot be read: {error.strerror}"]) from error
 
     def manifest(self, name: str) -> Mapping[str, Any]:
         """soma.json of an adapter.
@@ -197,11 +211,11 @@ class FilesystemAdapterStore:
             AdapterError: the store cannot be written.
         """
         home = self._root / home_of(key)
-        if not home.is_dir():
-            return
-        with disk_errors("a session's folder not removed"), locked(self._lock):
-            if not any(home.glob("v*")):
-                shutil.rmtree(home)
+        with disk_errors("a session's folder not removed"):
+            if home.is_dir():
+                with locked(self._lock):
+                    if not any(home.glob("v*")):
+                        shutil.rmtree(home)
 
     def collect_garbage(self) -> int:
         """Delete what killed publications and retirements left; how many of them. `publish` does so too.
@@ -222,8 +236,9 @@ class FilesystemAdapterStore:
     # -- pins -------------------------------------------------------------------------------------------
 
     def pins(self) -> frozenset[str]:
-        """Names of the adapters that are never evicted."""
-        return frozenset(path.name for path in self._pins.glob("*"))
+        """Names of the adapters that are never evicted. Raises AdapterError: the disk does not answer."""
+        with disk_errors(f"pins of {self._root} cannot be read"):
+            return frozenset(path.name for path in self._pins.glob("*"))
 
     def pin(self, name: str, pinned: bool = True) -> None:
         """Have an adapter never evicted, or let it go again.

@@ -19,32 +19,32 @@ CUT_OFF: Mapping[str, str] = {"length": "max_output_tokens", "content_filter": "
 """How an answer ended before it was complete, as a chat completion and as a response say it."""
 
 
-def chat_body(asked: ResponsesRequest, messages: Sequence[Message]) -> dict[str, Any]:
+def chat_body(request: ResponsesRequest, messages: Sequence[Message]) -> dict[str, Any]:
     """The chat completion that answers a request. What was not asked for is not in it."""
-    body = {**asked.passed, "messages": list(messages)}
-    body |= asked.given(
+    body = {**request.passed, "messages": list(messages)}
+    body |= request.given(
         "model", "metadata", "user", "temperature", "top_p", "frequency_penalty", "presence_penalty"
     )
-    if asked.max_output_tokens is not None:
-        body["max_completion_tokens"] = asked.max_output_tokens
-    if (form := asked.text.format) is not None and form.type != "text":
+    if request.max_output_tokens is not None:
+        body["max_completion_tokens"] = request.max_output_tokens
+    if (form := request.text.format) is not None and form.type != "text":
         schema = form.model_dump(by_alias=True, exclude={"type"}, exclude_none=True)
         body["response_format"] = {"type": form.type} | ({"json_schema": schema} if schema else {})
-    if asked.text.verbosity not in (None, "medium"):
-        body["verbosity"] = asked.text.verbosity
-    if asked.tools:
-        functions = (tool.model_dump(exclude={"type"}, exclude_none=True) for tool in asked.tools)
+    if request.text.verbosity not in (None, "medium"):
+        body["verbosity"] = request.text.verbosity
+    if request.tools:
+        functions = (tool.model_dump(exclude={"type"}, exclude_none=True) for tool in request.tools)
         body["tools"] = [{"type": "function", "function": function} for function in functions]
-        body |= asked.given("tool_choice", "parallel_tool_calls")
-        if isinstance(asked.tool_choice, NamedFunction):
-            body["tool_choice"] = {"type": "function", "function": {"name": asked.tool_choice.name}}
-    if asked.reasoning.effort is not None:
-        body["reasoning_effort"] = asked.reasoning.effort
-    if asked.wants_logprobs:
-        body |= {"logprobs": True, "top_logprobs": asked.top_logprobs}
-    if asked.truncation == "auto":
+        body |= request.given("tool_choice", "parallel_tool_calls")
+        if isinstance(request.tool_choice, NamedFunction):
+            body["tool_choice"] = {"type": "function", "function": {"name": request.tool_choice.name}}
+    if request.reasoning.effort is not None:
+        body["reasoning_effort"] = request.reasoning.effort
+    if request.wants_logprobs:
+        body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
+    if request.truncation == "auto":
         body["truncate_prompt_tokens"] = -1  # vLLM's: drops the oldest tokens
-    if asked.stream:
+    if request.stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     return body
 
@@ -58,7 +58,7 @@ def new_id(kind: str) -> str:
 class Frame:
     """What every state of one response has in common."""
 
-    asked: ResponsesRequest
+    request: ResponsesRequest
     id: str
     model: str
     stored: bool
@@ -85,7 +85,7 @@ class Frame:
             "output": list(output),
             "usage": _usage(usage),
             "store": self.stored,
-            **self.asked.echoed(),
+            **self.request.echoed(),
             **details,
         }
 

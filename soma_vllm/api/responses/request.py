@@ -183,22 +183,22 @@ def parse(body: object) -> ResponsesRequest:
             raise BadRequest(f"{name}: {why}; expected it to be left out", name)
     named = {name: value for name, value in given.items() if name in ResponsesRequest.model_fields}
     try:
-        asked = ResponsesRequest.model_validate(named, strict=True, extra="forbid")
+        request = ResponsesRequest.model_validate(named, strict=True, extra="forbid")
     except ValidationError as error:
         raise _refusal(error, given) from None
     for name, value in given.items():
         if name in PASSED:
-            asked._passed[name] = value
+            request._passed[name] = value
         elif name not in named and name not in INDIFFERENT:
             raise BadRequest(f"{name[:100]}: found an unknown parameter; expected one that is served", name)
-    if asked.conversation_id is not None:
-        if asked.previous_response_id is not None:
+    if request.conversation_id is not None:
+        if request.previous_response_id is not None:
             raise BadRequest(
                 "found both conversation and previous_response_id; expected at most one", "conversation"
             )
-        _check_id(asked.conversation_id)
-    _check_choice(asked)
-    return asked
+        _check_id(request.conversation_id)
+    _check_choice(request)
+    return request
 
 
 def mistake(param: str, found: str, expected: str) -> BadRequest:
@@ -211,9 +211,9 @@ def shown(value: object) -> str:
     return repr(value)[:100] if isinstance(value, str | bool | int | float) else type(value).__name__
 
 
-def _check_choice(asked: ResponsesRequest) -> None:
-    names = {tool.name for tool in asked.tools}
-    choice = asked.tool_choice
+def _check_choice(request: ResponsesRequest) -> None:
+    names = {tool.name for tool in request.tools}
+    choice = request.tool_choice
     if choice == "required" and not names:
         raise mistake("tool_choice", "'required', and no tools", "at least one")
     if isinstance(choice, NamedFunction) and choice.name not in names:

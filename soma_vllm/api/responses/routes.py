@@ -64,27 +64,27 @@ async def not_supported() -> Response:
     return failure(HTTPStatus.NOT_FOUND, "Compaction and token counting are not supported")
 
 
-async def _answered(asked: ResponsesRequest, raw_request: Request) -> Response:
+async def _answered(request: ResponsesRequest, raw_request: Request) -> Response:
     soma = dispatcher(raw_request)
-    added = messages_of(asked.input)
+    added = messages_of(request.input)
     try:
-        session, history = await _so_far(asked, soma, tenant_of(raw_request.headers.get("authorization")))
+        session, history = await _so_far(request, soma, tenant_of(raw_request.headers.get("authorization")))
     except NotFound as error:
         code = "previous_response_not_found"
         return failure(HTTPStatus.NOT_FOUND, str(error), "previous_response_id", code=code)
     name = new_id("resp")
     answer = await soma.chat(
         ChatRequest(
-            chat_body(asked, prompt(asked.instructions, history, added)),
+            chat_body(request, prompt(request.instructions, history, added)),
             raw_request.headers,
             raw_request,
             session=session,
-            response=name if asked.store else None,
+            response=name if request.store else None,
         )
     )
     # An answer of an engine that was asked by its name belongs to no session and is not recorded.
-    stored = asked.store and "X-SOMA-Session" in answer.headers
-    frame = Frame(asked, name, asked.model or DISPATCH_NAME, stored)
+    stored = request.store and "X-SOMA-Session" in answer.headers
+    frame = Frame(request, name, request.model or DISPATCH_NAME, stored)
     if answer.reply.events is not None:
         return DialogueStream(ResponseEvents(answer.reply.events, frame), answer.headers)
     assert answer.reply.body is not None
@@ -93,14 +93,14 @@ async def _answered(asked: ResponsesRequest, raw_request: Request) -> Response:
 
 
 async def _so_far(
-    asked: ResponsesRequest, soma: Dispatcher, tenant: str
+    request: ResponsesRequest, soma: Dispatcher, tenant: str
 ) -> tuple[str | None, tuple[Message, ...]]:
     """(the session that the request names, its messages so far)."""
-    if asked.previous_response_id is not None:
-        said = await soma.said(tenant, asked.previous_response_id)
+    if request.previous_response_id is not None:
+        said = await soma.said(tenant, request.previous_response_id)
         return said.session, said.messages
-    if asked.conversation_id is not None:
-        return asked.conversation_id, await soma.conversation(tenant, asked.conversation_id)
+    if request.conversation_id is not None:
+        return request.conversation_id, await soma.conversation(tenant, request.conversation_id)
     return None, ()
 
 

@@ -184,7 +184,7 @@ class ResponseBuilder:
         if self._answer is None:
             self._end_reasoning()
             self._answer = self._open_answer()
-        logprobs = logprobs_in(choice) if self._frame.asked.wants_logprobs else []
+        logprobs = logprobs_in(choice) if self._frame.request.wants_logprobs else []
         self._answer.part.logprobs += logprobs
         if text:
             self._grow(self._answer, text, logprobs=logprobs)

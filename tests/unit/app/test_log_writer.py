@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -86,11 +89,25 @@ def test_a_file_from_an_earlier_start_is_continued(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == LOGGED.format(0) + "\n" + LOGGED.format(1) + "\n"
 
 
-class Gone:
-    """A terminal that was closed."""
+@contextmanager
+def terminal(read: bool) -> Iterator[IO[str]]:
+    """A stderr whose reader is gone, or is there and reads nothing."""
+    reader, writer = os.pipe()
+    if not read:
+        os.close(reader)
+    with os.fdopen(writer, "w") as screen:
+        yield screen
+    if read:
+        os.close(reader)
 
-    def write(self, text: str) -> int:
-        raise BrokenPipeError
+
+def test_a_terminal_that_is_not_read_loses_lines_and_holds_nothing_up(tmp_path: Path) -> None:
+    lines = [LOGGED.format("x" * 1000) + "\n" for _ in range(300)]
+    file = log_writer.RotatedFile(str(tmp_path / "log"), 0, 1)
+    with terminal(read=True) as stuck:
+        log_writer.write_all(iter(lines), file, stuck, "text")
+    file.close()
+    assert (tmp_path / "log").read_text() == "".join(lines)
 
 
 def test_a_terminal_that_is_gone_and_a_disk_that_is_full_end_nothing(
@@ -101,13 +118,13 @@ def test_a_terminal_that_is_gone_and_a_disk_that_is_full_end_nothing(
 
     lines = [LOGGED.format(number) + "\n" for number in range(3)]
     file = log_writer.RotatedFile(str(tmp_path / "log"), 0, 1)
-    gone: Any = Gone()
-    log_writer.write_all(iter(lines), file, gone, "text")
-    assert (tmp_path / "log").read_text() == "".join(lines)
-    file.close()
-    monkeypatch.setattr(file, "stream", None)
-    monkeypatch.setattr(file, "_open", full)
-    log_writer.write_all(iter(lines), file, gone, "text")
+    with terminal(read=False) as gone:
+        log_writer.write_all(iter(lines), file, gone, "text")
+        assert (tmp_path / "log").read_text() == "".join(lines)
+        file.close()
+        monkeypatch.setattr(file, "stream", None)
+        monkeypatch.setattr(file, "_open", full)
+        log_writer.write_all(iter(lines), file, gone, "text")
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
