@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup models tiny baselines demo smoke evaluate serve check test lint fast-services fast-rest bench study load-tools load-test gpu-rehearsal lock clean
+.PHONY: help setup models tiny baselines demo smoke evaluate serve check test lint docs fast-services fast-rest bench study load-tools load-test gpu-rehearsal lock clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)

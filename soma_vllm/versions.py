@@ -1,7 +1,7 @@
 """Which vLLM this code was written against, checked without importing vLLM.
 
-vLLM's serving classes and LoRA kernels are internal and move between releases. The two modules that touch
-them (`engines/vllm/internals.py`, `engines/vllm/kernels/lora_kernels.py`) ask here first.
+vLLM's serving classes and LoRA kernels are internal and move between releases. The modules that touch them (all
+in `engines/vllm/`) ask here first.
 """
 
 from __future__ import annotations

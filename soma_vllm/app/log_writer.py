@@ -49,9 +49,30 @@ class RotatedFile(logging.handlers.RotatingFileHandler):
         """Nothing: there is no place to report it."""
 
 
-def write_all(source: Iterable[str], file: RotatedFile, screen: IO[str], log_format: str) -> None:
+class Screen:
+    """Where people watch. Nothing waits for it: a line that it does not take at once is lost, or cut off."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._cut = False
+        """The last line lacks its end."""
+        self._gone = False
+
+    def write(self, line: str) -> None:
+        """Show a line."""
+        text = f"{chr(10) if self._cut else ''}{line}\n".encode("utf-8", "replace")
+        try:
+            # As much as a pipe takes in one piece where it is ready: no write blocks.
+            while text and not self._gone and select.select([], [self._stream], [], 0)[1]:
+                text = text[os.write(self._stream.fileno(), text[: select.PIPE_BUF]) :]
+                self._cut = bool(text)
+        except OSError:
+            self._gone = True
+
+
+def write_all(source: Iterable[str], file: RotatedFile, stream: IO[str], log_format: str) -> None:
     """Copy lines until the source ends."""
-    logged, shows = False, True
+    logged, screen = False, Screen(stream)
     for raw in source:
         line = raw.rstrip("\r\n").rpartition("\r")[2]  # of a progress bar what is seen last
         if LOGGED[log_format].match(line) is not None:
@@ -61,21 +82,8 @@ def write_all(source: Iterable[str], file: RotatedFile, screen: IO[str], log_for
         if log_format == "json" and not logged:
             line = _as_json(line)
         file.write(line)
-        shows = shows and (not logged or _shown(line, screen))
-
-
-def _shown(line: str, screen: IO[str]) -> bool:
-    """Write a line, unless its reader does not keep up; False where the reader is gone."""
-    text = f"{line}\n".encode("utf-8", "replace")
-    try:
-        # What one write may take at once never blocks where the descriptor is ready.
-        for start in range(0, len(text), select.PIPE_BUF):
-            if not select.select([], [screen], [], 0)[1]:
-                break
-            os.write(screen.fileno(), text[start : start + select.PIPE_BUF])
-    except OSError:
-        return False
-    return True
+        if logged:
+            screen.write(line)
 
 
 def _as_json(printed: str) -> str:

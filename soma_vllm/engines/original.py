@@ -237,7 +237,7 @@ def _failures_as_unavailable() -> Iterator[None]:
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncGenerator[str, None]:
-    """The events of a reply up to its end mark, each as it is sent on.
+    """The events of a reply up to its end mark, each as it is sent on: its data and type, no comments or ids.
 
     Raises:
         EngineUnavailable: the connection fails, or ends before `data: [DONE]`.
@@ -247,6 +247,6 @@ async def _events(content: aiohttp.StreamReader) -> AsyncGenerator[str, None]:
         async for piece in content.iter_any():
             for event in parser.feed(piece):
                 yield str(event)
-                if event.data == DONE:
+                if event.data.strip() == DONE:
                     return
     raise EngineUnavailable("the original's stream ended without data: [DONE]")

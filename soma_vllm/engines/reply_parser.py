@@ -6,6 +6,7 @@ Events are kept as text while they stream and parsed only afterwards, so a token
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from soma_vllm.engines.engine import Events, Reply
 from soma_vllm.engines.sse import DONE, SSEParser
 from soma_vllm.engines.stream_tap import StreamTap
 from soma_vllm.types import Usage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,11 @@ def observe_stream(events: Events, started: float, on_end: OnReply) -> StreamTap
 
     async def parse() -> None:
         latency_s = time.monotonic() - started
-        choices, usage, complete = read_events(kept)
+        try:
+            choices, usage, complete = read_events(kept)
+        except Exception as error:  # whatever an endpoint streams: what the turn holds must be released
+            logger.warning("a reply cannot be read, its turn is not recorded: %s", type(error).__name__)
+            choices, usage, complete = (Choice(),), Usage(), False
         await on_end(ParsedReply(choices, usage, complete, first_s, latency_s))
 
     return StreamTap(events, on_event=keep, on_end=parse)
@@ -100,11 +107,12 @@ def read_events(events: Iterable[str]) -> tuple[tuple[Choice, ...], Usage, bool]
     complete = failed = False
     parser = SSEParser()
     for event in chain.from_iterable(map(parser.feed, events)):
-        if event.data == DONE:
+        data = event.data.strip()
+        if data == DONE:
             complete = True
-        elif event.data.startswith("{"):
+        elif data.startswith("{"):
             try:
-                chunk = json.loads(event.data)
+                chunk = json.loads(data)
             except ValueError:
                 failed = True
                 continue

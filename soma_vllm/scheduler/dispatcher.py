@@ -138,7 +138,7 @@ class Dispatcher:
     async def _ask_original(self, turn: TurnContext) -> Reply:
         """The original's reply; its log-probabilities are captured where they may teach."""
         original = self._engines.original
-        added = self._evidence.begin(turn.session, turn.query, turn.policy.adapting)
+        added = self._evidence.begin(turn.routed, turn.query, turn.policy.adapting)
         if not added:
             return await original.chat(turn.call())
         try:

@@ -62,7 +62,7 @@ class Routing:
         return chosen, surrogate if model == surrogate.name else None
 
     async def decide(self, turn: TurnContext) -> None:
-        """Set the turn's query, phase and route. The adapter it may need begins to load first."""
+        """Set the turn's query, session and route. The adapter it may need begins to load first."""
         session = turn.session
         self._prefetch(session)
         overlap = turn.overlap
@@ -71,7 +71,7 @@ class Routing:
         query = TurnQuery(turn.digest, turn.request.body, overlap.turns, added, distance)
         turn.query = await prepared(turn.policy, turn.session, query)
         session = turn.session  # as it is now: encoding and preparing take a while
-        turn.phase = session.phase
+        turn.routed = session
         turn.route = self._route(session, turn.query, turn.policy)
 
     def without_surrogate(self, turn: TurnContext, error: Exception) -> Route:

@@ -92,8 +92,8 @@ class TurnContext:
     """The session's turns when the request was found to continue it."""
     query: TurnQuery = field(init=False)
     """What policies are asked about; set by `Routing.decide`, as the next two."""
-    phase: Phase = field(init=False)
-    """The session's, when the turn was routed."""
+    routed: Session = field(init=False)
+    """The session as it was when the turn was routed: it may be removed before the turn ends."""
     route: Route = field(init=False)
     """Who answers; changed where an engine fails before its first token."""
     capture: LogprobCapture | None = None
@@ -127,7 +127,7 @@ class TurnContext:
             "X-SOMA-Session": _ascii(self.key.session),
             "X-SOMA-Engine": self.route.engine,
             "X-SOMA-Adapter": "" if self.route.adapter is None else self.route.adapter.name,
-            "X-SOMA-Phase": self.phase,
+            "X-SOMA-Phase": self.routed.phase,
             "X-SOMA-Reason": _ascii(self.route.reason),
         }
 

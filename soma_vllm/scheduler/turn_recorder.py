@@ -64,7 +64,7 @@ def _recorded(turn: TurnContext, reply: ParsedReply) -> list[Turn]:
         answer=first.text,
         engine=route.engine,
         adapter=None if route.adapter is None else route.adapter.name,
-        phase=turn.phase,
+        phase=turn.routed.phase,
         reason=str(route.reason),
         usage=reply.usage,
         ttft_s=reply.ttft_s,

@@ -24,6 +24,6 @@ def process_of(
     return BaselineProcess(
         name,
         lambda: {**settings, key: None if model is None else str(local_path(model))},
-        packages=Path(baselines.packages.format(soma_home=soma_home())),
+        packages=Path(baselines.packages.replace("{soma_home}", str(soma_home()))),
         limits=ProcessLimits(baselines.threads, baselines.timeout_s, baselines.load_timeout_s),
     )

@@ -1,4 +1,4 @@
-"""Every import of vLLM's internals outside the LoRA kernels, in one place, behind a version check.
+"""vLLM's serving classes and server, behind a version check. This room holds every import of vLLM.
 
 vLLM's serving classes have no stability promise. What this module relies on (vLLM 0.32):
 

@@ -1,6 +1,6 @@
 """A played dialogue as the session it would have been: what to train on, what to judge on, what to measure on.
 
-Guarantees: the split and every prompt are the session's own (`session.Session.examples`); turns after the warm
+Guarantees: the split and every prompt are the session's own (`Session.examples`); turns after the warm
 start are in neither of the first two.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import logging
@@ -118,3 +119,45 @@ def test_a_reason_is_its_text_and_a_code() -> None:
 def test_a_reason_that_is_text_alone_has_the_code_of_others() -> None:
     assert Route(Role.ORIGINAL, None, (), "locality or so").code is ReasonCode.OTHER
     assert Reason("mine").code is ReasonCode.OTHER
+
+
+async def test_a_session_that_is_removed_while_the_surrogate_fails_still_gets_the_originals_answer(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(turn: TurnContext) -> Any:
+        services.registry.discard(turn.key)
+        raise EngineUnavailable("the adapter does not load")
+
+    def to_surrogate(session: Any, query: Any) -> Route:
+        return Route(Role.SURROGATE, None, query.messages, "test")
+
+    monkeypatch.setattr(services.dispatcher, "_ask_surrogate", fails)
+    monkeypatch.setattr(services.policies.default, "route", to_surrogate)
+    answer = await services.say([], "question")
+    assert answer.headers["X-SOMA-Engine"] == "original"
+    assert holds(services) == []
+
+
+@pytest.mark.parametrize("where", ["_ask_original", "_ask_surrogate"])
+async def test_a_client_that_leaves_while_an_engine_is_asked_leaves_nothing_held(
+    services: Services, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    asked = asyncio.Event()
+
+    async def waits(turn: TurnContext) -> Any:
+        asked.set()
+        await asyncio.Event().wait()
+
+    engine = Role.ORIGINAL if where == "_ask_original" else Role.SURROGATE
+    monkeypatch.setattr(services.dispatcher, where, waits)
+    monkeypatch.setattr(
+        services.policies.default, "route", lambda session, query: Route(engine, None, query.messages, "test")
+    )
+    task = asyncio.create_task(services.say([], "question"))
+    await asked.wait()
+    assert holds(services) == [1]
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert holds(services) == []
+    assert services.leases.count() == 0
