@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from soma_vllm.engines.engine import ChatCall, Reply
-from soma_vllm.errors import EngineError, EngineUnavailable
+from soma_vllm.errors import EngineError, EngineRefused, EngineUnavailable
 
 
 class FakeEngine:
@@ -49,6 +49,9 @@ class FakeEngine:
             raise
         if self.refusal is not None:
             raise self.refusal
+        if (choices := call.body.get("n") or 1) > MAX_CHOICES:
+            message = f"n: found {choices}; expected at most {MAX_CHOICES}"
+            raise EngineRefused(400, {"error": {"message": message, "type": "BadRequestError", "code": 400}})
         if not call.body.get("stream"):
             return Reply(body=self._completion(answer, call.body))
         events = self._stream(answer, call.body, self.break_after)
@@ -107,6 +110,9 @@ class FakeEngine:
         }
         return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
+
+MAX_CHOICES = 128
+"""Most choices of one reply, as OpenAI's API has it; vLLM has a limit too (VLLM_MAX_N_SEQUENCES)."""
 
 _END = "<end>"
 

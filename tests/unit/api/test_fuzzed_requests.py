@@ -32,7 +32,7 @@ from support.api_services import (
 )
 from support.guard import GUARD_S
 
-from soma_vllm.maintenance import session_admin
+from soma_vllm.maintenance import removal
 from soma_vllm.sessions import ports
 
 CHAT = "/v1/chat/completions"
@@ -92,7 +92,7 @@ def fuzzing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzing]:
     ):
         # On a machine with more to do than this the store is slow, and not away.
         patch.setattr(ports, "LOOKUP_S", GUARD_S)
-        patch.setattr(session_admin, "WRITTEN_S", GUARD_S)
+        patch.setattr(removal, "WRITTEN_S", GUARD_S)
         services = runner.run(SurfaceHouse.built(tmp_path_factory.mktemp("fuzzing")))
         yield Fuzzing(runner, services)
         runner.run(services.close())
