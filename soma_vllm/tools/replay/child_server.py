@@ -1,12 +1,14 @@
 """A `soma-serve` started for one replay.
 
 Guarantees: a server started here is stopped here, whatever happens in between, and dies with this process; its
-death ends what was done with it; every line it prints is passed on.
+death ends what was done with it; every line it prints is passed on, of its log the errors alone: the run folder
+has all of it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import sys
 import time
@@ -15,8 +17,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO
 
+from soma_vllm.app.log_writer import INDENT, LOGGED
 from soma_vllm.engines.child_process import ChildProcess, is_healthy
 from soma_vllm.errors import EngineUnavailable
+
+_ERROR = re.compile(r"\b(ERROR|CRITICAL)\b")
 
 POLL_S = 0.2
 """Seconds between two checks of a server."""
@@ -72,9 +77,16 @@ async def _pass_on(output: IO[bytes], say: Callable[[str], None]) -> None:
     reader = asyncio.StreamReader(limit=1 << 20)
     loop = asyncio.get_running_loop()
     transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), output)
+    hidden = False
     try:
-        async for line in reader:
-            say(line.decode(errors="replace").rstrip())
+        async for raw in reader:
+            line = raw.decode(errors="replace").rstrip()
+            if any(begins.match(line) for begins in LOGGED.values()):
+                hidden = not _ERROR.search(line[:120])
+            elif not line.startswith(INDENT):
+                hidden = False
+            if not hidden:
+                say(line)
     finally:
         transport.close()
 
