@@ -111,18 +111,6 @@ class OriginalEngine:
         scored = await self._read(self._post(replace(call, body=scoring_body(messages, answer))))
         return agreement_from_prompt(scored, tokens)
 
-    async def health(self) -> bool:
-        """True when the original would take a request now."""
-        if self._supervisor is not None and self._supervisor.state is not State.READY:
-            return False
-        # An endpoint of someone else promises /v1/models, not /health.
-        limit = aiohttp.ClientTimeout(total=self._connect_timeout)
-        try:
-            async with self._client().get(f"{self._url}/models", timeout=limit) as response:
-                return response.status == 200
-        except _BROKEN:
-            return False
-
     async def close(self) -> None:
         """Close all connections. Idempotent."""
         session, self._session = self._session, None

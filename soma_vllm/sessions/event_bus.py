@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from soma_vllm.sessions.ports import Observer
-from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.types import Event, SessionKey
 
 
@@ -18,18 +17,13 @@ class EventBus:
     """Callbacks by kind of event."""
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
-        """Subscribes each observer to the kinds that its attribute `kinds` names; one without it, to all."""
         self._callbacks: list[tuple[frozenset[str] | None, Observer]] = []
         for observer in observers:
-            self._callbacks.append((getattr(observer, "kinds", None), observer))
+            self.subscribe(observer)
 
-    def on(self, kind: EventKind, callback: Observer) -> None:
-        """Have a callback hear events of one kind."""
-        self._callbacks.append((frozenset({kind}), callback))
-
-    def on_every(self, callback: Observer) -> None:
-        """Have a callback hear events of every kind."""
-        self._callbacks.append((None, callback))
+    def subscribe(self, observer: Observer) -> None:
+        """Have an observer hear the kinds that its attribute `kinds` names; one without it, every kind."""
+        self._callbacks.append((getattr(observer, "kinds", None), observer))
 
     def subscribers(self, kind: str) -> list[Any]:
         """The callbacks that hear events of this kind, in the order in which they do."""

@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from support.adapter_files import write_adapter
-from support.services import FakeAdapterStore
+from support.fakes import FakeAdapterStore
 
 from soma_vllm.adapters.store.filesystem import FilesystemAdapterStore
 from soma_vllm.adapters.store.manifest import PublishedAdapter

@@ -26,13 +26,9 @@ from soma_vllm.config import parse_config
 from soma_vllm.engines.engine import ChatCall, Reply
 from soma_vllm.sessions.sql.api_keys import KeyStore
 from soma_vllm.sessions.sql.store import SessionStore
+from support.fakes import FakeOriginal, FakeSurrogate
 from support.guard import GUARD_S
-from support.services import (
-    SETTINGS,
-    FakeOriginal,
-    FakeSurrogate,
-    Services,
-)
+from support.services import SETTINGS, Services
 
 ADMIN = "the-admin-of-this-house"
 

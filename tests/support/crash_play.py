@@ -39,7 +39,8 @@ from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.training.messages import TrainRequest, TrainResult
 from soma_vllm.types import Event, SessionKey
 from support.adapter_files import BASE_MODEL, write_adapter
-from support.services import SETTINGS, FakeTrainer, Services
+from support.fakes import FakeTrainer
+from support.services import SETTINGS, Services
 
 CONFIG = parse_config(
     {
@@ -142,7 +143,7 @@ async def play(place: Place, steps: Steps) -> None:
     place.adapters._write = Path.write_bytes
     sqlalchemy_event.listen(store._engine.sync_engine, "commit", lambda _: steps.step("commit"))
     services = place.services(store, steps)
-    services.registry.bus.on_every(lambda k, e: place.tell(event=e.kind, session=k.session))
+    services.registry.bus.subscribe(lambda k, e: place.tell(event=e.kind, session=k.session))
     await services.registry.start()
     services.surrogate.answers = ["different", "same"]
     main: History = []

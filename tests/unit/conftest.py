@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.services import SETTINGS, Build, FakeAdapterStore, Later, Services
+from support.fakes import FakeAdapterStore
+from support.services import SETTINGS, Build, Later, Services
 
 from soma_vllm.config import parse_config
 from soma_vllm.sessions.sql.store import SessionStore

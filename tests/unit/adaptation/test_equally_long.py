@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.services import Build, HashEncoder, Services
+from support.fakes import HashEncoder
+from support.services import Build, Services
 
 from soma_vllm.adaptation.shadow_answers import comparable, most_tokens, shadow_tokens
 from soma_vllm.sessions.state.phases import Phase

@@ -171,7 +171,7 @@ async def test_an_adapter_published_before_its_session_ended_is_deleted(build: B
 
     services.surrogate.load = load_when_told
     services.encoder.encode = encode_when_told
-    services.registry.bus.on_every(stop_there)
+    services.registry.bus.subscribe(stop_there)
     await services.registry.start()
     services.surrogate.answers = ["different", "same"]
     history: History = []

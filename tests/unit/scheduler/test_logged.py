@@ -33,7 +33,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], str]]:
 
 
 async def test_nothing_that_was_said_is_logged_at_any_level(services: Services, logged: Any) -> None:
-    services.registry.bus.on_every(EventLog())
+    services.registry.bus.subscribe(EventLog())
     services.original.answers = services.surrogate.answers = ["an answer about walruses"]
     history: list[dict[str, Any]] = []
     for number in range(4):
