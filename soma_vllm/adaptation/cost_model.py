@@ -24,7 +24,7 @@ from soma_vllm.config import Gate, Payback, Prices
 from soma_vllm.errors import StoreUnavailable
 from soma_vllm.sessions.ports import Store
 from soma_vllm.sessions.sql.records import LengthCount
-from soma_vllm.sessions.state.events import EventKind
+from soma_vllm.sessions.state.events import EventKind, Judged, Trained
 from soma_vllm.sessions.state.session import Session
 from soma_vllm.types import Candidate, Event, Role, SessionKey
 
@@ -111,10 +111,10 @@ class Costs:
         if event.kind == EventKind.TURN:
             self._learn_turn(event)
         elif event.kind == EventKind.TRAINED:
-            self.training_s.add(sum(event.data[f"{stage}_s"] for stage in ("mining", "finetune", "scoring")))
+            self.training_s.add(sum(Trained.from_data(event.data).stages.values()))
         elif event.kind == EventKind.JUDGED:
             # A verdict that a study forced has no numbers of its own and does not count.
-            found = event.data["numbers"].get("candidates", {}).get(Candidate.ADAPTER)
+            found = Judged.from_data(event.data).numbers.get("candidates", {}).get(Candidate.ADAPTER)
             self.admitted.add(None if found is None else float(found["passes"]))
 
     def original_turn(self, prices: Prices) -> float:

@@ -28,7 +28,7 @@ from soma_vllm.errors import AdapterError, EngineError, SomaError, TrainingError
 from soma_vllm.sessions.background_tasks import BackgroundTasks
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.state.adaptation_rules import AdaptationRules
-from soma_vllm.sessions.state.events import EventKind
+from soma_vllm.sessions.state.events import EventKind, Judged, Switched
 from soma_vllm.sessions.state.gate import Verdict
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.prefix import compress
@@ -88,12 +88,10 @@ class Adaptation:
                 await self._switch_without_gate(key, session.adapting, examples, made)
                 return
             verdict = await self._choose(key, examples, held_out, forced, made)
-            numbers = verdict.numbers
-            self._registry.note(
-                key, EventKind.JUDGED, candidate=verdict.candidate, reason=verdict.reason, numbers=numbers
-            )
+            judged = Judged(verdict.candidate, verdict.reason, verdict.numbers)
+            self._registry.note(key, EventKind.JUDGED, **judged.to_data())
             if verdict.candidate is Candidate.ORIGINAL:
-                wanting = bool(numbers["candidates"])
+                wanting = bool(verdict.numbers["candidates"])
                 self._registry.note(key, EventKind.REFUSED, reason=verdict.reason, found_wanting=wanting)
             else:
                 serving = made[0] if verdict.candidate is Candidate.ADAPTER else None
@@ -157,14 +155,8 @@ class Adaptation:
         result = await self._training.train(key, examples, (), rules)
         ref = await self._training.publish(key, result, made)
         self._training.require_adapting(key)
-        self._registry.note(
-            key,
-            EventKind.SWITCHED,
-            candidate=Candidate.ADAPTER,
-            reason=f"loaded; policy {rules.policy} has no gate",
-            adapter=asdict(ref),
-            centroid=None,
-        )
+        switched = Switched(Candidate.ADAPTER, f"loaded; policy {rules.policy} has no gate", ref)
+        self._registry.note(key, EventKind.SWITCHED, **switched.to_data())
 
     async def _switch(
         self, key: SessionKey, session: Session, verdict: Verdict, ref: AdapterRef | None
@@ -179,14 +171,8 @@ class Adaptation:
             return
         # Taken now: what was said may be erased with the switch.
         history = self._registry.session(key).seen_last()
-        self._registry.note(
-            key,
-            EventKind.SWITCHED,
-            candidate=verdict.candidate,
-            reason=verdict.reason,
-            adapter=None if ref is None else asdict(ref),
-            centroid=centroid,
-        )
+        switched = Switched(verdict.candidate, verdict.reason, ref, tuple(centroid))
+        self._registry.note(key, EventKind.SWITCHED, **switched.to_data())
         shown = compress([*history, _NEXT], self._config.prefix, self._config.compressed_prefix_turns)
         try:
             await self._acceptance.shadow_answers.answer(key.tenant, shown, 1, ref)
