@@ -155,6 +155,8 @@ class ReasonCode(StrEnum):
     OTHER_POLICY = "other_policy"
     """The session was adapted under another policy's rules."""
     TOOLS = "tools"
+    PREAMBLE = "preamble"
+    """The request stands under other system messages than were learned under."""
     LOCALITY = "locality"
     """The query is too far from the warm start."""
     SWITCHED = "switched"

@@ -33,7 +33,7 @@ from soma_vllm.sessions.state.gate import Verdict
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.prefix import compress
 from soma_vllm.sessions.state.session import Session
-from soma_vllm.sessions.state.transcript import text_of
+from soma_vllm.sessions.state.transcript import query_of, text_of
 from soma_vllm.types import AdapterRef, Candidate, Example, SessionKey
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class Adaptation:
         """Let the surrogate take over, then prefill its cache with the session's history: the next turn then
         waits for one query, or for the rest of this prefill, and not for the whole dialogue's."""
         centroid = await self._acceptance.shadow_answers.centroid(
-            [text_of(turn.messages[-1]) for turn in session.warm_turns()]
+            [text_of(query_of(turn.messages)) for turn in session.warm_turns()]
         )
         if (phase := self._registry.session(key).phase) is not Phase.ADAPTING:
             self._registry.note(key, EventKind.ADAPTATION_ABANDONED, phase=phase)

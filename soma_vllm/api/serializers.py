@@ -11,7 +11,7 @@ from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.turn import Turn
 from soma_vllm.types import Event
 
-PRIVATE = frozenset({"centroid", "turns", "chain", "asked", "links"})
+PRIVATE = frozenset({"centroid", "turns", "chain", "asked", "links", "said", "query", "guard", "reworded"})
 """Event data from which text could be inferred, or that repeats other events."""
 
 

@@ -17,6 +17,7 @@ from soma_vllm.config.serving import (
     Original,
     Retention,
     Server,
+    Sessions,
     Storage,
     Surrogate,
     Training,
@@ -55,6 +56,7 @@ class Config(Section):
     server: Server = Server()
     access: Access = Access()
     limits: Limits = Limits()
+    sessions: Sessions = Sessions()
     storage: Storage = Storage()
     retention: Retention = Retention()
     adapters: Adapters = Adapters()

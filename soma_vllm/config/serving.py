@@ -145,6 +145,27 @@ class Storage(Section):
     """SQLAlchemy URL; {soma_home} and {run_dir} are filled in."""
 
 
+class Sessions(Section):
+    """By what requests are recognised as one dialogue."""
+
+    headers: tuple[str, ...] = (
+        "X-Session-ID",
+        "X-OpenWebUI-Chat-Id",
+        "X-LiteLLM-Session-Id",
+        "X-Conversation-Id",
+        "session_id",
+    )
+    """Request headers that may name the dialogue; the first that is there does."""
+    body_fields: tuple[str, ...] = ("metadata.session_id", "litellm_session_id", "session_id")
+    """Fields of the request's body that may name it where no header does; a dot leads into an object. Add
+    `prompt_cache_key` only where clients send another one with each dialogue."""
+    history: Literal["client", "server"] = "client"
+    """Whose history is answered when a request names its dialogue and holds no earlier answer. client: what the
+    request holds. server: the recorded turns are put before it, where their text is kept."""
+    max_messages: Positive = 10_000
+    """Most messages of a request."""
+
+
 class Retention(Section):
     """How long conversation text, and what was learned from it, is kept."""
 

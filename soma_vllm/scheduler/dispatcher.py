@@ -81,7 +81,7 @@ class Dispatcher:
         async with turn.released_on_error():
             await self._routing.decide(turn)
             reply = await self._serve(turn)
-            headers = turn.headers()  # before the turn is recorded, which may be in a branch
+            headers = turn.headers()  # before the turn is recorded
             record = partial(self._recorder.record, turn)
             return Answer(await observe(reply, request.started, record), headers)
 
@@ -138,7 +138,8 @@ class Dispatcher:
     async def _ask_original(self, turn: TurnContext) -> Reply:
         """The original's reply; its log-probabilities are captured where they may teach."""
         original = self._engines.original
-        added = self._evidence.begin(turn.routed, turn.query, turn.policy.adapting)
+        rules = turn.policy.adapting if turn.begun is None else None
+        added = self._evidence.begin(turn.routed, turn.query, rules)
         if not added:
             return await original.chat(turn.call())
         try:

@@ -18,7 +18,7 @@ from soma_vllm.sessions.state.gate import gap
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.prefix import compress
 from soma_vllm.sessions.state.session import Session
-from soma_vllm.sessions.state.transcript import TranscriptDigest, text_of
+from soma_vllm.sessions.state.transcript import TranscriptDigest, query_of, text_of
 from soma_vllm.types import Message, Reason, ReasonCode, Role, Route
 
 DISPATCH_NAME = "soma"
@@ -97,7 +97,7 @@ class Routing:
         center = session.centroid_vector()
         if session.phase is not Phase.SWITCHED or center is None:
             return None
-        (vector,) = await self._encoder.encode([text_of(digest.messages[-1])])
+        (vector,) = await self._encoder.encode([text_of(query_of(digest.messages))])
         return gap(vector, center)
 
     def _route(self, session: Session, query: TurnQuery, policy: Policy) -> Route:

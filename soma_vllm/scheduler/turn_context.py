@@ -6,6 +6,7 @@ Guarantees: the session is held from `begin_turn` until the turn ends or fails, 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -24,12 +25,15 @@ from soma_vllm.sessions.ports import Meter
 from soma_vllm.sessions.state.identity import explicit_id, tenant_of
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.session import Session
-from soma_vllm.sessions.state.transcript import TranscriptDigest, read
+from soma_vllm.sessions.state.transcript import TranscriptDigest, read, text_of
 from soma_vllm.sessions.state.truncated_history import Overlap
 from soma_vllm.sessions.state.turn import Turn
 from soma_vllm.types import Message, Role, Route, SessionKey
 
 logger = logging.getLogger(__name__)
+
+READ_AT_ONCE = 200_000
+"""Characters of a request's messages from which they are read in a thread: others' streams go on meanwhile."""
 
 
 class SessionUnavailable(Exception):
@@ -96,6 +100,12 @@ class TurnContext:
     """The session as it was when the turn was routed: it may be removed before the turn ends."""
     route: Route = field(init=False)
     """Who answers; changed where an engine fails before its first token."""
+    begun: Message | None = None
+    """The beginning of the answer, where the client gives it."""
+    began: bool = False
+    """Its session is new."""
+    history: str = ""
+    """Whose history is answered, for `X-SOMA-History`; "" for the client's, whole."""
     capture: LogprobCapture | None = None
     """The original's log-probabilities, where they were asked for."""
     _compared: tuple[tuple[Turn, ...], Overlap] | None = None
@@ -116,14 +126,16 @@ class TurnContext:
     def call(self, added: Mapping[str, Any] | None = None) -> ChatCall:
         """What the routed engine is asked; `added` are fields of our own."""
         body = {**self.request.body, **(added or {})}
-        if self.route.messages is not self.query.messages:
-            body["messages"] = list(self.route.messages)
+        if self.route.messages is not self.query.messages or self.history.startswith("server"):
+            body["messages"] = [*self.route.messages, *([] if self.begun is None else [self.begun])]
         adapter = self.route.adapter if self.route.engine is Role.SURROGATE else None
         return ChatCall(body, adapter, self.key.tenant, self.request.http)
 
     def headers(self) -> dict[str, str]:
-        """Who answers this turn, and why."""
-        return {
+        """Who answers this turn, and why; why it began a branch; whose history is answered."""
+        branched = self.routed.why if self.began else ""
+        told = {"X-SOMA-Branch": branched, "X-SOMA-History": self.history}
+        return {name: _ascii(value) for name, value in told.items() if value} | {
             "X-SOMA-Session": _ascii(self.key.session),
             "X-SOMA-Engine": self.route.engine,
             "X-SOMA-Adapter": "" if self.route.adapter is None else self.route.adapter.name,
@@ -131,11 +143,14 @@ class TurnContext:
             "X-SOMA-Reason": _ascii(self.route.reason),
         }
 
-    def settle(self) -> None:
-        """Move to a branch of the session if that has gone on since the request came."""
-        if self.session.turns is not self.placed:
-            self.key = self.lookup.settle(self.key, self.digest)
-            self.resources.callback(self.lookup.registry.release, self.key)
+    @property
+    def takes_the_line(self) -> bool:
+        """Whether this turn is the session's latest, of which the next request is expected to go on: not where
+        it was gone on from since the request came, nor where the request is one of those aside."""
+        session, turns = self.session, self.overlap.turns
+        if session.turns is not self.placed:
+            return turns == len(session.turns) or session.asked_again_by(self.digest)
+        return not session.is_aside(self.digest)
 
     @asynccontextmanager
     async def released_on_error(self) -> AsyncIterator[None]:
@@ -164,14 +179,18 @@ async def begin_turn(lookup: SessionLookup, meter: Meter, request: ChatRequest, 
         SessionUnavailable: the session store does not answer, or the session is being removed.
     """
     tenant, registry = request.tenant, lookup.registry
-    digest = read(tenant, request.messages())
-    named = request.session or explicit_id(request.headers, request.body)
-    async with AsyncExitStack() as resources:
+    named = request.session or explicit_id(request.headers, request.body, registry.config.sessions)
+    digest, begun = await _digested(request, registry.config.sessions.max_messages)
+    history = ""
+    async with AsyncExitStack() as resources, AsyncExitStack() as looking:
         try:
+            if named is not None and request.session is None and not digest.marks:
+                known = await looking.enter_async_context(registry.lease(SessionKey(tenant, named)))
+                digest, history = lookup.with_history(known, digest)
             key = await resources.enter_async_context(lookup.begin(tenant, named, digest))
             registry.recall(key, digest)
-            placed = registry.session(key).turns
-            if registry.is_new(key) and meter.limits_sessions(tenant):
+            session = registry.session(key)
+            if registry.is_new(key) and not session.is_branch and meter.limits_sessions(tenant):
                 meter.check_new_session(tenant, await registry.live(tenant))
         except StoreUnavailable as error:
             with bind(session=named, tenant=tenant):
@@ -179,7 +198,26 @@ async def begin_turn(lookup: SessionLookup, meter: Meter, request: ChatRequest, 
             raise SessionUnavailable("session store unavailable") from error
         if registry.session(key).phase is Phase.CLOSED:
             raise SessionUnavailable("session being removed")
-        return TurnContext(request, policy, digest, key, lookup, resources.pop_all(), placed)
+        resources, turns = resources.pop_all(), session.turns
+        new = registry.is_new(key)
+        return TurnContext(request, policy, digest, key, lookup, resources, turns, begun, new, history)
+
+
+async def _digested(request: ChatRequest, most: int) -> tuple[TranscriptDigest, Message | None]:
+    """The digest of a request's messages, and the beginning of the answer where the client gives it."""
+    listed: list[Message] = request.body["messages"]
+    if len(listed) > most:
+        raise BadRequest(f"messages: found {len(listed)}; expected at most {most} (sessions.max_messages)")
+
+    def digested() -> tuple[TranscriptDigest, Message | None]:
+        messages = request.messages()
+        begins = bool(request.body.get("continue_final_message")) and messages[-1].get("role") == "assistant"
+        begun = messages[-1] if begins else None
+        return read(request.tenant, messages[:-1] if begins else messages), begun
+
+    if sum(len(text_of(message)) for message in listed if isinstance(message, dict)) < READ_AT_ONCE:
+        return digested()
+    return await asyncio.to_thread(digested)
 
 
 def _ascii(text: str) -> str:

@@ -1,8 +1,8 @@
 """Which session a request continues: the one it names, one that its transcript tells, a branch, or a new one.
 
 Guarantees: nothing is found outside its tenant; a request whose history diverges from the stored transcript
-continues in a new branch, so that no request overwrites another one's turn; without an id a shortened history
-is recognised only where a single session ends with what is left of it.
+continues in a new branch, so that no request overwrites another one's turn; without an id a session is taken
+for the one that a history is of only where no other could be.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from soma_vllm.errors import NotFound, StoreUnavailable, Unprocessable
 from soma_vllm.sessions.ports import in_time
 from soma_vllm.sessions.registry import SessionRegistry
-from soma_vllm.sessions.sql.records import TurnLocation
+from soma_vllm.sessions.sql.records import TurnHit, TurnLocation
 from soma_vllm.sessions.state.adapter_states import AdapterState
 from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.fold import branch_event, inheritance
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.session import RECOGNISED, Session
-from soma_vllm.sessions.state.transcript import TranscriptDigest
+from soma_vllm.sessions.state.transcript import TranscriptDigest, preamble, read
 from soma_vllm.sessions.state.turn import Turn, turn_of
-from soma_vllm.types import Message, SessionKey
+from soma_vllm.types import Event, Message, SessionKey
 
 MOST_BEHIND = 50_000
 """Unwritten events above which no more are taken on: turns go unrecorded until the store is back."""
@@ -34,6 +34,9 @@ SURE_EXCHANGES = 2
 
 MOST_ALIKE = 5
 """Sessions that end alike, above which none of them is recognised without an id."""
+
+LAST_ANSWERS = 3
+"""Answers from a history's end by which sessions are looked for: the client may have put its own there."""
 
 
 @dataclass(frozen=True)
@@ -72,25 +75,15 @@ class SessionLookup:
         """
         if self.registry.behind > MOST_BEHIND:
             raise StoreUnavailable(f"{self.registry.behind} events wait for the session store")
-        found = None
-        if named is None:
-            found = await self._find(tenant, "", reading) or await self._find_trimmed(tenant, "", reading)
-            named = f"{RECOGNISED}{uuid.uuid4().hex}" if found is None else found.session
-        session = await self.registry.open(SessionKey(tenant, named))
-        if not _leads_on(session, reading):
-            session = await self._other(session, found, reading)
-        self.registry.hold(session.key)
+        async with AsyncExitStack() as leases:
+            place = _Place(self.registry, leases, tenant, reading)
+            session = await (self._recognised(place) if named is None else self._named(place, named))
+            session = self.registry.session(session.key)  # as it is now
+            other = session.alternative(reading)
+            if other is not None and session.phase is not Phase.CLOSED:
+                self.registry.note(session.key, EventKind.RESUMED, chain=other.chain)
+            self.registry.hold(session.key)
         return session.key
-
-    def settle(self, key: SessionKey, reading: TranscriptDigest) -> SessionKey:
-        """Where a request belongs once it is answered, held: its session, or a branch of it if that went on in
-        between. Release it."""
-        session = self.registry.session(key)
-        if not session.continued_by(reading):
-            count, _ = session.repeated(reading)
-            key = self._branch(session, session.turns[:count]).key
-        self.registry.hold(key)
-        return key
 
     async def said(self, tenant: str, response: str) -> StoredTranscript:
         """The transcript up to the answer of this id.
@@ -105,93 +98,223 @@ class SessionLookup:
             found = await in_time(self._store.of_response(tenant, response))
         if found is None:
             raise NotFound(f"no response {response!r}")
-        session = await self.registry.open(SessionKey(tenant, found.session))
-        turns = self._turns_at(session, found.seq)
-        return StoredTranscript(found.session, _transcript(replace(session, turns=turns), response))
+        async with self.registry.lease(SessionKey(tenant, found.session)) as session:
+            at = replace(session, turns=self._turns_at(session, found))
+            return StoredTranscript(found.session, _transcript(at, response))
 
     async def conversation(self, tenant: str, name: str) -> tuple[Message, ...]:
         """The transcript of a session so far; empty for a new one. Raises as `said` does."""
         async with self.registry.lease(SessionKey(tenant, name)) as session:
             return _transcript(session, name)
 
-    async def _other(self, session: Session, found: TurnLocation | None, reading: TranscriptDigest) -> Session:
-        """Where a request goes that does not continue the session it seemed to."""
-        tenant, family = session.key.tenant, session.family
-        again = self._index.asked_by(tenant, family, reading.asked) if reading.marks else None
-        if again is not None and (asked := self.registry.session(again)).asked_again_by(reading):
-            return asked
-        if found is None:
-            found = await self._find(tenant, family, reading)
-        if found is None or found.number < len(reading.marks):
-            found = await self._find_trimmed(tenant, family, reading) or found
-        if found is None:
-            return self._branch(session, session.turns[: session.overlap(reading).turns])
-        other = await self.registry.open(SessionKey(tenant, found.session))
-        return other if _leads_on(other, reading) else self._branch(other, self._turns_at(other, found.seq))
+    def with_history(self, session: Session, reading: TranscriptDigest) -> tuple[TranscriptDigest, str]:
+        """A request that names its session and holds no answer, with the recorded turns before it where
+        `sessions.history` says so; and whose history that is, "" where there is none."""
+        again = bool(session.turns) and session.turns[-1].query == reading.query
+        before = replace(session, turns=session.turns[: len(session.turns) - again])
+        count = len(before.turns)
+        if not count or session.phase is Phase.CLOSED:
+            return reading, ""
+        if self.registry.config.sessions.history == "client":
+            return reading, f"client; recorded turns that are not in the request: {count}"
+        if not before.kept():
+            return reading, f"client; recorded turns of which the text was not kept: {count}"
+        said = before.transcript()
+        own = len(preamble(said))
+        whole = (*(reading.preamble or said[:own]), *said[own:], *reading.messages[reading.head :])
+        return read(session.key.tenant, whole), f"server; recorded turns before the request: {count}"
 
-    def _branch(self, parent: Session, turns: Sequence[Turn]) -> Session:
-        """A session that begins with some turns of another, in memory until its own first turn."""
+    async def _named(self, place: _Place, name: str) -> Session:
+        """Where a request goes that names a session: there, or to a branch of its dialogue."""
+        reading, session = place.reading, await place.open(name)
+        if _is_its_next(session, reading):
+            return session
+        again = self._index.asked_by(place.tenant, session.family, reading.asked) if reading.marks else None
+        if again is not None and (asked := await place.open(again.session)).asked_again_by(reading):
+            return asked
+        hits = await self._hits(place, session, on_record=False)
+        for hit in hits:
+            branch = await place.open(hit.found.session)
+            if hit.stands and hit.chain == reading.marks[-1].chain and _is_its_next(branch, reading):
+                return branch
+        if _leads_on(session, reading):
+            return session
+        if alike := await self._alike(place, session):
+            return alike[0]
+        if hits := await self._hits(place, session):
+            branch = await place.open(hits[0].found.session)
+            if _leads_on(branch, reading):
+                return branch
+            if hits[0].found.number >= session.overlap(reading).turns:
+                return self._branch(place, branch, self._turns_at(branch, hits[0].found))
+        return self._branch(place, session, session.line(reading))
+
+    async def _recognised(self, place: _Place) -> Session:
+        """Where a request goes that names no session: to the one that its history tells, if that is one."""
+        reading, session = place.reading, Session(SessionKey(place.tenant, f"{RECOGNISED}{uuid.uuid4().hex}"))
+        if not reading.marks:
+            return place.begin(session.key)
+        hits = await self._hits(place, session)
+        if not hits or hits[0].chain != reading.marks[-1].chain:
+            alike = await self._alike(place, session)
+            if len(alike) == 1:
+                return alike[0]
+        if not hits:
+            return place.begin(session.key)
+        found = await self._only(place, hits)
+        parent = await place.open((found or hits[0]).found.session)
+        if found is not None and _leads_on(parent, reading):
+            return parent
+        again = self._index.asked_by(place.tenant, "", reading.asked)
+        if again is not None and {hit.root for hit in hits} == {parent.root}:
+            asked = await place.open(again.session)
+            if asked.root == parent.root and asked.asked_again_by(reading):
+                return asked
+        return self._branch(
+            place, parent, self._turns_at(parent, (found or hits[0]).found), shared=found is None
+        )
+
+    async def _only(self, place: _Place, hits: Sequence[TurnHit]) -> TurnHit | None:
+        """The one session that a history may be of: the only one that has it, that stands there, or that stands
+        there under the same system messages."""
+        if len(hits) > 1:
+            hits = [hit for hit in hits if hit.stands]
+        if 1 < len(hits) <= MOST_ALIKE:
+            sessions = [await place.open(hit.found.session) for hit in hits]
+            guard = place.reading.guard
+            hits = [hit for hit, one in zip(hits, sessions, strict=True) if one.turns[-1].guard == guard]
+        return hits[0] if len(hits) == 1 else None
+
+    async def _hits(self, place: _Place, session: Session, on_record: bool = True) -> list[TurnHit]:
+        """Turns with which a request's history agrees furthest, each session once, those that stand there
+        first; of a session that is known by its transcript and was named, its own and its branches' alone."""
+        reading, chains = place.reading, place.reading.prefix_digests()
+        if not chains:
+            return []
+        hits, sure = self._index.find(place.tenant, session.family, chains, MOST_ALIKE + 1)
+        whole = bool(hits) and hits[0].chain == reading.marks[-1].chain
+        if on_record and not (sure and whole and any(hit.stands for hit in hits)):
+            found = await in_time(self._store.find(place.tenant, session.family, chains, MOST_ALIKE + 1))
+            hits = self._merged(place.tenant, session.family, [*hits, *found], chains)
+        if session.turns and not session.family:
+            hits = [hit for hit in hits if hit.root == session.root]
+        return hits
+
+    def _merged(
+        self, tenant: str, family: str, hits: Sequence[TurnHit], chains: Sequence[str]
+    ) -> list[TurnHit]:
+        """Those of the longest chain, each session once. Memory knows better than the record which went on."""
+        there = {hit.chain for hit in hits}
+        longest = next((chain for chain in chains if chain in there), None)
+        found: dict[str, TurnHit] = {}
+        for hit in hits:
+            key = SessionKey(tenant, hit.found.session)
+            if hit.chain == longest and self.registry.is_live(key):
+                hit = replace(hit, stands=self._index.stands_at(key, family, hit.chain))
+            if hit.chain == longest:
+                found.setdefault(hit.found.session, hit)
+        return sorted(found.values(), key=lambda hit: not hit.stands)
+
+    async def _alike(self, place: _Place, session: Session) -> list[Session]:
+        """Sessions that end where a request's history ends, although its client has dropped or reworded some of
+        it.
+
+        Without a family, of a history that lacks turns two whole exchanges have to be left, and where many
+        dialogues end alike there is none: short answers are given in many dialogues.
+        """
+        reading = place.reading
+        endings = [digest for mark in reading.marks[-LAST_ANSWERS:] for digest in reading.heard(mark).endings()]
+        if not endings:
+            return []
+        tenant, family, limit = place.tenant, session.family, MOST_ALIKE + 1
+        live = self._index.ending(tenant, family, endings, limit)
+        on_record = await in_time(self._store.ending(tenant, family, endings, limit))
+        names = list(dict.fromkeys([*live, *on_record]))
+        if len(names) > MOST_ALIKE and not family:
+            return []
+        sessions = [await place.open(name) for name in names[:MOST_ALIKE]]
+        if session.turns and not family:
+            sessions = [other for other in sessions if other.root == session.root]
+        whole = len(reading.marks) - reading.cut
+        return [
+            other
+            for other in sessions
+            if other.alternative(reading) is not None
+            or (
+                other.ended_by(reading)
+                and (other.family or whole >= SURE_EXCHANGES or other.overlap(reading).left_out is None)
+            )
+        ]
+
+    def _branch(self, place: _Place, parent: Session, turns: Sequence[Turn], shared: bool = False) -> Session:
+        """A session that begins with some turns of another, in memory until its own first turn. `shared`: other
+        dialogues have these turns too, so that it is no branch of this one."""
         now = time.time()
-        family, unique = parent.family, uuid.uuid4().hex
-        name = f"{family}~{unique[:12]}" if family else f"{RECOGNISED}{unique}"
+        unique = uuid.uuid4().hex
+        name = f"{RECOGNISED}{unique}" if shared else f"{parent.root}~{unique[:12]}"
+        cause, why = _why(parent, turns, place.reading, shared)
         inherited = inheritance(parent, turns, now) if self._may_inherit(parent) else None
-        first = branch_event(parent, turns, now)
+        first = branch_event(parent, turns, now, cause, why)
         pending = (first,) if inherited is None else (first, inherited)
-        return self.registry.begin(SessionKey(parent.key.tenant, name), pending)
+        return place.begin(SessionKey(parent.key.tenant, name), pending)
 
     def _may_inherit(self, parent: Session) -> bool:
         """Whether what serves a session may serve another one as well: not while its adapter leaves."""
         state = None if parent.adapter is None else self.registry.adapter_state(parent.adapter.name)
         return state not in (AdapterState.DRAINING, AdapterState.RETIRED)
 
-    def _turns_at(self, session: Session, seq: int) -> tuple[Turn, ...]:
-        """The turns of a session as one of its events left them."""
-        past = self.registry.session_at(session.key, seq)
-        last = self.registry.events(session.key)[seq]
+    def _turns_at(self, session: Session, found: TurnLocation) -> tuple[Turn, ...]:
+        """The turns of a session, up to one of them, as one of its events left them."""
+        past = self.registry.session_at(session.key, found.seq)
+        last = self.registry.events(session.key)[found.seq]
         if last.kind != EventKind.VARIANT:
-            return past.turns
+            return past.turns[: found.number]
         turn = turn_of(last.data, last.text)
         return (*past.turns[: turn.number - 1], turn)
 
-    async def _find(self, tenant: str, family: str, reading: TranscriptDigest) -> TurnLocation | None:
-        """The turn on record with which a request's history agrees furthest."""
-        if not reading.marks:
-            return None
-        chains = reading.prefix_digests()
-        hit = self._index.find(tenant, family, chains)
-        if hit is not None and hit.exact and hit.found.number == len(reading.marks):
-            return hit.found
-        on_record = await in_time(self._store.find(tenant, family, chains))
-        if hit is None or on_record is None:
-            return on_record if hit is None else hit.found
-        if hit.found.number > on_record.number or (hit.exact and hit.found.number == on_record.number):
-            return hit.found
-        return on_record
 
-    async def _find_trimmed(self, tenant: str, family: str, reading: TranscriptDigest) -> TurnLocation | None:
-        """The last turn of the session that a history goes on from whose oldest turns were dropped.
+@dataclass(frozen=True)
+class _Place:
+    """A request whose session is being looked for. What it opens stays in memory until that is found."""
 
-        Without a family only where two whole exchanges or more are left, which one session alone ends with:
-        short ones are said in many dialogues.
-        """
-        whole = len(reading.marks) - reading.cut
-        if whole < (1 if family else SURE_EXCHANGES):
-            return None
-        link = reading.marks[-1].link
-        on_record = await in_time(self._store.standing(tenant, family, link, MOST_ALIKE))
-        names = list(dict.fromkeys([*on_record, *self._index.ending_with(tenant, family, link)]))
-        if len(names) >= MOST_ALIKE and not family:
-            return None
-        sessions = [await self.registry.open(SessionKey(tenant, name)) for name in names[:MOST_ALIKE]]
-        fitting = [session for session in sessions if session.ended_by(reading)]
-        if not fitting or (len(fitting) > 1 and not family):
-            return None
-        last = len(self.registry.events(fitting[0].key)) - 1
-        return TurnLocation(fitting[0].key.session, last, len(fitting[0].turns))
+    registry: SessionRegistry
+    leases: AsyncExitStack
+    tenant: str
+    reading: TranscriptDigest
+
+    async def open(self, name: str) -> Session:
+        return await self.leases.enter_async_context(self.registry.lease(SessionKey(self.tenant, name)))
+
+    def begin(self, key: SessionKey, pending: tuple[Event, ...] = ()) -> Session:
+        return self.registry.begin(key, pending)
+
+
+def _is_its_next(session: Session, reading: TranscriptDigest) -> bool:
+    """Whether a session is being removed, or a request goes on from its end to the letter."""
+    common = session.overlap_to_the_letter(reading).turns
+    other = session.alternative(reading)
+    return session.phase is Phase.CLOSED or common == len(session.turns) or other is not None
 
 
 def _leads_on(session: Session, reading: TranscriptDigest) -> bool:
-    return session.phase is Phase.CLOSED or session.continued_by(reading)
+    return _is_its_next(session, reading) or session.continued_by(reading)
+
+
+def _why(parent: Session, turns: Sequence[Turn], reading: TranscriptDigest, shared: bool) -> tuple[str, str]:
+    """(cause, reason) of a branch."""
+    number = len(turns) + 1
+    if shared:
+        return "shared", "several dialogues have this history"
+    if not reading.marks and len(parent.turns) > 1:
+        return "history", f"{len(parent.turns)} recorded turns are not in the request"
+    overlap = parent.overlap(reading)
+    if overlap.turns < len(turns):
+        return "other", f"goes on from another answer {len(turns)}"
+    if not parent.ends_at(overlap, reading):
+        return "answer", f"answer {number} differs"
+    if number == len(parent.turns):
+        return "learned", f"question {number} differs, and was learned from"
+    return "question", f"question {number} differs"
 
 
 def _transcript(session: Session, name: str) -> tuple[Message, ...]:

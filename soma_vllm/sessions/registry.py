@@ -59,7 +59,7 @@ class SessionRegistry:
         live_sessions: int = LIVE_SESSIONS,
     ) -> None:
         """`observers` hear of recorded events; one that is a `TextCache` as well hears of every erasure."""
-        self._config = config
+        self.config = config
         self._live_sessions = live_sessions
         self.store = store
         """The record."""
@@ -68,10 +68,10 @@ class SessionRegistry:
         caches = [cache for cache in (self, *observers) if isinstance(cache, TextCache)]
         self.erasure = TextErasure(config.retention.text, store, caches)
         self._entries: OrderedDict[SessionKey, Entry] = OrderedDict()
-        self.index = TranscriptIndex(lambda key: self._entries[key].session.prefix_digest())
+        self.index = TranscriptIndex()
         """Finds live sessions by transcript."""
         self._write_behind = WriteBehindQueue()
-        self._opening: dict[SessionKey, asyncio.Lock] = {}
+        self._loading: dict[SessionKey, asyncio.Task[None]] = {}
         self._live: dict[str, int] = {}
         self._adapters = AdapterLives()
 
@@ -100,21 +100,26 @@ class SessionRegistry:
         Raises:
             StoreUnavailable: the session store did not answer within 3 s.
         """
-        if (entry := self._entries.get(key)) is not None:
-            self._entries.move_to_end(key)
-            return entry.session
-        async with self._opening.setdefault(key, asyncio.Lock()):
-            if key not in self._entries:
-                events = await in_time(self.store.events(key))
-                session = restore(key, events, self._config.gate)
-                self._entries[key] = Entry(session, events)
-                self.index.observe(session, 0, events)
-                for event in events:
-                    self._adapters.recall(event)
-        self._opening.pop(key, None)
-        session = self._entries[key].session
-        self._forget_oldest(key)
-        return session
+        while (entry := self._entries.get(key)) is None:
+            # One load for all that ask. What it brings may be dropped before the last of them comes to it.
+            if key not in self._loading:
+                loading = self._loading[key] = asyncio.create_task(self._load(key), name="soma-session-load")
+                loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+            await asyncio.shield(self._loading[key])
+        self._entries.move_to_end(key)
+        return entry.session
+
+    async def _load(self, key: SessionKey) -> None:
+        try:
+            events = await in_time(self.store.events(key))
+            session = restore(key, events, self.config.gate)
+            self._entries[key] = Entry(session, events)
+            self.index.observe(session, 0, events)
+            for event in events:
+                self._adapters.recall(event)
+            self._forget_oldest(key)
+        finally:
+            del self._loading[key]
 
     @asynccontextmanager
     async def lease(self, key: SessionKey) -> AsyncIterator[Session]:
@@ -126,9 +131,9 @@ class SessionRegistry:
         finally:
             self.release(key)
 
-    def begin(self, key: SessionKey, pending: tuple[Event, ...]) -> Session:
-        """A live session whose first events are recorded together with its first turn."""
-        session = restore(key, pending, self._config.gate)
+    def begin(self, key: SessionKey, pending: tuple[Event, ...] = ()) -> Session:
+        """A live session that is new; its first events are recorded together with its first turn."""
+        session = restore(key, pending, self.config.gate)
         self._entries[key] = Entry(session, pending=pending)
         return session
 
@@ -144,8 +149,7 @@ class SessionRegistry:
 
     def holds(self, key: SessionKey) -> int:
         """Requests and background work under way for a session."""
-        entry = self._entries.get(key)
-        return 0 if entry is None else entry.holds
+        return 0 if (entry := self._entries.get(key)) is None else entry.holds
 
     async def unheld(self, key: SessionKey, limit_s: float) -> None:
         """Wait until only the caller holds a session, or the time is over."""
@@ -163,7 +167,7 @@ class SessionRegistry:
 
     def session_at(self, key: SessionKey, seq: int) -> Session:
         """A live session as it was after one of its events."""
-        return restore(key, self._entries[key].events[: seq + 1], self._config.gate)
+        return restore(key, self._entries[key].events[: seq + 1], self.config.gate)
 
     def is_live(self, key: SessionKey) -> bool:
         """Whether a session is in memory."""
@@ -188,7 +192,7 @@ class SessionRegistry:
         return entry
 
     async def live(self, tenant: str) -> int:
-        """Sessions that a tenant has."""
+        """Dialogues that a tenant has; the branches of one count once."""
         if tenant not in self._live:
             self._live.setdefault(tenant, await in_time(self.store.live(tenant)))
         return self._live[tenant]
@@ -228,17 +232,16 @@ class SessionRegistry:
         return self._adapters.of(name)
 
     async def family(self, session: Session) -> list[SessionKey]:
-        """Every branch of a dialogue that a client named, where this is its root; else the session alone.
+        """A session with all the branches of its dialogue, where this is its root; else the session alone.
 
         Raises:
             StoreUnavailable: the session store did not answer within 3 s.
         """
         key = session.key
-        if session.family != key.session:
+        if session.is_branch:
             return [key]
-        live = {e.session.key for e in self._entries.values() if e.session.family == session.family}
-        on_record = await in_time(self.store.family(key.tenant, session.family))
-        branches = {k for k in live if k.tenant == key.tenant} | set(on_record)
+        live = {k for k, e in self._entries.items() if e.session.root == key.session and k.tenant == key.tenant}
+        branches = live | set(await in_time(self.store.family(key.tenant, key.session)))
         return [key, *(branches - {key})]
 
     # -- recording --------------------------------------------------------------------------------------
@@ -246,12 +249,12 @@ class SessionRegistry:
     def record(self, key: SessionKey, *events: Event) -> Session:
         """Fold events into the session, tell the observers, and queue them for the store."""
         entry = self._entries[key]
-        if not entry.events and key.tenant in self._live:
+        if not entry.events and key.tenant in self._live and not entry.session.is_branch:
             self._live[key.tenant] += 1
         before = entry.session.phase
         adapters = tuple(self._moved((*entry.pending, *events)))
         for event in events:
-            entry.session = fold(entry.session, event, self._config.gate)
+            entry.session = fold(entry.session, event, self.config.gate)
         events, entry.pending = (*entry.pending, *events), ()
         self._put_on_record(entry, events, adapters)
         for event in events:
@@ -310,7 +313,7 @@ class SessionRegistry:
             if old and entry.session.phase is not Phase.ADAPTING:
                 entry.events = [_silent(e) if e.at < at else e for e in entry.events]
                 events = (*entry.events, *entry.pending)
-                entry.session = restore(entry.session.key, events, self._config.gate)
+                entry.session = restore(entry.session.key, events, self.config.gate)
 
     def discard(self, key: SessionKey) -> None:
         """Drop a session of which nothing is recorded, and nothing will be."""
@@ -318,10 +321,10 @@ class SessionRegistry:
 
     def remove(self, key: SessionKey) -> None:
         """Drop a session from memory, and queue its removal from the store."""
-        self._entries.pop(key, None)
+        removed = self._entries.pop(key, None)
         self.index.drop(key)
         self.erasure.forget(key)
-        if key.tenant in self._live:
+        if removed is not None and not removed.session.is_branch and key.tenant in self._live:
             self._live[key.tenant] -= 1
         self._write_behind.put(Write(key, lambda: self.store.delete(key), anew=True))
 
@@ -335,13 +338,10 @@ class SessionRegistry:
 
     def _forget_oldest(self, newest: SessionKey) -> None:
         """Drop sessions that the store can restore, beyond those that may stay in memory."""
-        surplus = len(self._entries) - self._live_sessions
-        idle = (
-            key
-            for key, entry in self._entries.items()
-            if not (entry.holds or self._write_behind.has(key) or key == newest)
-        )
-        for key in list(islice(idle, max(0, surplus))):
+        surplus = max(0, len(self._entries) - self._live_sessions)
+        wanted = self._write_behind.has
+        idle = (key for key, one in self._entries.items() if not (one.holds or wanted(key) or key == newest))
+        for key in list(islice(idle, surplus)):
             del self._entries[key]
             self.index.drop(key)
 

@@ -1,102 +1,123 @@
 """Finding a live session by what its clients send: the transcript of one of its turns, or a response's id.
 
-Guarantees: nothing is found outside its tenant and family; a session that stands exactly where the history ends
-comes before one that has gone on from there.
+Guarantees: nothing is found outside its tenant and family; a lookup takes the same time however many dialogues
+begin alike.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TypeVar
 
-from soma_vllm.sessions.sql.records import TurnLocation, TurnMark
+from soma_vllm.sessions.sql.records import TurnHit, TurnLocation, TurnMark
+from soma_vllm.sessions.state.answer_print import AnswerPrint
 from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.session import Session
 from soma_vllm.types import Event, SessionKey
 
+T = TypeVar("T")
+
 Place = tuple[str, str, str]
-"""(tenant, family, digest); the digest of a transcript, of an exchange, or of a request."""
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A turn that was found."""
-
-    found: TurnLocation
-    exact: bool
-    """Its session's transcript ends with it."""
+"""(tenant, family, digest); the digest of a transcript, of an answer, or of a request."""
 
 
 class TranscriptIndex:
     """Turns of the sessions in memory."""
 
-    def __init__(self, prefix_digest_of: Callable[[SessionKey], str]) -> None:
-        """`prefix_digest_of` gives the digest of a live session's transcript so far."""
-        self._prefix_digest_of = prefix_digest_of
-        self._turns: defaultdict[Place, list[tuple[SessionKey, int, int]]] = defaultdict(list)
+    def __init__(self) -> None:
+        self._through: defaultdict[Place, dict[SessionKey, tuple[int, int]]] = defaultdict(dict)
+        """Sessions with a turn of this transcript: (the event's number, the turn's)."""
+        self._standing: defaultdict[Place, dict[SessionKey, None]] = defaultdict(dict)
+        """Sessions that have not gone on from it, by transcript and by the last answer."""
+        self._shared: set[Place] = set()
+        """Transcripts of which a session was dropped while another one has it too."""
         self._responses: dict[tuple[str, str], tuple[SessionKey, int, int]] = {}
         self._asked: dict[Place, SessionKey] = {}
         self._places: defaultdict[SessionKey, set[Place]] = defaultdict(set)
+        self._stands: dict[SessionKey, set[Place]] = {}
         self._named: defaultdict[SessionKey, set[tuple[str, str]]] = defaultdict(set)
 
     def observe(self, session: Session, first_seq: int, events: Sequence[Event]) -> tuple[TurnMark, ...]:
         """Make the turns findable that these events of a session record; their marks."""
+        key, family = session.key, session.family
         marks = tuple(mark for seq, event in enumerate(events, first_seq) for mark in marks_of(seq, event))
-        if marks:
-            self.add(session.key, session.family, marks)
-            self.ask(session.key, session.family, session.turns[-1].asked)
-        return marks
-
-    def add(self, key: SessionKey, family: str, marks: Iterable[TurnMark]) -> None:
-        """Make turns findable."""
         for mark in marks:
-            where = (key, mark.seq, mark.number)
             place = (key.tenant, family, mark.chain)
-            self._turns[place].append(where)
+            self._through[place][key] = (mark.seq, mark.number)
             self._places[key].add(place)
-            if mark.link is not None:
-                self._turns[key.tenant, family, mark.link].append(where)
-                self._places[key].add((key.tenant, family, mark.link))
             if mark.response is not None:
                 name = (key.tenant, mark.response)
-                self._responses[name] = where
+                self._responses[name] = (key, mark.seq, mark.number)
                 self._named[key].add(name)
+        if session.turns:
+            asked = (key.tenant, family, session.turns[-1].asked)
+            self._asked[asked] = key
+            self._places[key].add(asked)
+            self._stand(session)
+        return marks
 
-    def ask(self, key: SessionKey, family: str, asked: str) -> None:
-        """Remember the request that a session's last turn answered."""
-        place = (key.tenant, family, asked)
-        self._asked[place] = key
-        self._places[key].add(place)
+    def _stand(self, session: Session) -> None:
+        """Note where a session stands: at its last turn, and at the other answers beside it."""
+        key = session.key
+        beside = (tip for tip in session.tips if tip.number >= len(session.turns))
+        last = (*session.turns[-1:], *beside)
+        ends = [turn.chain for turn in last]
+        ends += [AnswerPrint.parse(turn.said).words for turn in last if turn.said] or [session.ending()]
+        now = {(key.tenant, session.family, digest) for digest in ends}
+        before = self._stands.get(key, set())
+        for place in before - now:
+            _take(self._standing, place, key)
+        for place in now - before:
+            self._standing[place][key] = None
+        self._stands[key] = now
 
     def drop(self, key: SessionKey) -> None:
         """Forget a session."""
         for place in self._places.pop(key, ()):
             if self._asked.get(place) == key:
                 del self._asked[place]
-            if place in self._turns:
-                left = [where for where in self._turns[place] if where[0] != key]
-                if left:
-                    self._turns[place] = left
-                else:
-                    del self._turns[place]
+            _take(self._through, place, key)
+            if place in self._through:
+                self._shared.add(place)
+            else:
+                self._shared.discard(place)
+        for place in self._stands.pop(key, ()):
+            _take(self._standing, place, key)
         for name in self._named.pop(key, ()):
             if self._responses.get(name, (None,))[0] == key:
                 del self._responses[name]
 
-    def find(self, tenant: str, family: str, chains: Sequence[str]) -> Hit | None:
-        """The turn with the longest matching chain; `chains` come longest first."""
+    def find(self, tenant: str, family: str, chains: Iterable[str], limit: int) -> tuple[list[TurnHit], bool]:
+        """Turns with the longest chain that there is, `chains` being longest first: at most `limit` of sessions
+        that stand there, and as many of any; and whether memory alone can tell that these are all."""
         for chain in chains:
-            wheres = self._turns.get((tenant, family, chain))
-            if wheres:
-                exact = [where for where in wheres if self._prefix_digest_of(where[0]) == chain]
-                key, seq, number = (exact or wheres)[-1]
-                return Hit(TurnLocation(key.session, seq, number), bool(exact))
-        return None
+            place = (tenant, family, chain)
+            through = self._through.get(place)
+            if through:
+                standing = list(islice(self._standing.get(place, ()), limit))
+                keys = dict.fromkeys([*standing, *islice(reversed(through), limit)])
+                hits = [
+                    TurnHit(TurnLocation(key.session, *through[key]), chain, key in standing)
+                    for key in keys
+                    if key in through
+                ]
+                return hits, place not in self._shared
+        return [], False
 
-    def ending_with(self, tenant: str, family: str, link: str) -> set[str]:
-        """Sessions that have a turn which ends with this exchange."""
-        return {key.session for key, _, _ in self._turns.get((tenant, family, link), ())}
+    def stands_at(self, key: SessionKey, family: str, chain: str) -> bool:
+        """Whether a live session has not gone on from a transcript."""
+        return (key.tenant, family, chain) in self._stands.get(key, ())
+
+    def ending(self, tenant: str, family: str, endings: Iterable[str], limit: int) -> list[str]:
+        """At most `limit` sessions of which the last answer, or one beside it, has one of these digests."""
+
+        def found() -> Iterator[str]:
+            for digest in endings:
+                yield from (key.session for key in self._standing.get((tenant, family, digest), ()))
+
+        return list(islice(dict.fromkeys(islice(found(), limit * 8)), limit))
 
     def asked_by(self, tenant: str, family: str, asked: str) -> SessionKey | None:
         """The session whose last turn may have answered this very request."""
@@ -108,10 +129,19 @@ class TranscriptIndex:
         return None if where is None else TurnLocation(where[0].session, where[1], where[2])
 
 
-def marks_of(seq: int, event: Event) -> tuple[TurnMark, ...]:
+def marks_of(seq: int, event: Event) -> Iterator[TurnMark]:
     """The marks of the turns that an event records; `seq` is its place in the session's log."""
-    if event.kind not in (EventKind.TURN, EventKind.VARIANT):
-        return ()
-    data = event.data
-    links = data.get("links") or (None,)
-    return (TurnMark(seq, data["number"], data["chain"], data["response"], links[-1]),)
+    if event.kind in (EventKind.TURN, EventKind.VARIANT):
+        data = event.data
+        yield TurnMark(seq, data["number"], data["chain"], data["response"])
+        for number, found in (data.get("reworded") or {}).items():
+            yield TurnMark(seq, int(number), found["chain"])
+
+
+def _take(places: dict[Place, dict[SessionKey, T]], place: Place, key: SessionKey) -> None:
+    """Take a session from a place, and the place away with its last one."""
+    found = places.get(place)
+    if found is not None:
+        found.pop(key, None)
+        if not found:
+            del places[place]

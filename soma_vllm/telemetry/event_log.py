@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 MOST_SESSIONS = 10_000
 """Sessions whose last turn and verdict are remembered, the latest ones."""
 
+WARN_AT = frozenset({3, 10, 30, 100, 300, 1000})
+"""Branches of one dialogue at which it is warned of."""
+
 Data = Mapping[str, Any]
 Fields = dict[str, Any]
 
@@ -31,11 +34,14 @@ class EventLog:
 
     def __init__(self) -> None:
         self._last: OrderedDict[SessionKey, dict[str, Any]] = OrderedDict()
+        self._branches: OrderedDict[SessionKey, int] = OrderedDict()
 
     def __call__(self, key: SessionKey, event: Event) -> None:
         """Log one event, where it is one to log."""
         if event.kind == EventKind.TURN:
             self._remember(key, turn=event.data.get("number"))
+        elif event.kind == EventKind.BRANCHED:
+            self._branched(key, event.data)
         elif event.kind == EventKind.JUDGED:
             self._remember(key, judged=event.data.get("numbers", {}))
         elif (line := _LINES.get(event.kind)) is not None:
@@ -44,6 +50,24 @@ class EventLog:
                 logger.info("%s%s", words, _shown(fields(event.data, self._last.get(key, {}))))
         if event.kind == EventKind.CLOSED:
             self._last.pop(key, None)
+
+    def _branched(self, key: SessionKey, data: Data) -> None:
+        """Warn where the sessions of one dialogue branch again and again: its client's histories are not those
+        on record, so that nothing of it is adapted."""
+        root = SessionKey(key.tenant, data.get("family") or str(data.get("of")).partition("~")[0])
+        count = self._branches.pop(root, 0) + 1
+        self._branches[root] = count
+        while len(self._branches) > MOST_SESSIONS:
+            self._branches.popitem(last=False)
+        if count in WARN_AT:
+            with bind_session(key):
+                logger.warning(
+                    "the dialogue of session %s branched %d times, now because %s; its client's histories are "
+                    "not those on record",
+                    root.session,
+                    count,
+                    data.get("why") or "its history differs",
+                )
 
     def _remember(self, key: SessionKey, **what: Any) -> None:
         self._last.setdefault(key, {}).update(what)

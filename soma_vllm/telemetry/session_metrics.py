@@ -58,6 +58,13 @@ class SessionMetrics:
             buckets=SECONDS,
             registry=registry,
         )
+        self._branches = Counter(
+            "soma_branches",
+            "Sessions that began with turns of another, by cause: another answer or question, no history, one "
+            "that was learned from, an answer beside the line (other), or several dialogues alike (shared).",
+            ["cause"],
+            registry=registry,
+        )
         self._verdicts = Counter(
             "soma_verdicts", "Candidates chosen by the gate.", ["candidate"], registry=registry
         )
@@ -67,6 +74,7 @@ class SessionMetrics:
         self._on: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
             EventKind.TURN: self._turn,
             EventKind.AUDITED: self._audited,
+            EventKind.BRANCHED: lambda data: self._branches.labels(data.get("cause") or "unknown").inc(),
             EventKind.TRAINED: self._trained,
             EventKind.PAYBACK_JUDGED: lambda data: self._cost_model.labels(
                 "pays" if data["pays"] else "costs_more"

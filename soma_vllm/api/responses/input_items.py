@@ -7,8 +7,8 @@ place; errors never hold text of the conversation.
 Instructions belong to one request: the next request of the dialogue has its own, or none. They are sent as the
 first system message, with their text in a part, while a system message of the input is always a plain string
 and, like all input, stays in the dialogue. Thus a stored transcript shows which of its messages were
-instructions: these are dropped, and the request's own put in their place. The same instructions continue the
-session; different ones change the prompt from its first word on, and begin a branch.
+instructions: these are dropped, and the request's own put in their place. They are no part of what a session is
+recognised by.
 """
 
 from __future__ import annotations

@@ -50,13 +50,16 @@ def others_turn(
     A session that was switched under other rules is served under those alone.
     """
     if session.phase is Phase.WARM_START:
-        number = len(session.warm_turns()) + 1
+        teaching = sum(turn.teaches() for turn in session.turns[session.warm_from : query.builds_on])
+        number = min(teaching + 1, config.warm_window)  # a branch may wait out a cool-down with more
         return Reason(f"warm start {number} of {config.warm_window}", ReasonCode.WARM_START)
     if session.phase is not Phase.SWITCHED:
         return Reason(session.phase.lower().replace("_", " "), ReasonCode.PHASE)
     theirs = session.adapting
     if theirs is not None and adapting is not None and theirs.policy != adapting.policy:
         return Reason(f"adapted under {theirs.policy}", ReasonCode.OTHER_POLICY)
+    if session.learned_under_another(query.reading.guard):
+        return Reason("other system messages than it was adapted under", ReasonCode.PREAMBLE)
     if query.body.get("tools") and not config.surrogate.tools:
         return Reason("tools", ReasonCode.TOOLS)
     return None

@@ -10,15 +10,15 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, case, func, select
+from sqlalchemy import ColumnElement, CompoundSelect, Row, Select, case, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from soma_vllm.sessions.sql.connections import connect
 from soma_vllm.sessions.sql.outages import translated
-from soma_vllm.sessions.sql.records import AdapterRecord, LengthCount, Summary, TurnLocation
+from soma_vllm.sessions.sql.records import AdapterRecord, LengthCount, Summary, TurnHit, TurnLocation
 from soma_vllm.sessions.sql.schema import missing_tables, refuse_other_versions
 from soma_vllm.sessions.sql.tables import CLOSED, RETIRED, AdapterRow, EventRow, SessionRow, TextRow, TurnRow
-from soma_vllm.sessions.sql.turn_lookup import Turn, by_exchange_digest, by_prefix_digests, by_response
+from soma_vllm.sessions.sql.turn_lookup import Turn, by_ending, by_prefix_digests, by_response
 from soma_vllm.types import Event, SessionKey
 
 _KEYS = select(SessionRow.tenant, SessionRow.session)
@@ -52,16 +52,20 @@ class SessionReader:
             )
         ]
 
-    async def find(self, tenant: str, family: str, chains: Sequence[str]) -> TurnLocation | None:
-        """The turn that a request goes on from: the one with the longest chain among `chains`, longest first.
+    async def find(self, tenant: str, family: str, chains: Sequence[str], limit: int) -> list[TurnHit]:
+        """Turns that a request may go on from: those with the longest chain among `chains`, longest first.
 
-        Of several, one of a session whose transcript ends there, then one of the session appended to last.
+        At most `limit` of sessions whose transcript ends there, and `limit` of any.
         """
-        return await self._turn(by_prefix_digests(self._engine.dialect.name, tenant, family, chains))
+        wanted = by_prefix_digests(self._engine.dialect.name, tenant, family, chains, limit)
+        return [
+            TurnHit(TurnLocation(session, seq, number), chain, bool(stands))
+            for session, seq, number, chain, stands in await self._rows(wanted)
+        ]
 
-    async def standing(self, tenant: str, family: str, link: str, limit: int) -> list[str]:
-        """At most `limit` sessions whose last turn ends with this exchange, the latest first."""
-        return [name for (name,) in await self._rows(by_exchange_digest(tenant, family, link, limit))]
+    async def ending(self, tenant: str, family: str, endings: Sequence[str], limit: int) -> list[str]:
+        """At most `limit` sessions whose last answer has one of these digests."""
+        return [name for (name,) in await self._rows(by_ending(tenant, family, endings, limit))]
 
     async def of_response(self, tenant: str, response: str) -> TurnLocation | None:
         """The latest turn that a client may name so."""
@@ -82,8 +86,11 @@ class SessionReader:
         return await self._keys(SessionRow.phase == phase)
 
     async def family(self, tenant: str, family: str) -> list[SessionKey]:
-        """A tenant's sessions of one family."""
-        return await self._keys(SessionRow.tenant == tenant, SessionRow.family == family)
+        """A tenant's sessions of one family, or the branches of one that is known by its transcript."""
+        its_own = SessionRow.tenant == tenant
+        named = await self._keys(its_own, SessionRow.family == family)
+        begun = SessionRow.session.startswith(f"{family}~", autoescape=True)
+        return [*named, *await self._keys(its_own, SessionRow.family == "", begun)]
 
     async def idle_since(self, at: float, limit: int) -> list[SessionKey]:
         """At most `limit` sessions without an append since a Unix time, longest idle first; no closed ones."""
@@ -147,8 +154,10 @@ class SessionReader:
         return [LengthCount(tenant, turns, over, count) for tenant, turns, count in await self._rows(wanted)]
 
     async def live(self, tenant: str) -> int:
-        """A tenant's sessions that are not closed."""
-        return await self._count(SessionRow.tenant == tenant, SessionRow.phase != CLOSED)
+        """A tenant's dialogues: sessions that are not closed, and no branches of others."""
+        named = SessionRow.family == SessionRow.session
+        by_transcript = (SessionRow.family == "") & SessionRow.session.not_like("%~%")
+        return await self._count(SessionRow.tenant == tenant, SessionRow.phase != CLOSED, named | by_transcript)
 
     async def count(self) -> int:
         """Sessions on record, over all tenants."""
@@ -195,7 +204,9 @@ class SessionReader:
             async with self._engine.connect() as connection:
                 yield connection
 
-    async def _rows(self, wanted: Select[*tuple[Any, ...]]) -> Sequence[Row[*tuple[Any, ...]]]:
+    async def _rows(
+        self, wanted: Select[*tuple[Any, ...]] | CompoundSelect[*tuple[Any, ...]]
+    ) -> Sequence[Row[*tuple[Any, ...]]]:
         async with self._connection() as connection:
             return (await connection.execute(wanted)).all()
 

@@ -21,12 +21,15 @@ class SessionSnapshot:
     turns: int
     adapter: str | None
     """Name of the adapter that serves it."""
+    ending: str = ""
+    """Digest of the last answer's words; "" before the first turn."""
 
     @classmethod
     def of(cls, session: Session) -> Self:
         """The row of a session as it is now."""
         adapter = None if session.adapter is None else session.adapter.name
-        return cls(session.family, session.phase, session.prefix_digest(), len(session.turns), adapter)
+        chain, ending = session.prefix_digest(), session.ending()
+        return cls(session.family, session.phase, chain, len(session.turns), adapter, ending)
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,8 @@ class TurnMark:
     number: int
     """1-based place in its session."""
     chain: str
-    response: str | None
+    response: str | None = None
     """Id under which a client may name it."""
-    link: str | None = None
-    """Digest of its last exchange alone."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,21 @@ class TurnLocation:
     session: str
     seq: int
     number: int
+
+
+@dataclass(frozen=True)
+class TurnHit:
+    """A turn whose transcript is a beginning of a request's history."""
+
+    found: TurnLocation
+    chain: str
+    stands: bool
+    """Its session has not gone on from it."""
+
+    @property
+    def root(self) -> str:
+        """The id of the session that its dialogue began with, for one that is known by its transcript."""
+        return self.found.session.partition("~")[0]
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,8 @@ class SessionRow(Base):
     phase: Mapped[str] = mapped_column(String(32))
     chain: Mapped[str] = mapped_column(String(64))
     """Digest of the transcript so far."""
+    ending: Mapped[str | None] = mapped_column(String(16))
+    """Digest of the last answer's words; NULL in rows of version 0.1."""
     turns: Mapped[int] = mapped_column(Integer)
     adapter: Mapped[str | None] = mapped_column(Name)
     """Name of the adapter that serves it."""
@@ -78,6 +80,8 @@ class SessionRow(Base):
 
     __table_args__ = (
         Index("ix_sessions_updated_at", "updated_at"),
+        Index("ix_sessions_chain", "tenant", "family", "chain"),
+        Index("ix_sessions_ending", "tenant", "family", "ending"),
         Index("ix_sessions_tenant", "tenant", "updated_at"),
         Index("ix_sessions_adapter", "adapter"),
     )
@@ -124,11 +128,10 @@ class TurnRow(Base):
     """Id under which a client may name it."""
     at: Mapped[float] = mapped_column(Float)
     link: Mapped[str | None] = mapped_column(String(32))
-    """Digest of its last exchange alone."""
+    """Of version 0.1; not used any more."""
 
     __table_args__ = (
         Index("ix_turns_chain", "tenant", "family", "chain"),
-        Index("ix_turns_link", "tenant", "family", "link"),
         Index("ix_turns_response", "tenant", "response"),
     )
 

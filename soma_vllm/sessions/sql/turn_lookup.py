@@ -1,7 +1,7 @@
 """The statements that find a turn by what a client sends: its transcript, or the id of a response.
 
 Guarantees: nothing is found outside its tenant, and nothing of a session that is being removed; the number of a
-statement's parameters does not grow with the transcript.
+statement's parameters does not grow with the transcript, nor its time with how many dialogues begin alike.
 """
 
 from __future__ import annotations
@@ -9,7 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from sqlalchemy import JSON, Select, String, TableValuedAlias, cast, column, func, literal, select
+from sqlalchemy import (
+    JSON,
+    CompoundSelect,
+    Select,
+    String,
+    TableValuedAlias,
+    cast,
+    column,
+    func,
+    literal,
+    select,
+    union_all,
+)
 from sqlalchemy.sql.expression import ColumnElement
 
 from soma_vllm.sessions.sql.tables import CLOSED, SessionRow, TurnRow
@@ -20,11 +32,15 @@ Turn = Select[str, int, int]
 _OF_THE_SAME = (TurnRow.tenant == SessionRow.tenant) & (TurnRow.session == SessionRow.session)
 
 
-def by_prefix_digests(dialect: str, tenant: str, family: str, chains: Sequence[str]) -> Turn:
-    """The turn with the first of these chains that there is.
+Hit = Select[str, int, int, str, bool]
+"""Selects (session, seq, number, chain, whether the session stands there)."""
 
-    Of several, one of a session that stands there, then one of the session that was appended to last.
-    """
+Hits = CompoundSelect[str, int, int, str, bool]
+
+
+def by_prefix_digests(dialect: str, tenant: str, family: str, chains: Sequence[str], limit: int) -> Hits:
+    """Turns with the first of these chains that there is: `limit` of sessions that stand there, and `limit` of
+    any."""
     tried = _numbered(dialect, chains)
     in_family = (TurnRow.tenant == tenant) & (TurnRow.family == family) & (SessionRow.phase != CLOSED)
     # Not EXISTS: without statistics PostgreSQL would join all the tenant's turns before it looks for one chain.
@@ -36,25 +52,24 @@ def by_prefix_digests(dialect: str, tenant: str, family: str, chains: Sequence[s
         .limit(1)
         .scalar_subquery()
     )
-    return (
-        _turns()
+    its_own = (SessionRow.tenant == tenant) & (SessionRow.family == family) & (SessionRow.phase != CLOSED)
+    standing = select(SessionRow.session).where(its_own, SessionRow.chain == longest).limit(limit).subquery()
+    itself = (TurnRow.tenant == tenant) & (TurnRow.session == standing.c.session)
+    both = (
+        _hits(True).join(standing, itself).where(TurnRow.chain == longest).limit(limit).subquery(),
+        _hits(False)
+        .join(SessionRow, _OF_THE_SAME)
         .where(in_family, TurnRow.chain == longest)
-        .order_by((SessionRow.chain == TurnRow.chain).desc(), SessionRow.updated_at.desc(), TurnRow.seq.desc())
-        .limit(1)
-    )
-
-
-def by_exchange_digest(tenant: str, family: str, link: str, limit: int) -> Select[str]:
-    """Sessions whose last turn ends with this exchange, the one that was appended to last first."""
-    return (
-        select(SessionRow.session)
-        .join(TurnRow, _OF_THE_SAME)
-        .where(TurnRow.tenant == tenant, TurnRow.family == family, TurnRow.link == link)
-        .where(SessionRow.phase != CLOSED, SessionRow.chain == TurnRow.chain)
-        .group_by(SessionRow.session, SessionRow.updated_at)
-        .order_by(SessionRow.updated_at.desc())
         .limit(limit)
+        .subquery(),
     )
+    return union_all(*(select(one) for one in both))
+
+
+def by_ending(tenant: str, family: str, endings: Sequence[str], limit: int) -> Select[str]:
+    """Sessions whose last answer has one of these digests, of which there are few."""
+    its_own = (SessionRow.tenant == tenant) & (SessionRow.family == family) & (SessionRow.phase != CLOSED)
+    return select(SessionRow.session).where(its_own, SessionRow.ending.in_(endings)).limit(limit)
 
 
 def by_response(tenant: str, response: str) -> Turn:
@@ -69,6 +84,11 @@ def by_response(tenant: str, response: str) -> Turn:
 
 def _turns() -> Turn:
     return select(TurnRow.session, TurnRow.seq, TurnRow.number).join(SessionRow, _OF_THE_SAME)
+
+
+def _hits(stands: bool) -> Hit:
+    there = literal(stands).label("stands")
+    return select(TurnRow.session, TurnRow.seq, TurnRow.number, TurnRow.chain, there)
 
 
 def _numbered(dialect: str, values: Sequence[str]) -> TableValuedAlias:

@@ -36,8 +36,15 @@ def fold(session: Session, event: Event, gate: Gate) -> Session:
     return moved if apply is None else apply(moved, event, gate)
 
 
-def branch_event(parent: Session, turns: Sequence[Turn], at: float) -> Event:
-    """The first event of a session that begins with some turns of another."""
+MOST_TIPS = 8
+"""Other answers beside the last turn's that are kept in a session, the latest ones."""
+MOST_ASIDES = 32
+"""Queries aside that are remembered, the latest ones."""
+
+
+def branch_event(parent: Session, turns: Sequence[Turn], at: float, cause: str = "", why: str = "") -> Event:
+    """The first event of a session that begins with some turns of another; `cause` is one of few words, `why` a
+    sentence without conversation text."""
     events = [turn_event(turn, turn.number - 1, at) for turn in turns]
     data = {
         "of": parent.key.session,
@@ -47,6 +54,8 @@ def branch_event(parent: Session, turns: Sequence[Turn], at: float) -> Event:
         "cool_downs": parent.cool_downs,
         "learned": min(parent.learned, len(turns)),
         "turns": [event.data for event in events],
+        "cause": cause,
+        "why": why,
     }
     texts = [event.text for event in events]
     return Event(EventKind.BRANCHED, at, data, None if None in texts else {"turns": texts})
@@ -71,9 +80,60 @@ def inheritance(parent: Session, turns: Sequence[Turn], at: float) -> Event | No
 
 def _turn(session: Session, event: Event, gate: Gate) -> Session:
     builds_on = event.data["builds_on"]
-    kept = session.turns[:builds_on]
+    turn = turn_of(event.data, event.text)
+    kept, gone = _reworded(session.turns[:builds_on], event), session.turns[builds_on:]
+    last = kept[-1] if kept else None
+    beside = [tip for tip in session.tips if last is not None and tip.number == last.number]
+    asides = [tip.query for tip in beside if last is not None and tip.query != last.query]
+    asides += [other.query for other in gone[:1] if other.query != turn.query]
+    tips = [tip for tip in (*session.tips, *gone) if tip.number <= turn.number and tip.chain != turn.chain]
     return replace(
-        session, turns=(*kept, turn_of(event.data, event.text)), warm_from=min(session.warm_from, builds_on)
+        session,
+        turns=(*kept, turn),
+        tips=tuple(tips[-MOST_TIPS:]),
+        asides=_latest((*session.asides, *asides)),
+        warm_from=min(session.warm_from, builds_on),
+    )
+
+
+def _variant(session: Session, event: Event, gate: Gate) -> Session:
+    turn = turn_of(event.data, event.text)
+    if turn.number not in (len(session.turns), len(session.turns) + 1):
+        return session
+    others = [tip for tip in session.tips if tip.chain != turn.chain]
+    return replace(session, tips=(*others, turn)[-MOST_TIPS:])
+
+
+def _resumed(session: Session, event: Event, gate: Gate) -> Session:
+    (tip,) = [tip for tip in session.tips if tip.chain == event.data["chain"]][:1] or (None,)
+    if tip is None:
+        return session
+    kept, gone = session.turns[: tip.number - 1], session.turns[tip.number - 1 :]
+    asides = [other.query for other in gone if other.query != tip.query]
+    return replace(
+        session,
+        turns=(*kept, tip),
+        tips=tuple(other for other in (*session.tips, *gone) if other.chain != tip.chain)[-MOST_TIPS:],
+        asides=_latest(query for query in (*session.asides, *asides) if query != tip.query),
+        warm_from=min(session.warm_from, len(kept)),
+    )
+
+
+def _latest(queries: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(query for query in queries if query))[-MOST_ASIDES:]
+
+
+def _reworded(turns: tuple[Turn, ...], event: Event) -> tuple[Turn, ...]:
+    """Earlier turns as a later request's history has them."""
+    new: Mapping[str, Mapping[str, str]] = event.data.get("reworded") or {}
+    if not new:
+        return turns
+    said = (event.text or {}).get("reworded") or {}
+    return tuple(
+        turn
+        if (found := new.get(str(turn.number))) is None
+        else turn.reworded(found["chain"], found["link"], said.get(str(turn.number)))
+        for turn in turns
     )
 
 
@@ -82,7 +142,7 @@ def _branched(session: Session, event: Event, gate: Gate) -> Session:
     texts = (event.text or {}).get("turns") or [None] * len(data["turns"])
     turns = tuple(turn_of(turn, text) for turn, text in zip(data["turns"], texts, strict=True))
     inherited = {name: data.get(name, 0) for name in ("rollbacks", "refusals", "cool_downs", "learned")}
-    return replace(session, family=data["family"], turns=turns, **inherited)
+    return replace(session, family=data["family"], turns=turns, why=data.get("why", ""), **inherited)
 
 
 def _inherited(session: Session, event: Event, gate: Gate) -> Session:
@@ -161,6 +221,8 @@ def _unserved(session: Session) -> Session:
 
 _APPLY: Mapping[str, Callable[[Session, Event, Gate], Session]] = {
     EventKind.TURN: _turn,
+    EventKind.VARIANT: _variant,
+    EventKind.RESUMED: _resumed,
     EventKind.ADAPTATION_STARTED: _adaptation_started,
     EventKind.TRAINING_SUBMITTED: _training_submitted,
     EventKind.SWITCHED: _switched,

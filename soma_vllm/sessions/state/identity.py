@@ -9,10 +9,11 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from soma_vllm.config.serving import Sessions
 from soma_vllm.errors import BadRequest
 
-HEADER = "x-session-id"
 MAX_ID_LENGTH = 256
+DEFAULTS = Sessions()
 
 
 def tenant_of(authorization: str | None) -> str:
@@ -29,16 +30,17 @@ def bearer(authorization: str | None) -> str | None:
     return token.strip() or None if scheme.lower() == "bearer" else None
 
 
-def explicit_id(headers: Mapping[str, str], body: Mapping[str, Any]) -> str | None:
-    """The id a client gave: header `X-Session-ID`, else `metadata.session_id`, else None.
+def explicit_id(headers: Mapping[str, str], body: Mapping[str, Any], names: Sessions = DEFAULTS) -> str | None:
+    """The id that a client gave in one of the configured headers, else in one of the body's fields, else None.
 
     Raises:
         BadRequest: the id is empty, too long, or holds control characters.
     """
-    metadata = body.get("metadata")
-    found = _as_utf8(headers.get(HEADER)) or (
-        metadata.get("session_id") if isinstance(metadata, dict) else None
-    )
+    sent = (_as_utf8(headers.get(name.lower())) for name in names.headers)
+    found: Any = next(filter(None, sent), None)
+    if found is None:
+        fields = (_field(body, name) for name in names.body_fields)
+        found = next((value for value in fields if value is not None), None)
     if found is None:
         return None
     if not isinstance(found, str) or not found.strip():
@@ -49,6 +51,14 @@ def explicit_id(headers: Mapping[str, str], body: Mapping[str, Any]) -> str | No
         )
     if not found.isprintable():
         raise BadRequest("session id: found control characters; expected printable text", "session_id")
+    return found
+
+
+def _field(body: Mapping[str, Any], name: str) -> Any:
+    """A field of the body; None without it."""
+    found: Any = body
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
     return found
 
 

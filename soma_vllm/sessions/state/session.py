@@ -7,30 +7,27 @@ text was erased is recognised, served and rolled back as before.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import re
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from soma_vllm.config import Config
 from soma_vllm.sessions.state.adaptation_rules import AdaptationRules
+from soma_vllm.sessions.state.dialogue import Dialogue
 from soma_vllm.sessions.state.gate import Drift, Vector
 from soma_vllm.sessions.state.phases import COOLING_DOWN, Phase
 from soma_vllm.sessions.state.prefix import compress
-from soma_vllm.sessions.state.transcript import TranscriptDigest, preamble, spoken
-from soma_vllm.sessions.state.truncated_history import Overlap, trimmed
 from soma_vllm.sessions.state.turn import Turn
-from soma_vllm.types import AdapterRef, Candidate, Example, Message, Role, SessionKey
+from soma_vllm.types import AdapterRef, Candidate, Example, Role, SessionKey
 
 
 @dataclass(frozen=True)
-class Session:
+class Session(Dialogue):
     """Everything the server knows of one dialogue."""
 
-    key: SessionKey
-    family: str = ""
-    """The id that a client gave, which all branches of its dialogue share; "" for one known by transcript."""
-    phase: Phase = Phase.WARM_START
-    turns: tuple[Turn, ...] = ()
+    why: str = ""
+    """Why it branched off another one; "" for one that did not."""
     serving: Candidate = Candidate.ORIGINAL
     """Who serves it in phase SWITCHED."""
     adapter: AdapterRef | None = None
@@ -39,8 +36,6 @@ class Session:
     drift: Drift = field(default_factory=Drift)
     warm_from: int = 0
     """Turns before the present warm start; 0 until the first rollback."""
-    learned: int = 0
-    """Turns, counted from the first, that the present adaptation rests on."""
     trainings: int = 0
     switches: int = 0
     rollbacks: int = 0
@@ -55,98 +50,15 @@ class Session:
     pinned: Role | None = None
     """The engine that an administrator bound it to."""
 
-    def transcript(self, turns: int | None = None) -> tuple[Message, ...]:
-        """All messages of the first `turns` turns, answers included."""
-        messages: list[Message] = []
-        for turn in self.turns[:turns]:
-            messages += [*turn.messages, spoken(turn.answer, turn.calls)]
-        return tuple(messages)
-
-    def prefix_digest(self) -> str:
-        """Digest of the transcript so far, "" before the first turn: by it the next request is recognised."""
-        return self.turns[-1].chain if self.turns else ""
-
     def is_served_by(self, adapter: str) -> bool:
         """Whether this adapter serves it."""
         return self.adapter is not None and self.adapter.name == adapter
 
-    def kept(self) -> bool:
-        """Whether the text of every turn is in memory."""
-        return all(turn.kept for turn in self.turns)
-
-    def seen_before(self, turn: Turn) -> tuple[Message, ...]:
-        """What of the transcript before a turn its client still had."""
-        transcript, numbers = self.transcript, turn.number - 1
-        if turn.left_out is None:
-            return transcript(numbers)
-        first, last = turn.left_out
-        dropped = len(transcript(last))
-        head = transcript(first) if first else tuple(preamble(self.turns[0].messages))
-        return (*head, *transcript(numbers)[dropped:])
-
-    def seen_last(self) -> tuple[Message, ...]:
-        """The transcript so far as its client still has it."""
-        if not self.turns:
-            return ()
-        last = self.turns[-1]
-        return (*self.seen_before(last), *last.messages, spoken(last.answer, last.calls))
-
-    def overlap(self, reading: TranscriptDigest) -> Overlap:
-        """Where a request's history agrees with the record: whole, or with turns left out."""
-        ends = {mark.chain: mark.end for mark in reading.marks}
-        whole = Overlap(0, 0)
-        for turn in reversed(self.turns):
-            if (end := ends.get(turn.chain)) is not None:
-                whole = Overlap(turn.number, end)
-                break
-        if not reading.marks or whole.turns == len(self.turns) or whole.end == reading.marks[-1].end:
-            return whole
-        partly = trimmed([turn.links for turn in self.turns], reading)
-        return whole if partly is None or partly.turns <= whole.turns else partly
-
-    def repeated(self, reading: TranscriptDigest) -> tuple[int, tuple[Message, ...]]:
-        """How many recorded turns a request's history goes on from, and the messages that follow them."""
-        overlap = self.overlap(reading)
-        return overlap.turns, reading.messages[overlap.end :]
-
-    def continued_by(self, reading: TranscriptDigest) -> bool:
-        """Whether a request is this session's next turn, or its last one asked again; one that was cut off may
-        be asked otherwise too, or gone on from with less of its answer than was recorded."""
-        count = self.overlap(reading).turns
-        cut_off = bool(self.turns) and not self.turns[-1].complete
-        return (
-            count == len(self.turns)
-            or self.asked_again_by(reading)
-            or (cut_off and count == len(self.turns) - 1)
-        )
-
-    def ended_by(self, reading: TranscriptDigest) -> bool:
-        """Whether a request's history ends where this session does."""
-        overlap = self.overlap(reading)
-        return overlap.turns == len(self.turns) > 0 and overlap.end == reading.marks[-1].end
-
-    def asked_again_by(self, reading: TranscriptDigest) -> bool:
-        """Whether a request is the one that the last turn answered."""
-        return bool(self.turns) and self.turns[-1].asked == reading.asked
-
-    def without_text(self) -> Session:
-        """The same session, silent."""
-        return replace(self, turns=tuple(turn.silent() if turn.kept else turn for turn in self.turns))
-
-    def with_text(self, reading: TranscriptDigest) -> Session:
-        """The same session, where a request's history says what its turns said."""
-        if self.kept():
-            return self
-        ends = {mark.chain: mark.end for mark in reading.marks}
-        turns, begin = list(self.turns), 0
-        for index, turn in enumerate(self.turns):
-            end = ends.get(turn.chain)
-            if end is None:
-                break
-            if not turn.kept:
-                turns[index] = turn.voiced(reading.messages[begin:end])
-            begin = end
-        return replace(self, turns=tuple(turns))
+    def learned_under_another(self, guard: str) -> bool:
+        """Whether all turns that were learned from stood under the same system messages, but for times and
+        numbers, and this request stands under others."""
+        under = {turn.guard for turn in self.turns[self.warm_from : self.learned]}
+        return len(under) == 1 and None not in under and guard not in under
 
     def warm_turns(self) -> tuple[Turn, ...]:
         """Turns of the present warm start that can be learned from."""
@@ -215,7 +127,9 @@ class Session:
 RECOGNISED = "auto-"
 """Beginning of the ids of sessions that are known by their transcript."""
 
+_RECOGNISED = re.compile(r"auto-[0-9a-f]{32}(~[0-9a-f]{12})?")
+
 
 def fresh(key: SessionKey) -> Session:
     """A session without turns."""
-    return Session(key, "" if key.session.startswith(RECOGNISED) else key.session)
+    return Session(key, "" if _RECOGNISED.fullmatch(key.session) else key.session)

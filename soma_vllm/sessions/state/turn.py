@@ -12,7 +12,7 @@ from typing import Any
 
 from soma_vllm.sessions.state.events import Audited, EventKind
 from soma_vllm.sessions.state.phases import Phase
-from soma_vllm.sessions.state.transcript import text_of
+from soma_vllm.sessions.state.transcript import query_of, text_of
 from soma_vllm.types import Event, Length, Message, Role, Usage
 
 
@@ -58,6 +58,18 @@ class Turn:
     """False where `messages`, `answer` and `calls` were erased, or never kept, and are empty."""
     skip: str | None = None
     """What `unteachable` said while the text was there; filled by the record."""
+    said: str = ""
+    """The answer's `AnswerPrint`, as text; "" in records of version 0.1."""
+    query: str = ""
+    """Digest of the query alone; "" in records of version 0.1."""
+    guard: str | None = None
+    """`TranscriptDigest.guard` of the request's system messages; None in records of version 0.1."""
+    begun: bool = False
+    """The client gave the beginning of the answer."""
+    head: tuple[Message, ...] | None = None
+    """The system messages that the request began with, where they were not those of the turn before."""
+    later: tuple[Message, ...] | None = None
+    """`messages` as the client sent them in later requests, where it has changed them since."""
 
     @property
     def length(self) -> Length:
@@ -72,12 +84,14 @@ class Turn:
         """Why this turn cannot be learned from or judged on; None where it can."""
         if not self.kept:
             return self.skip
-        if not self.messages or self.messages[-1].get("role") != "user":
+        if query_of(self.messages).get("role") != "user":
             return "it does not answer a query of the user's"
         if self.engine is not Role.ORIGINAL:
             return "the original did not answer it"
         if not self.complete:
             return "its answer was cut off"
+        if self.begun:
+            return "the client began its answer"
         if self.calls:
             return "its answer calls a tool"
         return None if self.answer.strip() else "its answer is empty"
@@ -88,13 +102,23 @@ class Turn:
 
     def silent(self) -> Turn:
         """The same turn without its text."""
-        return replace(self, messages=(), answer="", calls=(), kept=False, skip=self.unteachable())
+        return replace(self, **_SILENT, kept=False, skip=self.unteachable())
+
+    def reworded(self, chain: str, link: str, later: Sequence[Message] | None) -> Turn:
+        """The same turn, of which the client's history says something else now; None: the text was not kept."""
+        links = (*self.links[:-1], link)
+        return replace(self, chain=chain, links=links, later=None if later is None else tuple(later))
 
     def voiced(self, messages: Sequence[Message]) -> Turn:
         """The same turn with its text as a client sent it back: the messages that were new, then the answer."""
         *added, said = messages
         calls = tuple(said.get("tool_calls") or ())
-        return replace(self, messages=tuple(added), answer=text_of(said), calls=calls, kept=True)
+        return replace(self, messages=tuple(added), answer=text_of(said), calls=calls, kept=True, later=None)
+
+
+_ADDED: dict[str, Any] = {"said": "", "query": "", "guard": None, "begun": False}
+"""Fields that version 0.1 did not record, with what they are then."""
+_SILENT: dict[str, Any] = {"messages": (), "answer": "", "calls": (), "head": None, "later": None}
 
 
 def turn_event(turn: Turn, builds_on: int, at: float, kind: str = EventKind.TURN) -> Event:
@@ -103,17 +127,25 @@ def turn_event(turn: Turn, builds_on: int, at: float, kind: str = EventKind.TURN
     Kind "variant" records an answer that was given too, beside the one that counts (OpenAI's `n`).
     """
     data = asdict(turn) | {"builds_on": builds_on, "skip": turn.unteachable()}
-    text = {name: data.pop(name) for name in ("messages", "answer", "calls")}
-    for later in ("gap", "surprise", "kept"):
-        del data[later]
-    text["messages"] = [dict(message) for message in turn.messages]
-    text["calls"] = [dict(call) for call in turn.calls]
+    for apart in (*_SILENT, "gap", "surprise", "kept"):
+        del data[apart]
+    for name, default in _ADDED.items():
+        if data[name] == default:
+            del data[name]
+    text: dict[str, Any] = {
+        "messages": list(map(dict, turn.messages)),
+        "answer": turn.answer,
+        "calls": list(map(dict, turn.calls)),
+    }
+    for name, messages in (("head", turn.head), ("later", turn.later)):
+        if messages is not None:
+            text[name] = list(map(dict, messages))
     return Event(kind, at, data, text if turn.kept else None)
 
 
 def turn_of(data: Mapping[str, Any], text: Mapping[str, Any] | None) -> Turn:
     """The turn that an event records, from the event's data and text."""
-    said = text or {"messages": (), "answer": "", "calls": ()}
+    said = text or _SILENT
     return Turn(
         number=data["number"],
         messages=tuple(said["messages"]),
@@ -135,4 +167,11 @@ def turn_of(data: Mapping[str, Any], text: Mapping[str, Any] | None) -> Turn:
         response=data["response"],
         kept=text is not None,
         skip=data["skip"],
+        **{name: data.get(name, default) for name, default in _ADDED.items()},
+        head=_messages(said.get("head")),
+        later=_messages(said.get("later")),
     )
+
+
+def _messages(found: Sequence[Message] | None) -> tuple[Message, ...] | None:
+    return None if found is None else tuple(found)

@@ -18,16 +18,16 @@ from soma_vllm.sessions.state.phases import Phase
 History = list[dict[str, Any]]
 
 
-async def adapted(services: Services) -> History:
+async def adapted(services: Services, session: str | None = "s") -> History:
     """Three turns; what was learned rests on the first two."""
     services.original.answers = ["answer 1", "same"]
     services.surrogate.answers = ["different", "same"]
     history: History = []
     for number in (1, 2):
-        await services.say(history, f"question {number}")
+        await services.say(history, f"question {number}", session)
     await services.settled()
-    await services.say(history, "question 3")
-    assert services.session().adapter is not None
+    answer = await services.say(history, "question 3", session)
+    assert answer.headers["X-SOMA-Adapter"]
     return history
 
 
@@ -60,18 +60,14 @@ def all_forged(history: History) -> History:
     return [{**message, "content": f"forged {n}"} for n, message in enumerate(history)]
 
 
-WAYS = [
-    edited_answer,
-    edited_query,
-    swapped,
-    forged_beginning,
-    forged_middle,
-    another_system_message,
-    all_forged,
-]
+CONTRADICTIONS = [edited_answer, swapped, all_forged]
+"""Answers that are not those on record, or not in their order."""
+
+WRAPPINGS = [edited_query, forged_beginning, forged_middle]
+"""The recorded answers in their order, with something else around them."""
 
 
-@pytest.mark.parametrize("change", WAYS)
+@pytest.mark.parametrize("change", CONTRADICTIONS)
 async def test_a_history_that_contradicts_the_record_is_answered_by_the_original_and_changes_nothing(
     services: Services, change: Callable[[History], History]
 ) -> None:
@@ -86,7 +82,38 @@ async def test_a_history_that_contradicts_the_record_is_answered_by_the_original
     assert (answer.headers["X-SOMA-Session"], answer.headers["X-SOMA-Adapter"]) == ("s", "adapter-s-1")
 
 
-@pytest.mark.parametrize("change", WAYS)
+@pytest.mark.parametrize("change", [*WRAPPINGS, another_system_message])
+async def test_whatever_stands_around_the_answers_of_a_session_that_is_named_goes_on_in_it(
+    services: Services, change: Callable[[History], History]
+) -> None:
+    history = change(await adapted(services))
+    sessions = [(await services.say(history, f"question {n}")).headers["X-SOMA-Session"] for n in (4, 5)]
+    assert sessions == ["s", "s"]
+    assert [turn.number for turn in services.session().turns] == [1, 2, 3, 4, 5]
+
+
+async def test_under_other_system_messages_than_it_was_adapted_under_the_original_answers(
+    services: Services,
+) -> None:
+    answer = await services.say(another_system_message(await adapted(services)), "question 4")
+    assert (answer.headers["X-SOMA-Session"], answer.headers["X-SOMA-Engine"]) == ("s", "original")
+    assert answer.headers["X-SOMA-Reason"] == "other system messages than it was adapted under"
+
+
+@pytest.mark.parametrize("change", [*WRAPPINGS, *CONTRADICTIONS])
+async def test_without_an_id_another_history_is_answered_by_the_original_in_another_session(
+    services: Services, change: Callable[[History], History]
+) -> None:
+    history = await adapted(services, None)
+    first = (await services.say(history, "question 4", None)).headers["X-SOMA-Session"]
+    before = services.session(first)
+    answer = await services.say(change(history), "question 5", None)
+    assert answer.headers["X-SOMA-Session"] != first
+    assert (answer.headers["X-SOMA-Engine"], answer.headers["X-SOMA-Adapter"]) == ("original", "")
+    assert services.session(first) == before
+
+
+@pytest.mark.parametrize("change", CONTRADICTIONS)
 async def test_a_contradicting_client_goes_on_in_its_own_branch(
     services: Services, change: Callable[[History], History]
 ) -> None:
@@ -119,7 +146,7 @@ async def test_an_answer_that_was_cut_off_may_be_gone_on_from_with_less_of_it(se
     history.append({"role": "assistant", "content": "one"})
     answer = await services.say(history, "question 5")
     assert (answer.headers["X-SOMA-Session"], answer.headers["X-SOMA-Adapter"]) == ("s", "adapter-s-1")
-    assert [turn.complete for turn in services.session().turns] == [True] * 4
+    assert [turn.complete for turn in services.session().turns] == [True, True, True, False, True]
 
 
 @pytest.mark.parametrize("query", ["question 4", "question 4, said otherwise"])
@@ -138,7 +165,9 @@ async def test_a_question_whose_answer_was_cut_off_may_be_asked_again_or_otherwi
     assert [turn.complete for turn in services.session().turns] == [True] * 4
 
 
-async def test_of_many_requests_at_once_equal_ones_are_one_turn_and_others_branch(services: Services) -> None:
+async def test_of_many_requests_at_once_equal_ones_are_one_turn_and_others_stand_beside_it(
+    services: Services,
+) -> None:
     history: History = []
     await services.say(history, "question 1")
     services.original.go.clear()
@@ -146,12 +175,13 @@ async def test_of_many_requests_at_once_equal_ones_are_one_turn_and_others_branc
     asked = [asyncio.create_task(services.say(history[:], query)) for query in queries]
     await asyncio.sleep(0.01)
     services.original.go.set()
-    await asyncio.gather(*asked)
+    answers = await asyncio.gather(*asked)
     await services.settled()
-    sessions = {key for key, event in services.events if event.kind == "turn"}
-    assert len(sessions) == 3
-    assert sorted(len(services.registry.session(key).turns) for key in sessions) == [2, 2, 2]
-    assert [entry.holds for entry in services.registry._entries.values()] == [0, 0, 0]
+    assert {answer.headers["X-SOMA-Session"] for answer in answers} == {"s"}
+    assert {key.session for key, _ in services.events} == {"s"}
+    assert len(services.session().turns) == 2
+    assert sorted(tip.messages[-1]["content"] for tip in services.session().tips) == ["left", "right"]
+    assert [entry.holds for entry in services.registry._entries.values()] == [0]
 
 
 async def test_a_disk_that_is_full_when_an_adapter_is_published_costs_the_session_its_adapter_alone(

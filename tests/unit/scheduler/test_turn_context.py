@@ -80,17 +80,17 @@ async def test_the_history_is_compared_again_only_where_the_session_has_changed(
     assert turn.overlap is not first
 
 
-async def test_a_turn_moves_to_a_branch_where_its_session_has_gone_on(services: Services) -> None:
+async def test_a_turn_does_not_take_the_line_where_its_session_has_gone_on(services: Services) -> None:
     turn = await begun(services)
+    assert turn.takes_the_line
     request = ChatRequest(
         {"model": "soma", "messages": [{"role": "user", "content": "sooner"}]}, {"x-session-id": "s"}
     )
     await services.dispatcher.chat(request)
     async with turn.released():
-        turn.settle()
-        assert turn.key.session.startswith("s~")
-        assert turn.overlap.turns == 0
-    assert sorted(holds(services)) == [0]
+        assert not turn.takes_the_line
+        assert (turn.key.session, turn.overlap.turns) == ("s", 0)
+    assert holds(services) == [0]
 
 
 async def test_log_lines_within_a_turn_name_its_session(

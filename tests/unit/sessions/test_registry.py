@@ -41,8 +41,11 @@ class FailingStore:
             raise StoreUnavailable("the session store did not answer")
         return []
 
-    async def find(self, tenant: str, family: str, chains: Any) -> None:
-        return None
+    async def find(self, tenant: str, family: str, chains: Any, limit: int) -> list[Any]:
+        return []
+
+    async def ending(self, tenant: str, family: str, endings: Any, limit: int) -> list[str]:
+        return []
 
 
 def book_on(store: FailingStore, live_sessions: int = 10) -> SessionRegistry:

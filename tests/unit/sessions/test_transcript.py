@@ -38,7 +38,8 @@ def recorded(*pairs: tuple[Messages, str]) -> Session:
         turn = Turn(
             number, tuple(messages), answer, Role.ORIGINAL, None, Phase.WARM_START, "", Usage(), None, 0.0
         )
-        turn = replace(turn, chain=read("t", history).asked, asked=asked)
+        answered = read("t", history)
+        turn = replace(turn, chain=answered.asked, asked=asked, links=(answered.marks[-1].link,))
         session = replace(session, turns=(*session.turns, turn))
     return session
 
@@ -48,7 +49,8 @@ RECORD = recorded((dialogue(0), "a1"), ([{"role": "user", "content": "q2"}], "a2
 
 
 def repeated(messages: Messages) -> tuple[int, Any]:
-    return RECORD.repeated(read("t", messages))
+    overlap = RECORD.overlap(read("t", messages))
+    return overlap.turns, tuple(messages[overlap.end :])
 
 
 def test_a_history_that_repeats_the_record_leaves_only_the_new_query() -> None:
@@ -73,8 +75,8 @@ def test_an_edited_answer_ends_the_common_part() -> None:
 def test_a_retry_is_told_from_another_query() -> None:
     retry, other = dialogue(1), [*dialogue(1)[:-1], {"role": "user", "content": "something else"}]
     assert repeated(retry) == (1, ({"role": "user", "content": "q2"},))
-    assert RECORD.continued_by(read("t", retry))
-    assert not RECORD.continued_by(read("t", other))
+    assert RECORD.asked_again_by(read("t", retry))
+    assert not RECORD.asked_again_by(read("t", other))
 
 
 def test_the_same_words_of_two_tenants_have_two_digests() -> None:

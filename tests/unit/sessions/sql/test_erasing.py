@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from support.lookups import found
 
 from soma_vllm.sessions.sql.records import SessionSnapshot, TurnLocation, TurnMark
 from soma_vllm.sessions.sql.store import ERASED_AT_ONCE, SessionStore
@@ -30,7 +31,7 @@ async def test_an_erased_session_keeps_its_events_and_is_still_found(store: Sess
     assert await store.erase_text(key) == 2
     assert await store.erase_text(key) == 0
     assert await store.events(key) == [Event(event.kind, event.at, event.data) for event in events]
-    assert await store.find("t", "", ["c2", "c1"]) == TurnLocation("s", 2, 2)
+    assert await found(store, "t", "", ["c2", "c1"]) == TurnLocation("s", 2, 2)
     assert await store.of_response("t", "r1") == TurnLocation("s", 0, 1)
     assert await store.events(other) == events[:1]
 

@@ -14,6 +14,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import Pool
+from support.lookups import found
 from support.postgres import Postgres
 
 from soma_vllm.config import Limits
@@ -36,8 +37,8 @@ VERBS: dict[str, tuple[Any, ...]] = {
     "erase_texts_before": (1.0,),
     "delete": (KEY,),
     "events": (KEY,),
-    "find": ("t", "", ["c"]),
-    "standing": ("t", "", "l", 5),
+    "find": ("t", "", ["c"], 5),
+    "ending": ("t", "", ["e"], 5),
     "of_response": ("t", "r"),
     "users_of": ("a",),
     "served": (),
@@ -116,7 +117,7 @@ async def test_a_server_that_went_away_and_came_back_is_used_again(
         with pytest.raises(StoreUnavailable):
             await remote.append(KEY, 0, [TURN], STANDING)
         with pytest.raises(StoreUnavailable):
-            await remote.find("t", "", ["c"])
+            await remote.find("t", "", ["c"], 5)
     postgres.start()
     await remote.append(KEY, 0, [TURN], STANDING)
     assert await remote.events(KEY) == [TURN]
@@ -152,7 +153,7 @@ async def test_a_server_that_goes_away_during_an_append_leaves_nothing_half_done
     postgres.start()
     assert await remote.events(KEY) == []
     await remote.append(KEY, 0, [TURN], STANDING, [mark])
-    assert await remote.find("t", "", ["c"]) == TurnLocation("s", 0, 1)
+    assert await found(remote, "t", "", ["c"]) == TurnLocation("s", 0, 1)
 
 
 async def test_a_server_that_does_not_answer_is_an_outage_too(
@@ -245,7 +246,7 @@ async def test_a_full_disk_loses_nothing_and_is_written_to_when_there_is_room(
         assert "full" in str(caught.value.__cause__)
         assert "xxx" not in str(caught.value.__cause__)
     assert await store.events(KEY) == [TURN]
-    assert await store.find("t", "", ["c2", "c"]) == TurnLocation("s", 0, 1)
+    assert await found(store, "t", "", ["c2", "c"]) == TurnLocation("s", 0, 1)
     disk.pages = 2**30
     await store.append(KEY, 1, [long], STANDING, [TurnMark(1, 2, "c2", None)])
     assert await store.events(KEY) == [TURN, long]

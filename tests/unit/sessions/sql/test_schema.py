@@ -14,6 +14,7 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from support.guard import GUARD_S
+from support.lookups import found
 
 import soma_vllm
 from soma_vllm.errors import ConfigError
@@ -108,8 +109,8 @@ async def test_a_database_of_the_first_version_is_brought_up_to_date_with_all_it
     )
     await opened(url)
     async with reading(url) as store:
-        assert await store.find("t", "", ["c"]) == TurnLocation("s", 0, 1)
-        assert await store.standing("t", "", "link", 5) == []
+        assert await found(store, "t", "", ["c"]) == TurnLocation("s", 0, 1)
+        assert await store.ending("t", "", ["x"], 5) == []
 
 
 async def test_tables_of_others_may_be_beside_ours(url: str) -> None:
@@ -134,10 +135,10 @@ async def test_a_newer_database_is_refused(url: str) -> None:
     await opened(url)
     await run(url, "UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(
-        ConfigError, match="found revision 9999; expected 0002 or older: it was made by a newer"
+        ConfigError, match="found revision 9999; expected 0003b or older: it was made by a newer"
     ):
         await opened(url)
-    with pytest.raises(ConfigError, match="found revision 9999; expected 0002"):
+    with pytest.raises(ConfigError, match="found revision 9999; expected 0003b"):
         async with reading(url):
             pass
 

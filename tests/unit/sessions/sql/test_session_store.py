@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.lookups import found
 
 from soma_vllm.errors import ConfigError, StoreRefused
 from soma_vllm.sessions.sql.records import AdapterRecord, LengthCount, SessionSnapshot, TurnLocation, TurnMark
@@ -52,7 +53,7 @@ async def test_whatever_a_client_types_comes_back_exactly(store: SessionStore, o
     await store.append(key, 0, [event], standing, [TurnMark(0, 1, "c", odd)], [adapter])
     assert await store.events(key) == [event]
     assert await store.keys() == [key]
-    assert await store.find("t", odd, ["c"]) == TurnLocation(odd, 0, 1)
+    assert await found(store, "t", odd, ["c"]) == TurnLocation(odd, 0, 1)
     assert await store.of_response("t", odd) == TurnLocation(odd, 0, 1)
     assert await store.users_of(odd) == [key]
     assert await store.adapters("t") == [adapter]
@@ -109,7 +110,7 @@ async def test_numbers_that_json_has_no_word_for_come_back(store: SessionStore) 
 async def test_a_long_id_is_found_again(store: SessionStore) -> None:
     key = SessionKey("t", "\U0001f600" * 128 + "\x00" * 128)
     await store.append(key, 0, [turn()], replace(STANDING, family=key.session), [TurnMark(0, 1, "c", None)])
-    assert await store.find("t", key.session, ["c"]) == TurnLocation(key.session, 0, 1)
+    assert await found(store, "t", key.session, ["c"]) == TurnLocation(key.session, 0, 1)
 
 
 async def test_two_writers_cannot_append_the_same_event(store: SessionStore) -> None:
@@ -123,7 +124,7 @@ async def test_two_writers_cannot_append_the_same_event(store: SessionStore) -> 
     assert "hush" not in f"{caught.value} {caught.value.__cause__}"
     assert await store.events(KEY) == [turn()]
     assert (await store.summaries("t", 9))[0].phase == "WARM_START"
-    assert await store.find("t", "", ["d"]) is None
+    assert await found(store, "t", "", ["d"]) is None
     assert await store.adapters() == []
 
 
@@ -152,50 +153,101 @@ async def test_where_a_session_stands_can_change_without_an_event(store: Session
 
 async def test_a_turn_is_found_inside_its_tenant_and_family_only(store: SessionStore) -> None:
     await put(store, "s", ["c1"], family="f")
-    assert await store.find("t", "f", ["c1"]) == TurnLocation("s", 0, 1)
-    assert await store.find("u", "f", ["c1"]) is None
-    assert await store.find("t", "", ["c1"]) is None
-    assert await store.find("t", "f", []) is None
+    assert await found(store, "t", "f", ["c1"]) == TurnLocation("s", 0, 1)
+    assert await found(store, "u", "f", ["c1"]) is None
+    assert await found(store, "t", "", ["c1"]) is None
+    assert await found(store, "t", "f", []) is None
 
 
 async def test_the_longest_matching_transcript_wins(store: SessionStore) -> None:
     await put(store, "long", ["c1", "c2", "c3"])
     await put(store, "short", ["c1", "c2"])
     await put(store, "other", ["c1"])
-    assert await store.find("t", "", ["c4", "c3", "c2", "c1"]) == TurnLocation("long", 2, 3)
-    assert await store.find("t", "", ["x4", "x3", "x2", "c1"]) == TurnLocation("other", 0, 1)
+    assert await found(store, "t", "", ["c4", "c3", "c2", "c1"]) == TurnLocation("long", 2, 3)
+    assert await found(store, "t", "", ["x4", "x3", "x2", "c1"]) == TurnLocation("other", 0, 1)
 
 
-async def test_of_equal_transcripts_the_session_that_stands_there_wins_then_the_latest(
+async def test_of_equal_transcripts_those_that_stand_there_are_told_and_some_of_the_others(
     store: SessionStore,
 ) -> None:
-    await put(store, "stands", ["c1", "c2"])
     await put(store, "went on", ["c1", "c2", "c3"])
     await put(store, "went on later", ["c1", "c2", "d3"])
-    assert await store.find("t", "", ["c2", "c1"]) == TurnLocation("stands", 1, 2)
-    await put(store, "stands too", ["c1", "c2"])
-    assert await store.find("t", "", ["c2", "c1"]) == TurnLocation("stands too", 1, 2)
-    assert await store.find("t", "", ["c1"]) == TurnLocation("stands too", 0, 1)
-    await store.append(SessionKey("t", "went on"), 3, [], replace(STANDING, chain="c3"))
-    assert await store.find("t", "", ["c1"]) == TurnLocation("went on", 0, 1)
+    await put(store, "stands", ["c1", "c2"])
+    hits = await store.find("t", "", ["c2", "c1"], 2)
+    assert [hit.found for hit in hits if hit.stands] == [TurnLocation("stands", 1, 2)]
+    assert sum(not hit.stands for hit in hits) == 2
+    assert {hit.chain for hit in hits} == {"c2"}
+
+
+async def test_sessions_are_found_by_their_last_answer_inside_their_tenant_and_family(
+    store: SessionStore,
+) -> None:
+    await put(store, "a", ["c1"], ending="x")
+    await put(store, "b", ["c2"], ending="y")
+    await put(store, "c", ["c3"], ending="y", family="f")
+    await put(store, "d", ["c4"], ending="y", phase="CLOSED")
+    assert sorted(await store.ending("t", "", ["x", "y", "z"], 9)) == ["a", "b"]
+    assert len(await store.ending("t", "", ["x", "y"], 1)) == 1
+    assert await store.ending("t", "f", ["y"], 9) == ["c"]
+    assert await store.ending("u", "", ["y"], 9) == []
+
+
+async def test_the_branches_of_a_dialogue_are_listed_with_it_and_not_counted(store: SessionStore) -> None:
+    for name, family in (
+        ("root", "root"),
+        ("root~1", "root"),
+        ("auto-1", ""),
+        ("auto-1~1", ""),
+        ("auto-2", ""),
+    ):
+        await put(store, name, [name], family=family)
+    assert {key.session for key in await store.family("t", "root")} == {"root", "root~1"}
+    assert {key.session for key in await store.family("t", "auto-1")} == {"auto-1~1"}
+    assert await store.live("t") == 3
+
+
+@pytest.mark.parametrize("what", ["find", "ending"])
+async def test_no_lookup_reads_more_where_many_dialogues_are_alike(tmp_path: Path, what: str) -> None:
+    async def steps(name: str, dialogues: int) -> int:
+        store = SessionStore(f"sqlite+aiosqlite:///{tmp_path}/{name}.db")
+        await store.open()
+        for number in range(dialogues):
+            await put(store, f"{number}", ["same", f"c{number}"], ending="same")
+        counted = 0
+
+        def count() -> int:
+            nonlocal counted
+            counted += 1
+            return 0
+
+        async with store._connection() as connection:
+            raw = await connection.get_raw_connection()
+            await raw.driver_connection.set_progress_handler(count, 1)
+        await (
+            store.find("t", "", ["none", "same"], 5) if what == "find" else store.ending("t", "", ["same"], 5)
+        )
+        await store.close()
+        return counted
+
+    assert await steps("many", 400) <= await steps("few", 20) + 20
 
 
 async def test_a_transcript_given_twice_in_one_session_is_found_at_its_latest_turn(store: SessionStore) -> None:
     await put(store, "s", ["c1", "c2", "c1"])
-    assert await store.find("t", "", ["c1"]) == TurnLocation("s", 2, 3)
+    assert await found(store, "t", "", ["c1"]) == TurnLocation("s", 2, 3)
 
 
 async def test_one_event_may_bring_several_turns(store: SessionStore) -> None:
     branched = Event("branched", 0.0, {"of": "s"})
     marks = [TurnMark(0, 1, "c1", "r1"), TurnMark(0, 2, "c2", "r2")]
     await store.append(SessionKey("t", "b"), 0, [branched], replace(STANDING, chain="c2"), marks)
-    assert await store.find("t", "", ["c2", "c1"]) == TurnLocation("b", 0, 2)
+    assert await found(store, "t", "", ["c2", "c1"]) == TurnLocation("b", 0, 2)
     assert await store.of_response("t", "r1") == TurnLocation("b", 0, 1)
 
 
 async def test_a_transcript_of_a_thousand_turns_is_looked_up(store: SessionStore) -> None:
     await put(store, "s", ["c0"])
-    assert await store.find("t", "", [f"c{n}" for n in reversed(range(1000))]) == TurnLocation("s", 0, 1)
+    assert await found(store, "t", "", [f"c{n}" for n in reversed(range(1000))]) == TurnLocation("s", 0, 1)
 
 
 async def test_a_response_is_found_inside_its_tenant_the_latest_of_its_name(store: SessionStore) -> None:
@@ -211,7 +263,7 @@ async def test_a_closed_session_is_not_found_and_uses_nothing(store: SessionStor
     key = await put(store, "s", ["c1"], adapter="a")
     assert (await store.live("t"), await store.users_of("a")) == (1, [key])
     await store.append(key, 1, [Event("closed", 1.0)], replace(STANDING, phase="CLOSED", adapter="a"))
-    assert await store.find("t", "", ["c1"]) is None
+    assert await found(store, "t", "", ["c1"]) is None
     assert await store.of_response("t", "s-0") is None
     assert await store.users_of("a") == []
     assert await store.live("t") == 0
@@ -224,7 +276,7 @@ async def test_a_transcript_that_only_a_closed_session_has_does_not_hide_a_short
 ) -> None:
     await put(store, "closed", ["c1", "c2"], phase="CLOSED")
     await put(store, "open", ["c1"])
-    assert await store.find("t", "", ["c2", "c1"]) == TurnLocation("open", 0, 1)
+    assert await found(store, "t", "", ["c2", "c1"]) == TurnLocation("open", 0, 1)
 
 
 def adapter(number: int, state: str = "live") -> AdapterRecord:
@@ -282,7 +334,7 @@ async def test_everything_of_a_deleted_session_is_gone_and_nothing_of_others(sto
     await store.delete(gone)
     await store.delete(SessionKey("t", "never was"))
     assert await store.events(gone) == []
-    assert await store.find("t", "", ["c1"]) is None
+    assert await found(store, "t", "", ["c1"]) is None
     assert await store.keys() == [stays, same_name]
     assert await store.events(same_name) == [turn()]
     await put(store, "gone", ["c3"])
@@ -368,24 +420,6 @@ async def test_a_store_in_use_can_be_read(store: SessionStore, url: str) -> None
     async with reading(url) as other:
         assert await other.events(KEY) == [turn()]
     await store.append(KEY, 1, [turn(2)], STANDING)
-
-
-async def test_sessions_are_found_by_the_exchange_that_they_end_with(store: SessionStore) -> None:
-    def mark(number: int, link: str | None) -> TurnMark:
-        return TurnMark(number - 1, number, f"c{number}", None, link)
-
-    for name, links in {"a": ["x", "y"], "b": ["z", "y"], "went on": ["y", "z"], "older": [None, None]}.items():
-        standing = replace(STANDING, chain="c2", turns=2)
-        marks = [mark(number, link) for number, link in enumerate(links, 1)]
-        await store.append(SessionKey("t", name), 0, [turn(1), turn(2)], standing, marks)
-    assert await store.standing("t", "", "y", 5) == ["b", "a"]
-    assert await store.standing("t", "", "y", 1) == ["b"]
-    assert await store.standing("t", "", "x", 5) == []
-    assert await store.standing("u", "", "y", 5) == []
-    assert await store.standing("t", "f", "y", 5) == []
-    closed = replace(STANDING, chain="c2", turns=2, phase="CLOSED")
-    await store.append(SessionKey("t", "b"), 2, [Event("closed", 3.0)], closed)
-    assert await store.standing("t", "", "y", 5) == ["a"]
 
 
 async def test_what_adapters_serve_is_listed_without_what_is_being_removed(store: SessionStore) -> None:
