@@ -92,4 +92,8 @@ class OriginalProcess:
                 log,
             )
         elif state is State.FAILED:
-            logger.error("the original is given up until this server is restarted; its log is %s", log)
+            logger.error(
+                "the original ended too often; it is started again every few minutes, and until it is ready "
+                "original.when_down says who answers; its log is %s",
+                log,
+            )

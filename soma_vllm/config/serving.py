@@ -143,6 +143,9 @@ class Storage(Section):
 
     url: str = "sqlite+aiosqlite:///{soma_home}/sessions.db"
     """SQLAlchemy URL; {soma_home} and {run_dir} are filled in."""
+    queue_mib: Positive = 256
+    """Conversation text, MiB, that may wait in memory for a database that is away or slow; beyond it the
+    original answers, and turns are not recorded."""
 
 
 class Retention(Section):
