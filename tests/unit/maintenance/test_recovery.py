@@ -201,7 +201,7 @@ async def test_an_adaptation_that_ends_its_server_again_and_again_is_given_up(bu
         lives.append(life)
     begun = sum(life.kinds().count("adaptation_started") for life in lives)
     assert begun == first.config.adaptation.max_attempts
-    session = lives[-1].registry.session(first.session().key)
+    session = await lives[-1].registry.open(first.session().key)
     assert (session.phase, session.attempts) == (Phase.ORIGINAL_ONLY, 0)
     for life in lives:
         life.trainer.go.set()
