@@ -161,6 +161,11 @@ class SessionRegistry:
         """A live session as it was after one of its events."""
         return restore(key, self._entries[key].events[: seq + 1], self._config.gate)
 
+    @property
+    def size(self) -> int:
+        """Sessions in memory."""
+        return len(self._entries)
+
     def is_live(self, key: SessionKey) -> bool:
         """Whether a session is in memory."""
         return key in self._entries

@@ -146,18 +146,26 @@ class WriteBehindQueue:
                 self._more.clear()
                 await self._more.wait()
             self._taken, item = self._queue.popleft()
-            batch = self._batch(item) if isinstance(item, Append) else []
+            if isinstance(item, asyncio.Future):
+                self._taken = None
+                if not item.done():
+                    item.set_result(None)
+                continue
+            taken: Sequence[Write | Append] = [item]
             try:
                 if isinstance(item, Append):
+                    taken = batch = self._batch(item)
                     await self._write_batch(batch)
-                elif isinstance(item, Write):
+                else:
                     await self._write(item)
-                elif not item.done():
-                    item.set_result(None)
+            except Exception:
+                # A later write would leave a gap in the record.
+                self._given_up.update(one.key for one in taken)
+                raise
             finally:
                 self._taken = None
-                for done in batch or ([item] if isinstance(item, Write) else []):
-                    self._done(done)
+                for one in taken:
+                    self._done(one)
 
     def _batch(self, first: Append) -> list[Append]:
         """The append and those that wait directly behind it, as many as one transaction takes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 from soma_vllm.sessions.state.session import Session
@@ -69,7 +70,7 @@ class Append:
     adapters: Sequence[AdapterRecord] = ()
     """They replace what was on record under their names: the session that appended an adapter last owns it."""
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Characters of what was said in these events, which is nearly all of their memory."""
         return sum(_characters(event.text) for event in self.events)
