@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from study import capacity, outcome
+from study import capacity, outcome, outcome_table
 from study.capacity import Rung, Targets
 from study.client import Answered, Played
 from study.cost import Counting
@@ -22,6 +22,7 @@ from study.service import service
 from soma_vllm.config import Config, Prices
 
 WARM = 2
+HARDWARE = {"original": {"original": 2, "surrogate": 2}, "soma": {"original": 1, "surrogate": 1}}
 TARGETS = Targets(ttft_s=1.0, latency_s=4.0)
 
 
@@ -82,7 +83,7 @@ def two_repeats() -> list[Any]:
 
 def document(also: Also | None = None) -> Any:
     config = Config(warm_window=WARM)
-    settings = {"arms": ["original", "soma"], "order": [["original", "soma"]] * 2, "hardware": {}}
+    settings = {"arms": ["original", "soma"], "order": [["original", "soma"]] * 2, "hardware": HARDWARE}
     return report(two_repeats(), config, {"cores": Prices()}, TARGETS, encode, None, settings, also)
 
 
@@ -310,3 +311,27 @@ def test_capacity_stands_among_the_ratios_where_it_was_measured() -> None:
     assert found["ratios"]["capacity_soma_over_original"] == pytest.approx(
         found["capacity"]["soma"]["sessions_per_hour"] / 60.0, rel=1e-3
     )
+
+
+def test_the_tables_tell_hardware_accuracy_and_ratios_of_every_arm() -> None:
+    one = document()
+    sessions, workloads, turns = outcome_table.grids(one)
+    rows = {row[0]: list(row[1:]) for row in sessions[2]}
+    assert rows["cores: original, surrogate"] == ["2, 2", "1, 1"]
+    assert rows["task accuracy, turns"] == ["1.000", "0.750"]
+    assert rows["whole session, s, mean / median"] == ["16.00 / 16.00", "108.00 / 108.00"]
+    assert rows["cost over the original's"] == ["1.00", "1.50"]
+    assert workloads[2] == [["w", "1.00", "0.75"]]
+    assert turns[2] == [["1-4", "1.00 / 1.00", "6.75 / 1.00"]]
+
+
+def test_a_capacity_that_no_two_rates_enclose_is_told_as_a_bound() -> None:
+    rungs = [{"sessions_per_hour": 60.0, "strain": 0.5}]
+    found = {"sessions_per_hour": None, "at_least": 60.0, "less_than": None, "rungs": rungs}
+    assert outcome_table._capacity(found) == ["at least 60.0", "60: 0.50"]
+    found |= {"at_least": None, "less_than": 60.0}
+    assert outcome_table._capacity(found)[0] == "less than 60.0"
+
+
+def test_a_document_from_before_has_none_of_the_new_tables() -> None:
+    assert outcome_table.grids({"arms": {"original": {}}}) == []
