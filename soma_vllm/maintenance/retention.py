@@ -33,6 +33,7 @@ class Retention:
             await self._registry.erasure.erase_before(now - self._settings.text_ttl_s)
         if self._settings.session_ttl_s is None:
             return 0
+        await self._registry.store.delete_unused_objects(now - self._settings.session_ttl_s)
         removed = 0
         for key in await self._registry.store.idle_since(now - self._settings.session_ttl_s, REMOVED_AT_ONCE):
             if not self._registry.holds(key):

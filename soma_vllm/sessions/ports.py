@@ -15,6 +15,7 @@ from soma_vllm.sessions.sql.records import (
     TurnLocation,
     TurnMark,
 )
+from soma_vllm.sessions.sql.stored_objects import StoredObjects
 from soma_vllm.types import Event, SessionKey, Usage
 
 LOOKUP_S = 3.0
@@ -28,6 +29,11 @@ class Store(Protocol):
 
     Every verb raises StoreUnavailable where the store does not answer, and no other error of a database.
     """
+
+    @property
+    def objects(self) -> StoredObjects:
+        """Responses and conversations."""
+        ...
 
     async def append(
         self,
@@ -45,6 +51,7 @@ class Store(Protocol):
     async def erase_text(self, key: SessionKey) -> int: ...
     async def erase_texts_before(self, at: float) -> int: ...
     async def delete(self, key: SessionKey) -> None: ...
+    async def delete_unused_objects(self, at: float) -> None: ...
     async def users_of(self, adapter: str) -> list[SessionKey]: ...
     async def served(self) -> list[tuple[SessionKey, str]]: ...
     async def in_phase(self, phase: str) -> list[SessionKey]: ...

@@ -72,15 +72,19 @@ class FakeHost:
 
     def __init__(self, services: Services, quotas: Quotas) -> None:
         self.quotas = quotas
-        self.extra_routes: bool = services.config.server.extra_routes
+        self.server = services.config.server
+        self.started_at = 1_700_000_000.0
         self._house = services
 
     async def begin(self, engine_client: Any, state: Any) -> Services:
         await self._house.start()
         return self._house
 
-    def models(self) -> list[str]:
-        return ["soma", self._house.original.name, self._house.surrogate.name]
+    def models(self) -> dict[str, int | None]:
+        return {"soma": 2048, self._house.original.name: 2048, self._house.surrogate.name: 1024}
+
+    async def original_tokenizer(self, path: str, body: Any, required: bool) -> Any:
+        return {"tokens": [1, 2, 3], "count": 3, "max_model_len": 2048}
 
 
 class SurfaceHouse:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from soma_vllm.config import Config, Engine
+from soma_vllm.engines.vllm.parser_choice import parser_arguments
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM accepts for --max-lora-rank (`vllm.config.lora.MaxLoRARanks`)."""
@@ -64,6 +65,7 @@ def vllm_arguments(engine: Engine, model_path: str, served_name: str) -> list[st
         "--no-enable-log-requests",
         "--disable-uvicorn-access-log",
         *("--uvicorn-log-level", "warning"),
+        *parser_arguments(engine, model_path),
         *engine.extra_args,
     ]
 
@@ -82,6 +84,7 @@ def surrogate_arguments(config: Config, model_path: str, served_name: str) -> li
         *("--max-lora-rank", str(slot_rank(config.lora.rank))),
         *("--lora-target-modules", *config.lora.target_modules),
         *("--worker-extension-cls", WORKER_EXTENSION),
+        "--enable-offline-docs",  # no page of ours loads scripts from elsewhere
         *vllm_arguments(surrogate, model_path, served_name),
     ]
 
