@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import BaseRoute
 
-from soma_vllm.api import adapter_routes, admin, chat, messages, server_info
+from soma_vllm.api import adapter_routes, admin, anthropic_messages, chat, server_info
 from soma_vllm.api.auth.access import AccessControl
 from soma_vllm.api.auth.quotas import Quotas
 from soma_vllm.api.cors import open_to_pages
@@ -39,6 +39,18 @@ logger = logging.getLogger(__name__)
 
 HOST = "soma_host"
 """Attribute of the server's arguments under which soma-serve puts its host."""
+
+
+PARTS = (
+    chat,
+    anthropic_messages,
+    server_info,
+    responses_routes,
+    conversations,
+    admin,
+    adapter_routes,
+)
+"""Modules with a router of ours."""
 
 
 class Services(Protocol):
@@ -97,7 +109,7 @@ class SomaEndpointPlugin:
     def attach_router(self, app: FastAPI) -> None:
         """Register our routes, which replace vLLM's of the same paths, and the middleware."""
         theirs = {id(route) for route in app.routes}
-        for part in (chat, messages, server_info, responses_routes, conversations, admin, adapter_routes):
+        for part in PARTS:
             app.include_router(part.router)
         app.title, app.version = server_info.TITLE, server_info.VERSION
         self._app = app

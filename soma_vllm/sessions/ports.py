@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Sequence
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from soma_vllm.errors import StoreUnavailable
 from soma_vllm.sessions.sql.records import (
@@ -15,8 +15,10 @@ from soma_vllm.sessions.sql.records import (
     TurnLocation,
     TurnMark,
 )
-from soma_vllm.sessions.sql.stored_objects import StoredObjects
 from soma_vllm.types import Event, SessionKey, Usage
+
+if TYPE_CHECKING:  # it loads SQLAlchemy
+    from soma_vllm.sessions.sql.stored_objects import StoredObjects
 
 LOOKUP_S = 3.0
 """Longest wait for the store while a user waits."""

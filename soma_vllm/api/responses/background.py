@@ -63,7 +63,7 @@ class Job:
 
     async def follow(self, after: int) -> AsyncGenerator[str, None]:
         """The events beyond a number, as they come."""
-        place = after + 1
+        place = max(0, after + 1)
         while True:
             while place < len(self.events):
                 yield self.events[place]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from http import HTTPStatus
 from pathlib import Path
@@ -113,6 +114,25 @@ async def test_the_configured_pages_may_ask(
         answer = await built.send("OPTIONS", "/v1/chat/completions", None, headers=wish)
         assert ("access-control-allow-origin" in answer.headers) is allowed
         assert answer.headers.get("access-control-max-age") == ("7" if origins else None)
+    finally:
+        await built.close()
+
+
+async def test_a_stream_that_waits_is_kept_open_as_configured(tmp_path: Path) -> None:
+    built = await SurfaceHouse.built(tmp_path, server={"keep_alive_s": 0.02})
+    original = built.services.original
+    try:
+        original.go.clear()
+        asyncio.get_running_loop().call_later(0.2, original.go.set)
+        answer = await built.send("POST", "/v1/chat/completions", json={**CHAT, "stream": True})
+        assert answer.text.startswith(": keep-alive\n\n")
+        assert answer.text.endswith("data: [DONE]\n\n")
+        assert answer.headers["x-soma-reason"] == "warm start 1 of 2"
+        original.go.clear()
+        asyncio.get_running_loop().call_later(0.2, original.go.set)
+        response = {"model": "soma", "input": "hello", "stream": True}
+        answer = await built.send("POST", "/v1/responses", json=response)
+        assert answer.text.startswith(": keep-alive\n\nevent: response.created\n")
     finally:
         await built.close()
 
