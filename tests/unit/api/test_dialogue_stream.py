@@ -17,6 +17,16 @@ SILENCE_S = 0.05
 HEADERS = {"X-SOMA-Engine": "original"}
 
 
+class Stalling(ChatEvents):
+    """Holds after its first event."""
+
+    async def __anext__(self) -> str:
+        event = await super().__anext__()
+        if self.told == 1:
+            self.go.clear()
+        return event
+
+
 class Wire:
     """What a client receives; it never leaves by itself."""
 
@@ -52,10 +62,9 @@ def wire() -> Wire:
 
 
 async def test_silence_between_events_is_filled_with_comments(wire: Wire) -> None:
-    events = ChatEvents(["data: 1\n\n", "data: 2\n\n"])
+    events = Stalling(["data: 1\n\n", "data: 2\n\n"])
     served = wire.serve(DialogueStream(events, HEADERS, SILENCE_S))
     assert await wire.next() == b"data: 1\n\n"
-    events.go.clear()
     found = [await wire.next() for _ in range(3)]
     assert found[-1] == COMMENT
     events.go.set()
