@@ -26,6 +26,13 @@ from soma_vllm.sessions.sql.outages import translated
 from soma_vllm.sessions.sql.queries import SessionReader, of
 from soma_vllm.sessions.sql.records import AdapterRecord, Append, SessionSnapshot, TurnMark
 from soma_vllm.sessions.sql.schema import bring_up_to_date
+from soma_vllm.sessions.sql.stored_objects import (
+    StoredObjects,
+    erased_before,
+    erased_with,
+    removed_with,
+    unused_since,
+)
 from soma_vllm.sessions.sql.tables import RETIRED, AdapterRow, Base, EventRow, SessionRow, TextRow, TurnRow
 from soma_vllm.types import Event, SessionKey
 
@@ -54,6 +61,8 @@ class SessionStore(SessionReader):
         self._put_session = self._upsert(SessionRow)
         self._put_adapter = self._upsert(AdapterRow)
         self._latest = 0.0
+        self.objects = StoredObjects(self._transaction)
+        """Responses and conversations."""
 
     async def open(self) -> None:
         """Make the tables, or bring those of an older version up to date.
@@ -123,7 +132,10 @@ class SessionStore(SessionReader):
 
     async def erase_text(self, key: SessionKey) -> int:
         """Erase what was said in a session and keep the rest; how many events lost their text."""
-        erased = await self._delete(delete(TextRow).where(of(TextRow, key)))
+        async with self._transaction() as connection:
+            erased = (await connection.execute(delete(TextRow).where(of(TextRow, key)))).rowcount
+            for statement in erased_with(key):
+                await connection.execute(statement)
         await self._scrub()
         return erased
 
@@ -134,14 +146,20 @@ class SessionStore(SessionReader):
         total = 0
         while erased := await self._delete(delete(TextRow).where(tuple_(*place).in_(oldest))):
             total += erased
+        await self._delete(*erased_before(at))
         await self._scrub()
         return total
 
     async def delete(self, key: SessionKey) -> None:
         """Remove everything of a session, the records of adapters that it owns included, in one transaction."""
         tables = (TextRow, TurnRow, EventRow, AdapterRow, SessionRow)
-        await self._delete(*(delete(table).where(of(table, key)) for table in tables))
+        await self._delete(*removed_with(key), *(delete(table).where(of(table, key)) for table in tables))
         await self._scrub()
+
+    async def delete_unused_objects(self, at: float) -> None:
+        """Remove responses and conversations that are older than a Unix time and belong to no session."""
+        if await self._delete(*unused_since(at)):
+            await self._scrub()
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[AsyncConnection]:
