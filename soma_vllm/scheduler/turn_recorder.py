@@ -50,11 +50,12 @@ class TurnRecorder:
             kind = EventKind.TURN if leads else EventKind.VARIANT
             session = self._registry.record(
                 turn.key,
-                _with_wording(turn_event(recorded, builds_on, now, kind), turn),
-                *(turn_event(variant, builds_on, now, EventKind.VARIANT) for variant in variants),
+                _with_wording(turn_event(_written(recorded), builds_on, now, kind), turn),
+                *(turn_event(_written(variant), builds_on, now, EventKind.VARIANT) for variant in variants),
             )
-            if leads:
+            if leads and recorded.stored:
                 self._evidence.keep(turn.key, recorded.number, reply, turn.capture)
+            if leads:
                 self._follow_up.begin(turn, session, recorded)
 
 
@@ -88,8 +89,13 @@ def _recorded(turn: TurnContext, reply: ParsedReply) -> list[Turn]:
         guard=digest.guard,
         begun=turn.begun is not None,
         head=digest.preamble if before.turns and before.preamble() != digest.preamble else None,
+        stored=turn.request.stored,
     )
     return [recorded, *(_variant(recorded, *_answered(turn, other), other) for other in others)]
+
+
+def _written(turn: Turn) -> Turn:
+    return turn if turn.stored else turn.silent()
 
 
 def _variant(recorded: Turn, answer: str, answered: TranscriptDigest, choice: Choice) -> Turn:

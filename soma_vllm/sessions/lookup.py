@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
-from soma_vllm.errors import NotFound, StoreUnavailable, Unprocessable
+from soma_vllm.errors import NotFound, Unprocessable
 from soma_vllm.sessions.ports import in_time
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.sql.records import TurnHit, TurnLocation
@@ -25,9 +25,6 @@ from soma_vllm.sessions.state.session import RECOGNISED, Session
 from soma_vllm.sessions.state.transcript import TranscriptDigest, preamble, read
 from soma_vllm.sessions.state.turn import Turn, turn_of
 from soma_vllm.types import Event, Message, SessionKey
-
-MOST_BEHIND = 50_000
-"""Unwritten events above which no more are taken on: turns go unrecorded until the store is back."""
 
 SURE_EXCHANGES = 2
 """Whole exchanges that must be left of a history without an id for its session to be recognised by them."""
@@ -73,8 +70,7 @@ class SessionLookup:
         Raises:
             StoreUnavailable: the session store did not answer within 3 s.
         """
-        if self.registry.behind > MOST_BEHIND:
-            raise StoreUnavailable(f"{self.registry.behind} events wait for the session store")
+        self.registry.write_behind.require_room()
         async with AsyncExitStack() as leases:
             place = _Place(self.registry, leases, tenant, reading)
             session = await (self._recognised(place) if named is None else self._named(place, named))

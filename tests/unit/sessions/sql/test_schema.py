@@ -135,10 +135,10 @@ async def test_a_newer_database_is_refused(url: str) -> None:
     await opened(url)
     await run(url, "UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(
-        ConfigError, match="found revision 9999; expected 0003b or older: it was made by a newer"
+        ConfigError, match="found revision 9999; expected 0005 or older: it was made by a newer"
     ):
         await opened(url)
-    with pytest.raises(ConfigError, match="found revision 9999; expected 0003b"):
+    with pytest.raises(ConfigError, match="found revision 9999; expected 0005"):
         async with reading(url):
             pass
 
