@@ -107,3 +107,24 @@ def differences(written: Mapping[str, Any], loaded: Mapping[str, Any], within: s
         elif now != value:
             found.append(f"{within}{name}: {value!r} is {now!r}")
     return found
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta", "gamma"])
+async def test_a_session_of_an_old_database_goes_on_by_its_answers_under_whatever_system_message(
+    old: SessionStore, name: str
+) -> None:
+    key = SessionKey(TENANT, name)
+    session = restore(key, await old.events(key), CONFIG.gate)
+    said = [{"role": "system", "content": "It is 10:03."}, *session.transcript()]
+    lookup = SessionLookup(SessionRegistry(CONFIG, old))
+    assert await lookup.place(TENANT, name, read(TENANT, [*said, {"role": "user", "content": "on"}])) == key
+
+
+async def test_a_session_of_an_old_database_without_its_text_goes_on_in_a_branch(old: SessionStore) -> None:
+    key = SessionKey(TENANT, "beta")
+    session = restore(key, await old.events(key), CONFIG.gate)
+    await old.erase_text(key)
+    said = [*session.transcript(), {"role": "user", "content": "on"}]
+    lookup = SessionLookup(SessionRegistry(CONFIG, old))
+    placed = await lookup.place(TENANT, "beta", read(TENANT, said))
+    assert placed.session.startswith("beta~")

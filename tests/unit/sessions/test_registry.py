@@ -189,3 +189,57 @@ async def test_a_session_that_is_not_on_record_yet_is_not_forgotten() -> None:
     await registry.open(SessionKey("t", "third"))
     with pytest.raises(KeyError):
         registry.session(KEY)
+
+
+class SlowStore(FailingStore):
+    """A store that answers when it is let, and counts what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = asyncio.Event()
+        self.asked = 0
+
+    async def events(self, key: SessionKey) -> list[Event]:
+        self.asked += 1
+        await self.go.wait()
+        return await super().events(key)
+
+
+async def test_of_many_that_open_a_session_at_once_one_loads_it_and_all_have_the_same() -> None:
+    store = SlowStore()
+    registry = book_on(store)
+
+    async def held() -> int:
+        async with registry.lease(KEY):
+            await asyncio.sleep(0)
+            return registry.holds(KEY)
+
+    tasks = [asyncio.create_task(held()) for _ in range(5)]
+    await asyncio.sleep(0)
+    store.go.set()
+    assert max(await asyncio.gather(*tasks)) == 5
+    assert store.asked == 1
+    assert (registry.holds(KEY), registry.is_live(KEY), registry._loading) == (0, False, {})
+
+
+async def test_one_that_leaves_while_a_session_is_loaded_costs_the_others_nothing() -> None:
+    store = SlowStore()
+    registry = book_on(store)
+    leaves, stays = (asyncio.create_task(registry.open(KEY)) for _ in range(2))
+    await asyncio.sleep(0)
+    leaves.cancel()
+    await asyncio.sleep(0)
+    store.go.set()
+    assert (await asyncio.wait_for(stays, GUARD_S)).turns == ()
+
+
+async def test_sessions_that_could_not_be_loaded_leave_nothing_behind() -> None:
+    store = FailingStore()
+    store.away = True
+    registry = book_on(store)
+    lookup = SessionLookup(registry)
+    said = [{"role": role, "content": "hi"} for role in ("user", "assistant", "user")]
+    for number in range(50):
+        with pytest.raises(StoreUnavailable):
+            await lookup.place("t", f"s{number}", read("t", said))
+    assert (registry._loading, dict(registry._entries)) == ({}, {})
