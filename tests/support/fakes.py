@@ -100,6 +100,7 @@ class FakeTrainer:
         """Makes the trained files in the directory of a request."""
         self.plain = Agreement(1.0, 0.5, 10)
         self.adapted = Agreement(0.5, 0.8, 10)
+        self.steps = 4
 
     async def score(self, request: ScoreRequest) -> Agreement:
         return self.plain
@@ -116,7 +117,7 @@ class FakeTrainer:
             adapted=self.adapted,
             checkpoints=((0, self.plain), (4, self.adapted)),
             hardness={1: 1.0},
-            steps=4,
+            steps=self.steps,
             distilled=False,
             losses=(1.0, 0.5),
             flops=1.0,
