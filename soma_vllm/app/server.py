@@ -21,6 +21,7 @@ import aiohttp
 
 from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs, why_text
 from soma_vllm.adaptation.threaded_encoder import ThreadedEncoder
+from soma_vllm.adaptation.threaded_judge import ThreadedJudge
 from soma_vllm.adapters.file_provider import AdapterFileProvider
 from soma_vllm.adapters.store.opening import open_root
 from soma_vllm.adapters.store.protocol import AdapterStore
@@ -38,6 +39,7 @@ from soma_vllm.engines.vllm.arguments import (
 )
 from soma_vllm.errors import PolicyUnavailable, PreflightError, TrainingError
 from soma_vllm.maintenance.sweep_trigger import SweepTrigger
+from soma_vllm.method.gap.gap_judge import open_judge
 from soma_vllm.models.home import soma_home
 from soma_vllm.scheduler.dispatcher import DISPATCH_NAME
 from soma_vllm.scheduler.policies.base import Policies
@@ -140,7 +142,7 @@ class SomaServer:
         keep_adapters_out_of_metrics(engine_client)
         self._say("surrogate  ready")
         store = await self._open_sessions()
-        encoder = await self._load_encoder()
+        encoder, judge = await self._load_encoder()
         trainer = await self._start_trainers()
         original = await self._original.connect(self._salts, self._cleanup)
         await self._open_policy()
@@ -157,6 +159,7 @@ class SomaServer:
                 original=original,
                 surrogate=surrogate,
                 encoder=encoder,
+                judge=judge,
                 trainer=trainer,
                 store=store,
                 adapter_store=adapter_store,
@@ -216,7 +219,8 @@ class SomaServer:
         self._cleanup.enter_context(store.in_service())
         return store
 
-    async def _load_encoder(self) -> ThreadedEncoder:
+    async def _load_encoder(self) -> tuple[ThreadedEncoder, ThreadedJudge]:
+        """The encoder, and the gate's judge beside it."""
         from soma_vllm.method.encoder import SentenceEncoder
 
         settings = self._config.encoder
@@ -224,9 +228,11 @@ class SomaServer:
             SentenceEncoder, self._paths.encoder, self._config.gate.encoder_max_tokens, settings.threads
         )
         threaded = ThreadedEncoder(encoder.encode)
-        self._cleanup.callback(threaded.close)
+        judge = ThreadedJudge(open_judge(self._config, encoder))
+        for opened in (threaded, judge):
+            self._cleanup.callback(opened.close)
         self._say(f"encoder    {settings.model} ready")
-        return threaded
+        return threaded, judge
 
     async def _open_policy(self) -> None:
         """Load what the configured policy needs; what others need is loaded when they are first asked for."""
