@@ -18,13 +18,14 @@ from soma_vllm.config import Config
 from soma_vllm.errors import TrainingError
 from soma_vllm.machine import training_dtype
 from soma_vllm.method.encoder import SentenceEncoder
+from soma_vllm.method.gap.gap_judge import open_judge
 from soma_vllm.method.generation import generate
 from soma_vllm.method.recipe import Surrogate, adapting, load_surrogate, rendered
 from soma_vllm.method.rendering import Rendered, render
 from soma_vllm.method.scoring import pooled, score_turns
 from soma_vllm.models.hub import local_path
 from soma_vllm.models.quiet import quiet
-from soma_vllm.sessions.state.gate import Verdict, gap
+from soma_vllm.sessions.state.gate import Verdict
 from soma_vllm.tools.evaluate.dataset import Material, drop_foreign_teachers, material
 from soma_vllm.tools.evaluate.statistics import rouge_l
 from soma_vllm.tools.evaluate.trajectory import Say, Trajectory
@@ -125,7 +126,7 @@ class Bench:
             encoder = SentenceEncoder(
                 local_path(config.encoder.model), config.gate.encoder_max_tokens, config.encoder.threads
             )
-        self._encode = encoder.encode
+        self._judge = open_judge(config, encoder)
         self._surrogate = load_trainable(config)
 
     def measure(self, trajectory: Trajectory, variants: Sequence[Variant], say: Say) -> SessionResult:
@@ -237,9 +238,17 @@ class Bench:
         return generate(surrogate.decoder, surrogate.tokenizer, prompts, self._config.max_new_tokens)
 
     def _gaps(self, answers: Sequence[str], examples: Sequence[Example]) -> tuple[float, ...]:
-        """The gap of each answer to the original's."""
-        vectors = self._encode([*answers, *(example.answer for example in examples)])
-        return tuple(gap(a, b) for a, b in zip(vectors[: len(answers)], vectors[len(answers) :], strict=True))
+        """The gap of each answer to the original's, by the server's judge.
+
+        Raises:
+            TrainingError: the judge could not judge one of them.
+        """
+        originals = [example.answer for example in examples]
+        found = self._judge.gaps(list(zip(answers, originals, strict=True)))
+        failure = next((gap.failure for gap in found if gap.failure is not None), None)
+        if failure is not None:
+            raise TrainingError(f"the gate's judge failed: {failure}")
+        return tuple(gap.value for gap in found)
 
     def _evidence(self, candidate: Candidate, warm: Sequence[Example]) -> Evidence:
         """What the gate would know of a candidate, from warm turns, with the adapter that is attached."""
