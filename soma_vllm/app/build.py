@@ -19,6 +19,7 @@ from soma_vllm.adaptation.shadow_answers import ShadowAnswers
 from soma_vllm.adaptation.shadow_traffic import ShadowTraffic
 from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs
 from soma_vllm.adaptation.threaded_encoder import Encoder
+from soma_vllm.adaptation.threaded_judge import Judge
 from soma_vllm.adaptation.training_run import TrainingBudget, TrainingRun
 from soma_vllm.adapters.leases import AdapterLeases
 from soma_vllm.adapters.lifecycle import AdapterLifecycle
@@ -53,6 +54,7 @@ class Parts:
     original: ScoringEngine
     surrogate: AdapterEngine
     encoder: Encoder
+    judge: Judge
     trainer: Trainer
     store: Store
     adapter_store: AdapterStore
@@ -114,7 +116,7 @@ def build(parts: Parts) -> SomaServices:
     registry = SessionRegistry(config, parts.store, (*parts.observers, *watching))
     background = BackgroundTasks(registry)
     adapters = AdapterLifecycle(parts.adapter_store, parts.surrogate, parts.leases, registry)
-    shadow_answers = ShadowAnswers(parts.surrogate, adapters, parts.encoder)
+    shadow_answers = ShadowAnswers(parts.surrogate, adapters, parts.encoder, parts.judge)
     adaptation = Adaptation(
         config,
         registry,

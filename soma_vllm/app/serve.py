@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from soma_vllm.config import load_config
+from soma_vllm.config import load_config, without_effect
 from soma_vllm.errors import PreflightError, SomaError
 from soma_vllm.versions import versions
 
@@ -51,6 +51,8 @@ def serve(
 
 def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> None:
     config = load_config(path, overrides).for_serving(str(path))
+    for line in without_effect(config):
+        console.print(f"note       {line}", markup=False)
     # Imported late: a wrong configuration is told in milliseconds.
     from soma_vllm.adapters.store.atomic_files import locked
     from soma_vllm.app.preflight import preflight

@@ -22,6 +22,7 @@ import aiohttp
 
 from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs, why_text
 from soma_vllm.adaptation.threaded_encoder import ThreadedEncoder
+from soma_vllm.adaptation.threaded_judge import ThreadedJudge
 from soma_vllm.adapters.file_provider import AdapterFileProvider
 from soma_vllm.adapters.store.opening import open_root
 from soma_vllm.adapters.store.protocol import AdapterStore
@@ -43,6 +44,7 @@ from soma_vllm.engines.vllm.arguments import (
 )
 from soma_vllm.errors import PolicyUnavailable, PreflightError, TrainingError, Unprocessable
 from soma_vllm.maintenance.sweep_trigger import SweepTrigger
+from soma_vllm.method.gap.gap_judge import open_judge
 from soma_vllm.models.home import soma_home
 from soma_vllm.scheduler.dispatcher import DISPATCH_NAME
 from soma_vllm.scheduler.policies.base import Policies
@@ -169,7 +171,7 @@ class SomaServer:
         keep_adapters_out_of_metrics(engine_client)
         self._say("surrogate  ready")
         store = await self._open_sessions()
-        encoder = await self._load_encoder()
+        encoder, judge = await self._load_encoder()
         trainer = await self._start_trainers()
         original = await self._original.connect(self._salts, self._cleanup)
         self._original_engine = original
@@ -187,6 +189,7 @@ class SomaServer:
                 original=original,
                 surrogate=surrogate,
                 encoder=encoder,
+                judge=judge,
                 trainer=trainer,
                 store=store,
                 adapter_store=adapter_store,
@@ -247,7 +250,8 @@ class SomaServer:
         self._cleanup.enter_context(store.in_service())
         return store
 
-    async def _load_encoder(self) -> ThreadedEncoder:
+    async def _load_encoder(self) -> tuple[ThreadedEncoder, ThreadedJudge]:
+        """The encoder, and the gate's judge beside it."""
         from soma_vllm.method.encoder import SentenceEncoder
 
         settings = self._config.encoder
@@ -255,9 +259,11 @@ class SomaServer:
             SentenceEncoder, self._paths.encoder, self._config.gate.encoder_max_tokens, settings.threads
         )
         threaded = ThreadedEncoder(encoder.encode)
-        self._cleanup.callback(threaded.close)
+        judge = ThreadedJudge(open_judge(self._config, encoder))
+        for opened in (threaded, judge):
+            self._cleanup.callback(opened.close)
         self._say(f"encoder    {settings.model} ready")
-        return threaded
+        return threaded, judge
 
     async def _open_policy(self) -> None:
         """Load what the configured policy needs; what others need is loaded when they are first asked for."""

@@ -134,7 +134,8 @@ class Gate(Section):
     drift_window: Positive = 4
     """Audits in the moving mean."""
     drift_threshold: Annotated[float, Field(ge=0, le=2)] = 0.30
-    """Moving mean of the audited gaps above which a session counts a breach."""
+    """Moving mean of the audited gaps above which a session counts a breach. Where it lies above
+    `accept_threshold`, a session may come to lie between the two and is served on; soma-serve says so."""
     consecutive_to_rollback: Positive = 2
     """m_cons: breaches in a row that roll the session back."""
     encoder_max_tokens: Positive = 256
@@ -189,6 +190,9 @@ class Adaptation(Section):
     cool_down_turns: Positive = 3
     """New turns answered by the original after a rollback or a refusal before the session is adapted again;
     twice as many after every further one."""
+    max_looks: Positive = 2
+    """Refusals and rollbacks after which a session stays with the original. Each look at a session is one more
+    chance to let in a surrogate that is not good enough: k looks are at most k times as likely to as one."""
     max_trainings: Positive = 3
     """Trainings a session may have in its life."""
     max_concurrent: Positive = 8
