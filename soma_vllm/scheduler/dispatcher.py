@@ -46,6 +46,8 @@ class Answer:
 
     reply: Reply
     headers: Mapping[str, str]
+    model: str = DISPATCH_NAME
+    """Name of the engine's model."""
 
 
 class Dispatcher:
@@ -88,14 +90,15 @@ class Dispatcher:
         async with turn.released_on_error():
             self._reserve(request, turn.resources)
             await self._routing.decide(turn)
+            request.routed.update(turn.headers())
             reply = await self._serve(turn)
             if reply.events is not None:
                 # Closed before the adapter is released: by then nothing is generated any more.
                 turn.resources.push_async_callback(reply.events.aclose)
             headers = turn.headers()  # before the turn is recorded, which may be in a branch
             record = partial(self._recorder.record, turn)
-            hide_counts = not wants_counts(request.body)
-            return Answer(await observe(reply, request.started, record, hide_counts), headers)
+            observed = await observe(reply, request.started, record, not wants_counts(request.body))
+            return Answer(observed, headers, self._engines.named(turn.route.engine))
 
     async def complete(self, request: ChatRequest) -> Answer:
         """Answer one text completion. It is no dialogue: the original answers, or the engine that is named.
@@ -149,7 +152,8 @@ class Dispatcher:
 
     async def _ask_original(self, turn: TurnContext) -> Reply:
         """The original's reply; its log-probabilities are captured where they may teach."""
-        added = self._evidence.begin(turn.routed, turn.query, turn.policy.adapting)
+        rules = turn.policy.adapting if turn.request.stored else None
+        added = self._evidence.begin(turn.routed, turn.query, rules)
         original = self._engines.original
         reply, taken = await self._added_to(turn.request, added, lambda more: original.chat(turn.call(more)))
         if not (added and taken):
@@ -204,7 +208,8 @@ class Dispatcher:
                 self._meter.spent(tenant, counted(reply, request.body))
 
         headers = {"X-SOMA-Engine": role, "X-SOMA-Reason": why}
-        return Answer(await observe(reply, request.started, count, not wants_counts(request.body)), headers)
+        observed = await observe(reply, request.started, count, not wants_counts(request.body))
+        return Answer(observed, headers, engine.name)
 
     def _reserve(self, request: ChatRequest, resources: AsyncExitStack) -> None:
         """Reserve the tokens that a request may take, until it is over. Raises TooManyRequests."""

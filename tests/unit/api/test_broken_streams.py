@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from soma_vllm.api.chat import DialogueStream, as_validated
+from soma_vllm.api.chat import as_validated
+from soma_vllm.api.dialogue_stream import DialogueStream
 from soma_vllm.api.error_responses import failed
 from soma_vllm.errors import EngineRefused, EngineUnavailable
 
