@@ -22,6 +22,7 @@
     ├── EngineError                          an engine did not answer
     │   ├── EngineUnavailable                it is not running, or not yet                     -> 503
     │   │   ├── EngineNotReady               it was not even asked
+    │   │   ├── NoAdapterSlot                all slots serve other adapters
     │   │   └── ConnectionLost               no byte of an answer came: it may be asked again
     │   └── EngineRefused                    it answered with an OpenAI error of its own       -> as told
     └── TrainingError                        a training ended without an adapter
@@ -121,7 +122,7 @@ class AdapterRejected(AdapterError):
 
 
 class PolicyUnavailable(SomaError):
-    """A policy cannot decide now; the original answers, and the message is the reason."""
+    """A policy cannot decide now; the original answers, and the message is logged."""
 
 
 class IllegalMove(SomaError):
@@ -157,6 +158,10 @@ class EngineUnavailable(EngineError):
 
 class EngineNotReady(EngineUnavailable):
     """The engine was not asked: it is known to be starting, stopped, or down."""
+
+
+class NoAdapterSlot(EngineUnavailable):
+    """All adapter slots are in use, or the adapter is leaving."""
 
 
 class ConnectionLost(EngineUnavailable):

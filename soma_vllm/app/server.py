@@ -53,6 +53,7 @@ from soma_vllm.sessions.sql.connections import identity
 from soma_vllm.sessions.sql.store import SessionStore
 from soma_vllm.telemetry.adapter_store_metrics import AdapterStoreMetrics
 from soma_vllm.telemetry.event_log import EventLog
+from soma_vllm.telemetry.original_metrics import OriginalMetrics
 from soma_vllm.telemetry.session_metrics import SessionMetrics
 from soma_vllm.training.pair import ANYONE, owner_of
 
@@ -200,6 +201,7 @@ class SomaServer:
                 salts=self._salts,
                 sweep_trigger=sweep_trigger,
                 observers=(SessionMetrics(), EventLog(), stock),
+                original_meter=OriginalMetrics(),
             )
         )
         self._cleanup.push_async_callback(services.stop)

@@ -151,10 +151,12 @@ class Gate(Section):
     audits_per_minute: Annotated[float, Field(gt=0)] = 30.0
     """Most audits by the original per minute, all sessions together; unused ones are kept for a minute."""
     audit_yields: bool = True
-    """Whether audits run only while no user waits for the original, and are cancelled when one comes."""
+    """Whether an audit waits for a time in which no user waits for the original, and is cancelled when one
+    comes."""
     audit_wait_s: Seconds = 60.0
-    """Longest wait of an audit for a time without users, and longest run, seconds; after either it is dropped.
-    On a slow machine the limit is the time of the original's last twelve requests, where that is longer."""
+    """Longest wait of an audit for a time without users, seconds: after it the audit runs beside them, so that
+    no load ends all audits. Also its longest run, after which it is dropped. On a slow machine the limit is the
+    time of the original's last twelve requests, where that is longer."""
     surprise_threshold: Annotated[float, Field(gt=0)] = 2.0
     """Mean NLL of the surrogate's answers under the original, nats per token, that is drift (audit: score)."""
 

@@ -84,6 +84,18 @@ class Meter(Protocol):
         """Count the tokens of a reply."""
         ...
 
+    def limits_tokens(self, tenant: str) -> bool:
+        """Whether a tenant's tokens need counting."""
+        ...
+
+    def reserve(self, tenant: str, tokens: int) -> None:
+        """Count tokens that a request may take until `unreserve`; raise TooManyRequests where none are left."""
+        ...
+
+    def unreserve(self, tenant: str, tokens: int) -> None:
+        """Give them back: what was used in fact is `spent`."""
+        ...
+
     def limits_sessions(self, tenant: str) -> bool:
         """Whether a tenant's sessions need counting."""
         ...

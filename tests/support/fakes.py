@@ -209,11 +209,21 @@ class OpenMeter:
 
     def __init__(self) -> None:
         self.spendings: list[tuple[str, Usage]] = []
+        self.reservations: list[int] = []
         self.sessions: int | None = None
         self.adapters: int | None = None
 
     def spent(self, tenant: str, usage: Usage) -> None:
         self.spendings.append((tenant, usage))
+
+    def limits_tokens(self, tenant: str) -> bool:
+        return True
+
+    def reserve(self, tenant: str, tokens: int) -> None:
+        self.reservations.append(tokens)
+
+    def unreserve(self, tenant: str, tokens: int) -> None:
+        self.reservations.remove(tokens)
 
     def limits_sessions(self, tenant: str) -> bool:
         return self.sessions is not None
