@@ -191,6 +191,11 @@ class Adaptation(Section):
     twice as many after every further one."""
     max_trainings: Positive = 3
     """Trainings a session may have in its life."""
+    max_concurrent: Positive = 8
+    """Adaptations that are judged or trained at the same time; further ones wait."""
+    max_attempts: Positive = 3
+    """Beginnings of one adaptation, where servers end during it: a session that ends its server is not tried
+    again."""
     train_timeout_s: Seconds = 900.0
     """Longest run of a training or of a trainer's score, seconds. After it the trainer is replaced and the
     session stays with the original."""
