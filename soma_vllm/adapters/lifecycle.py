@@ -213,7 +213,7 @@ class AdapterLifecycle:
         try:
             async with asyncio.timeout(RECORD_S):
                 await self._records.written()
-        except TimeoutError:
+        except (TimeoutError, StoreUnavailable):
             logger.warning(
                 "the session store did not answer within %g s; adapter %s stays until the next sweep or start",
                 RECORD_S,

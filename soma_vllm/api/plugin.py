@@ -15,10 +15,12 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute
 
-from soma_vllm.api import adapter_routes, admin, chat
+from soma_vllm.api import adapter_routes, admin, chat, readiness
 from soma_vllm.api.auth.access import AccessControl
 from soma_vllm.api.auth.quotas import Quotas
+from soma_vllm.api.draining import Draining, DrainingRequests
 from soma_vllm.api.error_responses import http_failed
+from soma_vllm.api.readiness import Readiness
 from soma_vllm.api.request_id import RequestId
 from soma_vllm.api.responses import routes as responses_routes
 from soma_vllm.api.route_filter import close_unlisted_routes
@@ -48,6 +50,8 @@ class Host(Protocol):
     """soma-serve, as the plugin sees it."""
 
     quotas: Quotas
+    draining: Draining
+    readiness: Readiness
     extra_routes: bool
     """Whether vLLM's further routes are served too."""
 
@@ -73,13 +77,15 @@ class SomaEndpointPlugin:
     def attach_router(self, app: FastAPI) -> None:
         """Register our routes, which replace vLLM's of the same paths, and the middleware."""
         theirs = {id(route) for route in app.routes}
-        for part in (chat, responses_routes, admin, adapter_routes):
+        for part in (chat, responses_routes, admin, adapter_routes, readiness):
             app.include_router(part.router)
         self._app = app
         self._ours = [route for route in app.routes if id(route) not in theirs]
         # vLLM handles FastAPI's own subclass only.
         app.add_exception_handler(HTTPException, http_failed)
-        app.add_middleware(AccessControl, quotas=_host(app.state.args).quotas)
+        host = _host(app.state.args)
+        app.add_middleware(DrainingRequests, draining=host.draining)
+        app.add_middleware(AccessControl, quotas=host.quotas)
         app.add_middleware(RequestId)  # added last, so outermost: refusals have an id too
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -95,6 +101,7 @@ class SomaEndpointPlugin:
                 "vLLM's routes answer 404 (server.extra_routes opens them): %s", ", ".join(sorted(closed))
             )
         state.soma_host = host
+        state.soma_readiness = host.readiness
         services = await host.begin(engine_client, state)
         state.soma = services.dispatcher
         state.soma_session_admin = services.session_admin

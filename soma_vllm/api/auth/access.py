@@ -35,6 +35,7 @@ MAX_AUTHORIZATION = 4096
 OPEN = frozenset(
     {
         "/health",
+        "/ready",
         "/ping",
         "/version",
         "/metrics",
