@@ -1,76 +1,32 @@
-"""OpenAI's chat completions, text completions and model list, dispatched."""
+"""OpenAI's chat completions and text completions, dispatched."""
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Self
+from typing import Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response
 from pydantic import BaseModel
-from starlette.types import Receive, Scope, Send
 
+from soma_vllm.api.dialogue_stream import Opened, chat_errors, respond_streaming
 from soma_vllm.api.error_responses import failed
-from soma_vllm.engines.engine import Events
-from soma_vllm.engines.sse import serialize
+from soma_vllm.api.unicode_check import require_unicode
+from soma_vllm.config import Server
 from soma_vllm.engines.vllm.internals import (
     ChatBody,
     CompletionBody,
     validate_json_request,
     with_cancellation,
 )
-from soma_vllm.errors import EngineError, SomaError
-from soma_vllm.scheduler.dispatcher import Answer, ChatRequest, Dispatcher, no_such_model
-
-logger = logging.getLogger(__name__)
+from soma_vllm.errors import SomaError
+from soma_vllm.scheduler.dispatcher import Answer, ChatRequest, Dispatcher
 
 router = APIRouter()
 
 NULLABLE = frozenset({"content", "refusal", "logprobs", "finish_reason"})
 """Fields of a completion that OpenAI's schema requires and allows to be null."""
-
-
-class DialogueStream(StreamingResponse):
-    """A stream that is closed when the response ends, also when the client left before it began. One that
-    breaks ends with an error in OpenAI's shape, and without its end mark."""
-
-    def __init__(self, events: Events, headers: Mapping[str, str]) -> None:
-        super().__init__(_WithError(events), headers=dict(headers), media_type="text/event-stream")
-        self._events = events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events, then close them."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._events.aclose()
-
-
-class _WithError:
-    """Events that end with an error where those of the engine break."""
-
-    def __init__(self, events: Events) -> None:
-        self._events = events
-        self._broken = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> str:
-        if self._broken:
-            raise StopAsyncIteration
-        try:
-            return await anext(self._events)
-        except StopAsyncIteration:
-            raise
-        except Exception as error:  # the status was sent, so that nothing else could tell the client
-            self._broken = True
-            # Of others the type alone: a message may quote what was said.
-            told = error if isinstance(error, SomaError) else EngineError(type(error).__name__)
-            logger.warning("a stream broke off: %s", told)
-            return serialize(bytes(failed(told).body).decode())
 
 
 @router.post("/v1/chat/completions", dependencies=[Depends(validate_json_request)])
@@ -89,43 +45,32 @@ async def create_completion(request: CompletionBody, raw_request: Request) -> Re
     return await _answered(dispatcher(raw_request).complete, request, raw_request)
 
 
-@router.get("/v1/models")
-async def list_models(raw_request: Request) -> JSONResponse:
-    """The names that a request may ask for. Adapters are not among them."""
-    names = raw_request.app.state.soma_host.models()
-    return JSONResponse({"object": "list", "data": [_card(name) for name in names]})
-
-
-@router.get("/v1/models/{model:path}")
-async def show_model(model: str, raw_request: Request) -> JSONResponse:
-    """One of these names."""
-    names = raw_request.app.state.soma_host.models()
-    if model not in names:
-        return failed(no_such_model(model, names))
-    return JSONResponse(_card(model))
-
-
 def dispatcher(raw_request: Request) -> Dispatcher:
     """The dispatcher of the application."""
     found: Dispatcher = raw_request.app.state.soma
     return found
 
 
-def _card(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "soma_vllm"}
-
-
 async def _answered(
-    answer: Callable[[ChatRequest], Awaitable[Answer]], request: BaseModel, raw_request: Request
+    answer: Callable[[ChatRequest], Awaitable[Answer]],
+    request: ChatBody | CompletionBody,
+    raw_request: Request,
 ) -> Response:
     body = as_validated(await raw_request.json(), request)
     incoming = ChatRequest(body, raw_request.headers, raw_request)
+
+    async def events() -> Opened:
+        found = await answer(incoming)
+        assert found.reply.events is not None, "a request with stream=true is answered by events"
+        return found.reply.events, found.headers
+
     try:
+        require_unicode(body)
+        if request.stream:
+            return await respond_streaming(events(), incoming.routed, silence_s(raw_request), chat_errors)
         found = await answer(incoming)
     except SomaError as error:
         return failed(error)
-    if found.reply.events is not None:
-        return DialogueStream(found.reply.events, found.headers)
     assert found.reply.body is not None
     # Generated text may hold half a surrogate pair, which UTF-8 cannot; JSON's escape can.
     content = json.dumps(without_nulls(found.reply.body), ensure_ascii=False, separators=(",", ":"))
@@ -143,6 +88,12 @@ def as_validated(body: Mapping[str, Any], request: BaseModel) -> dict[str, Any]:
         elif isinstance(meant, int) or (isinstance(meant, float) and isinstance(given, str)):
             found[name] = meant
     return found
+
+
+def silence_s(raw_request: Request) -> float:
+    """Seconds of silence after which a stream sends a comment; 0: never."""
+    server: Server = raw_request.app.state.soma_host.server
+    return server.keep_alive_s
 
 
 def without_nulls(completion: Mapping[str, Any]) -> dict[str, Any]:

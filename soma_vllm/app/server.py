@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +36,13 @@ from soma_vllm.app.surrogate_parts import open_surrogate, shared_vocabulary
 from soma_vllm.app.watching import watch
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import Salts
+from soma_vllm.engines.original import OriginalEngine
 from soma_vllm.engines.vllm.arguments import (
     slot_rank,
     surrogate_arguments,
     vllm_environment,
 )
-from soma_vllm.errors import PolicyUnavailable, PreflightError, TrainingError
+from soma_vllm.errors import PolicyUnavailable, PreflightError, TrainingError, Unprocessable
 from soma_vllm.maintenance.sweep_trigger import SweepTrigger
 from soma_vllm.models.home import soma_home
 from soma_vllm.scheduler.dispatcher import DISPATCH_NAME
@@ -101,7 +102,9 @@ class SomaServer:
         keys = KeyStore.at(self._filled(config.storage.url))
         self._cleanup.push_async_callback(keys.close)
         self.quotas = Quotas.configured(config, keys)
-        self.extra_routes = config.server.extra_routes
+        self.server = config.server
+        self.started_at = time.time()
+        self._original_engine: OriginalEngine | None = None
 
     # -- life -------------------------------------------------------------------------------------------
 
@@ -150,9 +153,27 @@ class SomaServer:
             raise PreflightError(str(error)) from error
         self._say(f"adapters   sessions of {'any tenant' if owner == ANYONE else owner} start from {directory}")
 
-    def models(self) -> list[str]:
-        """Names that may be asked for."""
-        return [DISPATCH_NAME, self._original_name, self._surrogate_name]
+    def models(self) -> dict[str, int | None]:
+        """Names that may be asked for, and the longest prompt and answer of each."""
+        original, surrogate = self._config.original, self._config.surrogate
+        known = original.url is None or "max_model_len" in original.model_fields_set
+        longest = original.max_model_len if known else None
+        # A dialogue is the original's first, and again where it outgrows the surrogate.
+        own = {DISPATCH_NAME: longest, self._original_name: longest}
+        return {**own, self._surrogate_name: surrogate.max_model_len}
+
+    async def original_tokenizer(
+        self, path: str, body: Mapping[str, Any], required: bool
+    ) -> Mapping[str, Any] | None:
+        """What the original's tokenizer answers; see `api.plugin.Host`."""
+        engine = self._original_engine
+        if engine is None or not engine.speaks_vllm:
+            if required:
+                raise Unprocessable(
+                    f"the original shows no tokenizer; expected {self._surrogate_name}", "model"
+                )
+            return None
+        return await engine.tokenizer(path, body)
 
     async def begin(self, engine_client: Any, state: Any) -> SomaServices:
         """Called by the plugin once vLLM's engine is ready: start the rest, hand out what its routes need."""
@@ -164,6 +185,7 @@ class SomaServer:
         encoder = await self._load_encoder()
         trainer = await self._start_trainers()
         original = await self._original.connect(self._salts, self._cleanup)
+        self._original_engine = original
         await self._open_policy()
         stock, sweep_trigger = AdapterStoreMetrics(), SweepTrigger()
         engine_takes = Demands(slot_rank(self._config.lora.rank), str(self._paths.surrogate))

@@ -75,8 +75,9 @@ def events_of(completion: Mapping[str, Any]) -> Iterator[str]:
                 message["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls)]
             said["delta"] = message
         yield serialize(_json({**head, "choices": [{**said, "finish_reason": None}]}))
-        last = {"index": choice.get("index", 0), **({"text": ""} if text else {"delta": {}})}
-        ended = {**last, "finish_reason": choice.get("finish_reason") or "stop"}
+        nothing: dict[str, Any] = {"text": ""} if text else {"delta": {}}
+        reason = choice.get("finish_reason") or "stop"
+        ended = {"index": choice.get("index", 0), **nothing, "finish_reason": reason}
         yield serialize(_json({**head, "choices": [ended]}))
     if usage := completion.get("usage"):
         yield serialize(_json({**head, "choices": [], "usage": usage}))

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from soma_vllm.adapters.lifecycle import AdapterLifecycle
 from soma_vllm.engines.sse import data_of
 from soma_vllm.errors import EngineRefused
-from soma_vllm.types import AdapterRef, Agreement
+from soma_vllm.types import AdapterRef, Agreement, Role
 
 
 @dataclass(frozen=True)
@@ -155,3 +155,7 @@ class Engines:
     surrogate: AdapterEngine
     adapters: AdapterLifecycle
     """The surrogate's."""
+
+    def named(self, role: Role) -> str:
+        """The name of an engine's model."""
+        return self.original.name if role is Role.ORIGINAL else self.surrogate.name

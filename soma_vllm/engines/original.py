@@ -114,14 +114,22 @@ class OriginalEngine:
             raise EngineError("found an original that does not speak vLLM; expected one, to score an answer")
         self._require_child()
         messages = call.body["messages"]
-        question = {"model": self.name, **question_body(messages)}
-        url = f"{self._url.removesuffix('/v1')}/tokenize"
-        opening = await self._read(self._client().post(url, json=question))
+        opening = await self.tokenizer("tokenize", question_body(messages))
         tokens = opening.get("tokens")
         if not isinstance(tokens, list):
             raise EngineError("found no tokens in the original's /tokenize; expected a list")
         scored = await self._read(self._post(replace(call, body=scoring_body(messages, answer))))
         return agreement_from_prompt(scored, tokens)
+
+    async def tokenizer(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """What the original's vLLM answers at `tokenize` or `detokenize`, beside the base URL.
+
+        Raises:
+            EngineUnavailable, EngineRefused: as in `chat`.
+        """
+        self._require_child()
+        url = f"{self._url.removesuffix('/v1')}/{path}"
+        return await self._read(self._client().post(url, json={**body, "model": self.name}))
 
     async def close(self) -> None:
         """Close all connections. Idempotent."""

@@ -39,6 +39,7 @@ class Retention:
             await self._registry.erasure.erase_before(now - self._settings.text_ttl_s)
         if self._settings.session_ttl_s is None:
             return 0
+        await self._registry.store.delete_unused_objects(now - self._settings.session_ttl_s)
         removed, more = 0, True
         while more:
             before = now - self._settings.session_ttl_s

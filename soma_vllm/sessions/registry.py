@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -87,8 +87,6 @@ class SessionRegistry:
     async def written(self) -> None:
         """Return when everything recorded so far is in the store."""
         await self.write_behind.written()
-
-    # -- live sessions ----------------------------------------------------------------------------------
 
     async def open(self, key: SessionKey) -> Session:
         """The session of this key: the live one, the one on record, or a new one.
@@ -272,6 +270,10 @@ class SessionRegistry:
         """Record one event that happens now."""
         return self.record(key, Event(kind, time.time(), data))
 
+    def keep(self, key: SessionKey, do: Callable[[], Awaitable[object]]) -> None:
+        """Queue a write that belongs to a session, behind those that it rests on."""
+        self.write_behind.put(Write(key, do))
+
     def recall(self, key: SessionKey, reading: TranscriptDigest) -> None:
         """Take what the turns said from a request's history, where it is yet to be learned from."""
         entry = self._entries[key]
@@ -322,8 +324,6 @@ class SessionRegistry:
         if key.tenant in self._live:
             self._live[key.tenant] -= 1
         self.write_behind.put(Write(key, lambda: self.store.delete(key), anew=True))
-
-    # -- memory -----------------------------------------------------------------------------------------
 
     def _drop_if_unused(self, key: SessionKey) -> None:
         """Drop a session that is not in use and of which nothing is recorded."""

@@ -76,15 +76,19 @@ class FakeHost:
         self.quotas = quotas
         self.draining = Draining(1.0, lambda line: None)
         self.readiness = Readiness()
-        self.extra_routes: bool = services.config.server.extra_routes
+        self.server = services.config.server
+        self.started_at = 1_700_000_000.0
         self._house = services
 
     async def begin(self, engine_client: Any, state: Any) -> Services:
         await self._house.start()
         return self._house
 
-    def models(self) -> list[str]:
-        return ["soma", self._house.original.name, self._house.surrogate.name]
+    def models(self) -> dict[str, int | None]:
+        return {"soma": 2048, self._house.original.name: 2048, self._house.surrogate.name: 1024}
+
+    async def original_tokenizer(self, path: str, body: Any, required: bool) -> Any:
+        return {"tokens": [1, 2, 3], "count": 3, "max_model_len": 2048}
 
 
 class SurfaceHouse:

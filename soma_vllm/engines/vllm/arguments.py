@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from soma_vllm.config import Config, Engine
+from soma_vllm.engines.vllm.parser_choice import parser_arguments
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM accepts for --max-lora-rank (`vllm.config.lora.MaxLoRARanks`)."""
@@ -65,6 +66,7 @@ def vllm_arguments(engine: Engine, model_path: str, served_name: str) -> list[st
         "--no-enable-log-requests",
         "--disable-uvicorn-access-log",
         *("--uvicorn-log-level", "warning"),
+        *parser_arguments(engine, model_path),
         *engine.extra_args,
     ]
 
@@ -85,6 +87,7 @@ def surrogate_arguments(config: Config, model_path: str, served_name: str) -> li
         *("--worker-extension-cls", WORKER_EXTENSION),
         # Ctrl-C reaches the engine's process too, which would abort its requests at once.
         *("--shutdown-timeout", str(math.ceil(config.server.drain_s))),
+        "--enable-offline-docs",  # no page of ours loads scripts from elsewhere
         *vllm_arguments(surrogate, model_path, served_name),
     ]
 

@@ -27,6 +27,13 @@ from soma_vllm.sessions.sql.outages import translated
 from soma_vllm.sessions.sql.queries import SessionReader, of
 from soma_vllm.sessions.sql.records import FACTS, AdapterRecord, Append, SessionSnapshot, TurnMark
 from soma_vllm.sessions.sql.schema import migrate
+from soma_vllm.sessions.sql.stored_objects import (
+    StoredObjects,
+    erased_before,
+    erased_with,
+    removed_with,
+    unused_since,
+)
 from soma_vllm.sessions.sql.tables import (
     RETIRED,
     AdapterRow,
@@ -64,6 +71,8 @@ class SessionStore(SessionReader):
         self._put_session = self._upsert(SessionRow)
         self._put_adapter = self._upsert(AdapterRow, kept=FACTS)
         self._latest = 0.0
+        self.objects = StoredObjects(self._transaction)
+        """Responses and conversations."""
 
     async def open(self) -> None:
         """Make the tables, or bring those of an older version up to date.
@@ -156,7 +165,10 @@ class SessionStore(SessionReader):
 
     async def erase_text(self, key: SessionKey) -> int:
         """Erase what was said in a session and keep the rest; how many events lost their text."""
-        erased = await self._delete(delete(TextRow).where(of(TextRow, key)))
+        async with self._transaction() as connection:
+            erased = (await connection.execute(delete(TextRow).where(of(TextRow, key)))).rowcount
+            for statement in erased_with(key):
+                await connection.execute(statement)
         await self._scrub()
         return erased
 
@@ -167,6 +179,7 @@ class SessionStore(SessionReader):
         total = 0
         while erased := await self._delete(delete(TextRow).where(tuple_(*place).in_(oldest))):
             total += erased
+        await self._delete(*erased_before(at))
         await self._scrub()
         return total
 
@@ -175,8 +188,14 @@ class SessionStore(SessionReader):
         retired yet stay until they are."""
         tables = (TextRow, TurnRow, EventRow, SessionRow)
         retired = delete(AdapterRow).where(of(AdapterRow, key), AdapterRow.state == RETIRED)
-        await self._delete(*(delete(table).where(of(table, key)) for table in tables), retired)
+        rows = (delete(table).where(of(table, key)) for table in tables)
+        await self._delete(*removed_with(key), *rows, retired)
         await self._scrub()
+
+    async def delete_unused_objects(self, at: float) -> None:
+        """Remove responses and conversations that are older than a Unix time and belong to no session."""
+        if await self._delete(*unused_since(at)):
+            await self._scrub()
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[AsyncConnection]:

@@ -145,7 +145,7 @@ class Session:
             end = ends.get(turn.chain)
             if end is None:
                 break
-            if not turn.kept:
+            if not turn.kept and turn.stored:
                 turns[index] = turn.voiced(reading.messages[begin:end])
             begin = end
         return replace(self, turns=tuple(turns))

@@ -40,6 +40,7 @@ VERBS: dict[str, tuple[Any, ...]] = {
     "erase_text": (KEY,),
     "erase_texts_before": (1.0,),
     "delete": (KEY,),
+    "delete_unused_objects": (1.0,),
     "events": (KEY,),
     "find": ("t", "", ["c"]),
     "standing": ("t", "", "l", 5),

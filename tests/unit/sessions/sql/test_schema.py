@@ -131,13 +131,13 @@ async def test_a_database_goes_back_to_an_older_revision_and_up_again_with_all_i
     store = SessionStore(url)
     await store.open()
     await store.append(key, 0, [event], SessionSnapshot("", "SWITCHED", "c", 1, "a"), (), [adapter])
-    for revision in ("0002", "0001"):
+    for revision in ("0003", "0002", "0001"):
         assert (await migrate(store._engine, revision))[1] == revision
-    assert await migrate(store._engine) == ("0001", "0003")
+    assert await migrate(store._engine) == ("0001", "0004")
     assert await store.events(key) == [event]
     assert await store.adapters() == [AdapterRecord(key, "a", 1, "/a", "ACTIVE")]
-    for revision in ("0004", "head", "-1"):
-        with pytest.raises(ConfigError, match=r"expected one of 0001, 0002, 0003"):
+    for revision in ("0005", "head", "-1"):
+        with pytest.raises(ConfigError, match=r"expected one of 0001, 0002, 0003, 0004"):
             await migrate(store._engine, revision)
     await store.close()
 
@@ -165,10 +165,10 @@ async def test_a_newer_database_is_refused(url: str) -> None:
     await run(url, "UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(
         ConfigError,
-        match=r"found revision 9999; expected 0003 or older: .* --downgrade 0003",
+        match=r"found revision 9999; expected 0004 or older: .* --downgrade 0004",
     ):
         await opened(url)
-    with pytest.raises(ConfigError, match="found revision 9999; expected 0003"):
+    with pytest.raises(ConfigError, match="found revision 9999; expected 0004"):
         async with reading(url):
             pass
 
