@@ -11,6 +11,7 @@
     ├── NotFound               (LookupError) no such session, adapter or model                 -> 404
     ├── TooManyRequests                      the API key has used up a limit of its own        -> 429
     ├── PreflightError                       this machine cannot start the server as configured
+    │   └── InUse                            another server lives on its record, root or run directory
     ├── ModelError                           a model cannot be fetched, verified or converted
     │   └── ChecksumMismatch                 bytes arrived, but not the promised ones
     ├── AdapterError                         an adapter is not fit to be published or loaded
@@ -94,6 +95,10 @@ class TooManyRequests(SomaError):
 
 class PreflightError(SomaError):
     """This machine cannot start the server as configured; nothing heavy was started."""
+
+
+class InUse(PreflightError):
+    """Another server lives on the record, on its part of the adapter root, or in the run directory."""
 
 
 class ModelError(SomaError):

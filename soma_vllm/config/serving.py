@@ -234,8 +234,9 @@ class Limits(Section):
 
 
 class Adapters(Section):
-    """Where adapters are stored, and how many. Beyond a budget the least recently used is evicted and its
-    session goes back to the original; pinned ones (`soma adapters pin`) stay. null: no limit."""
+    """Where adapters are stored, and how many of this server's record. Beyond a budget the least recently used
+    is evicted and its session goes back to the original; pinned ones (`soma adapters pin`) stay. null: no
+    limit."""
 
     root: str = "adapters_store"
     """Directory, relative to the working directory, or a URL that fsspec knows (s3://…, gs://…; its package
