@@ -35,6 +35,10 @@ READ_AT_ONCE = 200_000
 """Characters of a request's messages from which they are read in a thread: others' streams go on meanwhile."""
 
 
+MOST_REASON_CHARS = 200
+"""Of a reason, which a policy of another package may have written."""
+
+
 class SessionUnavailable(Exception):
     """A request cannot be dispatched within a session now; the message is a reason for `X-SOMA-Reason`."""
 
@@ -134,12 +138,12 @@ class TurnContext:
         """Who answers this turn, and why; why it began a branch; whose history is answered."""
         branched = self.routed.why if self.began else ""
         told = {"X-SOMA-Branch": branched, "X-SOMA-History": self.history}
-        return {name: _ascii(value) for name, value in told.items() if value} | {
-            "X-SOMA-Session": _ascii(self.key.session),
+        return {name: value for name, value in told.items() if value} | {
+            "X-SOMA-Session": header_text(self.key.session),
             "X-SOMA-Engine": self.route.engine,
             "X-SOMA-Adapter": "" if self.route.adapter is None else self.route.adapter.name,
             "X-SOMA-Phase": self.routed.phase,
-            "X-SOMA-Reason": _ascii(self.route.reason),
+            "X-SOMA-Reason": header_text(self.route.reason)[:MOST_REASON_CHARS],
         }
 
     @property
@@ -219,6 +223,7 @@ async def _digested(request: ChatRequest, most: int) -> tuple[TranscriptDigest, 
     return await asyncio.to_thread(digested)
 
 
-def _ascii(text: str) -> str:
-    """Text as a header can carry it."""
-    return text.encode("ascii", "backslashreplace").decode()
+def header_text(text: str) -> str:
+    """Text as a header can carry it: printable ASCII."""
+    ascii_only = text.encode("ascii", "backslashreplace").decode()
+    return "".join(char if char.isprintable() else " " for char in ascii_only)

@@ -265,8 +265,10 @@ class SessionLookup:
         last = self.registry.events(session.key)[found.seq]
         if last.kind != EventKind.VARIANT:
             return past.turns[: found.number]
-        turn = turn_of(last.data, last.text)
-        return (*past.turns[: turn.number - 1], turn)
+        variant = turn_of(last.data, last.text)
+        before, given = past.turns[: variant.number - 1], past.turns[variant.number - 1 : variant.number]
+        messages = variant.messages or tuple(message for turn in given for message in turn.messages)
+        return (*before, replace(variant, messages=messages))
 
 
 @dataclass(frozen=True)

@@ -125,10 +125,13 @@ _ADDED: dict[str, Any] = {"said": "", "query": "", "guard": None, "begun": False
 _SILENT: dict[str, Any] = {"messages": (), "answer": "", "calls": (), "head": None, "later": None}
 
 
-def turn_event(turn: Turn, builds_on: int, at: float, kind: str = EventKind.TURN) -> Event:
+def turn_event(
+    turn: Turn, builds_on: int, at: float, kind: str = EventKind.TURN, shared: bool = False
+) -> Event:
     """The event of an answered turn. `builds_on` is how many recorded turns the client's history repeated.
 
-    Kind "variant" records an answer that was given too, beside the one that counts (OpenAI's `n`).
+    Kind "variant" records an answer beside the one that counts. `shared`: to the same request (OpenAI's `n`);
+    what it answers stands in the turn's own event.
     """
     data = asdict(turn) | {"builds_on": builds_on, "skip": turn.unteachable()}
     for apart in (*_SILENT, "gap", "surprise", "kept"):
@@ -137,7 +140,7 @@ def turn_event(turn: Turn, builds_on: int, at: float, kind: str = EventKind.TURN
         if data[name] == default:
             del data[name]
     text: dict[str, Any] = {
-        "messages": list(map(dict, turn.messages)),
+        "messages": [] if shared else list(map(dict, turn.messages)),
         "answer": turn.answer,
         "calls": list(map(dict, turn.calls)),
     }
