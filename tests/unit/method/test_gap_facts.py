@@ -161,7 +161,7 @@ def test_the_same_in_other_words_passes(a: str, b: str) -> None:
 
 
 def test_a_gap_does_not_depend_on_the_order_of_its_texts_or_on_other_pairs() -> None:
-    pairs = [(found["a"], found["b"]) for found in map(json.loads, PAIRS.read_text().splitlines())]
+    pairs = [(found["a"], found["b"]) for found in map(json.loads, PAIRS.read_text().splitlines()[::6])]
     judge = FactsJudge(FlatEncoder())
     forth, back = judge.gaps(pairs), judge.gaps([(b, a) for a, b in pairs])
     assert [one.value for one in forth] == pytest.approx([one.value for one in back])
