@@ -17,12 +17,21 @@ Guarantees:
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+import random
+from dataclasses import asdict
 
-from soma_vllm.adaptation.acceptance import Acceptance, PromptTooLong, evidence_of
+from soma_vllm.adaptation.acceptance import (
+    Acceptance,
+    PromptTooLong,
+    Terms,
+    choose,
+    evidence_of,
+    require_adapter,
+)
 from soma_vllm.adaptation.training_run import AdaptationAbandoned, TrainingBudget, TrainingRun
+from soma_vllm.config import Adaptation as AdaptationSettings
 from soma_vllm.config import Config
 from soma_vllm.errors import AdapterError, EngineError, SomaError, TrainingError
 from soma_vllm.sessions.background_tasks import BackgroundTasks
@@ -34,7 +43,7 @@ from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.prefix import compress
 from soma_vllm.sessions.state.session import Session
 from soma_vllm.sessions.state.transcript import text_of
-from soma_vllm.types import AdapterRef, Candidate, Example, SessionKey
+from soma_vllm.types import AdapterRef, Candidate, Evidence, Example, SessionKey
 
 logger = logging.getLogger(__name__)
 
@@ -60,25 +69,42 @@ class Adaptation:
         self._acceptance = acceptance
         self._budget = budget
         self._training = training
+        self._concurrent = asyncio.Semaphore(config.adaptation.max_concurrent)
 
     def start(
-        self, key: SessionKey, forced: Candidate | None = None, rules: AdaptationRules | None = None
+        self,
+        key: SessionKey,
+        forced: Candidate | None = None,
+        rules: AdaptationRules | None = None,
+        within_s: float = 0.0,
     ) -> None:
-        """Mark a session whose warm start is complete as adapting, now; a background task does the rest.
+        """Mark a session whose warm start is complete as adapting, now; a background task does the rest, after
+        a random delay of at most `within_s` seconds.
 
-        `rules` are its policy's; None takes the default policy's.
+        `rules` are its policy's; None takes the default policy's. An adaptation that was interrupted too often
+        is refused instead.
         """
+        limits, so_far = self._config.adaptation, self._registry.session(key)
+        if so_far.phase is Phase.ADAPTING and (why := _worn_out(so_far, limits)) is not None:
+            logger.warning("an interrupted adaptation is not begun again: %s", why)
+            self._registry.note(key, EventKind.REFUSED, reason=why, found_wanting=False)
+            return
         session = self._registry.note(
             key, EventKind.ADAPTATION_STARTED, forced=forced, adapting=asdict(rules or AdaptationRules())
         )
-        self._background.spawn(key, self._run(key, session, forced))
+        self._background.spawn(key, self._run(key, session, forced, random.uniform(0, within_s)))
 
     def start_if_due(self, key: SessionKey, rules: AdaptationRules | None = None) -> None:
         """Start, if the session has enough turns and their text is in memory."""
         if self._registry.session(key).wants_adaptation(self._config):
             self.start(key, None, rules)
 
-    async def _run(self, key: SessionKey, session: Session, forced: Candidate | None) -> None:
+    async def _run(self, key: SessionKey, session: Session, forced: Candidate | None, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        async with self._concurrent:
+            await self._adapt(key, session, forced)
+
+    async def _adapt(self, key: SessionKey, session: Session, forced: Candidate | None) -> None:
         examples, held_out = (
             self._training.attach_teachers(key, part) for part in session.examples(self._config)
         )
@@ -87,7 +113,12 @@ class Adaptation:
             if session.adapting is not None and not session.adapting.gate:
                 await self._switch_without_gate(key, session.adapting, examples, made)
                 return
-            verdict = await self._choose(key, examples, held_out, forced, made)
+            allowed = await self._budget.allowed(key.tenant)
+            terms = Terms(self._config, allowed, forced, session.setbacks)
+            parts = self._acceptance, self._budget, self._training
+            trial = _Trial(session, terms, (examples, held_out), made, parts)
+            verdict = await choose(trial, terms)
+            self._training.require_adapting(key)
             judged = Judged(verdict.candidate, verdict.reason, verdict.numbers)
             self._registry.note(key, EventKind.JUDGED, **judged.to_data())
             if verdict.candidate is Candidate.ORIGINAL:
@@ -102,47 +133,6 @@ class Adaptation:
             for ref in made:
                 await self._training.retire(ref, key)
 
-    async def _choose(
-        self,
-        key: SessionKey,
-        examples: tuple[Example, ...],
-        held_out: tuple[Example, ...],
-        forced: Candidate | None,
-        made: list[AdapterRef],
-    ) -> Verdict:
-        """Judge the candidates, cheapest first; train only if the plain surrogate will not do, and if it pays.
-
-        An adapter is put into `made` as soon as there is one.
-        """
-        allowed = await self._budget.allowed(key.tenant)
-        warm = (*examples, *held_out)  # the plain surrogate learned from none of them
-        plain_gaps = await self._acceptance.gaps(key, warm, None)
-        plain = None
-        if Candidate.PLAIN in allowed and forced is not Candidate.ADAPTER:
-            # A gate that asks for no agreement is not kept waiting for one.
-            needed = self._config.gate.min_agreement > 0
-            agreement = await self._acceptance.plain_agreement(key.tenant, warm) if needed else None
-            evidence = [evidence_of(Candidate.PLAIN, warm, plain_gaps, agreement)]
-            plain = self._acceptance.judge(self._registry.session(key), evidence, forced)
-            self._training.require_adapting(key)
-            if plain.candidate is Candidate.PLAIN or Candidate.ADAPTER not in allowed:
-                return plain
-        _require_adapter(allowed)
-        if forced is not Candidate.ADAPTER and (objection := await self._budget.objection(key)) is not None:
-            plain = plain or self._acceptance.judge(self._registry.session(key), [], forced)
-            return replace(plain, reason=f"{plain.reason}; adapter: {objection}")
-        result = await self._training.train(key, examples, held_out, self._registry.session(key).adapting)
-        ref = await self._training.publish(key, result, made)
-        gaps = await self._acceptance.gaps(key, held_out, ref)
-        self._training.require_adapting(key)
-        evidence = [
-            evidence_of(Candidate.PLAIN, held_out, plain_gaps[-len(held_out) :], result.plain),
-            evidence_of(Candidate.ADAPTER, held_out, gaps, result.adapted),
-        ]
-        # What fell short on the whole warm start is not let through by a part of it.
-        left = allowed if plain is None else (Candidate.ADAPTER,)
-        return self._acceptance.judge(self._registry.session(key), evidence, forced, left)
-
     async def _switch_without_gate(
         self,
         key: SessionKey,
@@ -151,7 +141,7 @@ class Adaptation:
         made: list[AdapterRef],
     ) -> None:
         """Train on the whole warm start, and switch as soon as the adapter is loaded."""
-        _require_adapter(await self._budget.allowed(key.tenant))
+        require_adapter(await self._budget.allowed(key.tenant))
         result = await self._training.train(key, examples, (), rules)
         ref = await self._training.publish(key, result, made)
         self._training.require_adapting(key)
@@ -194,7 +184,66 @@ class Adaptation:
             self._registry.note(key, EventKind.TRAINING_FAILED, error=type(error).__name__, message=str(error))
 
 
-def _require_adapter(allowed: Sequence[Candidate]) -> None:
-    """Raises AdapterError where no adapter may be made."""
-    if Candidate.ADAPTER not in allowed:
-        raise AdapterError("the tenant holds as many adapters as its key allows (limits.adapters)")
+def _worn_out(session: Session, limits: AdaptationSettings) -> str | None:
+    """Why an adaptation that was interrupted is not begun again; None where it is."""
+    if session.attempts >= limits.max_attempts:
+        return f"its adaptation was interrupted {session.attempts} times"
+    if session.trainings >= limits.max_trainings:
+        return f"it had {session.trainings} trainings"
+    return None
+
+
+class _Trial:
+    """`Trial` of a session that is served: each candidate is measured when the gate asks for it."""
+
+    def __init__(
+        self,
+        session: Session,
+        terms: Terms,
+        split: tuple[tuple[Example, ...], tuple[Example, ...]],
+        made: list[AdapterRef],
+        parts: tuple[Acceptance, TrainingBudget, TrainingRun],
+    ) -> None:
+        """`split`: turns to train on, and held out. An adapter is put into `made` as soon as there is one."""
+        self._key = session.key
+        self._rules = session.adapting
+        self._terms = terms
+        self._examples, self._held_out = split
+        self._warm = (*self._examples, *self._held_out)
+        self._made = made
+        self._acceptance, self._budget, self._training = parts
+        self._plain_gaps: tuple[float, ...] = ()
+
+    async def plain(self) -> Evidence:
+        """The plain surrogate on the whole warm start."""
+        self._plain_gaps = await self._acceptance.gaps(self._key, self._warm, None)
+        # A gate that asks for no agreement is not kept waiting for one.
+        needed = self._terms.config.gate.min_agreement > 0
+        agreement = await self._acceptance.plain_agreement(self._key.tenant, self._warm) if needed else None
+        self._training.require_adapting(self._key)
+        return evidence_of(Candidate.PLAIN, self._warm, self._plain_gaps, agreement)
+
+    async def objection(self) -> str | None:
+        """Why an adapter is not expected to pay; None where it is."""
+        return await self._budget.objection(self._key)
+
+    async def adapter(self) -> tuple[Evidence, Evidence]:
+        """(plain, adapter) on the held-out turns.
+
+        An adapter of 0 steps is the plain surrogate: where that is sure to be refused, nothing is published.
+        """
+        key, held_out = self._key, self._held_out
+        plain_gaps = self._plain_gaps[-len(held_out) :] or await self._acceptance.gaps(key, held_out, None)
+        result = await self._training.train(key, self._examples, held_out, self._rules)
+        config = self._terms.config
+        gains_nothing = not result.steps and config.lora.init_from is None and config.gate.min_gain > 0
+        if gains_nothing and self._terms.forced is None:
+            self._training.discard(result)
+            gaps = plain_gaps
+        else:
+            ref = await self._training.publish(key, result, self._made)
+            gaps = await self._acceptance.gaps(key, held_out, ref)
+        return (
+            evidence_of(Candidate.PLAIN, held_out, plain_gaps, result.plain),
+            evidence_of(Candidate.ADAPTER, held_out, gaps, result.adapted),
+        )

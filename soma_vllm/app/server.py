@@ -8,10 +8,11 @@ started is stopped again, however the server ends.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,27 +28,32 @@ from soma_vllm.adapters.store.opening import open_root
 from soma_vllm.adapters.store.protocol import AdapterStore
 from soma_vllm.adapters.store.verify import Demands
 from soma_vllm.api.auth.quotas import Quotas
+from soma_vllm.api.draining import Draining
+from soma_vllm.api.readiness import Readiness
 from soma_vllm.app.build import Parts, SomaServices, build
 from soma_vllm.app.original_process import OriginalProcess
+from soma_vllm.app.record import entered, leased
 from soma_vllm.app.surrogate_parts import open_surrogate, shared_vocabulary
+from soma_vllm.app.watching import watch
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import Salts
+from soma_vllm.engines.original import OriginalEngine
 from soma_vllm.engines.vllm.arguments import (
     slot_rank,
     surrogate_arguments,
     vllm_environment,
 )
-from soma_vllm.errors import PolicyUnavailable, PreflightError, TrainingError
+from soma_vllm.errors import PolicyUnavailable, PreflightError, TrainingError, Unprocessable
 from soma_vllm.maintenance.sweep_trigger import SweepTrigger
 from soma_vllm.method.gap.gap_judge import open_judge
 from soma_vllm.models.home import soma_home
 from soma_vllm.scheduler.dispatcher import DISPATCH_NAME
 from soma_vllm.scheduler.policies.base import Policies
 from soma_vllm.sessions.sql.api_keys import KeyStore
-from soma_vllm.sessions.sql.connections import identity
 from soma_vllm.sessions.sql.store import SessionStore
 from soma_vllm.telemetry.adapter_store_metrics import AdapterStoreMetrics
 from soma_vllm.telemetry.event_log import EventLog
+from soma_vllm.telemetry.original_metrics import OriginalMetrics
 from soma_vllm.telemetry.session_metrics import SessionMetrics
 from soma_vllm.training.pair import ANYONE, owner_of
 
@@ -72,21 +78,36 @@ class ModelPaths:
 class SomaServer:
     """soma-serve: the surrogate's vLLM server, and everything around it."""
 
-    def __init__(self, config: Config, paths: ModelPaths, policies: Policies, run_dir: Path, say: Say) -> None:
+    def __init__(
+        self,
+        config: Config,
+        paths: ModelPaths,
+        policies: Policies,
+        run_dir: Path,
+        say: Say,
+        take_over: bool = False,
+    ) -> None:
+        """`take_over` waits for another server of this record to end."""
         self._config = config
         self._paths = paths
         self._policies = policies
         self._say = say
         self._started = time.monotonic()
-        self._begun = False
+        self._state: Any = None
+        """vLLM's application state, once the services have started."""
+        self._wait = (lambda why: say(f"waiting    {why}")) if take_over else None
         self._cleanup = AsyncExitStack()
         self._run_dir = run_dir
         self._salts = Salts()
+        self.draining = Draining(config.server.drain_s, say)
+        self.readiness = Readiness()
         self._original = OriginalProcess(config, self._original_name, run_dir, say)
         keys = KeyStore.at(self._filled(config.storage.url))
         self._cleanup.push_async_callback(keys.close)
         self.quotas = Quotas.configured(config, keys)
-        self.extra_routes = config.server.extra_routes
+        self.server = config.server
+        self.started_at = time.time()
+        self._original_engine: OriginalEngine | None = None
 
     # -- life -------------------------------------------------------------------------------------------
 
@@ -98,6 +119,9 @@ class SomaServer:
         """
         async with self._cleanup:
             self._check_pair_adapter()
+            store = await self._open_sessions()
+            adapter_store = await self._open_adapter_store(await store.record_id())
+            self._stores = store, adapter_store
             self._original.start(self._paths.original, self._paths.surrogate, self._cleanup)
             self._say(f"surrogate  starting {self._surrogate_name} (vLLM takes 20-60 s to load)")
             os.environ.update(vllm_environment(self._config.surrogate, str(self._paths.surrogate), PLUGINS))
@@ -114,7 +138,8 @@ class SomaServer:
             setattr(arguments, HOST, self)
             announced = asyncio.create_task(self._announce(), name="soma-announce")
             try:
-                await run_server(arguments)
+                # The server drains by itself; uvicorn's own wait is for what that left.
+                await run_server(arguments, timeout_graceful_shutdown=math.ceil(self._config.server.drain_s))
             finally:
                 announced.cancel()
                 self._say("stopping   the trainers, the original and the session store")
@@ -131,9 +156,27 @@ class SomaServer:
             raise PreflightError(str(error)) from error
         self._say(f"adapters   sessions of {'any tenant' if owner == ANYONE else owner} start from {directory}")
 
-    def models(self) -> list[str]:
-        """Names that may be asked for."""
-        return [DISPATCH_NAME, self._original_name, self._surrogate_name]
+    def models(self) -> dict[str, int | None]:
+        """Names that may be asked for, and the longest prompt and answer of each."""
+        original, surrogate = self._config.original, self._config.surrogate
+        known = original.url is None or "max_model_len" in original.model_fields_set
+        longest = original.max_model_len if known else None
+        # A dialogue is the original's first, and again where it outgrows the surrogate.
+        own = {DISPATCH_NAME: longest, self._original_name: longest}
+        return {**own, self._surrogate_name: surrogate.max_model_len}
+
+    async def original_tokenizer(
+        self, path: str, body: Mapping[str, Any], required: bool
+    ) -> Mapping[str, Any] | None:
+        """What the original's tokenizer answers; see `api.plugin.Host`."""
+        engine = self._original_engine
+        if engine is None or not engine.speaks_vllm:
+            if required:
+                raise Unprocessable(
+                    f"the original shows no tokenizer; expected {self._surrogate_name}", "model"
+                )
+            return None
+        return await engine.tokenizer(path, body)
 
     async def begin(self, engine_client: Any, state: Any) -> SomaServices:
         """Called by the plugin once vLLM's engine is ready: start the rest, hand out what its routes need."""
@@ -141,13 +184,13 @@ class SomaServer:
 
         keep_adapters_out_of_metrics(engine_client)
         self._say("surrogate  ready")
-        store = await self._open_sessions()
+        store, adapter_store = self._stores
         encoder, judge = await self._load_encoder()
         trainer = await self._start_trainers()
         original = await self._original.connect(self._salts, self._cleanup)
+        self._original_engine = original
         await self._open_policy()
         stock, sweep_trigger = AdapterStoreMetrics(), SweepTrigger()
-        adapter_store = self._open_adapter_store()
         engine_takes = Demands(slot_rank(self._config.lora.rank), str(self._paths.surrogate))
         files = AdapterFileProvider(adapter_store, sweep_trigger, stock, engine_takes)
         serving = PrivateChat(engine_client, state)
@@ -170,11 +213,13 @@ class SomaServer:
                 salts=self._salts,
                 sweep_trigger=sweep_trigger,
                 observers=(SessionMetrics(), EventLog(), stock),
+                original_meter=OriginalMetrics(),
             )
         )
         self._cleanup.push_async_callback(services.stop)
         await services.start()
-        self._begun = True
+        watch(self.readiness, services, self._original, trainer, engine_client, self.draining)
+        self._state = state
         return services
 
     # -- parts ------------------------------------------------------------------------------------------
@@ -202,21 +247,23 @@ class SomaServer:
         return TeacherLogprobs(self._config, why)
 
     async def _open_sessions(self) -> SessionStore:
-        store = SessionStore(self._filled(self._config.storage.url))
+        url = self._filled(self._config.storage.url)
+        await self._cleanup.enter_async_context(leased(url, self._wait, stop_this_process))
+        store = SessionStore(url)
         await store.open()
         self._cleanup.push_async_callback(store.close)
         self._say(f"sessions   {await store.count()} on record")
         return store
 
-    def _open_adapter_store(self) -> AdapterStore:
+    async def _open_adapter_store(self, record_id: str) -> AdapterStore:
         store = open_root(
             self._filled(self._config.adapters.root),
             self._filled(self._config.adapters.cache),
             demands=Demands.of_model(self._paths.surrogate, self._config.lora.rank),
-            owner=identity(self._filled(self._config.storage.url)),
+            owner=record_id,
         )
-        # Told to `soma adapters`, which deletes nothing under a running server.
-        self._cleanup.enter_context(store.in_service())
+        # Told to `soma adapters` as well, which deletes nothing under a running server.
+        await entered(self._cleanup, store.in_service, self._wait)
         return store
 
     async def _load_encoder(self) -> tuple[ThreadedEncoder, ThreadedJudge]:
@@ -260,16 +307,22 @@ class SomaServer:
         async with aiohttp.ClientSession() as client:
             while not await _answers(client, f"{url}/health"):
                 await asyncio.sleep(0.2)
-        if not self._begun:
+        if self._state is None:
             self._say("failed     vLLM did not load the soma endpoint plugin; is soma-vllm installed here?")
-            os.kill(os.getpid(), signal.SIGTERM)
+            stop_this_process()
             return
+        self.draining.handle_signals(self._state.server)
         seconds = time.monotonic() - self._started
         self._say(f"listening  {url}/v1  (models: {', '.join(self.models())}; ready in {seconds:.0f} s)")
 
     def _filled(self, template: str) -> str:
         filled = template.replace("{soma_home}", str(soma_home()))
         return filled.replace("{run_dir}", str(self._run_dir))
+
+
+def stop_this_process() -> None:
+    """Stop as an operator's SIGTERM does."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _served_name(model: str | None) -> str:

@@ -33,8 +33,13 @@ class Engine(Section):
     enforce_eager: bool | None = None
     """Whether vLLM runs without CUDA graphs; null: on a CPU only. On an H100, graphs made a step with adapters
     19 times as fast."""
+    tool_parser: str = "auto"
+    """What reads calls of tools out of the model's text: a name of vLLM's (hermes, llama3_json, mistral, …);
+    none: nothing; auto: by the model's chat template and architecture (`engines/vllm/parser_choice.py`)."""
+    reasoning_parser: str = "auto"
+    """What parts thoughts from answers: a name of vLLM's (qwen3, deepseek_r1, …), none or auto, as above."""
     extra_args: tuple[str, ...] = ()
-    """Further arguments of `vllm serve`, verbatim."""
+    """Further arguments of `vllm serve`, verbatim; they overrule all others."""
 
 
 class Original(Engine):
@@ -56,10 +61,30 @@ class Original(Engine):
     name: str | None = None
     """Model name in requests; null takes `original_model`'s own."""
     when_down: Literal["refuse", "surrogate"] = "refuse"
-    """While the original is down: answer 503, or let the plain surrogate answer."""
+    """While the original is down, fails before its first token, or has no place for a request: answer 503, or
+    let the plain surrogate answer."""
     connect_timeout_s: Seconds = 5.0
     """Longest wait for a connection to the original, seconds; after it the original is unavailable to that
     request."""
+    first_token_timeout_s: Seconds = 600.0
+    """Longest wait for the first event of a stream, seconds."""
+    idle_timeout_s: Seconds = 300.0
+    """Longest wait between two events of a stream, seconds; after it the stream ends with an error."""
+    answer_timeout_s: Seconds = 1800.0
+    """Longest wait for an answer that is not streamed, seconds."""
+    max_in_flight: Positive = 1024
+    """Most requests that are at the original at once."""
+    queue_limit: Annotated[int, Field(ge=0)] = 1024
+    """Most requests that wait for a place among those; further ones are refused at once."""
+    queue_wait_s: Seconds = 10.0
+    """Longest wait for such a place, seconds."""
+    retries: Annotated[int, Field(ge=0)] = 1
+    """How often a request is sent again whose connection failed before a byte of an answer came."""
+    breaker_failures: Annotated[int, Field(ge=0)] = 5
+    """Failures in a row (5xx, broken connections, timeouts) after which the original counts as down; 0: it
+    never does."""
+    breaker_open_s: Seconds = 10.0
+    """For how long it then gets no request, seconds; after that one request tries it."""
     start_timeout_s: Seconds = 600.0
     """Longest start of the child server, seconds; after it soma-serve gives up, and a restarted child is
     ended."""
@@ -82,8 +107,8 @@ class Surrogate(Engine):
     queue_wait_s: Seconds = 10.0
     """Longest wait in that queue, seconds."""
     tools: bool = False
-    """Whether it may answer requests that define tools. Give it `--enable-auto-tool-choice` and a
-    `--tool-call-parser` by `extra_args` then."""
+    """Whether it may answer requests that define tools: no verdict compares calls, so the default leaves them
+    to the original."""
 
 
 class Training(Section):
@@ -116,6 +141,16 @@ class Encoder(Section):
     """Torch threads of the encoder, which runs on the CPU."""
 
 
+class Cors(Section):
+    """Which web pages may ask this server from a browser. `X-SOMA-*` headers are shown to their scripts."""
+
+    allow_origins: tuple[str, ...] = ("http://localhost:*", "http://127.0.0.1:*")
+    """Origins of the pages, e.g. https://chat.example.org; `*` stands for a part of one, and alone for all of
+    them. Empty: none. Anyone's page asks with the keys that it has; with `access.mode: open` it needs none."""
+    max_age_s: Annotated[int, Field(ge=0)] = 600
+    """Seconds for which a browser remembers that it may ask."""
+
+
 class Server(Section):
     """Where soma-serve listens."""
 
@@ -131,10 +166,18 @@ class Server(Section):
     """Size from which surrogate.log is continued in a new file; 0: never."""
     log_backups: Positive = 5
     """Older files that are kept: surrogate.log.1 is the newest."""
+    drain_s: Seconds = 30.0
+    """Longest wait for the requests under way when the server is told to end (SIGTERM, Ctrl-C), seconds; new
+    ones are refused with 503. A second signal ends it at once."""
     run_dir: str | None = None
     """Logs and sockets of a running server; null takes a fresh folder under $SOMA_HOME/run."""
+    cors: Cors = Cors()
+    keep_alive_s: Annotated[float, Field(ge=0)] = 15.0
+    """Seconds of silence after which a stream sends a comment, so that no proxy cuts it, and after which one
+    that waits for its first token begins: with status 200 and the headers of the turn as it was routed. An
+    error that comes later is an event of the stream. 0: never."""
     extra_routes: bool = False
-    """true: vLLM's further routes (`/v1/messages`, `/inference/…`, …) are served too. They ask the surrogate,
+    """true: vLLM's further routes (`/inference/…`, …) are served too. They ask the surrogate,
     without sessions, dispatch or counting of tokens. false: they answer 404."""
 
 
@@ -143,6 +186,9 @@ class Storage(Section):
 
     url: str = "sqlite+aiosqlite:///{soma_home}/sessions.db"
     """SQLAlchemy URL; {soma_home} and {run_dir} are filled in."""
+    queue_mib: Positive = 256
+    """Conversation text, MiB, that may wait in memory for a database that is away or slow; beyond it the
+    original answers, and turns are not recorded."""
 
 
 class Retention(Section):
@@ -188,8 +234,9 @@ class Limits(Section):
 
 
 class Adapters(Section):
-    """Where adapters are stored, and how many. Beyond a budget the least recently used is evicted and its
-    session goes back to the original; pinned ones (`soma adapters pin`) stay. null: no limit."""
+    """Where adapters are stored, and how many of this server's record. Beyond a budget the least recently used
+    is evicted and its session goes back to the original; pinned ones (`soma adapters pin`) stay. null: no
+    limit."""
 
     root: str = "adapters_store"
     """Directory, relative to the working directory, or a URL that fsspec knows (s3://…, gs://…; its package

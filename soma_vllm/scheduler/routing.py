@@ -6,12 +6,20 @@ asked for the route of a pinned session, nor where it could not prepare.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping
 
 from soma_vllm.adaptation.threaded_encoder import Encoder
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import Engine, Engines
-from soma_vllm.errors import BadRequest, NoSuchModel
+from soma_vllm.errors import (
+    AdapterError,
+    BadRequest,
+    EngineRefused,
+    EngineUnavailable,
+    NoAdapterSlot,
+    NoSuchModel,
+)
 from soma_vllm.scheduler.policies.base import Policies, Policy, TurnQuery, prepared
 from soma_vllm.scheduler.turn_context import ChatRequest, TurnContext
 from soma_vllm.sessions.state.gate import gap
@@ -21,9 +29,21 @@ from soma_vllm.sessions.state.session import Session
 from soma_vllm.sessions.state.transcript import TranscriptDigest, text_of
 from soma_vllm.types import Message, Reason, ReasonCode, Role, Route
 
+logger = logging.getLogger(__name__)
+
 DISPATCH_NAME = "soma"
 """The model name that asks for dispatch; `soma:<policy>` under another policy than the configured one. The
 engines' own names bypass it."""
+
+SWITCH = "x-soma"
+"""The header that opts a request out of dispatch."""
+
+HEADERS = frozenset(
+    {SWITCH, "x-soma-policy", "x-soma-force"}
+    | {f"x-soma-{name}" for name in ("session", "engine", "adapter", "phase", "reason", "branch", "history")}
+)
+"""Headers of a request under our prefix: those that it may steer by, and a reply's, which some clients send
+back."""
 
 RESULTS = ("tool", "function")
 """Roles of messages that bring what a tool found."""
@@ -47,6 +67,7 @@ class Routing:
         original, surrogate = self._engines.original, self._engines.surrogate
         model = request.body.get("model")
         policy = request.headers.get("x-soma-policy")
+        _check_headers(request.headers)
         served = (DISPATCH_NAME, original.name, surrogate.name)
         if model is None:
             raise BadRequest(f"model: found none; expected one of {', '.join(served)}", "model")
@@ -56,7 +77,7 @@ class Routing:
                 raise no_such_model(str(model), served)
         chosen = self._policies.default if policy is None else self._policies.named(policy)
         if model == original.name or (
-            model != surrogate.name and request.headers.get("x-soma", "").lower() == "off"
+            model != surrogate.name and request.headers.get(SWITCH, "").lower() == "off"
         ):
             return chosen, original
         return chosen, surrogate if model == surrogate.name else None
@@ -76,7 +97,7 @@ class Routing:
 
     def without_surrogate(self, turn: TurnContext, error: Exception) -> Route:
         """The route of a turn that the surrogate failed to answer."""
-        reason = Reason(f"surrogate failed: {error}", ReasonCode.SURROGATE_FAILED)
+        reason = Reason(f"surrogate failed: {_kind(error)}", ReasonCode.SURROGATE_FAILED)
         return Route(Role.ORIGINAL, None, turn.query.messages, reason)
 
     def without_original(self, turn: TurnContext) -> Route | None:
@@ -110,7 +131,8 @@ class Routing:
                 return Route(Role.ORIGINAL, None, query.messages, pinned)
             return Route(Role.SURROGATE, session.adapter, self._compressed(query), pinned)
         if query.unprepared is not None:
-            reason = Reason(query.unprepared, ReasonCode.UNPREPARED)
+            logger.warning("the original answers, because the policy cannot decide: %s", query.unprepared)
+            reason = Reason("policy not ready", ReasonCode.UNPREPARED)
             return Route(Role.ORIGINAL, None, query.messages, reason)
         return policy.route(session, query)
 
@@ -132,6 +154,24 @@ class Routing:
     def _compressed(self, query: TurnQuery) -> tuple[Message, ...]:
         """The history as the surrogate is shown it."""
         return compress(query.messages, self._config.prefix, self._config.compressed_prefix_turns)
+
+
+def _kind(error: Exception) -> str:
+    """What failed, in words of our own: a message may hold paths, and line ends. It is logged."""
+    if isinstance(error, EngineRefused):
+        return f"refused with status {error.status}"
+    kinds = ((NoAdapterSlot, "no adapter slot"), (AdapterError, "adapter"), (EngineUnavailable, "unavailable"))
+    return next((words for kind, words in kinds if isinstance(error, kind)), "engine error")
+
+
+def _check_headers(headers: Mapping[str, str]) -> None:
+    """Refuse what would be ignored without a word. Raises BadRequest."""
+    unknown = sorted(name for name in headers if name.startswith("x-soma-") and name not in HEADERS)
+    if unknown:
+        raise BadRequest(f"{unknown[0][:100]}: found an unknown header; expected X-SOMA, -Policy or -Force")
+    for name, expected in ((SWITCH, ("on", "off")), ("x-soma-force", ("plain", "adapter"))):
+        if (found := headers.get(name)) is not None and found.lower() not in expected:
+            raise BadRequest(f"{name}: found {found[:100]!r}; expected {' or '.join(expected)}")
 
 
 def no_such_model(model: str, served: Iterable[str]) -> NoSuchModel:

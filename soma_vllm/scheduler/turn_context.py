@@ -6,7 +6,6 @@ Guarantees: the session is held from `begin_turn` until the turn ends or fails, 
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -32,6 +31,10 @@ from soma_vllm.types import Message, Role, Route, SessionKey
 logger = logging.getLogger(__name__)
 
 
+MOST_REASON_CHARS = 200
+"""Of a reason, which a policy of another package may have written."""
+
+
 class SessionUnavailable(Exception):
     """A request cannot be dispatched within a session now; the message is a reason for `X-SOMA-Reason`."""
 
@@ -50,28 +53,28 @@ class ChatRequest:
     """Id under which the client may name the answer later."""
     started: float = field(default_factory=time.monotonic)
     """When it arrived, `time.monotonic`."""
+    routed: dict[str, str] = field(default_factory=dict, compare=False)
+    """Headers of its reply as far as they are known before an engine answers; filled by the dispatcher."""
 
     @property
     def tenant(self) -> str:
         """Whose request it is."""
         return tenant_of(self.headers.get("authorization"))
 
+    @property
+    def stored(self) -> bool:
+        """Whether what is said may be kept, and learned from: not where `store` is false."""
+        return self.body.get("store") is not False
+
     def messages(self) -> list[Message]:
         """The messages of a chat.
 
         Raises:
-            BadRequest: there is none, or one is not Unicode text.
+            BadRequest: there is none.
         """
         messages: list[Message] = self.body["messages"]
         if not messages:
             raise BadRequest("messages: found none; expected at least one", "messages")
-        try:
-            json.dumps(messages, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            # No tokenizer reads it, and the encoder and the store would each fail in a way of their own.
-            raise BadRequest(
-                "messages: found half a surrogate pair; expected Unicode text", "messages"
-            ) from None
         return messages
 
 
@@ -124,11 +127,11 @@ class TurnContext:
     def headers(self) -> dict[str, str]:
         """Who answers this turn, and why."""
         return {
-            "X-SOMA-Session": _ascii(self.key.session),
+            "X-SOMA-Session": header_text(self.key.session),
             "X-SOMA-Engine": self.route.engine,
             "X-SOMA-Adapter": "" if self.route.adapter is None else self.route.adapter.name,
             "X-SOMA-Phase": self.routed.phase,
-            "X-SOMA-Reason": _ascii(self.route.reason),
+            "X-SOMA-Reason": header_text(self.route.reason)[:MOST_REASON_CHARS],
         }
 
     def settle(self) -> None:
@@ -182,6 +185,7 @@ async def begin_turn(lookup: SessionLookup, meter: Meter, request: ChatRequest, 
         return TurnContext(request, policy, digest, key, lookup, resources.pop_all(), placed)
 
 
-def _ascii(text: str) -> str:
-    """Text as a header can carry it."""
-    return text.encode("ascii", "backslashreplace").decode()
+def header_text(text: str) -> str:
+    """Text as a header can carry it: printable ASCII."""
+    ascii_only = text.encode("ascii", "backslashreplace").decode()
+    return "".join(char if char.isprintable() else " " for char in ascii_only)

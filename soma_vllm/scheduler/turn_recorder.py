@@ -13,6 +13,7 @@ from dataclasses import replace
 from soma_vllm.adaptation.evidence import TurnEvidence
 from soma_vllm.adaptation.shadow_answers import most_tokens
 from soma_vllm.engines.reply_parser import Choice, ParsedReply
+from soma_vllm.engines.token_counts import counted
 from soma_vllm.scheduler.follow_up import FollowUp
 from soma_vllm.scheduler.turn_context import TurnContext
 from soma_vllm.sessions.ports import Meter
@@ -36,7 +37,7 @@ class TurnRecorder:
     async def record(self, turn: TurnContext, reply: ParsedReply) -> None:
         """End a turn: fold it into its session, then start what follows from it."""
         async with turn.released():
-            self._meter.spent(turn.key.tenant, reply.usage)
+            self._meter.spent(turn.key.tenant, counted(reply, turn.request.body))
             if not reply.complete and reply.silent:
                 return  # the client left before the first word: there is no turn
             if not self._registry.is_live(turn.key):
@@ -46,10 +47,11 @@ class TurnRecorder:
             now, builds_on = time.time(), turn.overlap.turns
             session = self._registry.record(
                 turn.key,
-                turn_event(recorded, builds_on, now),
-                *(turn_event(variant, builds_on, now, EventKind.VARIANT) for variant in variants),
+                turn_event(_written(recorded), builds_on, now),
+                *(turn_event(_written(variant), builds_on, now, EventKind.VARIANT) for variant in variants),
             )
-            self._evidence.keep(turn.key, recorded.number, reply, turn.capture)
+            if recorded.stored:
+                self._evidence.keep(turn.key, recorded.number, reply, turn.capture)
             self._follow_up.begin(turn, session, recorded)
 
 
@@ -77,8 +79,13 @@ def _recorded(turn: TurnContext, reply: ParsedReply) -> list[Turn]:
         links=tuple(mark.link for mark in answered.marks if mark.end > overlap.end),
         left_out=overlap.left_out,
         response=turn.request.response,
+        stored=turn.request.stored,
     )
     return [recorded, *(_variant(recorded, other, _answered(turn, other)) for other in others)]
+
+
+def _written(turn: Turn) -> Turn:
+    return turn if turn.stored else turn.silent()
 
 
 def _variant(recorded: Turn, other: Choice, answered: TranscriptDigest) -> Turn:

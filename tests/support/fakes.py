@@ -101,6 +101,7 @@ class FakeTrainer:
         """Makes the trained files in the directory of a request."""
         self.plain = Agreement(1.0, 0.5, 10)
         self.adapted = Agreement(0.5, 0.8, 10)
+        self.steps = 4
 
     async def score(self, request: ScoreRequest) -> Agreement:
         return self.plain
@@ -117,7 +118,7 @@ class FakeTrainer:
             adapted=self.adapted,
             checkpoints=((0, self.plain), (4, self.adapted)),
             hardness={1: 1.0},
-            steps=4,
+            steps=self.steps,
             distilled=False,
             losses=(1.0, 0.5),
             flops=1.0,
@@ -208,11 +209,21 @@ class OpenMeter:
 
     def __init__(self) -> None:
         self.spendings: list[tuple[str, Usage]] = []
+        self.reservations: list[int] = []
         self.sessions: int | None = None
         self.adapters: int | None = None
 
     def spent(self, tenant: str, usage: Usage) -> None:
         self.spendings.append((tenant, usage))
+
+    def limits_tokens(self, tenant: str) -> bool:
+        return True
+
+    def reserve(self, tenant: str, tokens: int) -> None:
+        self.reservations.append(tokens)
+
+    def unreserve(self, tenant: str, tokens: int) -> None:
+        self.reservations.remove(tokens)
 
     def limits_sessions(self, tenant: str) -> bool:
         return self.sessions is not None

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from functools import cached_property
+from typing import Any, Self
 
 from soma_vllm.sessions.state.session import Session
-from soma_vllm.types import SessionKey
+from soma_vllm.types import AdapterRef, Event, SessionKey
+
+FACTS = ("version", "base_model", "rank", "size_bytes", "created")
+"""What is known of an adapter from its publication on."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,58 @@ class TurnMark:
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """One adapter as the record has it."""
+    """One adapter as the record has it. What follows `state` is None where it is not on record yet, and written
+    where it stays as it is."""
 
+    key: SessionKey
+    """The session that moved it last."""
     name: str
     number: int
     path: str
     state: str
+    version: int | None = None
+    """Grows with every publication of the session, from 1."""
+    base_model: str | None = None
+    rank: int | None = None
+    size_bytes: int | None = None
+    created: float | None = None
+    """Unix time, seconds."""
+
+    @classmethod
+    def moved(cls, key: SessionKey, ref: AdapterRef, state: str, facts: Mapping[str, Any]) -> Self:
+        """An adapter in a new state, with what `facts` say of it."""
+        known = {name: facts[name] for name in FACTS if name in facts}
+        return cls(key, ref.name, ref.number, ref.path, state, **known)
+
+    @property
+    def ref(self) -> AdapterRef:
+        """As an engine needs it."""
+        return AdapterRef(self.name, self.number, self.path)
+
+    def columns(self) -> dict[str, Any]:
+        """Its row."""
+        named = ("name", "number", "path", "state", *FACTS)
+        return vars(self.key) | {name: getattr(self, name) for name in named}
+
+
+@dataclass(frozen=True)
+class Append:
+    """Events of one session for its log, and where the session stands after them."""
+
+    key: SessionKey
+    first_seq: int
+    """Sequence number of the first event."""
+    events: Sequence[Event]
+    snapshot: SessionSnapshot
+    marks: Sequence[TurnMark] = ()
+    """Turns of these events."""
+    adapters: Sequence[AdapterRecord] = ()
+    """They replace what was on record under their names: the session that appended an adapter last owns it."""
+
+    @cached_property
+    def size(self) -> int:
+        """Characters of what was said in these events, which is nearly all of their memory."""
+        return sum(_characters(event.text) for event in self.events)
 
 
 @dataclass(frozen=True)
@@ -86,3 +137,12 @@ class LengthCount:
     over: bool
     """Whether they have been silent for long."""
     sessions: int
+
+
+def _characters(value: object) -> int:
+    """Characters of all strings in a JSON value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list | tuple) else 0

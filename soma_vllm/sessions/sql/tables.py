@@ -1,7 +1,8 @@
 """The tables of the session store, and how values that databases refuse are encoded in them.
 
 Guarantees: ids that clients chose and documents come back exactly as they were stored, on SQLite and PostgreSQL
-alike, NUL characters, lone surrogates, NaN and infinities included; conversation text is in `texts` alone. The
+alike, NUL characters, lone surrogates, NaN and infinities included; conversation text is in `texts`, and, as
+clients retrieve it, in `objects` and `items`. The
 same tables are written down a second time, as steps, in `migrations/`; a test holds the two together.
 """
 
@@ -12,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import JSON, Float, Index, Integer, String, Text
+from sqlalchemy import JSON, BigInteger, Float, Index, Integer, String, Text
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -133,8 +134,46 @@ class TurnRow(Base):
     )
 
 
+class RecordRow(Base):
+    """Which record this database is: one row. A copy of the database has the same, until it is adopted."""
+
+    __tablename__ = "record"
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+
+
+class ObjectRow(Base):
+    """One response or conversation of OpenAI's, as a client retrieves it."""
+
+    __tablename__ = "objects"
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
+    id: Mapped[str] = mapped_column(Name, primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    session: Mapped[str] = mapped_column(Name)
+    """The session that it goes with; empty for none."""
+    at: Mapped[float] = mapped_column(Float)
+    data: Mapped[Mapping[str, Any]] = mapped_column(Document)
+    """The object; a response with its output, and so with text."""
+
+    __table_args__ = (Index("ix_objects_session", "tenant", "session"), Index("ix_objects_at", "at"))
+
+
+class ItemRow(Base):
+    """One item of a response's input or output, or of a conversation."""
+
+    __tablename__ = "items"
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
+    owner: Mapped[str] = mapped_column(Name, primary_key=True)
+    position: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    id: Mapped[str] = mapped_column(Name)
+    part: Mapped[str] = mapped_column(String(16))
+    at: Mapped[float] = mapped_column(Float)
+    data: Mapped[Mapping[str, Any]] = mapped_column(Document)
+
+    __table_args__ = (Index("ix_items_id", "tenant", "id"), Index("ix_items_at", "at"))
+
+
 class AdapterRow(Base):
-    """One adapter and the session that owns it."""
+    """One adapter that this record published, and the session that owns it."""
 
     __tablename__ = "adapters"
     name: Mapped[str] = mapped_column(Name, primary_key=True)
@@ -144,6 +183,13 @@ class AdapterRow(Base):
     path: Mapped[str] = mapped_column(Name)
     state: Mapped[str] = mapped_column(String(32))
     updated_at: Mapped[float] = mapped_column(Float)
+    version: Mapped[int | None] = mapped_column(Integer)
+    """This and what follows: None where a version before 0003 published it, until a server has started."""
+    base_model: Mapped[str | None] = mapped_column(Name)
+    rank: Mapped[int | None] = mapped_column(Integer)
+    size_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    created: Mapped[float | None] = mapped_column(Float)
+    """Unix time, seconds."""
 
     __table_args__ = (Index("ix_adapters_session", "tenant", "session"),)
 

@@ -51,6 +51,8 @@ class Session:
     trained because that failed. An administrator who asks for an adaptation has them forgotten."""
     adapting: AdaptationRules | None = None
     """By which rules the present or latest adaptation goes; None before the first."""
+    attempts: int = 0
+    """Beginnings of the present adaptation; more than one where servers ended during it."""
     forced: Candidate | None = None
     pinned: Role | None = None
     """The engine that an administrator bound it to."""
@@ -143,7 +145,7 @@ class Session:
             end = ends.get(turn.chain)
             if end is None:
                 break
-            if not turn.kept:
+            if not turn.kept and turn.stored:
                 turns[index] = turn.voiced(reading.messages[begin:end])
             begin = end
         return replace(self, turns=tuple(turns))
@@ -168,9 +170,11 @@ class Session:
 
         After a rollback the surrogate is judged on what came since; after a refusal on the latest turns, once
         enough of them are new. Each cool-down is twice as long as the last, so that a session that comes and
-        goes, or never passes, is tried ever more rarely; so are its branches.
+        goes, or never passes, is tried ever more rarely, and after `max_looks` setbacks no more; so are its
+        branches.
         """
-        if self.pinned is not None or not self.kept():
+        looks = min(self.setbacks, self.cool_downs)  # an administrator's request grants new ones
+        if self.pinned is not None or not self.kept() or looks >= config.adaptation.max_looks:
             return None
         warm = len(self.warm_turns())
         since = sum(turn.teaches() for turn in self.turns[max(self.warm_from, self.learned) :])

@@ -54,6 +54,8 @@ class Turn:
     """Earlier turns that the client's history lacked, as the bounds of a slice: it had dropped them."""
     response: str | None = None
     """Id under which a client may name it (OpenAI's Responses API)."""
+    stored: bool = True
+    """False where its request said `store: false`: what was said is kept nowhere, and never teaches."""
     kept: bool = True
     """False where `messages`, `answer` and `calls` were erased, or never kept, and are empty."""
     skip: str | None = None
@@ -70,6 +72,8 @@ class Turn:
 
     def unteachable(self) -> str | None:
         """Why this turn cannot be learned from or judged on; None where it can."""
+        if not self.stored:
+            return "its request says store: false"
         if not self.kept:
             return self.skip
         if not self.messages or self.messages[-1].get("role") != "user":
@@ -100,13 +104,14 @@ class Turn:
 def turn_event(turn: Turn, builds_on: int, at: float, kind: str = EventKind.TURN) -> Event:
     """The event of an answered turn. `builds_on` is how many recorded turns the client's history repeated.
 
-    Kind "variant" records an answer that was given too, beside the one that counts (OpenAI's `n`).
+    Kind "variant" records an answer that was given too, beside the one that counts (OpenAI's `n`); what it
+    answers stands in the turn's own event.
     """
     data = asdict(turn) | {"builds_on": builds_on, "skip": turn.unteachable()}
     text = {name: data.pop(name) for name in ("messages", "answer", "calls")}
     for later in ("gap", "surprise", "kept"):
         del data[later]
-    text["messages"] = [dict(message) for message in turn.messages]
+    text["messages"] = [] if kind == EventKind.VARIANT else [dict(message) for message in turn.messages]
     text["calls"] = [dict(call) for call in turn.calls]
     return Event(kind, at, data, text if turn.kept else None)
 
@@ -133,6 +138,7 @@ def turn_of(data: Mapping[str, Any], text: Mapping[str, Any] | None) -> Turn:
         links=tuple(data.get("links") or ()),
         left_out=None if data.get("left_out") is None else tuple(data["left_out"]),
         response=data["response"],
+        stored=data.get("stored", True),
         kept=text is not None,
         skip=data["skip"],
     )
