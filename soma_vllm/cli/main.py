@@ -9,6 +9,7 @@ from soma_vllm.cli import adapters, keys, models, sessions, storage
 from soma_vllm.tools.calibrate.calibrate import calibrate, calibrate_router
 from soma_vllm.tools.distill import distill
 from soma_vllm.tools.evaluate.evaluate import evaluate
+from soma_vllm.tools.gap_command import gap
 from soma_vllm.tools.replay.replay import replay
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -29,6 +30,7 @@ app.command()(calibrate)
 app.command()(calibrate_router)
 app.command()(evaluate)
 app.command()(distill)
+app.command()(gap)
 
 
 if __name__ == "__main__":

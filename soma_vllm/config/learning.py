@@ -119,6 +119,12 @@ class Lora(Section):
 class Gate(Section):
     """Stage 3, acceptance, locality and drift (Cor. 4.3). Gaps lie in [0, 2]."""
 
+    gap: Literal["facts", "encoder"] = "facts"
+    """How two answers are compared. facts: numbers, dates, names, negations, order, JSON, code and SQL, beside
+    the
+    encoder; in [0, 1], 0.12 parts right answers from wrong ones (docs/gap.md). encoder: the cosine distance of
+    their
+    sentence embeddings, as the paper has it. Locality is the encoder's distance in either case."""
     accept_threshold: Annotated[float, Field(ge=0, le=2)] = 0.10
     """eps: the mean gap over held-out turns, plus `accept_margin`, may be at most this."""
     accept_margin: Annotated[float, Field(ge=0, le=2)] = 0.0

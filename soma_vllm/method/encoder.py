@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from soma_vllm.errors import ModelError
+from soma_vllm.method.gap.readings import Reading
 
 _BATCH = 32
 """Texts per forward pass."""
@@ -50,24 +51,43 @@ class SentenceEncoder:
 
     def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Unit vectors (n, d), float32, in the order of `texts`; a row of zeros for text without words."""
-        vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
+        return np.stack([one.vector for one in self.read(texts)]) if texts else self._zeros(0)
+
+    def read(self, texts: Sequence[str]) -> list[Reading]:
+        """The vector of each text and those of its tokens, which the same pass computes."""
+        found = [Reading(self._zeros(1)[0]) for _ in texts]
         # Texts of like length together: little padding.
         worded = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: len(texts[i]))
         for start in range(0, len(worded), _BATCH):
             rows = worded[start : start + _BATCH]
-            vectors[rows] = self._encode_batch([texts[row] for row in rows])
-        return vectors
+            for row, reading in zip(rows, self._read_batch([texts[row] for row in rows]), strict=True):
+                found[row] = reading
+        return found
+
+    def _zeros(self, rows: int) -> npt.NDArray[np.float32]:
+        return np.zeros((rows, self.dimension), dtype=np.float32)
 
     @torch.inference_mode()
-    def _encode_batch(self, texts: list[str]) -> npt.NDArray[np.float32]:
+    def _read_batch(self, texts: list[str]) -> list[Reading]:
         batch = self._tokenizer(
-            texts, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt"
+            texts,
+            padding=True,
+            truncation=True,
+            max_length=self._max_tokens,
+            return_tensors="pt",
+            return_offsets_mapping=True,
         )
+        offsets = batch.pop("offset_mapping").tolist()
         states = self._model(**batch).last_hidden_state
         mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
         mean = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
-        vectors: npt.NDArray[np.float32] = functional.normalize(mean, dim=1).numpy()
-        return vectors
+        vectors = functional.normalize(mean, dim=1).numpy()
+        tokens = functional.normalize(states, dim=2).numpy()
+        readings = []
+        for vector, spans, rows in zip(vectors, offsets, tokens, strict=True):
+            kept = [n for n, (first, end) in enumerate(spans) if end > first]  # without special tokens
+            readings.append(Reading(vector, tuple((spans[n][0], spans[n][1]) for n in kept), rows[kept]))
+        return readings
 
 
 def _refuse_generators(path: str | Path, config: Any) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from soma_vllm.config import Config
+from soma_vllm.method.gap.facts_judge import FactsJudge, TokenVectors
 from soma_vllm.sessions.state.gate import gap
 from soma_vllm.types import Gap
 
@@ -28,8 +29,8 @@ class GapJudge(Protocol):
         ...
 
 
-class SentenceVectors(Protocol):
-    """What a judge asks of a sentence encoder (`method/encoder.py`)."""
+class Encoder(TokenVectors, Protocol):
+    """What judges ask of a sentence encoder (`method/encoder.py`)."""
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Unit vectors, shape (n, d); zeros for empty text."""
@@ -39,7 +40,7 @@ class SentenceVectors(Protocol):
 class EncoderJudge:
     """The encoder's cosine distance alone: it sees wording, not facts."""
 
-    def __init__(self, encoder: SentenceVectors) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
 
     def gaps(self, pairs: Sequence[Pair]) -> list[Gap]:
@@ -50,6 +51,6 @@ class EncoderJudge:
         return [Gap(gap(vectors[n], vectors[n + 1])) for n in range(0, 2 * len(pairs), 2)]
 
 
-def open_judge(config: Config, encoder: SentenceVectors) -> GapJudge:
+def open_judge(config: Config, encoder: Encoder) -> GapJudge:
     """The judge that `config` asks for, beside an encoder that is loaded already."""
-    return EncoderJudge(encoder)
+    return EncoderJudge(encoder) if config.gate.gap == "encoder" else FactsJudge(encoder)
