@@ -21,6 +21,8 @@
     │   └── StoreRefused                     it answered, and refused a statement
     ├── EngineError                          an engine did not answer
     │   ├── EngineUnavailable                it is not running, or not yet                     -> 503
+    │   │   ├── EngineNotReady               it was not even asked
+    │   │   └── ConnectionLost               no byte of an answer came: it may be asked again
     │   └── EngineRefused                    it answered with an OpenAI error of its own       -> as told
     └── TrainingError                        a training ended without an adapter
 
@@ -153,12 +155,22 @@ class EngineUnavailable(EngineError):
         super().__init__(message)
 
 
-class EngineRefused(EngineError):
-    """The engine answered with an error of its own; `status` and `body` go to the client unchanged."""
+class EngineNotReady(EngineUnavailable):
+    """The engine was not asked: it is known to be starting, stopped, or down."""
 
-    def __init__(self, status: int, body: Mapping[str, Any]) -> None:
+
+class ConnectionLost(EngineUnavailable):
+    """The connection failed before a byte of an answer came; asking again repeats nothing that was seen."""
+
+
+class EngineRefused(EngineError):
+    """The engine answered with an error of its own; `status` and `body` go to the client unchanged, and so does
+    `retry_after`, the seconds that it asks to wait, where it names any."""
+
+    def __init__(self, status: int, body: Mapping[str, Any], retry_after: float | None = None) -> None:
         self.status = status
         self.body = dict(body)
+        self.retry_after = retry_after
         super().__init__(f"the engine refused the request with status {status}")
 
 

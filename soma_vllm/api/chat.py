@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
+from pydantic import BaseModel
 
 from soma_vllm.api.dialogue_stream import Opened, chat_errors, respond_streaming
 from soma_vllm.api.error_responses import failed
@@ -31,17 +32,17 @@ NULLABLE = frozenset({"content", "refusal", "logprobs", "finish_reason"})
 @router.post("/v1/chat/completions", dependencies=[Depends(validate_json_request)])
 @with_cancellation  # type: ignore[untyped-decorator]
 async def create_chat_completion(request: ChatBody, raw_request: Request) -> Response:
-    """OpenAI's chat completion, dispatched. `request` is here for vLLM's validation alone."""
+    """OpenAI's chat completion, dispatched. `request` is here for vLLM's validation."""
     # The raw JSON is passed on: the original gets each field as the client sent it. `PrivateChat` validates
     # again for the surrogate: routing may have replaced the messages, and `/v1/responses` has no such object.
-    return await _answered(dispatcher(raw_request).chat, raw_request, bool(request.stream))
+    return await _answered(dispatcher(raw_request).chat, request, raw_request)
 
 
 @router.post("/v1/completions", dependencies=[Depends(validate_json_request)])
 @with_cancellation  # type: ignore[untyped-decorator]
 async def create_completion(request: CompletionBody, raw_request: Request) -> Response:
     """OpenAI's text completion: it has no session; the original answers, or the engine that is named."""
-    return await _answered(dispatcher(raw_request).complete, raw_request, bool(request.stream))
+    return await _answered(dispatcher(raw_request).complete, request, raw_request)
 
 
 def dispatcher(raw_request: Request) -> Dispatcher:
@@ -51,11 +52,11 @@ def dispatcher(raw_request: Request) -> Dispatcher:
 
 
 async def _answered(
-    answer: Callable[[ChatRequest], Awaitable[Answer]], raw_request: Request, stream: bool
+    answer: Callable[[ChatRequest], Awaitable[Answer]],
+    request: ChatBody | CompletionBody,
+    raw_request: Request,
 ) -> Response:
-    body = await raw_request.json()
-    if "stream" in body:
-        body["stream"] = stream  # as vLLM read it: engines differ in what they take for true
+    body = as_validated(await raw_request.json(), request)
     incoming = ChatRequest(body, raw_request.headers, raw_request)
 
     async def events() -> Opened:
@@ -65,7 +66,7 @@ async def _answered(
 
     try:
         require_unicode(body)
-        if stream:
+        if request.stream:
             return await respond_streaming(events(), incoming.routed, silence_s(raw_request), chat_errors)
         found = await answer(incoming)
     except SomaError as error:
@@ -75,6 +76,18 @@ async def _answered(
     content = json.dumps(without_nulls(found.reply.body), ensure_ascii=False, separators=(",", ":"))
     whole = content.encode("utf-8", "backslashreplace")
     return Response(whole, headers=dict(found.headers), media_type="application/json")
+
+
+def as_validated(body: Mapping[str, Any], request: BaseModel) -> dict[str, Any]:
+    """A JSON body whose flags and numbers are what vLLM has read: `"stream": "false"` is no stream."""
+    found, read = dict(body), vars(request)  # not by attribute: deprecated ones would warn
+    for name in body.keys() & read.keys():
+        given, meant = body[name], read[name]
+        if isinstance(given, Mapping) and isinstance(meant, BaseModel):
+            found[name] = as_validated(given, meant)
+        elif isinstance(meant, int) or (isinstance(meant, float) and isinstance(given, str)):
+            found[name] = meant
+    return found
 
 
 def silence_s(raw_request: Request) -> float:

@@ -8,7 +8,6 @@ replaced; its `--allowed-origins`, where given in `surrogate.extra_args`, count 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
@@ -34,8 +33,7 @@ def open_to_pages(app: FastAPI, cors: Cors) -> None:
     """Let the configured pages ask, before any other middleware is passed; to be called before a request
     comes."""
     theirs = getattr(getattr(app.state, "args", None), "allowed_origins", None) or ()
-    added: list[Any] = app.user_middleware
-    stack = [each for each in added if each.cls is not CORSMiddleware]
+    stack = [each for each in app.user_middleware if each.cls is not CORSMiddleware]  # type: ignore[comparison-overlap]
     if origins := [*cors.allow_origins, *theirs]:
         everyone = "*" in origins
         ours = Middleware(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Self
@@ -19,7 +20,9 @@ from starlette.types import Message, Receive, Scope, Send
 from soma_vllm.api.error_responses import failed
 from soma_vllm.engines.engine import Events
 from soma_vllm.engines.sse import DONE, serialize
-from soma_vllm.errors import SomaError
+from soma_vllm.errors import EngineError, SomaError
+
+logger = logging.getLogger(__name__)
 
 COMMENT = b": keep-alive\n\n"
 
@@ -37,7 +40,9 @@ class DialogueStream(StreamingResponse):
     """The response. `silence_s` 0: no comments."""
 
     def __init__(self, events: Events, headers: Mapping[str, str], silence_s: float = 0.0) -> None:
-        super().__init__(events, headers={**STREAM_HEADERS, **headers}, media_type="text/event-stream")
+        super().__init__(
+            _WithError(events), headers={**STREAM_HEADERS, **headers}, media_type="text/event-stream"
+        )
         self._events = events
         self._silence_s = silence_s
 
@@ -53,6 +58,31 @@ class DialogueStream(StreamingResponse):
             if keeping is not None:
                 keeping.cancel()
             await self._events.aclose()
+
+
+class _WithError:
+    """Events that end with an error in OpenAI's shape, and without their end mark, where the engine's break."""
+
+    def __init__(self, events: Events) -> None:
+        self._events = events
+        self._broken = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> str:
+        if self._broken:
+            raise StopAsyncIteration
+        try:
+            return await anext(self._events)
+        except StopAsyncIteration:
+            raise
+        except Exception as error:  # the status was sent, so that nothing else could tell the client
+            self._broken = True
+            # Of others the type alone: a message may quote what was said.
+            told = error if isinstance(error, SomaError) else EngineError(type(error).__name__)
+            logger.warning("a stream broke off: %s", told)
+            return serialize(bytes(failed(told).body).decode())
 
 
 class KeptOpen:

@@ -32,7 +32,9 @@ from soma_vllm.errors import (
 )
 
 STORE_RETRY_S = 5.0
-"""Seconds; a hint for clients while the database does not answer."""
+"""Seconds; a hint for clients while the database does not answer, or an engine refuses and names no wait."""
+
+MOST_RETRY_S = 86_400.0
 
 STATUS: tuple[tuple[type[SomaError], HTTPStatus, str | None], ...] = (
     (BodyTooLarge, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_large"),
@@ -72,7 +74,7 @@ def failed(error: SomaError) -> JSONResponse:
     """The response to a request that failed with `error`. An engine's own refusal goes out as it is, but that
     a context which is too long has OpenAI's code for it: clients look for that, and vLLM has a number there."""
     if isinstance(error, EngineRefused):
-        return JSONResponse(_with_code(error.body), status_code=error.status)
+        return JSONResponse(_with_code(error.body), status_code=error.status, headers=_headers(error))
     status, code = next((status, code) for kind, status, code in STATUS if isinstance(error, kind))
     param = error.param if isinstance(error, BadRequest) else None
     return failure(status, str(error), param, _headers(error), code)
@@ -111,10 +113,14 @@ def _headers(error: SomaError) -> dict[str, str] | None:
         return {"Retry-After": whole_seconds(error.retry_after)}
     if isinstance(error, StoreUnavailable):
         return {"Retry-After": whole_seconds(STORE_RETRY_S)}
+    if isinstance(error, EngineRefused):
+        wait = STORE_RETRY_S if error.retry_after is None else error.retry_after
+        named = error.retry_after is not None or error.status == HTTPStatus.TOO_MANY_REQUESTS
+        return {"Retry-After": whole_seconds(wait)} if named else None
     return None
 
 
 def whole_seconds(seconds: float) -> str:
-    """A wait as `Retry-After` has it: whole seconds, rounded up."""
+    """A wait as `Retry-After` has it: whole seconds, rounded up, at most a day."""
     # Without the inner rounding a floating-point error would turn 60 s into 61.
-    return str(math.ceil(round(seconds, 6)))
+    return str(math.ceil(round(min(seconds, MOST_RETRY_S), 6)))

@@ -17,11 +17,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import BaseRoute
 
-from soma_vllm.api import adapter_routes, admin, anthropic_messages, chat, server_info
+from soma_vllm.api import adapter_routes, admin, anthropic_messages, chat, readiness, server_info
 from soma_vllm.api.auth.access import AccessControl
 from soma_vllm.api.auth.quotas import Quotas
 from soma_vllm.api.cors import open_to_pages
+from soma_vllm.api.draining import Draining, DrainingRequests
 from soma_vllm.api.error_responses import http_failed
+from soma_vllm.api.readiness import Readiness
 from soma_vllm.api.request_id import RequestId
 from soma_vllm.api.responses import conversations
 from soma_vllm.api.responses import routes as responses_routes
@@ -45,6 +47,7 @@ PARTS = (
     chat,
     anthropic_messages,
     server_info,
+    readiness,
     responses_routes,
     conversations,
     admin,
@@ -70,6 +73,8 @@ class Host(Protocol):
     """soma-serve, as the plugin sees it."""
 
     quotas: Quotas
+    draining: Draining
+    readiness: Readiness
     server: Server
     """How it serves."""
     started_at: float
@@ -116,7 +121,9 @@ class SomaEndpointPlugin:
         self._ours = [route for route in app.routes if id(route) not in theirs]
         # vLLM handles FastAPI's own subclass only.
         app.add_exception_handler(HTTPException, http_failed)
-        app.add_middleware(AccessControl, quotas=_host(app.state.args).quotas)
+        host = _host(app.state.args)
+        app.add_middleware(DrainingRequests, draining=host.draining)
+        app.add_middleware(AccessControl, quotas=host.quotas)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Start the services; the application is complete now, so close the routes that are not served.
@@ -136,6 +143,7 @@ class SomaEndpointPlugin:
                     "vLLM's routes answer 404 (server.extra_routes opens them): %s", ", ".join(sorted(closed))
                 )
         state.soma_host = host
+        state.soma_readiness = host.readiness
         services = await host.begin(engine_client, state)
         state.soma = services.dispatcher
         state.soma_objects = ObjectRecord(services.registry)

@@ -8,6 +8,7 @@ started is stopped again, however the server ends.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import time
@@ -26,9 +27,12 @@ from soma_vllm.adapters.store.opening import open_root
 from soma_vllm.adapters.store.protocol import AdapterStore
 from soma_vllm.adapters.store.verify import Demands
 from soma_vllm.api.auth.quotas import Quotas
+from soma_vllm.api.draining import Draining
+from soma_vllm.api.readiness import Readiness
 from soma_vllm.app.build import Parts, SomaServices, build
 from soma_vllm.app.original_process import OriginalProcess
 from soma_vllm.app.surrogate_parts import open_surrogate, shared_vocabulary
+from soma_vllm.app.watching import watch
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import Salts
 from soma_vllm.engines.original import OriginalEngine
@@ -77,10 +81,13 @@ class SomaServer:
         self._policies = policies
         self._say = say
         self._started = time.monotonic()
-        self._begun = False
+        self._state: Any = None
+        """vLLM's application state, once the services have started."""
         self._cleanup = AsyncExitStack()
         self._run_dir = run_dir
         self._salts = Salts()
+        self.draining = Draining(config.server.drain_s, say)
+        self.readiness = Readiness()
         self._original = OriginalProcess(config, self._original_name, run_dir, say)
         keys = KeyStore.at(self._filled(config.storage.url))
         self._cleanup.push_async_callback(keys.close)
@@ -115,7 +122,8 @@ class SomaServer:
             setattr(arguments, HOST, self)
             announced = asyncio.create_task(self._announce(), name="soma-announce")
             try:
-                await run_server(arguments)
+                # The server drains by itself; uvicorn's own wait is for what that left.
+                await run_server(arguments, timeout_graceful_shutdown=math.ceil(self._config.server.drain_s))
             finally:
                 announced.cancel()
                 self._say("stopping   the trainers, the original and the session store")
@@ -193,7 +201,8 @@ class SomaServer:
         )
         self._cleanup.push_async_callback(services.stop)
         await services.start()
-        self._begun = True
+        watch(self.readiness, services, self._original, trainer, engine_client, self.draining)
+        self._state = state
         return services
 
     # -- parts ------------------------------------------------------------------------------------------
@@ -276,10 +285,11 @@ class SomaServer:
         async with aiohttp.ClientSession() as client:
             while not await _answers(client, f"{url}/health"):
                 await asyncio.sleep(0.2)
-        if not self._begun:
+        if self._state is None:
             self._say("failed     vLLM did not load the soma endpoint plugin; is soma-vllm installed here?")
             os.kill(os.getpid(), signal.SIGTERM)
             return
+        self.draining.handle_signals(self._state.server)
         seconds = time.monotonic() - self._started
         self._say(f"listening  {url}/v1  (models: {', '.join(self.models())}; ready in {seconds:.0f} s)")
 

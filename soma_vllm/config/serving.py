@@ -146,6 +146,9 @@ class Server(Section):
     """Size from which surrogate.log is continued in a new file; 0: never."""
     log_backups: Positive = 5
     """Older files that are kept: surrogate.log.1 is the newest."""
+    drain_s: Seconds = 30.0
+    """Longest wait for the requests under way when the server is told to end (SIGTERM, Ctrl-C), seconds; new
+    ones are refused with 503. A second signal ends it at once."""
     run_dir: str | None = None
     """Logs and sockets of a running server; null takes a fresh folder under $SOMA_HOME/run."""
     cors: Cors = Cors()
@@ -163,6 +166,9 @@ class Storage(Section):
 
     url: str = "sqlite+aiosqlite:///{soma_home}/sessions.db"
     """SQLAlchemy URL; {soma_home} and {run_dir} are filled in."""
+    queue_mib: Positive = 256
+    """Conversation text, MiB, that may wait in memory for a database that is away or slow; beyond it the
+    original answers, and turns are not recorded."""
 
 
 class Retention(Section):

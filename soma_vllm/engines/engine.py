@@ -48,10 +48,14 @@ class ChatCall:
 def error_of(event: str) -> Mapping[str, Any] | None:
     """The error that an event of a stream reports, if it reports one."""
     data = data_of(event) if '"error"' in event else None
-    if data is None or not data.startswith('{"error"'):
+    try:
+        found = json.loads(data or "null")
+    except (ValueError, RecursionError):
         return None
-    found = json.loads(data).get("error")
-    return found if isinstance(found, dict) else {}
+    error = found.get("error") if isinstance(found, dict) else None
+    if not error:
+        return None  # some endpoints write "error": null into every event
+    return error if isinstance(error, dict) else {"message": str(error)}
 
 
 def refusal(event: str) -> EngineRefused | None:

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from soma_vllm.errors import StoreUnavailable
 from soma_vllm.sessions.sql.records import (
     AdapterRecord,
+    Append,
     LengthCount,
-    SessionSnapshot,
     Summary,
     TurnLocation,
-    TurnMark,
 )
 from soma_vllm.types import Event, SessionKey, Usage
 
@@ -32,20 +31,12 @@ class Store(Protocol):
     Every verb raises StoreUnavailable where the store does not answer, and no other error of a database.
     """
 
+    async def append_all(self, appends: Sequence[Append]) -> None: ...
     @property
     def objects(self) -> StoredObjects:
         """Responses and conversations."""
         ...
 
-    async def append(
-        self,
-        key: SessionKey,
-        first_seq: int,
-        events: Sequence[Event],
-        standing: SessionSnapshot,
-        marks: Sequence[TurnMark] = (),
-        adapters: Sequence[AdapterRecord] = (),
-    ) -> None: ...
     async def events(self, key: SessionKey) -> list[Event]: ...
     async def find(self, tenant: str, family: str, chains: Sequence[str]) -> TurnLocation | None: ...
     async def standing(self, tenant: str, family: str, link: str, limit: int) -> list[str]: ...

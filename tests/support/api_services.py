@@ -21,7 +21,9 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from soma_vllm.api.auth.quotas import Quotas
+from soma_vllm.api.draining import Draining
 from soma_vllm.api.plugin import HOST
+from soma_vllm.api.readiness import Readiness
 from soma_vllm.config import parse_config
 from soma_vllm.engines.engine import ChatCall, Reply
 from soma_vllm.sessions.sql.api_keys import KeyStore
@@ -72,6 +74,8 @@ class FakeHost:
 
     def __init__(self, services: Services, quotas: Quotas) -> None:
         self.quotas = quotas
+        self.draining = Draining(1.0, lambda line: None)
+        self.readiness = Readiness()
         self.server = services.config.server
         self.started_at = 1_700_000_000.0
         self._house = services

@@ -41,6 +41,7 @@ OPEN = frozenset(
         "/static/swagger-ui-bundle.js",
         "/static/swagger-ui.css",
         "/health",
+        "/ready",
         "/ping",
         "/version",
         "/metrics",

@@ -7,6 +7,7 @@ overrule what stands before them; a child listens on a Unix socket only and neve
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +85,8 @@ def surrogate_arguments(config: Config, model_path: str, served_name: str) -> li
         *("--max-lora-rank", str(slot_rank(config.lora.rank))),
         *("--lora-target-modules", *config.lora.target_modules),
         *("--worker-extension-cls", WORKER_EXTENSION),
+        # Ctrl-C reaches the engine's process too, which would abort its requests at once.
+        *("--shutdown-timeout", str(math.ceil(config.server.drain_s))),
         "--enable-offline-docs",  # no page of ours loads scripts from elsewhere
         *vllm_arguments(surrogate, model_path, served_name),
     ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from soma_vllm.errors import ConfigError, StoreUnavailable
 from soma_vllm.sessions.sql.connections import BUSY_MS, parse, told
 from soma_vllm.sessions.sql.outages import translated
 from soma_vllm.sessions.sql.queries import SessionReader, of
-from soma_vllm.sessions.sql.records import AdapterRecord, SessionSnapshot, TurnMark
+from soma_vllm.sessions.sql.records import AdapterRecord, Append, SessionSnapshot, TurnMark
 from soma_vllm.sessions.sql.schema import bring_up_to_date
 from soma_vllm.sessions.sql.stored_objects import (
     StoredObjects,
@@ -87,35 +87,42 @@ class SessionStore(SessionReader):
         marks: Sequence[TurnMark] = (),
         adapters: Sequence[AdapterRecord] = (),
     ) -> None:
-        """Append events from sequence number `first_seq` on and say where the session stands: one transaction.
+        """Append events of one session: see `Append`, and `append_all`."""
+        await self.append_all([Append(key, first_seq, events, standing, marks, adapters)])
 
-        `marks` are turns of these events. `adapters` replace what was on record under their names: the session
-        that appended an adapter last owns it.
+    async def append_all(self, appends: Sequence[Append]) -> None:
+        """Append events of several sessions and say where each stands: one transaction, all of it or nothing.
 
         Raises:
-            StoreRefused: another writer appended these sequence numbers first.
+            StoreRefused: another writer appended some of these sequence numbers first.
         """
-        owner = {"tenant": key.tenant, "session": key.session}
+        tables = (insert(EventRow), insert(TextRow), insert(TurnRow), self._put_session, self._put_adapter)
+        rows: list[list[dict[str, Any]]] = [[] for _ in tables]
+        for append in appends:
+            for known, found in zip(rows, self._rows_of(append), strict=True):
+                known += found
+        async with self._transaction() as connection:
+            for statement, known in zip(tables, rows, strict=True):
+                await _put(connection, statement, known)
+
+    def _rows_of(self, append: Append) -> Iterator[list[dict[str, Any]]]:
+        """Rows of events, texts, turns, sessions and adapters, in this order."""
+        owner = {"tenant": append.key.tenant, "session": append.key.session}
         now = {"updated_at": self._now()}
-        numbered = dict(enumerate(events, first_seq))
-        logged = [
+        numbered = dict(enumerate(append.events, append.first_seq))
+        yield [
             owner | {"seq": seq, "kind": event.kind, "at": event.at, "data": event.data}
             for seq, event in numbered.items()
         ]
-        said = [
+        yield [
             owner | {"seq": seq, "at": event.at, "data": event.text}
             for seq, event in numbered.items()
             if event.text is not None
         ]
-        turns = [
-            owner | vars(mark) | {"family": standing.family, "at": numbered[mark.seq].at} for mark in marks
-        ]
-        async with self._transaction() as connection:
-            await _put(connection, insert(EventRow), logged)
-            await _put(connection, insert(TextRow), said)
-            await _put(connection, insert(TurnRow), turns)
-            await _put(connection, self._put_session, [owner | vars(standing) | now])
-            await _put(connection, self._put_adapter, [owner | vars(adapter) | now for adapter in adapters])
+        family = {"family": append.snapshot.family}
+        yield [owner | vars(mark) | family | {"at": numbered[mark.seq].at} for mark in append.marks]
+        yield [owner | vars(append.snapshot) | now]
+        yield [owner | vars(adapter) | now for adapter in append.adapters]
 
     async def retired(self, adapter: str) -> None:
         """An adapter's files are gone."""

@@ -13,6 +13,7 @@ from support.api_services import SurfaceHouse
 from soma_vllm.api.route_filter import KEPT, not_served
 
 OURS = (
+    "/ready",
     "/soma/adapters",
     "/soma/sessions",
     "/v1/chat/completions",
