@@ -11,6 +11,7 @@
     ├── NotFound               (LookupError) no such session, adapter or model                 -> 404
     ├── TooManyRequests                      the API key has used up a limit of its own        -> 429
     ├── PreflightError                       this machine cannot start the server as configured
+    │   └── InUse                            another server lives on its record, root or run directory
     ├── ModelError                           a model cannot be fetched, verified or converted
     │   └── ChecksumMismatch                 bytes arrived, but not the promised ones
     ├── AdapterError                         an adapter is not fit to be published or loaded
@@ -22,6 +23,7 @@
     ├── EngineError                          an engine did not answer
     │   ├── EngineUnavailable                it is not running, or not yet                     -> 503
     │   │   ├── EngineNotReady               it was not even asked
+    │   │   ├── NoAdapterSlot                all slots serve other adapters
     │   │   └── ConnectionLost               no byte of an answer came: it may be asked again
     │   └── EngineRefused                    it answered with an OpenAI error of its own       -> as told
     └── TrainingError                        a training ended without an adapter
@@ -95,6 +97,10 @@ class PreflightError(SomaError):
     """This machine cannot start the server as configured; nothing heavy was started."""
 
 
+class InUse(PreflightError):
+    """Another server lives on the record, on its part of the adapter root, or in the run directory."""
+
+
 class ModelError(SomaError):
     """A model cannot be fetched, verified or converted; nothing half-made was left behind."""
 
@@ -121,7 +127,7 @@ class AdapterRejected(AdapterError):
 
 
 class PolicyUnavailable(SomaError):
-    """A policy cannot decide now; the original answers, and the message is the reason."""
+    """A policy cannot decide now; the original answers, and the message is logged."""
 
 
 class IllegalMove(SomaError):
@@ -157,6 +163,10 @@ class EngineUnavailable(EngineError):
 
 class EngineNotReady(EngineUnavailable):
     """The engine was not asked: it is known to be starting, stopped, or down."""
+
+
+class NoAdapterSlot(EngineUnavailable):
+    """All adapter slots are in use, or the adapter is leaving."""
 
 
 class ConnectionLost(EngineUnavailable):

@@ -126,6 +126,18 @@ class Signature:
 
 
 @dataclass(frozen=True)
+class Gap:
+    """How far two answers to one query are apart, as a judge finds them."""
+
+    value: float
+    """0: the same; a pair passes the gate's threshold or does not. In [0, 2]."""
+    why: tuple[str, ...] = ()
+    """Which facts differ, in words. It may quote the answers: never logged, never part of an event."""
+    failure: str | None = None
+    """Why the judge could not judge the pair, which then does not pass; it quotes nothing."""
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What the gate knows of one candidate on turns the candidate was not trained on."""
 

@@ -76,7 +76,7 @@ class Player:
             for block in stage.ladders:
                 await self._ladder(block, server)
             for block in stage.drift:
-                self.drift.setdefault(block.arm, []).append(await self._play(block, server))
+                self.drift.setdefault(block.arm, []).append(await self._play(self._drawn(block), server))
 
     async def overheads(self) -> dict[str, Any]:
         """What dispatch adds, on a server of its own."""

@@ -1,7 +1,12 @@
-"""The evidence for a verdict: candidates on turns they were not trained on, against what the original answered.
+"""How a session is judged, on the server and offline: in what order, and on which evidence.
 
-Guarantees: each candidate is measured on the engine that would serve it; a shadow answer that was made during
-the warm start is used only for the very prompt and length it was made for.
+`choose` is the one order: the plain surrogate on the whole warm start, of which it learned nothing; an adapter
+only if that failed and a training is expected to pay; then both on the held-out turns, where the adapter must
+gain. The server's trial measures when it is asked (`adaptation/pipeline.py`); an evaluation has measured before
+(`tools/evaluate/harness.py`).
+
+`Acceptance` guarantees: each candidate is measured on the engine that would serve it; a shadow answer that was
+made during the warm start is used only for the very prompt and length it was made for.
 """
 
 from __future__ import annotations
@@ -10,14 +15,15 @@ import asyncio
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from soma_vllm.adaptation.shadow_answers import ShadowAnswers, comparable, shadow_tokens
 from soma_vllm.adaptation.shadow_traffic import ShadowTraffic
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import ChatCall
-from soma_vllm.errors import EngineError, EngineRefused, TrainingError
+from soma_vllm.errors import AdapterError, EngineError, EngineRefused, TrainingError
 from soma_vllm.sessions.state.gate import Verdict, judge
-from soma_vllm.sessions.state.session import Session
 from soma_vllm.sessions.state.transcript import text_of
 from soma_vllm.training.messages import ScoreRequest, Trainer
 from soma_vllm.types import AdapterRef, Agreement, Candidate, Evidence, Example, SessionKey
@@ -25,12 +31,75 @@ from soma_vllm.types import AdapterRef, Agreement, Candidate, Evidence, Example,
 logger = logging.getLogger(__name__)
 
 
+class Trial(Protocol):
+    """One session's candidates, to be measured."""
+
+    async def plain(self) -> Evidence:
+        """The plain surrogate on the whole warm start."""
+
+    async def objection(self) -> str | None:
+        """Why an adapter is not expected to pay; None where it is."""
+
+    async def adapter(self) -> tuple[Evidence, Evidence]:
+        """(plain, adapter) on the held-out turns; the adapter is trained for it."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a session's candidates are held to."""
+
+    config: Config
+    allowed: tuple[Candidate, ...]
+    """Candidates that may serve."""
+    forced: Candidate | None = None
+    """Overrules the verdict."""
+    setbacks: int = 0
+    """`Session.setbacks`."""
+
+    def judge(self, evidence: Sequence[Evidence], allowed: Sequence[Candidate] | None = None) -> Verdict:
+        """The gate's verdict on what was measured."""
+        gate, least = self.config.gate, self.config.acceptance_min_turns
+        return judge(evidence, gate, least, allowed or self.allowed, self.forced, self.setbacks)
+
+
+async def choose(trial: Trial, terms: Terms) -> Verdict:
+    """The cheapest candidate that passes, else the original.
+
+    The plain surrogate's numbers on the whole warm start stay with a verdict about an adapter, under `warm`.
+
+    Raises:
+        AdapterError: an adapter is needed, and none is allowed.
+    """
+    plain = None
+    if Candidate.PLAIN in terms.allowed and terms.forced is not Candidate.ADAPTER:
+        plain = terms.judge([await trial.plain()])
+        if plain.candidate is Candidate.PLAIN or Candidate.ADAPTER not in terms.allowed:
+            return plain
+    require_adapter(terms.allowed)
+    if terms.forced is not Candidate.ADAPTER and (objection := await trial.objection()) is not None:
+        plain = plain or terms.judge([])
+        return replace(plain, reason=f"{plain.reason}; adapter: {objection}")
+    evidence = await trial.adapter()
+    if plain is None:
+        return terms.judge(evidence)
+    # What fell short on the whole warm start is not let through by a part of it.
+    verdict = terms.judge(evidence, (Candidate.ADAPTER,))
+    warm = plain.numbers["candidates"][Candidate.PLAIN.value]
+    return replace(verdict, numbers={**verdict.numbers, "warm": warm})
+
+
+def require_adapter(allowed: Sequence[Candidate]) -> None:
+    """Raises AdapterError where no adapter may be made."""
+    if Candidate.ADAPTER not in allowed:
+        raise AdapterError("the tenant holds as many adapters as its key allows (limits.adapters)")
+
+
 class PromptTooLong(EngineError):
     """The surrogate refuses a warm turn's prompt, and would refuse every longer one."""
 
 
 class Acceptance:
-    """Measures candidates and asks the gate."""
+    """Measures candidates."""
 
     def __init__(
         self, config: Config, shadow_answers: ShadowAnswers, shadow_traffic: ShadowTraffic, trainer: Trainer
@@ -69,23 +138,6 @@ class Acceptance:
         except EngineError as error:
             logger.info("the engine could not score the plain surrogate; a trainer does: %s", error)
             return require_finite(await self._trainer.score(ScoreRequest(tuple(examples))))
-
-    def judge(
-        self,
-        session: Session,
-        evidence: list[Evidence],
-        forced: Candidate | None,
-        allowed: Sequence[Candidate] | None = None,
-    ) -> Verdict:
-        """The gate's verdict on what was measured."""
-        return judge(
-            evidence,
-            self._config.gate,
-            self._config.acceptance_min_turns,
-            self._config.adaptation.candidates if allowed is None else allowed,
-            forced,
-            session.setbacks,
-        )
 
     async def _answer(self, key: SessionKey, example: Example, adapter: AdapterRef | None, limit: int) -> str:
         """What one candidate answers to a turn, in `limit` tokens at most."""

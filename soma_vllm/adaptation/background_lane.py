@@ -5,8 +5,11 @@
 * A user's request is never delayed: it is counted and sent, and a job that is running is cancelled at that
   moment, which closes its connection and thereby stops its generation.
 * One job runs at a time, while no user's request is in the engine. A cancelled job is tried again in the next
-  such time. It waits at most `wait_s` for its turn and then runs for at most `wait_s`: the configured wait,
-  or as long as users' requests take where that is longer, so that a slow engine does not drop every job.
+  such time.
+* A job is not put off for good: after `wait_s` it runs beside users, and no user cancels it. Without that, one
+  request that hangs, or steady load, would end all audits.
+* It runs for at most `wait_s`: the configured wait, or as long as users' requests take where that is longer, so
+  that a slow engine does not drop every job.
 * A user's request lasts from the call to the last token of its answer.
 """
 
@@ -70,8 +73,12 @@ class BackgroundLane:
         self._took: deque[float] = deque(maxlen=REQUESTS)
         self._users = 0
         self._running: asyncio.Task[Any] | None = None
+        self._gives_way = True
+        """The running job is cancelled when a user comes."""
         self._free = asyncio.Event()
-        self._free.set()
+        self._unused = asyncio.Event()
+        """No job runs, whether users are there or not."""
+        self._update_free()
 
     def watched(self, engine: Engine) -> Engine:
         """The engine for users: counts their requests while they last."""
@@ -81,7 +88,7 @@ class BackgroundLane:
         """Count a user's request that goes to the engine, and cancel the job there."""
         self._users += 1
         self._update_free()
-        if self._yields and self._running is not None:
+        if self._yields and self._gives_way and self._running is not None:
             self._running.cancel()
 
     def left(self, after_s: float | None = None) -> None:
@@ -99,17 +106,18 @@ class BackgroundLane:
         return max(self._min_wait_s, len(self._took) * median(self._took) if self._took else 0.0)
 
     async def run(self, job: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run a job when the engine has no users, and return what it returns; it may be started several times.
+        """Run a job when the engine has no users, or beside them once it has waited for `wait_s`, and return
+        what it returns; it may be started several times.
 
         Raises:
-            JobDropped: the engine was not free within `wait_s`, or the job ran longer than that.
+            JobDropped: other jobs took the lane for as long again, or the job ran longer than `wait_s`.
         """
         wait_s = self.wait_s
         deadline = asyncio.get_running_loop().time() + wait_s
         while True:
-            await self._wait_until_free(deadline, wait_s)
+            gives_way = await self._wait_until_free(deadline, wait_s)
             task: asyncio.Task[T] = asyncio.create_task(job(), name="soma-background-job")
-            self._running = task
+            self._running, self._gives_way = task, gives_way
             self._update_free()
             try:
                 done, _ = await asyncio.wait([task], timeout=wait_s)
@@ -123,22 +131,24 @@ class BackgroundLane:
             if not task.cancelled():
                 return task.result()
 
-    async def _wait_until_free(self, deadline: float, wait_s: float) -> None:
-        """Return when a job may start; the caller starts it before it awaits anything."""
-        try:
-            async with asyncio.timeout_at(deadline):
-                while not self._free.is_set():
-                    await self._free.wait()
-        except TimeoutError:
-            raise JobDropped(f"no quiet time within {wait_s:.3g} s") from None
-        if asyncio.get_running_loop().time() > deadline:
-            raise JobDropped(f"gave way until {wait_s:.3g} s were over")
+    async def _wait_until_free(self, deadline: float, wait_s: float) -> bool:
+        """Return when a job may start, and whether it gives way to users; the caller starts it before it awaits
+        anything."""
+        for free, until in ((self._free, deadline), (self._unused, deadline + wait_s)):
+            try:
+                async with asyncio.timeout_at(until):
+                    while not free.is_set():
+                        await free.wait()
+            except TimeoutError:
+                continue
+            if asyncio.get_running_loop().time() <= until:
+                return free is self._free
+        raise JobDropped(f"no turn within {2 * wait_s:.3g} s")
 
     def _update_free(self) -> None:
-        if self._running is None and not (self._yields and self._users):
-            self._free.set()
-        else:
-            self._free.clear()
+        unused = self._running is None
+        (self._unused.set if unused else self._unused.clear)()
+        (self._free.set if unused and not (self._yields and self._users) else self._free.clear)()
 
 
 class _Watched:

@@ -7,6 +7,9 @@
   at the configuration's expectation. A turn takes the time in which its engine is busy, not the time that its
   user waits, which would count an engine's second once for each turn in it.
 
+The plain switch is not asked whether it pays: it needs no training, and the shadow answers of the warm start,
+its only cost of its own, are mostly made before it can be judged.
+
 Guarantees: lengths come from the session store, so that a restart loses none; they are read at most once in
 `REFRESH_S`, by grouped queries; while the store is away the last ones are used.
 """
@@ -145,7 +148,6 @@ class Costs:
 class Judgement:
     """Whether an adapter is expected to pay, and from which numbers. All costs in the currency of `prices`."""
 
-    pays: bool
     remaining_turns: float
     saving_per_turn: float
     """The original's turn less the surrogate's and its share of an audit."""
@@ -156,13 +158,18 @@ class Judgement:
 
     def numbers(self) -> dict[str, Any]:
         """For the event log, with the gain that was held against the cost."""
-        rounded = {name: round(value, 4) for name, value in asdict(self).items() if name != "pays"}
+        rounded = {name: round(value, 4) for name, value in asdict(self).items()}
         return {"pays": self.pays, "gain": round(self.gain, 4), **rounded}
 
     @property
     def gain(self) -> float:
         """What the adapter is expected to save."""
         return self.admitted * self.remaining_turns * self.saving_per_turn
+
+    @property
+    def pays(self) -> bool:
+        """Whether the gain is more than the cost."""
+        return self.gain > self.cost
 
 
 def judge_payback(turns: float, costs: Costs, prices: Prices, gate: Gate, held_out: int) -> Judgement:
@@ -176,8 +183,7 @@ def judge_payback(turns: float, costs: Costs, prices: Prices, gate: Gate, held_o
     reading = costs.original_prefill_s.value * prices.original_second
     saving = original - surrogate - gate.audit_rate * (reading if gate.audit == "score" else original)
     cost = costs.training_s.value * prices.trainer_second + held_out * surrogate
-    admitted = costs.admitted.value
-    return Judgement(admitted * turns * saving > cost, turns, saving, admitted, cost)
+    return Judgement(turns, saving, costs.admitted.value, cost)
 
 
 class CostModel:

@@ -5,9 +5,9 @@
 * A turn that went to the original because it left the locality is asked of the surrogate too: the original's
   answer is there already, so this evidence costs no time of the original.
 
-Enough breaches in a row, of either kind, roll the session back. Nothing here delays a reply: the original is
-asked within a budget, while it serves no user, one audit at a time. An audit that is given up or fails is one
-event, `audit_dropped`, with its reason.
+Enough breaches in a row, of either kind, roll the session back. No reply waits for an audit: the original is
+asked within a budget, while it serves no user or after a long wait for that, one audit at a time. An audit that
+is given up or fails is one event, `audit_dropped`, with its reason.
 """
 
 from __future__ import annotations

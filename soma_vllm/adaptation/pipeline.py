@@ -20,10 +20,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
-from soma_vllm.adaptation.acceptance import Acceptance, PromptTooLong, evidence_of
+from soma_vllm.adaptation.acceptance import (
+    Acceptance,
+    PromptTooLong,
+    Terms,
+    choose,
+    evidence_of,
+    require_adapter,
+)
 from soma_vllm.adaptation.training_run import AdaptationAbandoned, TrainingBudget, TrainingRun
 from soma_vllm.config import Adaptation as AdaptationSettings
 from soma_vllm.config import Config
@@ -37,7 +43,7 @@ from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.prefix import compress
 from soma_vllm.sessions.state.session import Session
 from soma_vllm.sessions.state.transcript import text_of
-from soma_vllm.types import AdapterRef, Candidate, Example, SessionKey
+from soma_vllm.types import AdapterRef, Candidate, Evidence, Example, SessionKey
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +113,12 @@ class Adaptation:
             if session.adapting is not None and not session.adapting.gate:
                 await self._switch_without_gate(key, session.adapting, examples, made)
                 return
-            verdict = await self._choose(key, examples, held_out, forced, made)
+            allowed = await self._budget.allowed(key.tenant)
+            terms = Terms(self._config, allowed, forced, session.setbacks)
+            parts = self._acceptance, self._budget, self._training
+            trial = _Trial(session, terms, (examples, held_out), made, parts)
+            verdict = await choose(trial, terms)
+            self._training.require_adapting(key)
             judged = Judged(verdict.candidate, verdict.reason, verdict.numbers)
             self._registry.note(key, EventKind.JUDGED, **judged.to_data())
             if verdict.candidate is Candidate.ORIGINAL:
@@ -122,47 +133,6 @@ class Adaptation:
             for ref in made:
                 await self._training.retire(ref, key)
 
-    async def _choose(
-        self,
-        key: SessionKey,
-        examples: tuple[Example, ...],
-        held_out: tuple[Example, ...],
-        forced: Candidate | None,
-        made: list[AdapterRef],
-    ) -> Verdict:
-        """Judge the candidates, cheapest first; train only if the plain surrogate will not do, and if it pays.
-
-        An adapter is put into `made` as soon as there is one.
-        """
-        allowed = await self._budget.allowed(key.tenant)
-        warm = (*examples, *held_out)  # the plain surrogate learned from none of them
-        plain_gaps = await self._acceptance.gaps(key, warm, None)
-        plain = None
-        if Candidate.PLAIN in allowed and forced is not Candidate.ADAPTER:
-            # A gate that asks for no agreement is not kept waiting for one.
-            needed = self._config.gate.min_agreement > 0
-            agreement = await self._acceptance.plain_agreement(key.tenant, warm) if needed else None
-            evidence = [evidence_of(Candidate.PLAIN, warm, plain_gaps, agreement)]
-            plain = self._acceptance.judge(self._registry.session(key), evidence, forced)
-            self._training.require_adapting(key)
-            if plain.candidate is Candidate.PLAIN or Candidate.ADAPTER not in allowed:
-                return plain
-        _require_adapter(allowed)
-        if forced is not Candidate.ADAPTER and (objection := await self._budget.objection(key)) is not None:
-            plain = plain or self._acceptance.judge(self._registry.session(key), [], forced)
-            return replace(plain, reason=f"{plain.reason}; adapter: {objection}")
-        result = await self._training.train(key, examples, held_out, self._registry.session(key).adapting)
-        ref = await self._training.publish(key, result, made)
-        gaps = await self._acceptance.gaps(key, held_out, ref)
-        self._training.require_adapting(key)
-        evidence = [
-            evidence_of(Candidate.PLAIN, held_out, plain_gaps[-len(held_out) :], result.plain),
-            evidence_of(Candidate.ADAPTER, held_out, gaps, result.adapted),
-        ]
-        # What fell short on the whole warm start is not let through by a part of it.
-        left = allowed if plain is None else (Candidate.ADAPTER,)
-        return self._acceptance.judge(self._registry.session(key), evidence, forced, left)
-
     async def _switch_without_gate(
         self,
         key: SessionKey,
@@ -171,7 +141,7 @@ class Adaptation:
         made: list[AdapterRef],
     ) -> None:
         """Train on the whole warm start, and switch as soon as the adapter is loaded."""
-        _require_adapter(await self._budget.allowed(key.tenant))
+        require_adapter(await self._budget.allowed(key.tenant))
         result = await self._training.train(key, examples, (), rules)
         ref = await self._training.publish(key, result, made)
         self._training.require_adapting(key)
@@ -223,7 +193,57 @@ def _worn_out(session: Session, limits: AdaptationSettings) -> str | None:
     return None
 
 
-def _require_adapter(allowed: Sequence[Candidate]) -> None:
-    """Raises AdapterError where no adapter may be made."""
-    if Candidate.ADAPTER not in allowed:
-        raise AdapterError("the tenant holds as many adapters as its key allows (limits.adapters)")
+class _Trial:
+    """`Trial` of a session that is served: each candidate is measured when the gate asks for it."""
+
+    def __init__(
+        self,
+        session: Session,
+        terms: Terms,
+        split: tuple[tuple[Example, ...], tuple[Example, ...]],
+        made: list[AdapterRef],
+        parts: tuple[Acceptance, TrainingBudget, TrainingRun],
+    ) -> None:
+        """`split`: turns to train on, and held out. An adapter is put into `made` as soon as there is one."""
+        self._key = session.key
+        self._rules = session.adapting
+        self._terms = terms
+        self._examples, self._held_out = split
+        self._warm = (*self._examples, *self._held_out)
+        self._made = made
+        self._acceptance, self._budget, self._training = parts
+        self._plain_gaps: tuple[float, ...] = ()
+
+    async def plain(self) -> Evidence:
+        """The plain surrogate on the whole warm start."""
+        self._plain_gaps = await self._acceptance.gaps(self._key, self._warm, None)
+        # A gate that asks for no agreement is not kept waiting for one.
+        needed = self._terms.config.gate.min_agreement > 0
+        agreement = await self._acceptance.plain_agreement(self._key.tenant, self._warm) if needed else None
+        self._training.require_adapting(self._key)
+        return evidence_of(Candidate.PLAIN, self._warm, self._plain_gaps, agreement)
+
+    async def objection(self) -> str | None:
+        """Why an adapter is not expected to pay; None where it is."""
+        return await self._budget.objection(self._key)
+
+    async def adapter(self) -> tuple[Evidence, Evidence]:
+        """(plain, adapter) on the held-out turns.
+
+        An adapter of 0 steps is the plain surrogate: where that is sure to be refused, nothing is published.
+        """
+        key, held_out = self._key, self._held_out
+        plain_gaps = self._plain_gaps[-len(held_out) :] or await self._acceptance.gaps(key, held_out, None)
+        result = await self._training.train(key, self._examples, held_out, self._rules)
+        config = self._terms.config
+        gains_nothing = not result.steps and config.lora.init_from is None and config.gate.min_gain > 0
+        if gains_nothing and self._terms.forced is None:
+            self._training.discard(result)
+            gaps = plain_gaps
+        else:
+            ref = await self._training.publish(key, result, self._made)
+            gaps = await self._acceptance.gaps(key, held_out, ref)
+        return (
+            evidence_of(Candidate.PLAIN, held_out, plain_gaps, result.plain),
+            evidence_of(Candidate.ADAPTER, held_out, gaps, result.adapted),
+        )

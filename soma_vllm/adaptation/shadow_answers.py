@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from soma_vllm.adaptation.threaded_encoder import Encoder
+from soma_vllm.adaptation.threaded_judge import Judge
 from soma_vllm.adapters.lifecycle import AdapterLifecycle
 from soma_vllm.engines.engine import AdapterEngine, ChatCall, Engine
-from soma_vllm.sessions.state.gate import centroid, gap
+from soma_vllm.errors import EngineError
+from soma_vllm.sessions.state.gate import centroid
 from soma_vllm.types import AdapterRef, Length, Message
 
 
@@ -52,10 +54,13 @@ async def shadow_answer(
 class ShadowAnswers:
     """The surrogate's answers, plain or under an adapter, and their distance from the original's."""
 
-    def __init__(self, surrogate: AdapterEngine, adapters: AdapterLifecycle, encoder: Encoder) -> None:
+    def __init__(
+        self, surrogate: AdapterEngine, adapters: AdapterLifecycle, encoder: Encoder, judge: Judge
+    ) -> None:
         self.surrogate = surrogate
         self._adapters = adapters
         self._encoder = encoder
+        self._judge = judge
 
     async def answer(
         self, tenant: str, messages: Sequence[Message], max_tokens: int, adapter: AdapterRef | None
@@ -70,9 +75,16 @@ class ShadowAnswers:
             return await shadow_answer(self.surrogate, tenant, messages, max_tokens, adapter)
 
     async def gaps(self, these: Sequence[str], those: Sequence[str]) -> tuple[float, ...]:
-        """The gap (cosine distance of embeddings) of each pair of texts."""
-        vectors = await self._encoder.encode([*these, *those])
-        return tuple(gap(a, b) for a, b in zip(vectors[: len(these)], vectors[len(these) :], strict=True))
+        """The gap of each pair of texts, in any order of a pair.
+
+        Raises:
+            EngineError: the judge could not judge one of them.
+        """
+        found = await self._judge.gaps(list(zip(these, those, strict=True)))
+        failure = next((gap.failure for gap in found if gap.failure is not None), None)
+        if failure is not None:
+            raise EngineError(f"the gate's judge failed: {failure}")
+        return tuple(gap.value for gap in found)
 
     async def centroid(self, texts: Sequence[str]) -> list[float]:
         """The centroid of the texts' embeddings, as it is stored."""

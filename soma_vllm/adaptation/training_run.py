@@ -139,10 +139,14 @@ class TrainingRun:
             manifest = training_costs(result) | signature
             ref = await self._adapters.publish(key, Path(result.directory), manifest, made)
         finally:
-            shutil.rmtree(result.directory, ignore_errors=True)
+            self.discard(result)
         self.require_adapting(key)
         await self._adapters.prove(key, ref)
         return ref
+
+    def discard(self, result: TrainResult) -> None:
+        """Delete a trained adapter that is not published."""
+        shutil.rmtree(result.directory, ignore_errors=True)
 
     async def retire(self, ref: AdapterRef, key: SessionKey) -> None:
         """Retire an adapter, unless a session is served by it."""

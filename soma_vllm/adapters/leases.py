@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 
 from soma_vllm.adapters.meter import AdapterMeter, Outcome, Unmetered
 from soma_vllm.adapters.slots import AdapterSlots, SlotRequest, State
-from soma_vllm.errors import EngineUnavailable
+from soma_vllm.errors import NoAdapterSlot
 
 BACKGROUND_WAIT_S = 600.0
 """Longest wait of work that no user waits for."""
@@ -38,7 +38,7 @@ class AdapterLeases:
         """A hold on an adapter, to be given to `release`.
 
         Raises:
-            EngineUnavailable: there is no slot, there was none in time, or the adapter is leaving.
+            NoAdapterSlot: there is no slot, there was none in time, or the adapter is leaving.
         """
         ticket = self._ask(name)
         if ticket.state is State.WAITING:
@@ -48,7 +48,7 @@ class AdapterLeases:
         if ticket.state is State.GRANTED:
             return ticket
         self._meter.overflowed(_OUTCOMES[ticket.state])
-        raise EngineUnavailable(_why(ticket))
+        raise NoAdapterSlot(_why(ticket))
 
     async def release(self, ticket: SlotRequest) -> None:
         """Give a hold back."""
@@ -61,7 +61,7 @@ class AdapterLeases:
         """Use an adapter in the background: users come first, and the adapter stays until the end.
 
         Raises:
-            EngineUnavailable: the adapter is leaving, or users left no slot for very long.
+            NoAdapterSlot: the adapter is leaving, or users left no slot for very long.
         """
         if name is None:
             yield
@@ -70,7 +70,7 @@ class AdapterLeases:
         if ticket.state is State.WAITING:
             await self._turn(ticket, BACKGROUND_WAIT_S)
         if ticket.state is not State.GRANTED:
-            raise EngineUnavailable(_why(ticket))
+            raise NoAdapterSlot(_why(ticket))
         try:
             yield
         finally:

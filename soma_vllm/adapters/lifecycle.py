@@ -7,6 +7,7 @@ Guarantees:
 * It is retired in one order: everything decided so far is on record, no session is served by it, no new lease
   is granted, its last token is out, it leaves the engine, its files are deleted, and that is recorded. After a
   failure on the way the next try does the rest, or the next start (`maintenance.recovery`).
+* Files of another record's adapters are never deleted.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class AdapterRecords(Protocol):
     def note(self, key: SessionKey, kind: EventKind, /, **data: Any) -> Any: ...
     def adapter_state(self, name: str) -> AdapterState | None: ...
     async def in_use(self, ref: AdapterRef) -> bool: ...
+    async def owns(self, name: str) -> bool: ...
     async def written(self) -> None: ...
     async def retired(self, adapter: str) -> None: ...
 
@@ -68,7 +70,7 @@ class AdapterLifecycle:
         self._leases = leases
         self._records = records
         self._retiring: set[str] = set()
-        # The same after every restart, and another for servers of another session store.
+        # The same after every restart, and another for servers of another record.
         self._trainings = f"soma-train-{hashlib.sha256(store.owner.encode()).hexdigest()[:12]}-"
 
     # -- publish ----------------------------------------------------------------------------------------
@@ -93,7 +95,7 @@ class AdapterLifecycle:
         )
         ref = published.ref
         made.append(ref)
-        self._records.note(key, EventKind.ADAPTER_PUBLISHED, adapter=asdict(ref))
+        self._records.note(key, EventKind.ADAPTER_PUBLISHED, adapter=asdict(ref), **published.facts())
         return ref
 
     async def prove(self, key: SessionKey, ref: AdapterRef) -> None:
@@ -167,32 +169,42 @@ class AdapterLifecycle:
         try:
             if not await self._on_record(ref) or await self._records.in_use(ref):
                 return False
-            if key is not None:
+            own = await self._is_own(ref)  # before anything of it is recorded
+            if key is not None and own:
                 self._records.note(key, EventKind.ADAPTER_DRAINING, adapter=asdict(ref))
-            if not await self._withdraw(ref):
-                return False
+            await self._withdraw(ref, own)
+            if not own:
+                return True
             if key is not None:
                 self._records.note(key, EventKind.ADAPTER_RETIRED, adapter=asdict(ref))
             else:
                 await self._records.retired(ref.name)
             return True
-        finally:
-            self._retiring.discard(ref.name)
-
-    async def _withdraw(self, ref: AdapterRef) -> bool:
-        """Take an adapter out of the engine once its last token is out, then delete its files."""
-        await self._leases.drain(ref.name)
-        try:
-            await self._engine.unload(ref)
-            with suppress(NotFound):  # deleted by hand
-                await asyncio.to_thread(self._store.retire, ref.name)
-        except (EngineError, AdapterError) as error:
+        except (EngineError, AdapterError, StoreUnavailable) as error:
             logger.warning(
                 "adapter %s is not retired; a sweep or the next start tries again: %s", ref.name, error
             )
             return False
+        finally:
+            self._retiring.discard(ref.name)
+
+    async def _is_own(self, ref: AdapterRef) -> bool:
+        """Whether this record published an adapter: it names it, or was killed before it could."""
+        if await self._records.owns(ref.name):
+            return True
+        with suppress(NotFound):
+            return (await self.find(ref.name)).owner == self.owner
+        return False
+
+    async def _withdraw(self, ref: AdapterRef, own: bool) -> None:
+        """Take an adapter out of the engine once its last token is out, then delete its files where they are
+        ours."""
+        await self._leases.drain(ref.name)
+        await self._engine.unload(ref)
+        if own:
+            with suppress(NotFound):  # deleted by hand
+                await asyncio.to_thread(self._store.retire, ref.name)
         self._leases.forget(ref.name)
-        return True
 
     async def _on_record(self, ref: AdapterRef) -> bool:
         """Whether all that was decided so far is on record. Only then may files go: a server that is killed
@@ -214,12 +226,12 @@ class AdapterLifecycle:
 
     @property
     def owner(self) -> str:
-        """Written into everything that servers of this session store publish."""
+        """Id of the record, written into everything that its servers publish."""
         return self._store.owner
 
-    async def stored(self, tenant: str | None = None) -> Sequence[PublishedAdapter]:
-        """What is published under the root, of one tenant or of all. Raises AdapterError."""
-        return await asyncio.to_thread(self._store.list, tenant)
+    async def stored(self) -> Sequence[PublishedAdapter]:
+        """What is published under the root, by whatever record. Looks at everything. Raises AdapterError."""
+        return await asyncio.to_thread(self._store.list)
 
     async def find(self, name: str) -> PublishedAdapter:
         """The published adapter of that name. Raises NotFound, AdapterError."""

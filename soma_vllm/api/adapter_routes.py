@@ -38,10 +38,10 @@ async def list_adapters(
 
 @router.post("/gc")
 async def sweep(raw_request: Request) -> Response:
-    """Enforce the storage budgets now. Administrators only."""
+    """Enforce the budgets now, and delete what a kill left of this record's adapters. Administrators only."""
     try:
         require_admin(raw_request)
-        return JSONResponse({"evicted": await _adapters(raw_request).sweep()})
+        return JSONResponse({"evicted": await _adapters(raw_request).collect()})
     except SomaError as error:
         return failed(error)
 

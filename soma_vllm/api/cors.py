@@ -8,6 +8,7 @@ replaced; its `--allowed-origins`, where given in `surrogate.extra_args`, count 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
@@ -33,7 +34,8 @@ def open_to_pages(app: FastAPI, cors: Cors) -> None:
     """Let the configured pages ask, before any other middleware is passed; to be called before a request
     comes."""
     theirs = getattr(getattr(app.state, "args", None), "allowed_origins", None) or ()
-    stack = [each for each in app.user_middleware if each.cls is not CORSMiddleware]  # type: ignore[comparison-overlap]
+    added: list[Any] = app.user_middleware
+    stack = [each for each in added if each.cls is not CORSMiddleware]
     if origins := [*cors.allow_origins, *theirs]:
         everyone = "*" in origins
         ours = Middleware(

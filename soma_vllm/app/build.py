@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import cast
 
 from soma_vllm.adaptation.acceptance import Acceptance
 from soma_vllm.adaptation.background_lane import BackgroundLane
@@ -19,12 +20,14 @@ from soma_vllm.adaptation.shadow_answers import ShadowAnswers
 from soma_vllm.adaptation.shadow_traffic import ShadowTraffic
 from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs
 from soma_vllm.adaptation.threaded_encoder import Encoder
+from soma_vllm.adaptation.threaded_judge import Judge
 from soma_vllm.adaptation.training_run import TrainingBudget, TrainingRun
 from soma_vllm.adapters.leases import AdapterLeases
 from soma_vllm.adapters.lifecycle import AdapterLifecycle
 from soma_vllm.adapters.store.protocol import AdapterStore, AdapterStoreMeter
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import AdapterEngine, Engines, Salts, ScoringEngine
+from soma_vllm.engines.guarded_original import GuardedOriginal, OriginalMeter
 from soma_vllm.maintenance.adapter_eviction import AdapterEvictor
 from soma_vllm.maintenance.recovery import Recovery
 from soma_vllm.maintenance.removal import SessionRemoval
@@ -39,6 +42,7 @@ from soma_vllm.scheduler.routing import Routing
 from soma_vllm.scheduler.turn_recorder import TurnRecorder
 from soma_vllm.sessions.background_tasks import BackgroundTasks
 from soma_vllm.sessions.lookup import SessionLookup
+from soma_vllm.sessions.patient_store import PatientStore
 from soma_vllm.sessions.ports import Meter, Observer, Store
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.training.messages import Trainer
@@ -53,6 +57,7 @@ class Parts:
     original: ScoringEngine
     surrogate: AdapterEngine
     encoder: Encoder
+    judge: Judge
     trainer: Trainer
     store: Store
     adapter_store: AdapterStore
@@ -64,6 +69,7 @@ class Parts:
     sweep_trigger: SweepTrigger
     observers: Sequence[Observer] = ()
     """Told of every event, before the services' own."""
+    original_meter: OriginalMeter | None = None
 
 
 @dataclass(frozen=True)
@@ -111,10 +117,10 @@ def build(parts: Parts) -> SomaServices:
     cost_model = CostModel(config.payback, config.prices, config.gate, config.acceptance_min_turns, parts.store)
     shadow_traffic = ShadowTraffic(config, parts.surrogate)
     watching = (parts.sweep_trigger, teacher_logprobs, cost_model, shadow_traffic)
-    registry = SessionRegistry(config, parts.store, (*parts.observers, *watching))
+    registry = SessionRegistry(config, cast(Store, PatientStore(parts.store)), (*parts.observers, *watching))
     background = BackgroundTasks(registry)
     adapters = AdapterLifecycle(parts.adapter_store, parts.surrogate, parts.leases, registry)
-    shadow_answers = ShadowAnswers(parts.surrogate, adapters, parts.encoder)
+    shadow_answers = ShadowAnswers(parts.surrogate, adapters, parts.encoder, parts.judge)
     adaptation = Adaptation(
         config,
         registry,
@@ -123,11 +129,12 @@ def build(parts: Parts) -> SomaServices:
         TrainingBudget(config.adaptation, registry, parts.meter, cost_model),
         TrainingRun(config, registry, parts.trainer, adapters, teacher_logprobs),
     )
+    original = GuardedOriginal(parts.original, config.original, parts.original_meter)
     lane = BackgroundLane(config.gate.audit_yields, config.gate.audit_wait_s)
-    drift = DriftWatch(config, registry, parts.original, shadow_answers, adapters, lane)
+    drift = DriftWatch(config, registry, original, shadow_answers, adapters, lane)
     evidence = TurnEvidence(teacher_logprobs, shadow_traffic)
     follow_up = FollowUp(config, registry, background, adaptation, drift)
-    engines = Engines(lane.watched(parts.original), parts.surrogate, adapters)
+    engines = Engines(lane.watched(original), parts.surrogate, adapters)
     dispatcher = Dispatcher(
         SessionLookup(registry),
         parts.meter,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from soma_vllm.config import load_config
+from soma_vllm.config import load_config, without_effect
 from soma_vllm.errors import PreflightError, SomaError
 from soma_vllm.versions import versions
 
@@ -35,12 +37,15 @@ def serve(
         list[str] | None, typer.Option("--set", help="key=value, such as gate.accept_threshold=0.1.")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check config, models and machine.")] = False,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Wait for another server of this record to end.")
+    ] = False,
     version: Version = False,
 ) -> None:
     """Serve dialogues that begin on the original and move to the surrogate."""
     console = Console(highlight=False, soft_wrap=True)
     try:
-        _serve(config, overrides or [], check, console)
+        _serve(config, overrides or [], check, take_over, console)
     except SomaError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"soma-serve: {error}", markup=False)
         raise typer.Exit(1) from None
@@ -49,11 +54,14 @@ def serve(
         raise typer.Exit(130) from None
 
 
-def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> None:
+def _serve(path: Path, overrides: list[str], check: bool, take_over: bool, console: Console) -> None:
     config = load_config(path, overrides).for_serving(str(path))
+    for line in without_effect(config):
+        console.print(f"note       {line}", markup=False)
     # Imported late: a wrong configuration is told in milliseconds.
-    from soma_vllm.adapters.store.atomic_files import locked
+    from soma_vllm.adapters.store.atomic_files import locked_alone
     from soma_vllm.app.preflight import preflight
+    from soma_vllm.app.record import entered
     from soma_vllm.app.run_dir import make_run_dir
     from soma_vllm.app.server import ModelPaths, SomaServer
     from soma_vllm.app.terminal import log_as_configured, output_to
@@ -86,12 +94,16 @@ def _serve(path: Path, overrides: list[str], check: bool, console: Console) -> N
     run_dir = make_run_dir(config.server.run_dir)
     log = run_dir / "surrogate.log"
     console.print(f"logs       {run_dir}", markup=False)
+    wait = partial(console.print, "waiting   ", markup=False) if take_over else None
+    problem = f"server.run_dir: found another server in {run_dir}; expected none"
     try:
-        with locked(run_dir), output_to(log, config.server) as terminal:
+        with ExitStack() as held:
+            asyncio.run(entered(held, partial(locked_alone, run_dir, problem), wait))
+            terminal = held.enter_context(output_to(log, config.server))
             log_as_configured(config.server, run_dir)
             screen = Console(file=terminal, highlight=False, soft_wrap=True)
             say = partial(screen.print, markup=False)
-            uvloop.run(SomaServer(config, paths, policies, run_dir, say).run())
+            uvloop.run(SomaServer(config, paths, policies, run_dir, say, take_over).run())
     except SomaError:
         raise
     except Exception as error:  # a process edge: whatever an engine died of, people get one message

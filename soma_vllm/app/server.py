@@ -22,6 +22,7 @@ import aiohttp
 
 from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs, why_text
 from soma_vllm.adaptation.threaded_encoder import ThreadedEncoder
+from soma_vllm.adaptation.threaded_judge import ThreadedJudge
 from soma_vllm.adapters.file_provider import AdapterFileProvider
 from soma_vllm.adapters.store.opening import open_root
 from soma_vllm.adapters.store.protocol import AdapterStore
@@ -31,6 +32,7 @@ from soma_vllm.api.draining import Draining
 from soma_vllm.api.readiness import Readiness
 from soma_vllm.app.build import Parts, SomaServices, build
 from soma_vllm.app.original_process import OriginalProcess
+from soma_vllm.app.record import entered, leased
 from soma_vllm.app.surrogate_parts import open_surrogate, shared_vocabulary
 from soma_vllm.app.watching import watch
 from soma_vllm.config import Config
@@ -43,14 +45,15 @@ from soma_vllm.engines.vllm.arguments import (
 )
 from soma_vllm.errors import PolicyUnavailable, PreflightError, TrainingError, Unprocessable
 from soma_vllm.maintenance.sweep_trigger import SweepTrigger
+from soma_vllm.method.gap.gap_judge import open_judge
 from soma_vllm.models.home import soma_home
 from soma_vllm.scheduler.dispatcher import DISPATCH_NAME
 from soma_vllm.scheduler.policies.base import Policies
 from soma_vllm.sessions.sql.api_keys import KeyStore
-from soma_vllm.sessions.sql.connections import identity
 from soma_vllm.sessions.sql.store import SessionStore
 from soma_vllm.telemetry.adapter_store_metrics import AdapterStoreMetrics
 from soma_vllm.telemetry.event_log import EventLog
+from soma_vllm.telemetry.original_metrics import OriginalMetrics
 from soma_vllm.telemetry.session_metrics import SessionMetrics
 from soma_vllm.training.pair import ANYONE, owner_of
 
@@ -75,7 +78,16 @@ class ModelPaths:
 class SomaServer:
     """soma-serve: the surrogate's vLLM server, and everything around it."""
 
-    def __init__(self, config: Config, paths: ModelPaths, policies: Policies, run_dir: Path, say: Say) -> None:
+    def __init__(
+        self,
+        config: Config,
+        paths: ModelPaths,
+        policies: Policies,
+        run_dir: Path,
+        say: Say,
+        take_over: bool = False,
+    ) -> None:
+        """`take_over` waits for another server of this record to end."""
         self._config = config
         self._paths = paths
         self._policies = policies
@@ -83,6 +95,7 @@ class SomaServer:
         self._started = time.monotonic()
         self._state: Any = None
         """vLLM's application state, once the services have started."""
+        self._wait = (lambda why: say(f"waiting    {why}")) if take_over else None
         self._cleanup = AsyncExitStack()
         self._run_dir = run_dir
         self._salts = Salts()
@@ -106,6 +119,9 @@ class SomaServer:
         """
         async with self._cleanup:
             self._check_pair_adapter()
+            store = await self._open_sessions()
+            adapter_store = await self._open_adapter_store(await store.record_id())
+            self._stores = store, adapter_store
             self._original.start(self._paths.original, self._paths.surrogate, self._cleanup)
             self._say(f"surrogate  starting {self._surrogate_name} (vLLM takes 20-60 s to load)")
             os.environ.update(vllm_environment(self._config.surrogate, str(self._paths.surrogate), PLUGINS))
@@ -168,14 +184,13 @@ class SomaServer:
 
         keep_adapters_out_of_metrics(engine_client)
         self._say("surrogate  ready")
-        store = await self._open_sessions()
-        encoder = await self._load_encoder()
+        store, adapter_store = self._stores
+        encoder, judge = await self._load_encoder()
         trainer = await self._start_trainers()
         original = await self._original.connect(self._salts, self._cleanup)
         self._original_engine = original
         await self._open_policy()
         stock, sweep_trigger = AdapterStoreMetrics(), SweepTrigger()
-        adapter_store = self._open_adapter_store()
         engine_takes = Demands(slot_rank(self._config.lora.rank), str(self._paths.surrogate))
         files = AdapterFileProvider(adapter_store, sweep_trigger, stock, engine_takes)
         serving = PrivateChat(engine_client, state)
@@ -187,6 +202,7 @@ class SomaServer:
                 original=original,
                 surrogate=surrogate,
                 encoder=encoder,
+                judge=judge,
                 trainer=trainer,
                 store=store,
                 adapter_store=adapter_store,
@@ -197,6 +213,7 @@ class SomaServer:
                 salts=self._salts,
                 sweep_trigger=sweep_trigger,
                 observers=(SessionMetrics(), EventLog(), stock),
+                original_meter=OriginalMetrics(),
             )
         )
         self._cleanup.push_async_callback(services.stop)
@@ -230,24 +247,27 @@ class SomaServer:
         return TeacherLogprobs(self._config, why)
 
     async def _open_sessions(self) -> SessionStore:
-        store = SessionStore(self._filled(self._config.storage.url))
+        url = self._filled(self._config.storage.url)
+        await self._cleanup.enter_async_context(leased(url, self._wait, stop_this_process))
+        store = SessionStore(url)
         await store.open()
         self._cleanup.push_async_callback(store.close)
         self._say(f"sessions   {await store.count()} on record")
         return store
 
-    def _open_adapter_store(self) -> AdapterStore:
+    async def _open_adapter_store(self, record_id: str) -> AdapterStore:
         store = open_root(
             self._filled(self._config.adapters.root),
             self._filled(self._config.adapters.cache),
             demands=Demands.of_model(self._paths.surrogate, self._config.lora.rank),
-            owner=identity(self._filled(self._config.storage.url)),
+            owner=record_id,
         )
-        # Told to `soma adapters`, which deletes nothing under a running server.
-        self._cleanup.enter_context(store.in_service())
+        # Told to `soma adapters` as well, which deletes nothing under a running server.
+        await entered(self._cleanup, store.in_service, self._wait)
         return store
 
-    async def _load_encoder(self) -> ThreadedEncoder:
+    async def _load_encoder(self) -> tuple[ThreadedEncoder, ThreadedJudge]:
+        """The encoder, and the gate's judge beside it."""
         from soma_vllm.method.encoder import SentenceEncoder
 
         settings = self._config.encoder
@@ -255,9 +275,11 @@ class SomaServer:
             SentenceEncoder, self._paths.encoder, self._config.gate.encoder_max_tokens, settings.threads
         )
         threaded = ThreadedEncoder(encoder.encode)
-        self._cleanup.callback(threaded.close)
+        judge = ThreadedJudge(open_judge(self._config, encoder))
+        for opened in (threaded, judge):
+            self._cleanup.callback(opened.close)
         self._say(f"encoder    {settings.model} ready")
-        return threaded
+        return threaded, judge
 
     async def _open_policy(self) -> None:
         """Load what the configured policy needs; what others need is loaded when they are first asked for."""
@@ -287,7 +309,7 @@ class SomaServer:
                 await asyncio.sleep(0.2)
         if self._state is None:
             self._say("failed     vLLM did not load the soma endpoint plugin; is soma-vllm installed here?")
-            os.kill(os.getpid(), signal.SIGTERM)
+            stop_this_process()
             return
         self.draining.handle_signals(self._state.server)
         seconds = time.monotonic() - self._started
@@ -296,6 +318,11 @@ class SomaServer:
     def _filled(self, template: str) -> str:
         filled = template.replace("{soma_home}", str(soma_home()))
         return filled.replace("{run_dir}", str(self._run_dir))
+
+
+def stop_this_process() -> None:
+    """Stop as an operator's SIGTERM does."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _served_name(model: str | None) -> str:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from urllib.parse import quote
 
 import typer
@@ -45,7 +46,7 @@ def list_adapters(
     with one_line_errors("soma adapters"):
         store = _open(config, root)
         listed, pins = store.list(tenant), store.pins()
-        used = _last_uses(config)
+        used = _on_record(config).used
     rows = [
         {**one.view(), "last_used": used.get(one.ref.name), "pinned": one.ref.name in pins} for one in listed
     ]
@@ -132,7 +133,8 @@ def collect(
     config: ConfigPath = None,
     root: Root = None,
 ) -> None:
-    """Evict adapters beyond the budgets; offline, also delete what killed processes left behind."""
+    """Evict adapters beyond the budgets, and delete what killed processes left behind; offline too, only those
+    of the record that --config names."""
     with one_line_errors("soma adapters"):
         if not offline:
             found = Server(url, key_env).ask("POST", "/gc", below="/soma/adapters")
@@ -140,24 +142,27 @@ def collect(
             return
         store = _open_unserved(config, root)
         typer.echo(f"collected  {store.collect_garbage()}")
-        for eviction in _beyond_budgets(store, config):
+        for eviction in _to_evict(store, config):
             store.retire(eviction.name)
             typer.echo(f"evicted    {eviction.name} ({eviction.reason})")
 
 
-def _beyond_budgets(store: AdapterStore, config: Path | None) -> Any:
-    """What the configuration's budgets do not allow."""
-    from soma_vllm.adapters.eviction_policy import StoredAdapter, to_evict
+def _to_evict(store: AdapterStore, config: Path | None) -> Any:
+    """What the record of the configuration published and does not name, and what its budgets do not allow."""
+    from soma_vllm.adapters.eviction_policy import Eviction, Reason, StoredAdapter, to_evict
+    from soma_vllm.maintenance.adapter_eviction import ORPHAN_AFTER_S
 
     if config is None:
         return ()
-    used, pins = _last_uses(config), store.pins()
-    kept = []
+    record, pins, now = _on_record(config), store.pins(), time.time()
+    orphans, kept = [], []
     for one in store.list():
-        name, size = one.ref.name, one.size_bytes
-        last_use = max(one.created, used.get(name, 0.0))
-        kept.append(StoredAdapter(name, one.key.tenant, size, last_use, name in pins))
-    return to_evict(kept, load_config(config).adapters, time.time())
+        name, last_use = one.ref.name, max(one.created, record.used.get(one.ref.name, 0.0))
+        if name in record.adapters:
+            kept.append(StoredAdapter(name, one.key.tenant, one.size_bytes, last_use, name in pins))
+        elif one.owner == record.id and one.created < now - ORPHAN_AFTER_S:
+            orphans.append(Eviction(name, Reason.ORPHANED))
+    return (*orphans, *to_evict(kept, load_config(config).adapters, now))
 
 
 def _open(config: Path | None, root: str | None, judging: bool = False) -> AdapterStore:
@@ -196,22 +201,33 @@ def _demands(settings: Config) -> Any:
     return Demands(max_rank=rank) if model is None else Demands.of_model(model, rank)
 
 
-def _last_uses(config: Path | None) -> dict[str, float]:
-    """Last use by adapter, as the session store has it; nothing where there is none."""
+class _Record(NamedTuple):
+    """What a session store says of adapters."""
+
+    id: str | None = None
+    used: Mapping[str, float] = {}
+    """Last use by adapter."""
+    adapters: frozenset[str] = frozenset()
+    """All that it published."""
+
+
+def _on_record(config: Path | None) -> _Record:
+    """What the configured session store has; nothing where there is none."""
     from soma_vllm.sessions.sql.store import reading
 
-    async def ask(url: str) -> dict[str, float]:
+    async def ask(url: str) -> _Record:
         async with reading(url) as store:
-            return await store.adapters_used()
+            adapters = frozenset(one.name for one in await store.adapters())
+            return _Record(await store.record_id(), await store.adapters_used(), adapters)
 
     if config is None:
-        return {}
+        return _Record()
     settings = load_config(config)
     try:
         url = fill_paths(settings.storage.url, "storage.url", "a database", settings)
         return asyncio.run(ask(url))
     except ConfigError:
-        return {}
+        return _Record()
 
 
 def _time(at: float) -> str:

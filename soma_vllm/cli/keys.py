@@ -57,7 +57,7 @@ def add(
             live_sessions=live_sessions,
             adapters=adapters,
         )
-        key_id, key = asyncio.run(_add(_url(config, storage), name, limits))
+        key_id, key = asyncio.run(_add(storage_url(config, storage), name, limits))
     typer.echo(f"key {key_id} for {name}; it is shown this once, keep it safe:", err=True)
     typer.echo(key)
 
@@ -66,7 +66,7 @@ def add(
 def list_keys(config: ConfigPath = None, storage: StorageUrl = None) -> None:
     """List the keys: id, name, tenant, limits, when issued, state."""
     with one_line_errors("soma keys"):
-        found = asyncio.run(_list(_url(config, storage)))
+        found = asyncio.run(_list(storage_url(config, storage)))
     table = Table(box=None, pad_edge=False)
     for column in ("ID", "NAME", "TENANT", "LIMITS", "ISSUED", "STATE"):
         table.add_column(column, no_wrap=column in ("ID", "TENANT"), overflow="fold")
@@ -84,7 +84,7 @@ def revoke(
 ) -> None:
     """End a key's use. A running server refuses it after at most `access.cache_s`."""
     with one_line_errors("soma keys"):
-        asyncio.run(_revoke(_url(config, storage), key_id))
+        asyncio.run(_revoke(storage_url(config, storage), key_id))
     typer.echo(f"key {key_id} is revoked")
 
 
@@ -152,7 +152,7 @@ def _limits(**given: str | None) -> Limits:
     return Limits.model_validate(values)
 
 
-def _url(config: Path | None, storage: str | None) -> str:
+def storage_url(config: Path | None, storage: str | None) -> str:
     """The session store's URL, filled in.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from soma_vllm.app.serve import Version
-from soma_vllm.cli import adapters, keys, models, sessions
+from soma_vllm.cli import adapters, keys, models, sessions, storage
 from soma_vllm.tools.calibrate.calibrate import calibrate, calibrate_router
 from soma_vllm.tools.distill import distill
 from soma_vllm.tools.evaluate.evaluate import evaluate
@@ -16,6 +16,7 @@ app.add_typer(models.app, name="models", help="Fetch, list and make models.")
 app.add_typer(keys.app, name="keys", help="Issue, list and revoke API keys.")
 app.add_typer(adapters.app, name="adapters", help="List, verify, pin and delete adapters.")
 app.add_typer(sessions.app, name="sessions", help="Inspect and control the sessions of a running server.")
+app.add_typer(storage.app, name="storage", help="Migrate a session store, or make a copied one its own.")
 
 
 @app.callback()

@@ -6,6 +6,7 @@ key exists that nothing reads. A threshold lives here and nowhere else.
 """
 
 from soma_vllm.config.baselines import Baselines, Llmlingua2, Routellm
+from soma_vllm.config.effect import without_effect
 from soma_vllm.config.learning import Adaptation, Gate, Lora, Mining, Payback, Prefix, Prices
 from soma_vllm.config.load import load_config, parse_config
 from soma_vllm.config.root import Config
@@ -55,4 +56,5 @@ __all__ = [
     "Training",
     "load_config",
     "parse_config",
+    "without_effect",
 ]

@@ -134,7 +134,8 @@ class Gate(Section):
     drift_window: Positive = 4
     """Audits in the moving mean."""
     drift_threshold: Annotated[float, Field(ge=0, le=2)] = 0.30
-    """Moving mean of the audited gaps above which a session counts a breach."""
+    """Moving mean of the audited gaps above which a session counts a breach. Where it lies above
+    `accept_threshold`, a session may come to lie between the two and is served on; soma-serve says so."""
     consecutive_to_rollback: Positive = 2
     """m_cons: breaches in a row that roll the session back."""
     encoder_max_tokens: Positive = 256
@@ -150,10 +151,12 @@ class Gate(Section):
     audits_per_minute: Annotated[float, Field(gt=0)] = 30.0
     """Most audits by the original per minute, all sessions together; unused ones are kept for a minute."""
     audit_yields: bool = True
-    """Whether audits run only while no user waits for the original, and are cancelled when one comes."""
+    """Whether an audit waits for a time in which no user waits for the original, and is cancelled when one
+    comes."""
     audit_wait_s: Seconds = 60.0
-    """Longest wait of an audit for a time without users, and longest run, seconds; after either it is dropped.
-    On a slow machine the limit is the time of the original's last twelve requests, where that is longer."""
+    """Longest wait of an audit for a time without users, seconds: after it the audit runs beside them, so that
+    no load ends all audits. Also its longest run, after which it is dropped. On a slow machine the limit is the
+    time of the original's last twelve requests, where that is longer."""
     surprise_threshold: Annotated[float, Field(gt=0)] = 2.0
     """Mean NLL of the surrogate's answers under the original, nats per token, that is drift (audit: score)."""
 
@@ -189,6 +192,9 @@ class Adaptation(Section):
     cool_down_turns: Positive = 3
     """New turns answered by the original after a rollback or a refusal before the session is adapted again;
     twice as many after every further one."""
+    max_looks: Positive = 2
+    """Refusals and rollbacks after which a session stays with the original. Each look at a session is one more
+    chance to let in a surrogate that is not good enough: k looks are at most k times as likely to as one."""
     max_trainings: Positive = 3
     """Trainings a session may have in its life."""
     max_concurrent: Positive = 8

@@ -61,10 +61,30 @@ class Original(Engine):
     name: str | None = None
     """Model name in requests; null takes `original_model`'s own."""
     when_down: Literal["refuse", "surrogate"] = "refuse"
-    """While the original is down: answer 503, or let the plain surrogate answer."""
+    """While the original is down, fails before its first token, or has no place for a request: answer 503, or
+    let the plain surrogate answer."""
     connect_timeout_s: Seconds = 5.0
     """Longest wait for a connection to the original, seconds; after it the original is unavailable to that
     request."""
+    first_token_timeout_s: Seconds = 600.0
+    """Longest wait for the first event of a stream, seconds."""
+    idle_timeout_s: Seconds = 300.0
+    """Longest wait between two events of a stream, seconds; after it the stream ends with an error."""
+    answer_timeout_s: Seconds = 1800.0
+    """Longest wait for an answer that is not streamed, seconds."""
+    max_in_flight: Positive = 1024
+    """Most requests that are at the original at once."""
+    queue_limit: Annotated[int, Field(ge=0)] = 1024
+    """Most requests that wait for a place among those; further ones are refused at once."""
+    queue_wait_s: Seconds = 10.0
+    """Longest wait for such a place, seconds."""
+    retries: Annotated[int, Field(ge=0)] = 1
+    """How often a request is sent again whose connection failed before a byte of an answer came."""
+    breaker_failures: Annotated[int, Field(ge=0)] = 5
+    """Failures in a row (5xx, broken connections, timeouts) after which the original counts as down; 0: it
+    never does."""
+    breaker_open_s: Seconds = 10.0
+    """For how long it then gets no request, seconds; after that one request tries it."""
     start_timeout_s: Seconds = 600.0
     """Longest start of the child server, seconds; after it soma-serve gives up, and a restarted child is
     ended."""
@@ -214,8 +234,9 @@ class Limits(Section):
 
 
 class Adapters(Section):
-    """Where adapters are stored, and how many. Beyond a budget the least recently used is evicted and its
-    session goes back to the original; pinned ones (`soma adapters pin`) stay. null: no limit."""
+    """Where adapters are stored, and how many of this server's record. Beyond a budget the least recently used
+    is evicted and its session goes back to the original; pinned ones (`soma adapters pin`) stay. null: no
+    limit."""
 
     root: str = "adapters_store"
     """Directory, relative to the working directory, or a URL that fsspec knows (s3://…, gs://…; its package

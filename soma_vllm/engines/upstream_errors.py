@@ -43,7 +43,8 @@ _STATUS_OF_TYPE = {
 
 _PRIVATE = re.compile(
     r"\b\w+://\S+"
-    r"|\b(?:sk|pk|org|proj|acct|user|key|req)[-_][\w*.-]{4,}"
+    r"|\b(?:sk|pk)[-_][\w*.-]{4,}"
+    r"|\b(?:org|proj|acct|user|key|req)[-_](?=[\w*.-]*\d)[\w*.-]{4,}"
     r"|[\w.+-]+@[\w-]+(?:\.[\w-]+)+"
     r"|\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b"
     r"|\b(?:[\w-]+\.)+(?:com|net|org|io|ai|dev|app|cloud|internal|local|svc|eu|cn|de)\b(?::\d+)?",

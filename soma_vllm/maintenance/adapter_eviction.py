@@ -2,14 +2,14 @@
 
 Guarantees:
 
-* What has to go is decided by `eviction_policy.py` from the store's listing, the pins, and the last use
-  of each adapter: its sessions' last append on record, so that it survives restarts and costs no writing.
+* What has to go is decided by `eviction_policy.py` from the record, the pins, and the last use of each adapter:
+  its sessions' last append on record, so that it survives restarts and costs no writing. The adapter store is
+  looked through only by `collect`.
 * An adapter goes in one order: its sessions are given back to the original (`adapter_evicted`), its last tokens
   come out, it leaves the engine, its files are deleted. They may be adapted again.
 * An adapter whose files are missing or damaged serves no session: its sessions go back to the original.
-* An adapter that an adaptation under way made is left to that. One of ours on no record (the server
-  was killed between publishing it and saying so) is deleted; what other servers published under the same root
-  is not ours, and only budgets delete it.
+* An adapter that an adaptation under way made is left to that. What other records published under the same
+  root counts in no budget, and is never deleted.
 * While the session store is away nothing is evicted.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 
 from soma_vllm.adapters.eviction_policy import Eviction, Reason, StoredAdapter, to_evict
 from soma_vllm.adapters.lifecycle import AdapterLifecycle
-from soma_vllm.adapters.store.manifest import PublishedAdapter
+from soma_vllm.adapters.store.manifest import listed_view
 from soma_vllm.adapters.store.protocol import AdapterStoreMeter
 from soma_vllm.config import Adapters
 from soma_vllm.errors import NotFound, SomaError
@@ -40,7 +40,7 @@ from soma_vllm.types import AdapterRef, SessionKey
 logger = logging.getLogger(__name__)
 
 ORPHAN_AFTER_S = 600.0
-"""Age from which an adapter of ours that no session speaks of is taken for one that a kill left."""
+"""Age in seconds from which an adapter of ours that serves no session is taken for one that a kill left."""
 
 LAST_TOKEN_S = 30.0
 """Longest time that a sweep waits for evicted adapters to be gone; they go on going by themselves."""
@@ -69,29 +69,29 @@ class AdapterEvictor:
     # -- looking ----------------------------------------------------------------------------------------
 
     async def listed(self, tenant: str | None = None) -> list[dict[str, Any]]:
-        """Adapters as an administrator sees them, the most recently used first.
+        """This record's adapters as an administrator sees them, the most recently used first.
 
         Raises:
             StoreUnavailable: the session store does not answer.
             AdapterError: the adapter store does not.
         """
         used, records = await self._on_record()
-        listed = await self._adapters.stored(tenant)
         pins = await self._adapters.pins()
         rows = [
-            adapter_view(one, used.get(one.ref.name), self._state(one.ref.name, records), one.ref.name in pins)
-            for one in listed
+            self._view(one, used, pins)
+            for one in self._kept(records)
+            if tenant is None or one.key.tenant == tenant
         ]
         return sorted(rows, key=lambda row: -float(row["last_used"]))
 
     async def show(self, tenant: str | None, name: str) -> dict[str, Any]:
         """One adapter. Raises NotFound as well: there is none of this name, or it is another tenant's."""
-        adapter = await self._get(tenant, name)
-        used, records = await self._on_record()
-        pins = await self._adapters.pins()
+        record = await self._find(name)
+        if tenant is not None and record.key.tenant != tenant:
+            raise NotFound(f"no adapter {name!r}")
+        used, _ = await self._on_record()
         users = [key.session for key in await self._registry.users_of(name)]
-        state = self._state(name, records)
-        return {**adapter_view(adapter, used.get(name), state, name in pins), "serves": users}
+        return {**self._view(record, used, await self._adapters.pins()), "serves": users}
 
     # -- orders -----------------------------------------------------------------------------------------
 
@@ -102,9 +102,9 @@ class AdapterEvictor:
             NotFound: there is no such adapter.
             SomaError: it could not be retired now; no session is served by it any more.
         """
-        adapter = await self._find(name)
+        record = await self._find(name)
         # Not awaited itself: an administrator who leaves does not stop it half way.
-        await asyncio.wait([self._begin(adapter.ref, Reason.ASKED)])
+        await asyncio.wait([self._begin(record.ref, Reason.ASKED)])
         with suppress(NotFound):
             await self._adapters.find(name)
             raise SomaError(f"adapter {name} serves no session, but could not be deleted yet; the log says why")
@@ -117,21 +117,38 @@ class AdapterEvictor:
             AdapterError: the adapter store does not.
         """
         damaged = self._sweep_trigger.take_damaged()
-        # In this order: what is on record as serving was stored before, so that it is missed rightly.
         used, records = await self._on_record()
-        listed = await self._adapters.stored()
         pins = await self._adapters.pins()
-        self._meter.kept(len(listed), sum(one.size_bytes for one in listed))
-        standing = [one for one in listed if one.ref.name not in self._going]
+        kept = self._kept(records)
+        self._meter.kept(len(kept), sum(one.size_bytes or 0 for one in kept))
+        standing = [one for one in kept if one.name not in self._going]
         wanted = [
-            *self._lost(used, records, {one.ref.name for one in listed}, damaged),
-            *await self._orphans(standing, used, records),
-            *to_evict(self._kept(standing, used, pins, records), self._budgets, time.time()),
+            *self._lost(used, records, damaged),
+            *await self._unused(standing, used),
+            *to_evict(self._judged(standing, used, pins), self._budgets, time.time()),
         ]
-        refs = {name: AdapterRef(name, record.number, record.path) for name, record in records.items()}
-        refs |= {one.ref.name: one.ref for one in listed}
-        reasons = {one.name: one.reason for one in reversed(wanted) if one.name in refs}
-        tasks = [self._begin(refs[name], reason) for name, reason in reasons.items()]
+        reasons = {one.name: one.reason for one in reversed(wanted) if one.name in records}
+        return await self._evicted({records[name].ref: reason for name, reason in reasons.items()})
+
+    async def collect(self) -> int:
+        """Sweep, then delete what this record published and does not name: what a kill between publishing and
+        recording left. Looks at the whole adapter store. How many adapters; raises as `sweep` does."""
+        swept = await self.sweep()
+        known = {record.name for record in await self._registry.store.adapters()}
+        before = time.time() - self._orphan_after_s
+        orphans = [
+            one.ref
+            for one in await self._adapters.stored()
+            if one.owner == self._adapters.owner
+            and one.created < before
+            and one.ref.name not in known
+            and self._registry.adapter_state(one.ref.name) is None
+        ]
+        return swept + await self._evicted(dict.fromkeys(orphans, Reason.ORPHANED))
+
+    async def _evicted(self, reasons: Mapping[AdapterRef, Reason]) -> int:
+        """How many adapters are going now."""
+        tasks = [self._begin(ref, reason) for ref, reason in reasons.items()]
         if tasks:
             await asyncio.wait(tasks, timeout=LAST_TOKEN_S)
         return len(tasks)
@@ -145,59 +162,47 @@ class AdapterEvictor:
 
     # -- deciding ---------------------------------------------------------------------------------------
 
-    def _kept(
-        self,
-        listed: Sequence[PublishedAdapter],
-        used: Mapping[str, float],
-        pins: frozenset[str],
-        records: Mapping[str, AdapterRecord],
+    def _kept(self, records: Mapping[str, AdapterRecord]) -> list[AdapterRecord]:
+        """Adapters that have files."""
+        return [one for one in records.values() if self._state(one) is not AdapterState.RETIRED]
+
+    def _judged(
+        self, kept: Sequence[AdapterRecord], used: Mapping[str, float], pins: frozenset[str]
     ) -> list[StoredAdapter]:
-        """Stored adapters as the decision sees them."""
+        """Kept adapters as the decision sees them."""
         return [
             StoredAdapter(
-                name := one.ref.name,
+                one.name,
                 one.key.tenant,
-                one.size_bytes,
-                max(one.created, used.get(name, 0.0)),
-                spared=name in pins or self._state(name, records) in IN_THE_MAKING,
+                one.size_bytes or 0,
+                _last_use(one, used),
+                spared=one.name in pins or self._state(one) in IN_THE_MAKING,
             )
-            for one in listed
+            for one in kept
         ]
 
     def _lost(
-        self,
-        used: Mapping[str, float],
-        records: Mapping[str, AdapterRecord],
-        listed: set[str],
-        damaged: frozenset[str],
+        self, used: Mapping[str, float], records: Mapping[str, AdapterRecord], damaged: frozenset[str]
     ) -> list[Eviction]:
         """Adapters that serve sessions, but whose files are gone or damaged."""
-        names = {name for name in used if name in records and name not in listed} | damaged
-        return [Eviction(name, Reason.LOST) for name in sorted(names - self._going.keys())]
+        gone = {name for name in used if name in records and records[name].state == AdapterState.RETIRED}
+        return [Eviction(name, Reason.LOST) for name in sorted((gone | damaged) - self._going.keys())]
 
-    async def _orphans(
-        self,
-        listed: Sequence[PublishedAdapter],
-        used: Mapping[str, float],
-        records: Mapping[str, AdapterRecord],
-    ) -> list[Eviction]:
-        """Adapters of ours that serve no session and that no adaptation looks after."""
+    async def _unused(self, kept: Sequence[AdapterRecord], used: Mapping[str, float]) -> list[Eviction]:
+        """Adapters that serve no session and that no adaptation looks after."""
         before = time.time() - self._orphan_after_s
-        mine = (one for one in listed if self._adapters.owner and one.owner == self._adapters.owner)
         return [
-            Eviction(name, Reason.ORPHANED)
-            for one in mine
-            if (name := one.ref.name) not in used
-            and one.created < before
-            and self._state(name, records) not in IN_THE_MAKING
+            Eviction(one.name, Reason.ORPHANED)
+            for one in kept
+            if one.name not in used
+            and (one.created or 0.0) < before
+            and self._state(one) not in IN_THE_MAKING
             and not await self._registry.in_use(one.ref)  # it may have switched a moment ago
         ]
 
-    def _state(self, name: str, records: Mapping[str, AdapterRecord]) -> AdapterState | None:
+    def _state(self, record: AdapterRecord) -> AdapterState:
         """Where an adapter stands: as live sessions say, else as the record does."""
-        if (live := self._registry.adapter_state(name)) is not None:
-            return live
-        return AdapterState(records[name].state) if name in records else None
+        return self._registry.adapter_state(record.name) or AdapterState(record.state)
 
     async def _on_record(self) -> tuple[dict[str, float], dict[str, AdapterRecord]]:
         """(last use of each adapter that serves sessions, every adapter's record)."""
@@ -205,18 +210,21 @@ class AdapterEvictor:
         records = await self._registry.store.adapters(retired=False)
         return used, {record.name: record for record in records}
 
-    async def _get(self, tenant: str | None, name: str) -> PublishedAdapter:
-        """Raises NotFound where an adapter is not there, or is another tenant's."""
-        adapter = await self._find(name)
-        if tenant is not None and adapter.key.tenant != tenant:
+    async def _find(self, name: str) -> AdapterRecord:
+        """Raises NotFound where this record has no such adapter, or not any more."""
+        found = await self._registry.store.adapter(name)
+        if found is None or self._state(found) is AdapterState.RETIRED:
             raise NotFound(f"no adapter {name!r}")
-        return adapter
+        return found
 
-    async def _find(self, name: str) -> PublishedAdapter:
-        try:
-            return await self._adapters.find(name)
-        except NotFound as error:  # which says where the store is
-            raise NotFound(f"no adapter {name!r}") from error
+    def _view(self, record: AdapterRecord, used: Mapping[str, float], pins: frozenset[str]) -> dict[str, Any]:
+        """One adapter and what is made of it, as JSON."""
+        return {
+            **listed_view(record.name, record.number, record.key, vars(record)),
+            "last_used": _last_use(record, used),
+            "state": self._state(record),
+            "pinned": record.name in pins,
+        }
 
     # -- doing ------------------------------------------------------------------------------------------
 
@@ -260,13 +268,5 @@ class AdapterEvictor:
         return users
 
 
-def adapter_view(
-    adapter: PublishedAdapter, used: float | None, state: str | None, pinned: bool
-) -> dict[str, Any]:
-    """One adapter and what is made of it, as JSON."""
-    return {
-        **adapter.view(),
-        "last_used": max(adapter.created, used or 0.0),
-        "state": state,
-        "pinned": pinned,
-    }
+def _last_use(record: AdapterRecord, used: Mapping[str, float]) -> float:
+    return max(record.created or 0.0, used.get(record.name, 0.0))

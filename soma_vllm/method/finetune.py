@@ -105,7 +105,8 @@ def train(
     A step's loss is sum over its turns of omega_t * (sum of token losses), over its answer tokens: the NLL of
     Eq. 4, or with objective "kd" the KL to the original's distribution where a turn has one. Training stops
     early once the mean loss of one pass over the turns has not improved by `early_stop_min_delta` for
-    `early_stop_patience` steps, or once a checkpoint is worse on `held_out` than the best before it.
+    `early_stop_patience` steps, or once a checkpoint is no better on `held_out` than the best before it, the
+    start among them.
     `weights` holds omega_t by turn. Without `lora.checkpoints`, or without held-out turns, the last step is
     kept; with both, no step is taken after the last checkpoint.
 

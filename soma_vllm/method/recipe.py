@@ -59,7 +59,7 @@ class Learnt:
     checkpoints: tuple[Checkpoint, ...]
     """Agreement on the held-out turns after 0 steps and at each checkpoint."""
     steps: int
-    """Steps behind the adapter: those of the best checkpoint."""
+    """Steps behind the adapter: those of the best checkpoint; 0: none was better than the start."""
     losses: tuple[float, ...]
     """Training loss before each step taken, nats per answer token."""
     stopped_early: bool

@@ -45,7 +45,8 @@ class Judge:
 
 
 class Best:
-    """Keeps the weights of the checkpoint that is best on held-out turns, and the score of each."""
+    """Keeps the weights that are best on held-out turns, those before the first step among them, and the score
+    of each checkpoint."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], judge: Judge | None) -> None:
         self._parameters = parameters
@@ -54,11 +55,10 @@ class Best:
         self._best: Checkpoint | None = None
         self.seen: list[Checkpoint] = []
         self._steps = 0
-        if judge is not None:
-            self.seen.append(Checkpoint(0, judge.agreement()))
+        self.improves(0)
 
     def improves(self, steps: int) -> bool:
-        """Judge the weights as they are; False once they are worse than the best before."""
+        """Judge the weights as they are; False once they are no better than the best before."""
         self._steps = steps
         if self._judge is None or (self.seen and self.seen[-1].steps == steps):
             return True

@@ -13,15 +13,17 @@ Guarantees:
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from soma_vllm.adaptation.evidence import TurnEvidence
 from soma_vllm.engines.engine import ChatCall, Engine, Engines, Reply
 from soma_vllm.engines.logprob_capture import LogprobCapture
 from soma_vllm.engines.reply_parser import ParsedReply, observe
+from soma_vllm.engines.token_counts import counted, counting_fields, estimate, wants_counts
 from soma_vllm.errors import AdapterError, EngineError, EngineRefused, EngineUnavailable
 from soma_vllm.scheduler.routing import DISPATCH_NAME, Routing, no_such_model
 from soma_vllm.scheduler.turn_context import ChatRequest, SessionUnavailable, TurnContext, begin_turn
@@ -33,6 +35,9 @@ from soma_vllm.types import Message, Role
 __all__ = ["DISPATCH_NAME", "Answer", "ChatRequest", "Dispatcher", "no_such_model"]
 
 logger = logging.getLogger(__name__)
+
+ABOUT_FIELDS = (400, 422)
+"""Statuses of a refusal that may be about fields which we added. No other request is sent twice."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class Dispatcher:
         self._engines = engines
         self._evidence = evidence
         self._recorder = recorder
+        self._counts: bool | None = None
+        """Whether the original takes a request for the counts of a stream; None until it was asked."""
 
     async def chat(self, request: ChatRequest) -> Answer:
         """Identify the session, route the turn, serve it, and have it recorded.
@@ -81,14 +88,17 @@ class Dispatcher:
         except SessionUnavailable as reason:
             return await self._forward(request, self._engines.original, str(reason))
         async with turn.released_on_error():
+            self._reserve(request, turn.resources)
             await self._routing.decide(turn)
             request.routed.update(turn.headers())
             reply = await self._serve(turn)
+            if reply.events is not None:
+                # Closed before the adapter is released: by then nothing is generated any more.
+                turn.resources.push_async_callback(reply.events.aclose)
             headers = turn.headers()  # before the turn is recorded, which may be in a branch
             record = partial(self._recorder.record, turn)
-            return Answer(
-                await observe(reply, request.started, record), headers, self._engines.named(turn.route.engine)
-            )
+            observed = await observe(reply, request.started, record, not wants_counts(request.body))
+            return Answer(observed, headers, self._engines.named(turn.route.engine))
 
     async def complete(self, request: ChatRequest) -> Answer:
         """Answer one text completion. It is no dialogue: the original answers, or the engine that is named.
@@ -136,33 +146,75 @@ class Dispatcher:
         async with AsyncExitStack() as lease:
             if adapter is not None:
                 lease.push_async_callback(engines.adapters.release, await engines.adapters.acquire(adapter))
-            reply = await engines.surrogate.chat(turn.call())
+            reply = await engines.surrogate.chat(turn.call(counting_fields(turn.request.body)))
             turn.resources.push_async_callback(lease.pop_all().aclose)
         return reply
 
     async def _ask_original(self, turn: TurnContext) -> Reply:
         """The original's reply; its log-probabilities are captured where they may teach."""
-        original = self._engines.original
         rules = turn.policy.adapting if turn.request.stored else None
         added = self._evidence.begin(turn.routed, turn.query, rules)
-        if not added:
-            return await original.chat(turn.call())
-        try:
-            reply = await original.chat(turn.call(added))
-        except EngineRefused:
-            # Perhaps only for what we added: the client gets the answer to its own request.
-            return await original.chat(turn.call())
+        original = self._engines.original
+        reply, taken = await self._added_to(turn.request, added, lambda more: original.chat(turn.call(more)))
+        if not (added and taken):
+            return reply
         turn.capture = LogprobCapture()
         return turn.capture.take_off(reply)
+
+    async def _added_to(
+        self,
+        request: ChatRequest,
+        added: Mapping[str, Any],
+        ask: Callable[[Mapping[str, Any]], Awaitable[Reply]],
+    ) -> tuple[Reply, bool]:
+        """(the original's reply to a request with fields of our own, whether it took them).
+
+        Where it refuses the request, perhaps only for those, the client gets the answer to its own.
+        """
+        counts = {} if self._counts is False else counting_fields(request.body)
+        if not (added or counts):
+            return await ask({}), True
+        try:
+            reply = await ask({**counts, **added})
+        except EngineRefused as error:
+            if error.status not in ABOUT_FIELDS or (self._counts and not added):
+                raise
+            reply = await ask(counts if self._counts else {})
+            if not added:
+                self._counts = False
+            return reply, False
+        if counts:
+            self._counts = True
+        return reply, True
 
     async def _forward(self, request: ChatRequest, engine: Engine, why: str, text: bool = False) -> Answer:
         """An answer that belongs to no session."""
         tenant = request.tenant
 
-        async def count(reply: ParsedReply) -> None:
-            self._meter.spent(tenant, reply.usage)
+        def ask(more: Mapping[str, Any]) -> Awaitable[Reply]:
+            return engine.chat(ChatCall({**request.body, **more}, None, tenant, request.http, text=text))
 
-        reply = await engine.chat(ChatCall(request.body, None, tenant, request.http, text=text))
-        role = Role.SURROGATE if engine is self._engines.surrogate else Role.ORIGINAL
+        async with AsyncExitStack() as resources:
+            self._reserve(request, resources)
+            role = Role.SURROGATE if engine is self._engines.surrogate else Role.ORIGINAL
+            if role is Role.SURROGATE:
+                reply = await ask(counting_fields(request.body))
+            else:
+                reply, _ = await self._added_to(request, {}, ask)
+            held = resources.pop_all()
+
+        async def count(reply: ParsedReply) -> None:
+            async with held:
+                self._meter.spent(tenant, counted(reply, request.body))
+
         headers = {"X-SOMA-Engine": role, "X-SOMA-Reason": why}
-        return Answer(await observe(reply, request.started, count), headers, engine.name)
+        observed = await observe(reply, request.started, count, not wants_counts(request.body))
+        return Answer(observed, headers, engine.name)
+
+    def _reserve(self, request: ChatRequest, resources: AsyncExitStack) -> None:
+        """Reserve the tokens that a request may take, until it is over. Raises TooManyRequests."""
+        tenant = request.tenant
+        if self._meter.limits_tokens(tenant):
+            tokens = estimate(request.body)
+            self._meter.reserve(tenant, tokens)
+            resources.callback(self._meter.unreserve, tenant, tokens)

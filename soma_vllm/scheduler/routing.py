@@ -6,12 +6,20 @@ asked for the route of a pinned session, nor where it could not prepare.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 
 from soma_vllm.adaptation.threaded_encoder import Encoder
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import Engine, Engines
-from soma_vllm.errors import BadRequest, NoSuchModel
+from soma_vllm.errors import (
+    AdapterError,
+    BadRequest,
+    EngineRefused,
+    EngineUnavailable,
+    NoAdapterSlot,
+    NoSuchModel,
+)
 from soma_vllm.scheduler.policies.base import Policies, Policy, TurnQuery, prepared
 from soma_vllm.scheduler.turn_context import ChatRequest, TurnContext
 from soma_vllm.sessions.state.gate import gap
@@ -20,6 +28,8 @@ from soma_vllm.sessions.state.prefix import compress
 from soma_vllm.sessions.state.session import Session
 from soma_vllm.sessions.state.transcript import TranscriptDigest, text_of
 from soma_vllm.types import Message, Reason, ReasonCode, Role, Route
+
+logger = logging.getLogger(__name__)
 
 DISPATCH_NAME = "soma"
 """The model name that asks for dispatch; `soma:<policy>` under another policy than the configured one. The
@@ -87,7 +97,7 @@ class Routing:
 
     def without_surrogate(self, turn: TurnContext, error: Exception) -> Route:
         """The route of a turn that the surrogate failed to answer."""
-        reason = Reason(f"surrogate failed: {error}", ReasonCode.SURROGATE_FAILED)
+        reason = Reason(f"surrogate failed: {_kind(error)}", ReasonCode.SURROGATE_FAILED)
         return Route(Role.ORIGINAL, None, turn.query.messages, reason)
 
     def without_original(self, turn: TurnContext) -> Route | None:
@@ -121,7 +131,8 @@ class Routing:
                 return Route(Role.ORIGINAL, None, query.messages, pinned)
             return Route(Role.SURROGATE, session.adapter, self._compressed(query), pinned)
         if query.unprepared is not None:
-            reason = Reason(query.unprepared, ReasonCode.UNPREPARED)
+            logger.warning("the original answers, because the policy cannot decide: %s", query.unprepared)
+            reason = Reason("policy not ready", ReasonCode.UNPREPARED)
             return Route(Role.ORIGINAL, None, query.messages, reason)
         return policy.route(session, query)
 
@@ -143,6 +154,14 @@ class Routing:
     def _compressed(self, query: TurnQuery) -> tuple[Message, ...]:
         """The history as the surrogate is shown it."""
         return compress(query.messages, self._config.prefix, self._config.compressed_prefix_turns)
+
+
+def _kind(error: Exception) -> str:
+    """What failed, in words of our own: a message may hold paths, and line ends. It is logged."""
+    if isinstance(error, EngineRefused):
+        return f"refused with status {error.status}"
+    kinds = ((NoAdapterSlot, "no adapter slot"), (AdapterError, "adapter"), (EngineUnavailable, "unavailable"))
+    return next((words for kind, words in kinds if isinstance(error, kind)), "engine error")
 
 
 def _check_headers(headers: Mapping[str, str]) -> None:

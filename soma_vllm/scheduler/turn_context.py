@@ -31,6 +31,10 @@ from soma_vllm.types import Message, Role, Route, SessionKey
 logger = logging.getLogger(__name__)
 
 
+MOST_REASON_CHARS = 200
+"""Of a reason, which a policy of another package may have written."""
+
+
 class SessionUnavailable(Exception):
     """A request cannot be dispatched within a session now; the message is a reason for `X-SOMA-Reason`."""
 
@@ -123,11 +127,11 @@ class TurnContext:
     def headers(self) -> dict[str, str]:
         """Who answers this turn, and why."""
         return {
-            "X-SOMA-Session": _ascii(self.key.session),
+            "X-SOMA-Session": header_text(self.key.session),
             "X-SOMA-Engine": self.route.engine,
             "X-SOMA-Adapter": "" if self.route.adapter is None else self.route.adapter.name,
             "X-SOMA-Phase": self.routed.phase,
-            "X-SOMA-Reason": _ascii(self.route.reason),
+            "X-SOMA-Reason": header_text(self.route.reason)[:MOST_REASON_CHARS],
         }
 
     def settle(self) -> None:
@@ -181,6 +185,7 @@ async def begin_turn(lookup: SessionLookup, meter: Meter, request: ChatRequest, 
         return TurnContext(request, policy, digest, key, lookup, resources.pop_all(), placed)
 
 
-def _ascii(text: str) -> str:
-    """Text as a header can carry it."""
-    return text.encode("ascii", "backslashreplace").decode()
+def header_text(text: str) -> str:
+    """Text as a header can carry it: printable ASCII."""
+    ascii_only = text.encode("ascii", "backslashreplace").decode()
+    return "".join(char if char.isprintable() else " " for char in ascii_only)

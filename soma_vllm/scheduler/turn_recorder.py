@@ -13,6 +13,7 @@ from dataclasses import replace
 from soma_vllm.adaptation.evidence import TurnEvidence
 from soma_vllm.adaptation.shadow_answers import most_tokens
 from soma_vllm.engines.reply_parser import Choice, ParsedReply
+from soma_vllm.engines.token_counts import counted
 from soma_vllm.scheduler.follow_up import FollowUp
 from soma_vllm.scheduler.turn_context import TurnContext
 from soma_vllm.sessions.ports import Meter
@@ -36,7 +37,7 @@ class TurnRecorder:
     async def record(self, turn: TurnContext, reply: ParsedReply) -> None:
         """End a turn: fold it into its session, then start what follows from it."""
         async with turn.released():
-            self._meter.spent(turn.key.tenant, reply.usage)
+            self._meter.spent(turn.key.tenant, counted(reply, turn.request.body))
             if not reply.complete and reply.silent:
                 return  # the client left before the first word: there is no turn
             if not self._registry.is_live(turn.key):

@@ -1,16 +1,20 @@
 """Who hears of which events of sessions.
 
 Guarantees: a callback hears the kinds that it subscribed to and no others, in the order of subscription; what
-happens at a kind of event is one list, `subscribers(kind)`.
+happens at a kind of event is one list, `subscribers(kind)`; one that fails is logged, and the others hear the
+event all the same.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
 from soma_vllm.sessions.ports import Observer
 from soma_vllm.types import Event, SessionKey
+
+logger = logging.getLogger(__name__)
 
 
 class EventBus:
@@ -32,4 +36,8 @@ class EventBus:
     def publish(self, key: SessionKey, event: Event) -> None:
         """Tell the subscribers of one event of a session."""
         for callback in self.subscribers(event.kind):
-            callback(key, event)
+            try:
+                callback(key, event)
+            except Exception as error:  # a fault of one observer is not the others' affair, nor the turn's
+                # Without its message, which may quote the event's text.
+                logger.error("an observer of %s failed: %s", event.kind, type(error).__name__)

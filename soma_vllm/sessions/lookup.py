@@ -146,8 +146,9 @@ class SessionLookup:
         last = self.registry.events(session.key)[seq]
         if last.kind != EventKind.VARIANT:
             return past.turns
-        turn = turn_of(last.data, last.text)
-        return (*past.turns[: turn.number - 1], turn)
+        variant = turn_of(last.data, last.text)
+        *before, turn = past.turns[: variant.number]
+        return (*before, replace(variant, messages=variant.messages or turn.messages))
 
     async def _find(self, tenant: str, family: str, reading: TranscriptDigest) -> TurnLocation | None:
         """The turn on record with which a request's history agrees furthest."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -204,6 +204,10 @@ class SessionRegistry:
         except StoreUnavailable:
             return True
 
+    async def owns(self, adapter: str) -> bool:
+        """Whether this record published an adapter. Raises as `users_of` does."""
+        return await in_time(self.store.adapter(adapter)) is not None
+
     async def users_of(self, name: str) -> list[SessionKey]:
         """Sessions that an adapter serves, in memory and on record.
 
@@ -243,12 +247,13 @@ class SessionRegistry:
     # -- recording --------------------------------------------------------------------------------------
 
     def record(self, key: SessionKey, *events: Event) -> Session:
-        """Fold events into the session, tell the observers, and queue them for the store."""
+        """Fold events into the session, tell the observers, queue them for the store. Raises IllegalMove."""
         entry = self._entries[key]
         if not entry.events and key.tenant in self._live:
             self._live[key.tenant] += 1
         before = entry.session.phase
-        adapters = tuple(self._moved((*entry.pending, *events)))
+        noted = [(event.data, self._adapters.note(event)) for event in (*entry.pending, *events)]
+        adapters = tuple(AdapterRecord.moved(key, *moved, data) for data, moved in noted if moved)
         for event in events:
             entry.session = fold(entry.session, event, self._config.gate)
         events, entry.pending = (*entry.pending, *events), ()
@@ -275,11 +280,6 @@ class SessionRegistry:
         refused = entry.session.phase is Phase.ORIGINAL_ONLY and self.erasure.policy == "session"
         if entry.session.phase in LEARNING or refused:
             entry.session = entry.session.with_text(reading)
-
-    def _moved(self, events: Iterable[Event]) -> Iterable[AdapterRecord]:
-        """The adapters that events move, as they leave them. Raises IllegalMove."""
-        for ref, state in filter(None, map(self._adapters.note, events)):
-            yield AdapterRecord(ref.name, ref.number, ref.path, state)
 
     def _put_on_record(
         self, entry: Entry, events: Sequence[Event], adapters: tuple[AdapterRecord, ...]

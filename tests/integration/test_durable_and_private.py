@@ -18,7 +18,7 @@ import httpx
 import openai
 import pytest
 from support.guard import GUARD_S, until
-from support.server import TINY, Dialogue, Running, kill, serving
+from support.server import TINY, Dialogue, Running, free_port, kill, serving
 
 ADMIN = "the-admin-key-of-the-tests"
 # Enough steps for a training to be under way when the server is killed.
@@ -262,6 +262,22 @@ def test_an_owner_removes_its_own_session_and_its_adapter(again: Running, keys: 
     assert httpx.delete(url, headers=_bearer(keys[0]), timeout=GUARD_S).status_code == 404
     left = list((again.run_dir / "adapters").rglob("soma.json"))
     assert not any(name in path.read_text() for path in left)
+
+
+@pytest.mark.parametrize("shared", ["record", "run directory"])
+def test_a_second_server_is_refused_before_it_starts_anything(
+    shared: str, again: Running, killed: Path, tmp_path: Path
+) -> None:
+    storage = f"storage.url=sqlite+aiosqlite:///{again.run_dir}/sessions.db"
+    elsewhere = f"server.run_dir={again.run_dir if shared == 'run directory' else tmp_path}"
+    settings = [storage, elsewhere, f"server.port={free_port()}"]
+    command = [sys.executable, "-m", "soma_vllm.app.serve", "--config", str(killed / "config.yaml")]
+    options = [part for setting in settings for part in ("--set", setting)]
+    refused = subprocess.run([*command, *options], capture_output=True, text=True, timeout=GUARD_S, check=False)
+    assert refused.returncode == 1
+    what = "on this record" if shared == "record" else f"in {again.run_dir}"
+    assert f"found another server {what}; expected none" in refused.stderr
+    assert "surrogate  starting" not in refused.stdout
 
 
 def test_an_adapter_is_evicted_under_the_running_engine_and_its_session_goes_back(

@@ -30,7 +30,6 @@ from sqlalchemy import event as sqlalchemy_event
 from soma_vllm.adapters.store.filesystem import FilesystemAdapterStore
 from soma_vllm.adapters.store.verify import Demands
 from soma_vllm.config import parse_config
-from soma_vllm.sessions.sql.connections import identity
 from soma_vllm.sessions.sql.store import SessionStore
 from soma_vllm.sessions.sql.tables import RETIRED
 from soma_vllm.sessions.state.fold import restore
@@ -111,7 +110,7 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.url = f"sqlite+aiosqlite:///{folder}/sessions.db"
         self.adapters = FilesystemAdapterStore(
-            folder / "adapters", demands=Demands(8, BASE_MODEL), owner=identity(self.url)
+            folder / "adapters", demands=Demands(8, BASE_MODEL), owner="the play's record"
         )
         self.told = folder / "told"
         self.temporary = folder / "tmp"

@@ -20,8 +20,9 @@ from soma_vllm.adapters.store.verify import AdapterFacts, FileFacts
 from soma_vllm.engines.engine import ChatCall
 from soma_vllm.engines.fake import FakeEngine
 from soma_vllm.errors import AdapterRejected, EngineError, NotFound, TooManyRequests, TrainingError
+from soma_vllm.sessions.state.gate import gap
 from soma_vllm.training.messages import ScoreRequest, TrainRequest, TrainResult
-from soma_vllm.types import AdapterRef, Agreement, SessionKey, Usage
+from soma_vllm.types import AdapterRef, Agreement, Gap, SessionKey, Usage
 
 
 class Versatile(FakeEngine):
@@ -100,6 +101,7 @@ class FakeTrainer:
         """Makes the trained files in the directory of a request."""
         self.plain = Agreement(1.0, 0.5, 10)
         self.adapted = Agreement(0.5, 0.8, 10)
+        self.steps = 4
 
     async def score(self, request: ScoreRequest) -> Agreement:
         return self.plain
@@ -116,7 +118,7 @@ class FakeTrainer:
             adapted=self.adapted,
             checkpoints=((0, self.plain), (4, self.adapted)),
             hardness={1: 1.0},
-            steps=4,
+            steps=self.steps,
             distilled=False,
             losses=(1.0, 0.5),
             flops=1.0,
@@ -207,11 +209,21 @@ class OpenMeter:
 
     def __init__(self) -> None:
         self.spendings: list[tuple[str, Usage]] = []
+        self.reservations: list[int] = []
         self.sessions: int | None = None
         self.adapters: int | None = None
 
     def spent(self, tenant: str, usage: Usage) -> None:
         self.spendings.append((tenant, usage))
+
+    def limits_tokens(self, tenant: str) -> bool:
+        return True
+
+    def reserve(self, tenant: str, tokens: int) -> None:
+        self.reservations.append(tokens)
+
+    def unreserve(self, tenant: str, tokens: int) -> None:
+        self.reservations.remove(tokens)
 
     def limits_sessions(self, tenant: str) -> bool:
         return self.sessions is not None
@@ -239,6 +251,14 @@ class Stock:
 
     def fetched(self, seconds: float) -> None:
         pass
+
+
+class HashJudge:
+    """Equal answers agree, different ones do not."""
+
+    async def gaps(self, pairs: Sequence[tuple[str, str]]) -> list[Gap]:
+        vectors = [await HashEncoder().encode(pair) for pair in pairs]
+        return [Gap(gap(a, b)) for a, b in vectors]
 
 
 class HashEncoder:

@@ -24,6 +24,7 @@ from support.fakes import (
     FakeSurrogate,
     FakeTrainer,
     HashEncoder,
+    HashJudge,
     OpenMeter,
     Stock,
 )
@@ -83,6 +84,7 @@ class Services:
                 original=self.original,
                 surrogate=self.surrogate,
                 encoder=self.encoder,
+                judge=HashJudge(),
                 trainer=self.trainer,
                 store=store,
                 adapter_store=self.adapter_store,

@@ -2,20 +2,18 @@
 
 Guarantees: what `write_atomically` wrote is there in full after a power cut, or not at all; a lock belongs to
 an open file, so that threads and processes exclude each other alike, and the kernel frees it when its holder
-dies; a `Counter` never gives the same number twice; what was read while `Changes` had a word is still so while
-it has the same.
+dies; a `Counter` never gives the same number twice.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from soma_vllm.errors import AdapterError
+from soma_vllm.errors import AdapterError, InUse
 
 
 def sync(path: Path) -> None:
@@ -44,9 +42,37 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked_with_others(path: Path) -> Iterator[None]:
-    """Hold a lock that others may hold in this way as well, but not as `locked`."""
-    with _held(path, fcntl.LOCK_SH):
+def locked_alone(path: Path, problem: str) -> Iterator[None]:
+    """Hold the lock on a file or directory as `locked` does, but wait for no one.
+
+    Raises:
+        InUse: another thread or process holds it; the message is `problem`.
+        AdapterError: the file cannot be made.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(_held(path, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise InUse(problem) from error
+        except OSError as error:
+            raise AdapterError(f"{path}: {error.strerror}") from error
+        yield
+
+
+@contextmanager
+def served_from(folder: Path, owner: str) -> Iterator[None]:
+    """Held by a server while it serves from a folder, alone among the servers of one record.
+
+    Raises:
+        InUse: another server of this record does.
+    """
+    (folder / ".owners").mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        if owner:
+            copied = "a copied database becomes a record of its own by `soma storage adopt`"
+            problem = f"{folder}: found another server of record {owner}; expected none ({copied})"
+            held.enter_context(locked_alone(folder / ".owners" / owner, problem))
+        held.enter_context(_held(folder / ".serving", fcntl.LOCK_SH))
         yield
 
 
@@ -70,33 +96,6 @@ def is_locked(path: Path) -> bool:
     finally:
         os.close(handle)
     return False
-
-
-class Changes:
-    """A file that says whether anything has changed: a new word after every change, none during one.
-
-    A change that was killed leaves it wordless, until the next one ends: until then no listing is trusted.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    @contextmanager
-    def under_way(self) -> Iterator[None]:
-        """Change something. The caller holds a lock, so that there is one change at a time."""
-        self._path.write_bytes(b"")
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # no word is as good, only slower for those who look
-                self._path.write_text(secrets.token_hex(8), encoding="ascii")
-
-    def word(self) -> str | None:
-        """The same as long as nothing has changed; None during a change, and before the first."""
-        try:
-            return self._path.read_text(encoding="ascii") or None
-        except FileNotFoundError:
-            return None
 
 
 class Counter:

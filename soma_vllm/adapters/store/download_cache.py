@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from soma_vllm.adapters.store.atomic_files import is_locked, locked, locked_with_others
+from soma_vllm.adapters.store.atomic_files import is_locked, locked, served_from
 from soma_vllm.adapters.store.filesystem import disk_errors
 from soma_vllm.adapters.store.manifest import LocalAdapter, local
 from soma_vllm.adapters.store.naming import Place
@@ -79,10 +79,9 @@ class AdapterCache:
         gone = self.staging.take(entry, f"stale-{secrets.token_hex(8)}")
         shutil.rmtree(gone, ignore_errors=True)
 
-    def in_service(self) -> AbstractContextManager[None]:
-        """Held by a server of this machine while it serves from here."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return locked_with_others(self._serving)
+    def in_service(self, owner: str) -> AbstractContextManager[None]:
+        """Held by a server of this machine while it serves from here; raises InUse as `served_from`."""
+        return served_from(self.folder, owner)
 
     def serves(self) -> bool:
         """Whether a living server of this machine does."""

@@ -8,21 +8,23 @@ Guarantees:
 * A client's session id never becomes a path.
 * `get` and `resolve` open the files of one adapter, however many there are.
 
-The directory tree is the truth; what is kept in memory only makes `list` quick. Methods block on the disk and
-may be called from any thread. An object store, which has no rename, is `object_store.py`.
+Which adapters a server has is on its record; `list` walks the tree, and is for its start and for people.
+Methods block on the disk and may be called from any thread. An object store, which has no rename, is
+`object_store.py`.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from soma_vllm.adapters.store.atomic_files import Changes, Counter, is_locked, locked, locked_with_others, sync
-from soma_vllm.adapters.store.listing import Listing, read_at
+from soma_vllm.adapters.store.atomic_files import Counter, is_locked, locked, served_from, sync
 from soma_vllm.adapters.store.manifest import (
     LocalAdapter,
     PublishedAdapter,
@@ -38,6 +40,8 @@ from soma_vllm.adapters.store.staging import Staging, WriteFile, fill
 from soma_vllm.adapters.store.verify import NOTHING, Demands, verify
 from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
 from soma_vllm.types import MANIFEST, SessionKey
+
+logger = logging.getLogger(__name__)
 
 LASTING = frozenset({errno.EIO, errno.EACCES, errno.EPERM})
 """Errors of a disk that trying again does not mend: a bad sector, another owner."""
@@ -65,8 +69,6 @@ class FilesystemAdapterStore:
         self._serving = self._root / ".serving"
         self._staging = Staging(self._root, self._lock)
         self._numbers = Counter(self._root / ".number")
-        self._changes = Changes(self._root / ".changes")
-        self._listing = Listing(self._root, self._changes)
         self._demands = demands
         self._write = write
 
@@ -109,7 +111,7 @@ class FilesystemAdapterStore:
     def _reveal(self, staged: Path, place: Place) -> Path:
         """List a filled directory, by renaming it into place."""
         final = self._root / place.path
-        with locked(self._lock), self._changes.under_way():
+        with locked(self._lock):
             final.parent.mkdir(parents=True, exist_ok=True)
             staged.rename(final)
             with ExitStack() as undo:
@@ -122,13 +124,19 @@ class FilesystemAdapterStore:
     # -- finding ----------------------------------------------------------------------------------------
 
     def list(self, tenant: str | None = None) -> tuple[PublishedAdapter, ...]:
-        """What is published, of one tenant or of all, oldest first.
+        """What is published, of one tenant or of all, oldest first. Reads every manifest.
 
         Raises:
             AdapterError: the disk does not answer.
         """
         with disk_errors(f"{self._root} cannot be listed"):
-            return self._listing.of(None if tenant is None else checked(tenant))
+            tenants = _folders(str(self._root)) if tenant is None else [f"{self._root}/{checked(tenant)}"]
+            sessions = (session for one in tenants for session in _folders(one))
+            versions = (
+                path for one in sessions for path in _folders(one) if version_of(Path(path).name) is not None
+            )
+            found = [adapter for adapter in map(read_at, versions) if adapter is not None]
+        return tuple(sorted(found, key=lambda one: one.ref.number))
 
     def get(self, name: str) -> PublishedAdapter:
         """The adapter of that name, by its manifest alone.
@@ -199,8 +207,7 @@ class FilesystemAdapterStore:
                 if not path.is_dir() or (found is not None and found.ref.name != name):
                     raise NotFound(f"adapter {name}: not published under {self._root}")
                 # Not locked: should this process be killed, the next one may sweep it up at once.
-                with self._changes.under_way():
-                    gone = self._staging.take(path, f"retired-{place.number}")
+                gone = self._staging.take(path, f"retired-{place.number}")
             held.callback(self._unpinned, name)
         shutil.rmtree(gone, ignore_errors=True)  # what stays behind is garbage, collected later
 
@@ -262,13 +269,34 @@ class FilesystemAdapterStore:
     # -- who uses the root ------------------------------------------------------------------------------
 
     def in_service(self) -> AbstractContextManager[None]:
-        """Held by a server while it serves from this root."""
-        self._root.mkdir(parents=True, exist_ok=True)
-        return locked_with_others(self._serving)
+        """Held by a server while it serves from this root. Raises InUse: another of its record does."""
+        return served_from(self._root, self.owner)
 
     def serves(self) -> bool:
         """Whether a living server serves from this root."""
         return self._serving.exists() and is_locked(self._serving)
+
+
+def read_at(path: str) -> PublishedAdapter | None:
+    """The adapter in a version's directory; None for one that is being retired, or is not ours."""
+    try:
+        with open(f"{path}/{MANIFEST}", "rb") as file:  # noqa: PTH123 - thousands of times: Path costs more
+            return read(file.read(), path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        logger.warning(
+            "%s/%s cannot be read; the adapter is not listed and cannot serve: %s", path, MANIFEST, error
+        )
+        return None
+
+
+def _folders(path: str) -> list[str]:
+    try:
+        with os.scandir(path) as entries:
+            return [entry.path for entry in entries if not entry.name.startswith(".")]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _last_version(home: Path) -> int:

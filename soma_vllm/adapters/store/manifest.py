@@ -33,7 +33,7 @@ class PublishedAdapter:
     base_model: str
     rank: int
     owner: str
-    """Which server's record speaks of it: digest of that record's URL, "" where none was given."""
+    """Id of the record that published it; the digest of that record's URL before records had ids."""
     weights: FileFacts
     config: FileFacts
 
@@ -47,18 +47,28 @@ class PublishedAdapter:
         return {CONFIG: self.config, WEIGHTS: self.weights}
 
     def view(self) -> dict[str, Any]:
-        """As JSON, for people. Where it lies is the server's business."""
-        return {
-            "name": self.ref.name,
-            "number": self.ref.number,
-            "tenant": self.key.tenant,
-            "session": self.key.session,
-            "version": self.version,
-            "base_model": self.base_model,
-            "rank": self.rank,
-            "bytes": self.size_bytes,
-            "created": self.created,
-        }
+        """As JSON, for people."""
+        return listed_view(self.ref.name, self.ref.number, self.key, self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """What the record keeps of it, beside its reference and its state."""
+        named = ("version", "base_model", "rank", "size_bytes", "created")
+        return {name: getattr(self, name) for name in named}
+
+
+def listed_view(name: str, number: int, key: SessionKey, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter as JSON, for people. Where it lies is the server's business."""
+    return {
+        "name": name,
+        "number": number,
+        "tenant": key.tenant,
+        "session": key.session,
+        "version": facts["version"],
+        "base_model": facts["base_model"],
+        "rank": facts["rank"],
+        "bytes": facts["size_bytes"],
+        "created": facts["created"],
+    }
 
 
 @dataclass(frozen=True)

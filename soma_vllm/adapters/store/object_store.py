@@ -85,7 +85,6 @@ class ObjectStoreAdapterStore:
         self._demands = demands
         self._write = write
         self._patience_s = patience_s
-        self._known: dict[str, PublishedAdapter] = {}
 
     # -- publishing -------------------------------------------------------------------------------------
 
@@ -145,22 +144,23 @@ class ObjectStoreAdapterStore:
     # -- finding ----------------------------------------------------------------------------------------
 
     def list(self, tenant: str | None = None) -> tuple[PublishedAdapter, ...]:
-        """What is published, of one tenant or of all, oldest first. Asks the object store every time.
+        """What is published, of one tenant or of all, oldest first. Reads every mark.
 
         Raises:
-            AdapterError: it does not answer.
+            AdapterError: the object store does not answer.
         """
-        tenants = self._bucket.names(".listed") if tenant is None else [checked(tenant)]
-        marked = {n: f".listed/{one}/{n}" for one in tenants for n in self._bucket.names(f".listed/{one}")}
-        known = dict(self._known)
-        new = {path: name for name, path in marked.items() if name not in known}
-        for path, content in self._bucket.read_all(list(new)).items():
+        marks = self._marks(tenant)
+        found = []
+        for path, content in self._bucket.read_all(list(marks)).items():
             # Not whole: cut off, on a file system that shows files while they are written.
             with suppress(ValueError, NotFound):
-                known[new[path]] = read(content, str(self._cache.entry(place_of(new[path]))))
-        found = {name: known[name] for name in marked if name in known}
-        self._known = found if tenant is None else known
-        return tuple(sorted(found.values(), key=lambda one: (one.created, one.ref.number)))
+                found.append(read(content, str(self._cache.entry(place_of(marks[path])))))
+        return tuple(sorted(found, key=lambda one: (one.created, one.ref.number)))
+
+    def _marks(self, tenant: str | None = None) -> dict[str, str]:
+        """Marks of published adapters: path -> name."""
+        tenants = self._bucket.names(".listed") if tenant is None else [checked(tenant)]
+        return {f".listed/{one}/{n}": n for one in tenants for n in self._bucket.names(f".listed/{one}")}
 
     def get(self, name: str) -> PublishedAdapter:
         """The adapter of that name, by its mark alone. Raises NotFound, AdapterError."""
@@ -243,7 +243,8 @@ class ObjectStoreAdapterStore:
     def forget(self, key: SessionKey) -> None:
         """Remove what is left of a session that is gone, where none of its adapters is."""
         home = home_of(key)
-        if all(one.key != key for one in self.list(key.tenant)):
+        prefix = f"soma-{key.tenant}-{digest_of_session(key)}-"
+        if not any(name.startswith(prefix) for name in self._marks(key.tenant).values()):
             self._bucket.remove_below(home)
             shutil.rmtree(self._cache.folder / home, ignore_errors=True)
 
@@ -261,11 +262,15 @@ class ObjectStoreAdapterStore:
                 swept += self._settle(name)
             # In this order: what is cached, or pinned, was published before.
             cached, pins = self._cache.entries(), self.pins()
-            listed = {adapter.ref.name: Path(adapter.ref.path) for adapter in self.list()}
-            stale = set(cached) - set(listed.values())
+            names = set(self._marks().values())
+            places = []
+            for name in names:
+                with suppress(NotFound):  # of the name: a file of another program
+                    places.append(place_of(name))
+            stale = set(cached) - set(map(self._cache.entry, places))
             for entry in stale:
                 self._cache.drop(entry)
-            for name in pins - listed.keys():
+            for name in pins - names:
                 self._bucket.remove(f".pins/{name}")
         return swept + len(stale)
 
@@ -307,8 +312,8 @@ class ObjectStoreAdapterStore:
             self._bucket.remove(f".pins/{name}")
 
     def in_service(self) -> AbstractContextManager[None]:
-        """Held by a server while it serves from this root. Other machines do not see it."""
-        return self._cache.in_service()
+        """Held by a server while it serves from this root. Other machines do not see it. Raises InUse."""
+        return self._cache.in_service(self.owner)
 
     def serves(self) -> bool:
         """Whether a living server of this machine serves from this root."""

@@ -21,7 +21,7 @@ class AdapterStore(Protocol):
 
     @property
     def owner(self) -> str:
-        """Written into everything published here: which server's record speaks of it."""
+        """Written into everything published here: the id of the record that speaks of it."""
         ...
 
     def publish(
@@ -31,7 +31,7 @@ class AdapterStore(Protocol):
         ...
 
     def list(self, tenant: str | None = None) -> Sequence[PublishedAdapter]:
-        """What is published, for whatever record, oldest first."""
+        """What is published, by whatever record, oldest first. Looks at all of it: for starts and people."""
         ...
 
     def get(self, name: str) -> PublishedAdapter:
@@ -71,7 +71,7 @@ class AdapterStore(Protocol):
         ...
 
     def in_service(self) -> AbstractContextManager[None]:
-        """Held by a server while it serves from this store."""
+        """Held by a server while it serves from this store; raises InUse where another of its record does."""
         ...
 
     def serves(self) -> bool:

@@ -8,6 +8,7 @@ not answer, a cached key stays valid. Memory grows with the keys issued, not wit
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from soma_vllm.sessions.sql.api_keys import ApiKey
 
 LOOKUP_S = 5.0
 """A lookup that takes longer counts as failed."""
+
+REMEMBER_S = 5.0
+"""For how long further lookups then fail at once, seconds."""
 
 
 class Keys(Protocol):
@@ -45,6 +49,7 @@ class KeyCache:
         self._clock = clock
         self._cached: dict[bytes, CachedKey] = {}
         self._lookups: dict[bytes, asyncio.Task[ApiKey | None]] = {}
+        self._hung_until = -math.inf
 
     async def verify(self, key: str) -> ApiKey | None:
         """The key's record; None where it is unknown, wrong or revoked.
@@ -79,8 +84,11 @@ class KeyCache:
         return found
 
     async def _in_store(self, key: str) -> ApiKey | None:
+        if self._clock() < self._hung_until:
+            raise StoreUnavailable(f"the key store did not answer within {LOOKUP_S:g} s, a moment ago")
         try:
             async with asyncio.timeout(LOOKUP_S):
                 return await self._keys.verify(key)
         except TimeoutError as error:
+            self._hung_until = self._clock() + REMEMBER_S
             raise StoreUnavailable(f"the key store did not answer within {LOOKUP_S:g} s") from error

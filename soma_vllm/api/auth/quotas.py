@@ -1,7 +1,8 @@
 """Identifies the caller and enforces per-key quotas.
 
 Guarantees: with `access.mode: keys` a request without a valid key has no caller; a check and the count that
-follows it are one step, so that concurrent requests cannot exceed a limit on requests; a refusal names a wait
+follows it are one step, so that concurrent requests cannot exceed a limit on requests, nor all pass an almost
+empty budget of tokens: each reserves what it may take; a refusal names a wait
 that is long enough; without configured limits nothing is kept. One object serves the middleware and, as the
 scheduler's `Meter`, the dispatcher.
 """
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
+from typing import NoReturn
 
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.registry import REGISTRY
@@ -26,6 +28,9 @@ from soma_vllm.config import Access, Config, Limits
 from soma_vllm.errors import TooManyRequests, Unauthorized
 from soma_vllm.sessions.state.identity import bearer, tenant_of
 from soma_vllm.types import Usage
+
+IN_FLIGHT_RETRY_S = 1.0
+"""Hint to a tenant whose requests in flight may take all of its tokens: when they end cannot be foreseen."""
 
 SESSION_RETRY_S = 60.0
 """Hint to a tenant with too many live sessions: when one of them ends cannot be foreseen."""
@@ -81,6 +86,8 @@ class Quotas:
         self._admin_digest = sha256(_as_set(admin_key or secrets.token_hex())).digest()
         self._clock = clock
         self._usage = UsageWindow()
+        self._reserved: dict[str, int] = {}
+        """Tokens that the requests in flight may take, by tenant."""
         self._refusals = Counter("soma_refusals", "Refused requests by reason.", ["reason"], registry=registry)
         for reason in Refusal:
             self._refusals.labels(reason)
@@ -143,26 +150,54 @@ class Quotas:
         if most_requests is None and most_tokens is None:
             return
         now = self._clock()
-        used = self._usage.tenant(caller.tenant, now)
-        waits = [
-            (0.0 if most is None else window.wait(now, most), most, reason)
-            for window, most, reason in (
-                (used.requests, most_requests, Refusal.REQUESTS),
-                (used.tokens, most_tokens, Refusal.TOKENS),
-            )
-        ]
-        wait, most, reason = max(waits, key=lambda found: found[0])
-        if wait > 0.0:
-            self.refused(reason)
-            raise TooManyRequests(f"{reason}: this key's {most} are used up; retry in {wait:.1f} s", wait)
+        used = self._usage.tenant(caller.tenant, now).requests
+        requests = 0.0 if most_requests is None else used.wait(now, most_requests)
+        tokens = self._token_wait(caller.tenant, most_tokens, now)
+        if requests > 0.0 and requests >= tokens:
+            self._refuse(Refusal.REQUESTS, most_requests, requests)
+        if tokens > 0.0:
+            self._refuse(Refusal.TOKENS, most_tokens, tokens)
         if most_requests is not None:
-            used.requests.add(now, 1)
+            used.add(now, 1)
 
     def refused(self, reason: Refusal) -> None:
         """Count a refusal."""
         self._refusals.labels(reason).inc()
 
+    def _token_wait(self, tenant: str, most: int | None, now: float) -> float:
+        """Seconds until a tenant has tokens again, if its requests in flight take what is reserved for them."""
+        if most is None:
+            return 0.0
+        used = self._usage.tenant(tenant, now).tokens
+        left = most - self._reserved.get(tenant, 0)
+        return used.wait(now, left) if left > 0 else max(used.wait(now, most), IN_FLIGHT_RETRY_S)
+
+    def _refuse(self, reason: Refusal, most: int | None, wait: float) -> NoReturn:
+        self.refused(reason)
+        raise TooManyRequests(f"{reason}: this key's {most} are used up; retry in {wait:.1f} s", wait)
+
     # -- the dispatcher's Meter -------------------------------------------------------------------------
+
+    def limits_tokens(self, tenant: str) -> bool:
+        """Whether a tenant's tokens need counting."""
+        return self._limits(tenant).tokens_per_minute is not None
+
+    def reserve(self, tenant: str, tokens: int) -> None:
+        """Count tokens that a request may take, until `unreserve`. One request may reserve more than are left.
+
+        Raises:
+            TooManyRequests: none are left, or the requests in flight may take them.
+        """
+        most = self._limits(tenant).tokens_per_minute
+        if (wait := self._token_wait(tenant, most, self._clock())) > 0.0:
+            self._refuse(Refusal.TOKENS, most, wait)
+        self._reserved[tenant] = self._reserved.get(tenant, 0) + tokens
+
+    def unreserve(self, tenant: str, tokens: int) -> None:
+        """Give reserved tokens back: what was used in fact is `spent`."""
+        left = self._reserved.pop(tenant, 0) - tokens
+        if left > 0:
+            self._reserved[tenant] = left
 
     def spent(self, tenant: str, usage: Usage) -> None:
         """Count the tokens of a reply."""

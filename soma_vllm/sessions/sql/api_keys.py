@@ -24,7 +24,7 @@ from soma_vllm.config import Limits
 from soma_vllm.errors import BadRequest, NotFound, StoreUnavailable
 from soma_vllm.sessions.sql.connections import connect
 from soma_vllm.sessions.sql.outages import translated
-from soma_vllm.sessions.sql.schema import bring_up_to_date
+from soma_vllm.sessions.sql.schema import migrate
 from soma_vllm.sessions.sql.tables import ApiKeyRow
 from soma_vllm.sessions.state.identity import tenant_of
 
@@ -77,7 +77,7 @@ class KeyStore:
             ConfigError: the database is newer than this code, or its tables are another program's.
         """
         with translated(STORE):
-            await bring_up_to_date(self._engine)
+            await migrate(self._engine)
 
     async def close(self) -> None:
         """Close every connection."""

@@ -7,8 +7,6 @@ refuses is a `DataError`, which trying again does not help, and an outage is not
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, event, make_url
@@ -60,18 +58,6 @@ def parse(url: str) -> URL:
         raise ConfigError(
             "session store", [f"found something else ({type(error).__name__}); {expected}"]
         ) from None
-
-
-def identity(url: str) -> str:
-    """The same for one database wherever it is opened from, and different for another.
-
-    Raises:
-        ConfigError: this is no database URL.
-    """
-    parsed = parse(url)
-    if parsed.get_backend_name() == "sqlite" and parsed.database:
-        parsed = parsed.set(database=str(Path(parsed.database).resolve()))
-    return hashlib.sha256(told(parsed).encode()).hexdigest()[:32]
 
 
 def told(url: URL) -> str:

@@ -15,13 +15,24 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from soma_vllm.sessions.sql.connections import connect
 from soma_vllm.sessions.sql.outages import translated
-from soma_vllm.sessions.sql.records import AdapterRecord, LengthCount, Summary, TurnLocation
+from soma_vllm.sessions.sql.records import FACTS, AdapterRecord, LengthCount, Summary, TurnLocation
 from soma_vllm.sessions.sql.schema import missing_tables, refuse_other_versions
-from soma_vllm.sessions.sql.tables import CLOSED, RETIRED, AdapterRow, EventRow, SessionRow, TextRow, TurnRow
+from soma_vllm.sessions.sql.tables import (
+    CLOSED,
+    RETIRED,
+    AdapterRow,
+    EventRow,
+    RecordRow,
+    SessionRow,
+    TextRow,
+    TurnRow,
+)
 from soma_vllm.sessions.sql.turn_lookup import Turn, by_exchange_digest, by_prefix_digests, by_response
 from soma_vllm.types import Event, SessionKey
 
 _KEYS = select(SessionRow.tenant, SessionRow.session)
+_ADAPTER = ("tenant", "session", "name", "number", "path", "state", *FACTS)
+_ADAPTERS = select(*(getattr(AdapterRow, column) for column in _ADAPTER))
 
 
 class SessionReader:
@@ -160,18 +171,28 @@ class SessionReader:
         # Sorted here: databases differ in the order of letters.
         return sorted(found, key=lambda key: (key.tenant, key.session))
 
+    async def record_id(self) -> str:
+        """Which record this is: random, and the same wherever its database is opened from or moved to."""
+        ((found,),) = await self._rows(select(RecordRow.id))
+        return str(found)
+
+    async def adapter(self, name: str) -> AdapterRecord | None:
+        """The adapter of this name."""
+        rows = await self._rows(_ADAPTERS.where(AdapterRow.name == name))
+        return _adapter(rows[0]) if rows else None
+
     async def adapters(self, tenant: str | None = None, retired: bool = True) -> list[AdapterRecord]:
         """Adapters on record, of one tenant or of all, in the order of their numbers.
 
         `retired=False` leaves out those whose files are gone, unless some session still names them.
         """
-        wanted = select(AdapterRow.name, AdapterRow.number, AdapterRow.path, AdapterRow.state)
+        wanted = _ADAPTERS
         if not retired:
             named = select(SessionRow.adapter).where(SessionRow.adapter.is_not(None))
             wanted = wanted.where((AdapterRow.state != RETIRED) | AdapterRow.name.in_(named))
         if tenant is not None:
             wanted = wanted.where(AdapterRow.tenant == tenant)
-        return [AdapterRecord(*row) for row in await self._rows(wanted.order_by(AdapterRow.number))]
+        return [_adapter(row) for row in await self._rows(wanted.order_by(AdapterRow.number))]
 
     async def adapters_used(self) -> dict[str, float]:
         """Adapters that serve sessions, with the Unix time of those sessions' last append."""
@@ -209,6 +230,10 @@ class SessionReader:
     async def _turn(self, wanted: Turn) -> TurnLocation | None:
         rows = await self._rows(wanted)
         return TurnLocation(*rows[0]) if rows else None
+
+
+def _adapter(row: Row[*tuple[Any, ...]]) -> AdapterRecord:
+    return AdapterRecord(SessionKey(*row[:2]), *row[2:])
 
 
 def of(table: type[Any], key: SessionKey) -> ColumnElement[bool]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 from soma_vllm.sessions.state.session import Session
-from soma_vllm.types import Event, SessionKey
+from soma_vllm.types import AdapterRef, Event, SessionKey
+
+FACTS = ("version", "base_model", "rank", "size_bytes", "created")
+"""What is known of an adapter from its publication on."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,38 @@ class TurnMark:
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """One adapter as the record has it."""
+    """One adapter as the record has it. What follows `state` is None where it is not on record yet, and written
+    where it stays as it is."""
 
+    key: SessionKey
+    """The session that moved it last."""
     name: str
     number: int
     path: str
     state: str
+    version: int | None = None
+    """Grows with every publication of the session, from 1."""
+    base_model: str | None = None
+    rank: int | None = None
+    size_bytes: int | None = None
+    created: float | None = None
+    """Unix time, seconds."""
+
+    @classmethod
+    def moved(cls, key: SessionKey, ref: AdapterRef, state: str, facts: Mapping[str, Any]) -> Self:
+        """An adapter in a new state, with what `facts` say of it."""
+        known = {name: facts[name] for name in FACTS if name in facts}
+        return cls(key, ref.name, ref.number, ref.path, state, **known)
+
+    @property
+    def ref(self) -> AdapterRef:
+        """As an engine needs it."""
+        return AdapterRef(self.name, self.number, self.path)
+
+    def columns(self) -> dict[str, Any]:
+        """Its row."""
+        named = ("name", "number", "path", "state", *FACTS)
+        return vars(self.key) | {name: getattr(self, name) for name in named}
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,13 @@ WAL = "PRAGMA journal_mode=WAL"
 """Readers of SQLite never wait for the writer. The file remembers it."""
 
 
-async def bring_up_to_date(engine: AsyncEngine) -> None:
-    """Make the tables, or apply the steps that a database made by an older version lacks.
+async def migrate(engine: AsyncEngine, down_to: str | None = None) -> tuple[str, str]:
+    """Make the tables, or apply the steps that a database made by an older version lacks; with `down_to`, take
+    back those after that revision. Returns (the revision found, the revision reached).
 
     Raises:
-        ConfigError: the database is newer than this code, or its tables are not from these steps.
+        ConfigError: the database is newer than this code, its tables are not from these steps, or `down_to` is
+            no revision that it could go back to.
     """
     # Polled, because the holder may be a coroutine of this very event loop.
     while not _ALEMBIC.acquire(blocking=False):
@@ -53,7 +55,7 @@ async def bring_up_to_date(engine: AsyncEngine) -> None:
             await _use_wal(engine)
         async with engine.begin() as connection:
             await connection.exec_driver_sql(LOCKS[engine.dialect.name])
-            await connection.run_sync(_upgrade)
+            return await connection.run_sync(_migrate, down_to)
     finally:
         _ALEMBIC.release()
 
@@ -74,11 +76,11 @@ async def _use_wal(engine: AsyncEngine) -> None:
 
 def refuse_other_versions(connection: Connection) -> None:
     """Raise ConfigError where this is no session store, or not one of this version."""
-    if missing := missing_tables(connection):
-        raise _refused(connection, f"found no table {', '.join(missing)}; expected a session store")
     found, (head, _) = _revisions(connection), _known()
+    if found in (set(), {head}) and (missing := missing_tables(connection)):
+        raise _refused(connection, f"found no table {', '.join(missing)}; expected a session store")
     if found != {head}:
-        upgrades = f"expected {head} (a server that opens an older one brings it up to date)"
+        upgrades = f"expected {head} (`soma storage migrate`, or a server that starts, upgrades an older one)"
         raise _refused(connection, f"found revision {_listed(found)}; {upgrades}")
 
 
@@ -87,19 +89,26 @@ def missing_tables(connection: Connection) -> list[str]:
     return sorted(Base.metadata.tables.keys() - set(inspect(connection).get_table_names()))
 
 
-def _upgrade(connection: Connection) -> None:
+def _migrate(connection: Connection, down_to: str | None) -> tuple[str, str]:
     found, (head, known) = _revisions(connection), _known()
     if unknown := found - known:
         newer = f"found revision {_listed(unknown)}; expected {head} or older"
-        raise _refused(connection, f"{newer}: it was made by a newer version, or is another program's")
+        back = f"the newer one's `soma storage migrate --downgrade {head}` brings it back"
+        raise _refused(connection, f"{newer}: it was made by a newer version ({back}), or by another program")
     ours = Base.metadata.tables.keys() & set(inspect(connection).get_table_names())
     if ours and not found:
         made = "expected an empty database, or one that this version's migrations made"
         raise _refused(connection, f"found tables {_listed(ours)} without a revision; {made}")
-    if found != {head}:
-        config = _alembic()
-        config.attributes["connection"] = connection
+    config = _alembic()
+    config.attributes["connection"] = connection
+    if down_to is None and found != {head}:
         command.upgrade(config, "head")
+    elif down_to is not None:
+        older = {revision for revision in known if revision <= max(found, default="")}
+        if down_to not in older:
+            raise _refused(connection, f"found revision {down_to!r}; expected one of {_listed(older)}")
+        command.downgrade(config, down_to)
+    return _listed(found), _listed(_revisions(connection))
 
 
 def _revisions(connection: Connection) -> set[str]:

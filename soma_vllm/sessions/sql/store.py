@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Delete, Insert, delete, insert, select, tuple_, update
+from sqlalchemy import ColumnElement, Delete, Insert, delete, func, insert, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -24,8 +25,8 @@ from soma_vllm.errors import ConfigError, StoreUnavailable
 from soma_vllm.sessions.sql.connections import BUSY_MS, parse, told
 from soma_vllm.sessions.sql.outages import translated
 from soma_vllm.sessions.sql.queries import SessionReader, of
-from soma_vllm.sessions.sql.records import AdapterRecord, Append, SessionSnapshot, TurnMark
-from soma_vllm.sessions.sql.schema import bring_up_to_date
+from soma_vllm.sessions.sql.records import FACTS, AdapterRecord, Append, SessionSnapshot, TurnMark
+from soma_vllm.sessions.sql.schema import migrate
 from soma_vllm.sessions.sql.stored_objects import (
     StoredObjects,
     erased_before,
@@ -33,7 +34,16 @@ from soma_vllm.sessions.sql.stored_objects import (
     removed_with,
     unused_since,
 )
-from soma_vllm.sessions.sql.tables import RETIRED, AdapterRow, Base, EventRow, SessionRow, TextRow, TurnRow
+from soma_vllm.sessions.sql.tables import (
+    RETIRED,
+    AdapterRow,
+    Base,
+    EventRow,
+    RecordRow,
+    SessionRow,
+    TextRow,
+    TurnRow,
+)
 from soma_vllm.types import Event, SessionKey
 
 logger = logging.getLogger(__name__)
@@ -59,7 +69,7 @@ class SessionStore(SessionReader):
         super().__init__(url)
         self._is_sqlite = self._engine.dialect.name == "sqlite"
         self._put_session = self._upsert(SessionRow)
-        self._put_adapter = self._upsert(AdapterRow)
+        self._put_adapter = self._upsert(AdapterRow, kept=FACTS)
         self._latest = 0.0
         self.objects = StoredObjects(self._transaction)
         """Responses and conversations."""
@@ -73,7 +83,7 @@ class SessionStore(SessionReader):
         """
         try:
             with translated():
-                await bring_up_to_date(self._engine)
+                await migrate(self._engine)
         except StoreUnavailable as error:
             cause = getattr(error.__cause__, "orig", None) or error.__cause__
             raise StoreUnavailable(f"{told(self._engine.url)}: {cause or error}") from error.__cause__
@@ -122,13 +132,36 @@ class SessionStore(SessionReader):
         family = {"family": append.snapshot.family}
         yield [owner | vars(mark) | family | {"at": numbered[mark.seq].at} for mark in append.marks]
         yield [owner | vars(append.snapshot) | now]
-        yield [owner | vars(adapter) | now for adapter in append.adapters]
+        yield [adapter.columns() | now for adapter in append.adapters]
+
+    async def index(self, adapters: Sequence[AdapterRecord]) -> None:
+        """Say where adapters stand, and what they are, apart from any event of their sessions."""
+        now = {"updated_at": self._now()}
+        async with self._transaction() as connection:
+            await _put(connection, self._put_adapter, [adapter.columns() | now for adapter in adapters])
 
     async def retired(self, adapter: str) -> None:
-        """An adapter's files are gone."""
-        gone = update(AdapterRow).where(AdapterRow.name == adapter)
+        """An adapter's files are gone; its record stays as long as that of its session."""
+        one = AdapterRow.name == adapter
+        sessions = select(SessionRow.session).where(
+            SessionRow.tenant == AdapterRow.tenant, SessionRow.session == AdapterRow.session
+        )
+        gone = update(AdapterRow).where(one).values(state=RETIRED, updated_at=self._now())
         async with self._transaction() as connection:
-            await connection.execute(gone.values(state=RETIRED, updated_at=self._now()))
+            await connection.execute(gone)
+            await connection.execute(delete(AdapterRow).where(one, ~sessions.exists()))
+
+    async def adopt(self) -> str:
+        """Make a copied database a record of its own, and return its new id.
+
+        The adapters stay the other record's: sessions that they serve are given back to the original by the
+        next server that starts.
+        """
+        record_id = secrets.token_hex(16)
+        async with self._transaction() as connection:
+            await connection.execute(update(RecordRow).values(id=record_id))
+            await connection.execute(delete(AdapterRow))
+        return record_id
 
     async def erase_text(self, key: SessionKey) -> int:
         """Erase what was said in a session and keep the rest; how many events lost their text."""
@@ -151,9 +184,12 @@ class SessionStore(SessionReader):
         return total
 
     async def delete(self, key: SessionKey) -> None:
-        """Remove everything of a session, the records of adapters that it owns included, in one transaction."""
-        tables = (TextRow, TurnRow, EventRow, AdapterRow, SessionRow)
-        await self._delete(*removed_with(key), *(delete(table).where(of(table, key)) for table in tables))
+        """Remove everything of a session, in one transaction; the records of those of its adapters that are not
+        retired yet stay until they are."""
+        tables = (TextRow, TurnRow, EventRow, SessionRow)
+        retired = delete(AdapterRow).where(of(AdapterRow, key), AdapterRow.state == RETIRED)
+        rows = (delete(table).where(of(table, key)) for table in tables)
+        await self._delete(*removed_with(key), *rows, retired)
         await self._scrub()
 
     async def delete_unused_objects(self, at: float) -> None:
@@ -188,14 +224,15 @@ class SessionStore(SessionReader):
                 "a reader holds SQLite's write-ahead log; erased text stays in that file until the next erasure"
             )
 
-    def _upsert(self, table: type[Base]) -> Insert:
-        """Insert rows, or replace those of the same key."""
+    def _upsert(self, table: type[Base], kept: Sequence[str] = ()) -> Insert:
+        """Insert rows, or replace those of the same key; a NULL in one of `kept` leaves what is there."""
         dialect = sqlite if self._is_sqlite else postgresql
         statement: sqlite.Insert | postgresql.Insert = dialect.insert(table)
         columns = table.__table__.columns
-        replaced = {
+        replaced: dict[str, ColumnElement[Any]] = {
             column.name: statement.excluded[column.name] for column in columns if not column.primary_key
         }
+        replaced |= {name: func.coalesce(replaced[name], columns[name]) for name in kept}
         keys = [column.name for column in columns if column.primary_key]
         return statement.on_conflict_do_update(index_elements=keys, set_=replaced)
 
@@ -212,11 +249,8 @@ async def reading(url: str) -> AsyncIterator[SessionStore]:
     Raises:
         ConfigError: there is no session store of this version at this URL, or it cannot be read.
     """
-    parsed = parse(url)
-    file = parsed.database if parsed.get_backend_name() == "sqlite" else None
-    if file is not None and not Path(file).is_file():
-        raise ConfigError(told(parsed), [f"found no file {file}; expected a session store"])
-    store = SessionStore(url)
+    refuse_missing_file(url)
+    parsed, store = parse(url), SessionStore(url)
     try:
         await store.refuse_other_versions()
         yield store
@@ -224,6 +258,14 @@ async def reading(url: str) -> AsyncIterator[SessionStore]:
         raise ConfigError(told(parsed), [f"cannot be read: {error}"]) from error
     finally:
         await store.close()
+
+
+def refuse_missing_file(url: str) -> None:
+    """Raise ConfigError where this is an SQLite database whose file is not there."""
+    parsed = parse(url)
+    file = parsed.database if parsed.get_backend_name() == "sqlite" else None
+    if file is not None and not Path(file).is_file():
+        raise ConfigError(told(parsed), [f"found no file {file}; expected a session store"])
 
 
 async def _put(connection: AsyncConnection, statement: Insert, rows: Sequence[Mapping[str, Any]]) -> None:

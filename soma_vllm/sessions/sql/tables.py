@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import JSON, Float, Index, Integer, String, Text
+from sqlalchemy import JSON, BigInteger, Float, Index, Integer, String, Text
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -134,6 +134,13 @@ class TurnRow(Base):
     )
 
 
+class RecordRow(Base):
+    """Which record this database is: one row. A copy of the database has the same, until it is adopted."""
+
+    __tablename__ = "record"
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+
+
 class ObjectRow(Base):
     """One response or conversation of OpenAI's, as a client retrieves it."""
 
@@ -166,7 +173,7 @@ class ItemRow(Base):
 
 
 class AdapterRow(Base):
-    """One adapter and the session that owns it."""
+    """One adapter that this record published, and the session that owns it."""
 
     __tablename__ = "adapters"
     name: Mapped[str] = mapped_column(Name, primary_key=True)
@@ -176,6 +183,13 @@ class AdapterRow(Base):
     path: Mapped[str] = mapped_column(Name)
     state: Mapped[str] = mapped_column(String(32))
     updated_at: Mapped[float] = mapped_column(Float)
+    version: Mapped[int | None] = mapped_column(Integer)
+    """This and what follows: None where a version before 0003 published it, until a server has started."""
+    base_model: Mapped[str | None] = mapped_column(Name)
+    rank: Mapped[int | None] = mapped_column(Integer)
+    size_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    created: Mapped[float | None] = mapped_column(Float)
+    """Unix time, seconds."""
 
     __table_args__ = (Index("ix_adapters_session", "tenant", "session"),)
 

@@ -170,9 +170,11 @@ class Session:
 
         After a rollback the surrogate is judged on what came since; after a refusal on the latest turns, once
         enough of them are new. Each cool-down is twice as long as the last, so that a session that comes and
-        goes, or never passes, is tried ever more rarely; so are its branches.
+        goes, or never passes, is tried ever more rarely, and after `max_looks` setbacks no more; so are its
+        branches.
         """
-        if self.pinned is not None or not self.kept():
+        looks = min(self.setbacks, self.cool_downs)  # an administrator's request grants new ones
+        if self.pinned is not None or not self.kept() or looks >= config.adaptation.max_looks:
             return None
         warm = len(self.warm_turns())
         since = sum(turn.teaches() for turn in self.turns[max(self.warm_from, self.learned) :])

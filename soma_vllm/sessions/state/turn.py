@@ -104,13 +104,14 @@ class Turn:
 def turn_event(turn: Turn, builds_on: int, at: float, kind: str = EventKind.TURN) -> Event:
     """The event of an answered turn. `builds_on` is how many recorded turns the client's history repeated.
 
-    Kind "variant" records an answer that was given too, beside the one that counts (OpenAI's `n`).
+    Kind "variant" records an answer that was given too, beside the one that counts (OpenAI's `n`); what it
+    answers stands in the turn's own event.
     """
     data = asdict(turn) | {"builds_on": builds_on, "skip": turn.unteachable()}
     text = {name: data.pop(name) for name in ("messages", "answer", "calls")}
     for later in ("gap", "surprise", "kept"):
         del data[later]
-    text["messages"] = [dict(message) for message in turn.messages]
+    text["messages"] = [] if kind == EventKind.VARIANT else [dict(message) for message in turn.messages]
     text["calls"] = [dict(call) for call in turn.calls]
     return Event(kind, at, data, text if turn.kept else None)
 

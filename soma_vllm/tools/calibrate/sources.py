@@ -57,6 +57,8 @@ class _Numbers(BaseModel):
     min_agreement: float = 0.0
     min_gain: float = 0.0  # as in logs older than the key: any gain was enough
     min_turns: int = 1
+    warm: _Scored | None = None
+    """The plain surrogate on the whole warm start, where the held-out turns' numbers are beside it."""
 
 
 class _Judgement(BaseModel):
@@ -255,6 +257,8 @@ def _cases(session: str, adaptation: int, judgement: tuple[str, float], data: _J
     for candidate, scored in numbers.candidates.items():
         if candidate not in COST_ORDER:
             continue
+        if candidate is Candidate.PLAIN and numbers.warm is not None:
+            scored = numbers.warm  # what the server judges it on
         mean = math.nan if scored.mean_gap is None else scored.mean_gap
         gap = round(mean + numbers.accept_margin, 6)
         top1 = scored.top1 if scored.top1 is not None and math.isfinite(scored.top1) else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -134,15 +134,20 @@ def _choice(result: SessionResult) -> dict[str, Any]:
         "variant": choice.variant,
         "reason": choice.reason,
         "held_out": dict(choice.held_out),
-        "later": None if choice.later is None else _numbers(choice.later),
+        "later": None if choice.later is None else _numbers(replace(choice.later, per_turn=())),
     }
 
 
 def _numbers(numbers: Numbers) -> dict[str, Any]:
-    return {name: _round(value) for name, value in asdict(numbers).items()}
+    found: dict[str, Any] = _round(asdict(numbers))
+    return found
 
 
 def _round(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _round(each) for name, each in value.items()}
+    if isinstance(value, tuple):
+        return [_round(each) for each in value]
     return round(value, DIGITS) if isinstance(value, float) else value
 
 

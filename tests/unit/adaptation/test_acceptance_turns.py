@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from support.services import Build
+import pytest
+from support.services import SETTINGS, Build
 
 from soma_vllm.sessions.state.phases import Phase
 
@@ -30,3 +31,23 @@ async def test_the_gate_judges_on_as_many_held_out_turns_as_configured(build: Bu
     }
     assert "gap 0.500 above" in numbers["candidates"]["plain"]["failure"]
     assert services.session().phase is Phase.SWITCHED
+    assert numbers["warm"]["turns"] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("min_gain", [0.1, 0.0])
+async def test_an_adapter_of_no_steps_is_published_only_where_it_might_serve(
+    build: Build, min_gain: float
+) -> None:
+    services = build(gate={**SETTINGS["gate"], "min_gain": min_gain})
+    await services.registry.start()
+    services.trainer.adapted, services.trainer.steps = services.trainer.plain, 0
+    services.surrogate.answers = ["different"]
+    history: list[dict[str, Any]] = []
+    for number in range(1, 3):
+        await services.say(history, f"question {number}")
+    await services.settled()
+    (judged,) = [event.data for _, event in services.events if event.kind == "judged"]
+    assert judged["candidate"] == "original"
+    assert set(judged["numbers"]["candidates"]) == {"plain", "adapter"}
+    published = [event for _, event in services.events if event.kind == "adapter_published"]
+    assert bool(published) is (min_gain == 0.0)

@@ -105,12 +105,26 @@ async def test_work_that_need_not_yield_runs_beside_users() -> None:
     assert await task == "done"
 
 
-async def test_work_without_a_quiet_time_is_dropped() -> None:
+async def test_work_without_a_quiet_time_runs_beside_users_once_it_has_waited() -> None:
     lane, work = BackgroundLane(True, 0.01), Work()
+    lane.came()  # and hangs
+    task = asyncio.create_task(lane.run(work))
+    await work.running.wait()
     lane.came()
-    with pytest.raises(JobDropped, match=r"no quiet time within 0\.01 s"):
+    await idle()
+    assert work.cancelled == 0
+    work.go.set()
+    assert await task == "done"
+
+
+async def test_work_that_other_work_never_lets_in_is_dropped() -> None:
+    lane, work = BackgroundLane(True, 0.01), Work()
+    lane._running = asyncio.create_task(asyncio.Event().wait())
+    lane._update_free()
+    with pytest.raises(JobDropped, match=r"no turn within 0\.02 s"):
         await lane.run(work)
     assert work.begun == 0
+    lane._running.cancel()
 
 
 async def test_work_that_takes_too_long_is_stopped_and_dropped() -> None:

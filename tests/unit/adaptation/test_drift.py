@@ -169,15 +169,14 @@ async def test_a_request_that_bypasses_dispatch_is_a_users_too(build: Build) -> 
     assert len(services.original.calls) == asked + 1
 
 
-async def test_an_audit_that_never_gets_its_turn_is_dropped_and_told(build: Build) -> None:
+async def test_a_request_that_hangs_does_not_end_the_audits(build: Build) -> None:
     services = await started(build, gate={**AUDIT, "audit_wait_s": 0.01})
     history = await switched(services)
     other = await talking(services)
     await services.say(history, "question 3")
     await services.settled()
-    (dropped,) = told(services, "audit_dropped")
-    assert dropped == {"turn": 3, "reason": "no quiet time within 0.01 s"}
-    assert services.session().phase is Phase.SWITCHED
+    assert told(services, "audit_dropped") == []
+    assert len(told(services, "audited")) == 1
     assert other.events is not None
     await other.events.aclose()
 

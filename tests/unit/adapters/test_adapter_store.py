@@ -21,11 +21,10 @@ from support.adapter_files import BASE_MODEL, write_adapter
 from support.guard import GUARD_S
 
 from soma_vllm.adapters.file_provider import AdapterFileProvider
-from soma_vllm.adapters.store import listing
 from soma_vllm.adapters.store.filesystem import FilesystemAdapterStore
 from soma_vllm.adapters.store.manifest import PublishedAdapter
 from soma_vllm.adapters.store.verify import Demands
-from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
+from soma_vllm.errors import AdapterError, AdapterRejected, InUse, NotFound
 from soma_vllm.maintenance.sweep_trigger import SweepTrigger
 from soma_vllm.types import CONFIG, WEIGHTS, SessionKey
 
@@ -50,7 +49,7 @@ def root(tmp_path: Path) -> Path:
 
 def files_under(root: Path) -> list[str]:
     """Every file but the store's own counters and lock."""
-    own = {".number", ".version", ".lock", ".changes"}
+    own = {".number", ".version", ".lock"}
     return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and p.name not in own)
 
 
@@ -442,15 +441,24 @@ def test_a_pinned_adapter_stays_pinned_until_it_is_let_go_or_retired(root: Path,
 
 
 def test_a_root_in_service_is_known_to_be_and_only_while_it_is(root: Path) -> None:
-    store, other = FilesystemAdapterStore(root), FilesystemAdapterStore(root)
+    store, other = FilesystemAdapterStore(root, owner="us"), FilesystemAdapterStore(root, owner="them")
     assert not other.serves()
-    with store.in_service(), FilesystemAdapterStore(root).in_service():
-        assert other.serves()
+    with store.in_service(), other.in_service():
+        assert FilesystemAdapterStore(root).serves()
     assert not other.serves()
 
 
-def test_finding_one_of_many_opens_the_files_of_one(
-    root: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_root_is_served_from_by_one_server_of_each_record(root: Path) -> None:
+    with (
+        FilesystemAdapterStore(root, owner="us").in_service(),
+        pytest.raises(InUse, match="found another server of record us; expected none"),
+        FilesystemAdapterStore(root, owner="us").in_service(),
+    ):
+        pass
+
+
+def test_one_of_many_is_found_published_and_retired_without_a_look_at_the_others(
+    root: Path, trained: Path
 ) -> None:
     store = FilesystemAdapterStore(root)
     names = [publish(store, trained, SessionKey("public", str(n))).ref.name for n in range(30)]
@@ -460,7 +468,7 @@ def test_finding_one_of_many_opens_the_files_of_one(
 
     def watch(event: str, arguments: tuple[object, ...]) -> None:
         if active and str(arguments[0] if arguments else "").startswith(str(root)):
-            if event == "open" and not str(arguments[0]).endswith(".changes"):
+            if event == "open":
                 opened.append(str(arguments[0]))
             elif event in ("os.listdir", "os.scandir"):
                 listed.append(str(arguments[0]))
@@ -474,17 +482,11 @@ def test_finding_one_of_many_opens_the_files_of_one(
     opened.clear()
     assert len(fresh.list()) == 30
     assert len(opened) == 30, "every manifest, once"
-    opened.clear()
     listed.clear()
-    assert len(fresh.list()) == len(fresh.list("public")) == 30
-    assert (opened, listed) == ([], []), "the stores say that nothing has changed"
-    monkeypatch.setattr(listing, "TRUSTED_S", 0.0)
-    assert len(fresh.list()) == 30
-    assert opened == [], "no manifest is read twice"
-    newest = publish(store, trained, SessionKey("public", "7"))
-    opened.clear()
-    assert fresh.list()[-1] == newest
-    assert opened == [f"{newest.ref.path}/soma.json"]
+    publish(store, trained, SessionKey("public", "7"))
+    store.retire(names[0])
+    store.forget(SessionKey("public", "0"))
+    assert {str(root), str(root / "public")}.isdisjoint(listed), "no other session's folder is looked for"
     active.clear()
 
 
@@ -509,29 +511,14 @@ def test_a_listing_follows_what_others_publish_retire_and_forget(root: Path, tra
         assert ours.list() == ours.list("another") == ()
 
 
-def test_what_people_delete_by_hand_is_missed_before_long(
-    root: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_people_delete_by_hand_is_missed(root: Path, trained: Path) -> None:
     store = FilesystemAdapterStore(root)
     by_hand, kept = publish(store, trained), publish(store, trained, OTHER)
     assert store.list() == (by_hand, kept)
     shutil.rmtree(by_hand.ref.path)
     with pytest.raises(NotFound):
         store.get(by_hand.ref.name)
-    monkeypatch.setattr(listing, "TRUSTED_S", 0.0)
     assert store.list() == (kept,)
-
-
-def test_a_change_that_was_killed_is_trusted_by_nobody(root: Path, trained: Path) -> None:
-    ours, theirs = FilesystemAdapterStore(root), FilesystemAdapterStore(root)
-    adapter = publish(theirs, trained)
-    assert ours.list() == (adapter,)
-    (root / ".changes").write_bytes(b"")  # as a kill between a renaming and the word on it leaves it
-    Path(adapter.ref.path).rename(root / ".staging" / "retired-1")
-    assert ours.list() == ()
-    again = publish(theirs, trained)
-    assert (root / ".changes").read_bytes() != b""
-    assert ours.list() == (again,)
 
 
 def test_a_foreign_folder_or_a_spoiled_manifest_is_left_out_of_the_listing(

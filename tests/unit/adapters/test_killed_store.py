@@ -19,7 +19,7 @@ from soma_vllm.errors import AdapterError, NotFound
 from soma_vllm.types import SessionKey
 
 KEY = SessionKey("public", "dialogue-7")
-OWN = frozenset({".number", ".version", ".lock", ".number.new", ".version.new", ".changes"})
+OWN = frozenset({".number", ".version", ".lock", ".number.new", ".version.new"})
 
 Open = Callable[[Path], AdapterStore]
 

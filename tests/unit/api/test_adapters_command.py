@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ import yaml
 from support.adapter_files import write_adapter
 from typer.testing import CliRunner, Result
 
+from soma_vllm.adapters.store.manifest import PublishedAdapter
 from soma_vllm.adapters.store.opening import open_root
 from soma_vllm.adapters.store.protocol import AdapterStore
 from soma_vllm.cli import adapters as command
 from soma_vllm.cli.main import app
+from soma_vllm.sessions.sql.records import AdapterRecord
+from soma_vllm.sessions.sql.store import SessionStore
 from soma_vllm.types import SessionKey
 
 runner = CliRunner()
@@ -26,28 +30,50 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def config(tmp_path: Path, root: str) -> Path:
+def url(tmp_path: Path) -> str:
+    return f"sqlite+aiosqlite:///{tmp_path}/sessions.db"
+
+
+@pytest.fixture
+def config(tmp_path: Path, root: str, url: str) -> Path:
     path = tmp_path / "config.yaml"
     document = {
         "adapters": {"root": root, "cache": str(tmp_path / "cache"), "max_count": 1},
-        "storage": {"url": f"sqlite+aiosqlite:///{tmp_path}/none.db"},
+        "storage": {"url": url},
     }
     path.write_text(yaml.safe_dump(document))
     return path
 
 
 @pytest.fixture
-def store(root: str, tmp_path: Path) -> AdapterStore:
-    return open_root(root, tmp_path / "cache")
+def store(root: str, tmp_path: Path, url: str) -> AdapterStore:
+    async def record() -> str:
+        sessions = SessionStore(url)
+        await sessions.open()
+        found = await sessions.record_id()
+        await sessions.close()
+        return found
+
+    return open_root(root, tmp_path / "cache", owner=asyncio.run(record()))
+
+
+def publish(store: AdapterStore, tmp_path: Path, tenant: str) -> PublishedAdapter:
+    trained = write_adapter(tmp_path / "trained")
+    return store.publish(SessionKey(tenant, "s"), trained, base_model="small", manifest={"losses": [1.0]})
 
 
 @pytest.fixture
-def names(store: AdapterStore, tmp_path: Path) -> list[str]:
-    trained = write_adapter(tmp_path / "trained")
-    keys = [SessionKey(tenant, "s") for tenant in ("alice", "bob")]
-    return [
-        store.publish(key, trained, base_model="small", manifest={"losses": [1.0]}).ref.name for key in keys
-    ]
+def names(store: AdapterStore, tmp_path: Path, url: str) -> list[str]:
+    """Two adapters, on record."""
+    made = [publish(store, tmp_path, tenant) for tenant in ("alice", "bob")]
+
+    async def index() -> None:
+        sessions = SessionStore(url)
+        await sessions.index([AdapterRecord.moved(one.key, one.ref, "ACTIVE", one.facts()) for one in made])
+        await sessions.close()
+
+    asyncio.run(index())
+    return [one.ref.name for one in made]
 
 
 def soma(*arguments: str | Path) -> Result:
@@ -92,6 +118,22 @@ def test_offline_the_budgets_are_kept_and_pins_are_respected(
     assert [one.ref.name for one in store.list()] == [names[0]]
     assert soma("pin", names[0], "--off", "--config", config).exit_code == 0
     assert store.pins() == frozenset()
+
+
+def test_offline_only_what_the_record_published_goes(
+    config: Path,
+    names: list[str],
+    store: AdapterStore,
+    root: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    foreign = publish(open_root(root, tmp_path / "cache", owner="another record"), tmp_path, "carol")
+    orphan = publish(store, tmp_path, "dave")
+    assert "orphaned" not in soma("gc", "--offline", "--config", config).stdout, "it may be in the making"
+    monkeypatch.setattr("soma_vllm.maintenance.adapter_eviction.ORPHAN_AFTER_S", 0.0)
+    assert f"evicted    {orphan.ref.name} (orphaned)" in soma("gc", "--offline", "--config", config).stdout
+    assert [one.ref.name for one in store.list()] == [names[1], foreign.ref.name]
 
 
 def test_nothing_is_deleted_offline_under_a_running_server(

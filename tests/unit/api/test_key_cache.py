@@ -132,13 +132,18 @@ async def test_while_the_database_is_away_nobody_can_tell_of_an_unknown_key(
         await cache.verify(RIGHT)
 
 
-async def test_a_database_that_hangs_counts_as_away(
-    cache: KeyCache, keys: FakeKeys, monkeypatch: pytest.MonkeyPatch
+async def test_a_database_that_hangs_counts_as_away_and_costs_one_request_its_wait(
+    cache: KeyCache, keys: FakeKeys, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("soma_vllm.api.auth.key_cache.LOOKUP_S", 0.01)
     keys.gate.clear()
-    with pytest.raises(StoreUnavailable, match=r"did not answer within 0\.01 s"):
-        await cache.verify(RIGHT)
+    for _ in range(3):
+        with pytest.raises(StoreUnavailable, match=r"did not answer within 0\.01 s"):
+            await cache.verify(RIGHT)
+    assert keys.lookups == 1
+    keys.gate.set()
+    clock.now += 5.0
+    assert await cache.verify(RIGHT) is RECORD
 
 
 async def test_requests_at_once_share_one_lookup(cache: KeyCache, keys: FakeKeys) -> None:

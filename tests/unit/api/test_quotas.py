@@ -248,3 +248,26 @@ async def test_refusals_are_counted_by_reason_without_tenants() -> None:
     assert (counted("requests_per_minute"), counted("live_sessions"), counted("key")) == (3.0, 1.0, 0.0)
     samples = [s for family in registry.collect() for s in family.samples if s.name.endswith("_total")]
     assert {s.labels["reason"] for s in samples} == set(Refusal)
+
+
+async def test_requests_in_flight_cannot_all_pass_an_almost_empty_budget() -> None:
+    clock = Clock()
+    found = quotas(Limits(tokens_per_minute=100), clock=clock)
+    caller = await found.caller("Bearer a")
+    found.reserve(caller.tenant, 90)
+    found.reserve(caller.tenant, 500)  # one may be larger than what is left
+    for refused in (lambda: found.reserve(caller.tenant, 1), lambda: found.admit(caller)):
+        with pytest.raises(TooManyRequests, match="tokens_per_minute"):
+            refused()
+    found.reserve((await found.caller("Bearer b")).tenant, 1)
+    found.unreserve(caller.tenant, 500)
+    found.unreserve(caller.tenant, 90)
+    found.spent(caller.tenant, Usage(60, None, 20))
+    found.reserve(caller.tenant, 10)
+    found.unreserve(caller.tenant, 10)
+    found.spent(caller.tenant, Usage(None, None, 20))
+    with pytest.raises(TooManyRequests) as error:
+        found.reserve(caller.tenant, 1)
+    assert error.value.retry_after == 60.0
+    clock.now += 60.0
+    found.reserve(caller.tenant, 1)

@@ -101,9 +101,9 @@ async def test_an_adapter_unused_for_too_long_goes_also_after_a_restart(build: B
     await adapted(first, "a")
     await first.registry.stop()
     second = await started(build, adapters={"ttl_s": 60.0})
-    second.adapter_store.there = {
-        name: replace(one, created=one.created - 100) for name, one in first.adapter_store.there.items()
-    }
+    (made,) = await second.store.adapters()
+    assert made.created is not None
+    await second.store.index([replace(made, created=made.created - 100)])
     assert await swept(second) == 0, "its session's last turn is on record, and recent"
     later(60.0)
     assert await swept(second) == 1
@@ -178,7 +178,12 @@ async def test_publishing_rings_the_sweep(build: Build) -> None:
 async def test_a_session_whose_adapter_lost_its_files_goes_back_to_the_original(build: Build) -> None:
     services = await started(build)
     histories = {name: await adapted(services, name) for name in ("a", "b")}
+    ref = services.session("a").adapter
+    assert ref is not None
     del services.adapter_store.there["adapter-a-1"]
+    files = AdapterFileProvider(services.adapter_store, services.sweep_trigger, services.stock)
+    with pytest.raises(EngineUnavailable):
+        await files.ensure_local(ref)
     assert await swept(services) == 1
     assert services.stock.evictions == [Reason.LOST]
     assert services.session("a").phase is Phase.ROLLED_BACK
@@ -215,9 +220,28 @@ async def test_an_adapter_of_ours_that_nobody_speaks_of_is_deleted_and_others_ar
     for name, owner in (("mine", services.adapter_store.owner), ("theirs", "them")):
         ref = replace(known.ref, name=name, number=len(name))
         services.adapter_store.there[name] = replace(known, ref=ref, owner=owner, created=time.time() - 1)
-    assert await swept(services) == 1
+    services.adapter_store.list, lists = (lambda: pytest.fail("a sweep looked")), services.adapter_store.list
+    assert await swept(services) == 0
+    services.adapter_store.list = lists
+    assert await services.evictor.collect() == 1
     assert list(services.adapter_store.there) == ["adapter-a-1", "theirs"]
     assert services.stock.evictions == [Reason.ORPHANED]
+
+
+async def test_an_adapter_that_outlived_its_session_goes_with_the_next_sweep(build: Build) -> None:
+    services = await started(build)
+    await adapted(services, "a")
+    key, unload = services.session("a").key, services.surrogate.unload
+
+    async def refuse(ref: Any) -> None:
+        raise EngineUnavailable("gone")
+
+    services.surrogate.unload = refuse
+    await services.session_admin.remove(key)
+    assert [record.name for record in await services.store.adapters()] == ["adapter-a-1"]
+    services.surrogate.unload = unload
+    assert await swept(services) == 1
+    assert (services.adapter_store.there, await services.store.adapters()) == ({}, [])
 
 
 async def test_an_adapter_that_cannot_leave_the_engine_keeps_its_files_and_is_tried_again(build: Build) -> None:

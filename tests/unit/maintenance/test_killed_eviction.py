@@ -35,7 +35,7 @@ class Server:
 
     def __init__(self, folder: Path, kind: str) -> None:
         root = f"file://{folder}/root" if kind == "remote" else str(folder / "root")
-        self.adapter_store: AdapterStore = open_root(root, folder / "cache", owner=str(folder))
+        self.adapter_store: AdapterStore = open_root(root, folder / "cache", owner="the record")
         if kind == "remote":
             self.adapter_store._patience_s = 0.0
         self._url = f"sqlite+aiosqlite:///{folder}/s.db"

@@ -124,8 +124,8 @@ async def test_an_adapter_that_serves_nobody_and_cannot_be_deleted_is_tried_agai
     second = await started(build)
     with monkeypatch.context() as patch:
         patch.setattr(second.adapter_store, "retire", refuse)
-        await second.recovery._retire_what_serves_no_session()
-    await second.recovery._retire_what_serves_no_session()
+        await second.recovery.run()
+    await second.recovery.run()
     assert second.surrogate.log == ["delete adapter-s-1"]
 
 

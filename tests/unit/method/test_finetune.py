@@ -462,6 +462,19 @@ def test_the_checkpoint_that_is_best_on_held_out_turns_is_kept_and_training_ends
             assert agreement(surrogate, judged).nll == pytest.approx(seen[step].nll, rel=1e-5)
 
 
+def test_a_training_whose_first_checkpoint_is_no_better_than_none_ends_there_and_keeps_nothing(
+    surrogate: Surrogate, examples: tuple[Example, ...], held_out: tuple[Example, ...]
+) -> None:
+    turns, judged = (render(surrogate.tokenizer, told) for told in (examples, held_out))
+    plain = agreement(surrogate, judged)
+    lora = JUDGED.model_copy(update={"lr": 3.0, "checkpoints": (2, 4, 40)})
+    with attached(surrogate.decoder, lora, 0):
+        training = train(surrogate.decoder, turns, judged, EQUAL, lora, 0)
+        assert agreement(surrogate, judged) == plain
+    assert (training.steps, len(training.losses), training.stopped_early) == (0, 2, True)
+    assert [point.steps for point in training.checkpoints] == [0, 2]
+
+
 def test_judging_leaves_the_training_as_it_is(
     qwen: Surrogate, examples: tuple[Example, ...], held_out: tuple[Example, ...]
 ) -> None:

@@ -111,7 +111,7 @@ async def test_a_surrogate_that_fails_before_its_first_token_is_made_good_by_the
     services.surrogate.refusal = EngineUnavailable("gone")
     answer = await services.say(history, "question 3")
     assert answer.headers["X-SOMA-Engine"] == "original"
-    assert answer.headers["X-SOMA-Reason"] == "surrogate failed: gone"
+    assert answer.headers["X-SOMA-Reason"] == "surrogate failed: unavailable"
     assert answer.headers["X-SOMA-Adapter"] == ""
 
 
@@ -660,7 +660,7 @@ async def test_after_waiting_in_vain_the_original_answers(build: Build) -> None:
     await services.leases.acquire("another")
     answer = await services.say(history, "question 3")
     assert answer.headers["X-SOMA-Engine"] == "original"
-    assert answer.headers["X-SOMA-Reason"] == "surrogate failed: all adapter slots are in use and stayed so"
+    assert answer.headers["X-SOMA-Reason"] == "surrogate failed: no adapter slot"
 
 
 async def test_an_adapter_that_is_not_served_as_trained_never_serves(services: Services) -> None:

@@ -79,7 +79,9 @@ async def test_every_session_of_an_old_database_is_restored_as_it_was(old: Sessi
 async def test_the_turns_adapters_and_keys_of_an_old_database_are_found(old: SessionStore, url: str) -> None:
     alpha = SessionKey(TENANT, "alpha")
     assert set(await old.users_of(ADAPTER.name)) == {alpha, SessionKey(TENANT, BRANCH)}
-    assert await old.adapters() == [AdapterRecord(ADAPTER.name, 1, ADAPTER.path, "ACTIVE")]
+    assert await old.adapters() == [
+        AdapterRecord(SessionKey(TENANT, BRANCH), ADAPTER.name, 1, ADAPTER.path, "ACTIVE")
+    ]
     session = restore(alpha, await old.events(alpha), CONFIG.gate)
     reading = read(TENANT, [*session.transcript(), {"role": "user", "content": "question 4"}])
     lookup = SessionLookup(SessionRegistry(CONFIG, old))

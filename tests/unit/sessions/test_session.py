@@ -17,7 +17,7 @@ from soma_vllm.sessions.state.turn import Turn, turn_event
 from soma_vllm.types import AdapterRef, Candidate, Event, Evidence, Role, SessionKey, Usage
 
 KEY = SessionKey("tenant", "s")
-CONFIG = parse_config({"warm_window": 3, "acceptance_min_turns": 1}, "test")
+CONFIG = parse_config({"warm_window": 3, "acceptance_min_turns": 1, "adaptation": {"max_looks": 100}}, "test")
 REF = AdapterRef("soma-x-v0001-1", 1, "adapters/x")
 
 
@@ -136,6 +136,20 @@ def test_a_session_that_never_passes_is_judged_ever_more_rarely() -> None:
     spans = [second - first for first, second in pairwise(refused)]
     assert spans == [CONFIG.adaptation.cool_down_turns * 2**count for count in range(len(spans))]
     assert len(refused) >= 5
+
+
+def test_after_two_setbacks_a_session_stays_with_the_original_until_an_administrator_asks() -> None:
+    config = parse_config({"warm_window": 3, "acceptance_min_turns": 1}, "test")
+    session = readmitted(warm(), Candidate.PLAIN, held_out_gap=1.0)
+    while not session.wants_adaptation(config):
+        session = answered(session)
+    session = readmitted(session, Candidate.PLAIN, held_out_gap=1.0)
+    for _ in range(4 * config.adaptation.cool_down_turns):
+        session = answered(session)
+    assert session.wants_adaptation(CONFIG)
+    assert not session.wants_adaptation(config)
+    asked = fold(session, Event("restarted", 0.0, {"reason": "asked"}), config.gate)
+    assert asked.wants_adaptation(config)
 
 
 def test_what_was_refused_must_be_better_to_pass() -> None:

@@ -259,3 +259,23 @@ async def test_a_run_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.
     assert played == ["original"]  # that rung alone
     assert [one.block.arm for one in player.measured] == [block.arm for block in study.stages[0].blocks]
     assert {turn.correct for one in player.measured for turn in one.turns} == {False}  # "four" was graded
+
+
+async def test_every_block_of_an_arm_asks_for_its_policy_those_with_a_change_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (study,) = studies("--workloads", WORKLOADS, "--arms", "original,soma,soma_paper", "--sessions", "36")
+    asked: list[tuple[str, str]] = []
+
+    async def play(self: Server, block: Block) -> dict[str, Any]:
+        asked.extend((block.arm, policy) for visit in block.visits for policy in visit.policies)
+        users: Any = FakeUsers()
+        meter: Any = FakeMeter()
+        return await self._measured(block, users, meter)
+
+    monkeypatch.setattr(Server, "play", play)
+    player = Player(study, Kept(None), lambda line: None)
+    stage = next(stage for stage in study.stages if stage.blocks[0].arm == "soma_paper")
+    await player.stage(replace(stage, ladders=()))
+    assert set(asked) == {("soma_paper", "soma")}
+    assert [block.block.arm for block in player.drift["soma_paper"]] == ["soma_paper"]

@@ -19,7 +19,7 @@ from support.postgres import Postgres
 from soma_vllm.config import Limits
 from soma_vllm.errors import ConfigError, StoreRefused, StoreUnavailable
 from soma_vllm.sessions.sql.api_keys import KeyStore
-from soma_vllm.sessions.sql.records import Append, SessionSnapshot, TurnLocation, TurnMark
+from soma_vllm.sessions.sql.records import AdapterRecord, Append, SessionSnapshot, TurnLocation, TurnMark
 from soma_vllm.sessions.sql.store import SessionStore, reading
 from soma_vllm.types import Event, SessionKey
 
@@ -33,6 +33,10 @@ VERBS: dict[str, tuple[Any, ...]] = {
     "append": (KEY, 0, [TURN], STANDING),
     "append_all": ([Append(KEY, 0, [TURN], STANDING)],),
     "retired": ("a",),
+    "index": ([AdapterRecord(KEY, "a", 1, "/a", "ACTIVE")],),
+    "adopt": (),
+    "record_id": (),
+    "adapter": ("a",),
     "erase_text": (KEY,),
     "erase_texts_before": (1.0,),
     "delete": (KEY,),

@@ -17,8 +17,8 @@ from support.guard import GUARD_S
 
 import soma_vllm
 from soma_vllm.errors import ConfigError
-from soma_vllm.sessions.sql.records import SessionSnapshot, TurnLocation
-from soma_vllm.sessions.sql.schema import _alembic
+from soma_vllm.sessions.sql.records import AdapterRecord, SessionSnapshot, TurnLocation
+from soma_vllm.sessions.sql.schema import _alembic, migrate
 from soma_vllm.sessions.sql.store import SessionStore, reading
 from soma_vllm.sessions.sql.tables import Base
 from soma_vllm.types import Event, SessionKey
@@ -112,6 +112,36 @@ async def test_a_database_of_the_first_version_is_brought_up_to_date_with_all_it
         assert await store.standing("t", "", "link", 5) == []
 
 
+async def test_a_record_has_an_id_of_its_own_that_stays_where_its_database_is_moved_to(tmp_path: Path) -> None:
+    here, there = tmp_path / "sessions.db", tmp_path / "moved.db"
+    ids = []
+    for _ in ("one container", "another with the same path"):
+        await opened(f"sqlite+aiosqlite:///{here}")
+        here.rename(there)
+        async with reading(f"sqlite+aiosqlite:///{there}") as store:
+            ids.append(await store.record_id())
+        async with reading(f"sqlite+aiosqlite:///{there}") as store:
+            assert await store.record_id() == ids[-1]
+    assert ids[0] != ids[1]
+
+
+async def test_a_database_goes_back_to_an_older_revision_and_up_again_with_all_it_has(url: str) -> None:
+    key, event = SessionKey("t", "s"), Event("turn", 1.0, {}, {"answer": "hello"})
+    adapter = AdapterRecord(key, "a", 1, "/a", "ACTIVE", 1, "small", 8, 1024, 1.5)
+    store = SessionStore(url)
+    await store.open()
+    await store.append(key, 0, [event], SessionSnapshot("", "SWITCHED", "c", 1, "a"), (), [adapter])
+    for revision in ("0003", "0002", "0001"):
+        assert (await migrate(store._engine, revision))[1] == revision
+    assert await migrate(store._engine) == ("0001", "0004")
+    assert await store.events(key) == [event]
+    assert await store.adapters() == [AdapterRecord(key, "a", 1, "/a", "ACTIVE")]
+    for revision in ("0005", "head", "-1"):
+        with pytest.raises(ConfigError, match=r"expected one of 0001, 0002, 0003, 0004"):
+            await migrate(store._engine, revision)
+    await store.close()
+
+
 async def test_tables_of_others_may_be_beside_ours(url: str) -> None:
     await run(url, "CREATE TABLE invoices (id integer)")
     await opened(url)
@@ -134,7 +164,8 @@ async def test_a_newer_database_is_refused(url: str) -> None:
     await opened(url)
     await run(url, "UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(
-        ConfigError, match="found revision 9999; expected 0004 or older: it was made by a newer"
+        ConfigError,
+        match=r"found revision 9999; expected 0004 or older: .* --downgrade 0004",
     ):
         await opened(url)
     with pytest.raises(ConfigError, match="found revision 9999; expected 0004"):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ async def test_events_come_back_in_order_with_their_text(store: SessionStore) ->
 async def test_whatever_a_client_types_comes_back_exactly(store: SessionStore, odd: str) -> None:
     key = SessionKey("t", odd)
     event = Event("turn", 1.0, {"name": odd}, {"messages": [{"role": "user", "content": odd, odd: 1}]})
-    adapter = AdapterRecord(odd, 1, f"/{odd}", "live")
+    adapter = AdapterRecord(key, odd, 1, f"/{odd}", "live")
     standing = replace(STANDING, family=odd, adapter=odd)
     await store.append(key, 0, [event], standing, [TurnMark(0, 1, "c", odd)], [adapter])
     assert await store.events(key) == [event]
@@ -227,8 +228,8 @@ async def test_a_transcript_that_only_a_closed_session_has_does_not_hide_a_short
     assert await store.find("t", "", ["c2", "c1"]) == TurnLocation("open", 0, 1)
 
 
-def adapter(number: int, state: str = "live") -> AdapterRecord:
-    return AdapterRecord(f"a{number}", number, f"/store/a{number}", state)
+def adapter(number: int, state: str = "live", key: SessionKey = KEY, **facts: Any) -> AdapterRecord:
+    return AdapterRecord(key, f"a{number}", number, f"/store/a{number}", state, **facts)
 
 
 async def test_the_last_word_on_an_adapter_counts(store: SessionStore) -> None:
@@ -267,12 +268,31 @@ async def test_the_last_use_of_an_adapter_is_the_last_append_to_a_session_that_i
 
 
 async def test_an_adapter_goes_over_to_the_session_that_appends_it(store: SessionStore) -> None:
+    branch = SessionKey("t", "branch")
     await store.append(KEY, 0, [turn()], STANDING, (), [adapter(1)])
-    await store.append(SessionKey("t", "branch"), 0, [turn()], STANDING, (), [adapter(1)])
+    await store.append(branch, 0, [turn()], STANDING, (), [adapter(1, RETIRED, branch)])
+    await store.delete(KEY)
+    assert await store.adapters("t") == [adapter(1, RETIRED, branch)]
+    await store.delete(branch)
+    assert await store.adapters("t") == []
+
+
+async def test_an_adapter_outlives_its_session_on_record_until_its_files_are_gone(store: SessionStore) -> None:
+    await store.append(KEY, 0, [turn()], STANDING, (), [adapter(1)])
     await store.delete(KEY)
     assert await store.adapters("t") == [adapter(1)]
-    await store.delete(SessionKey("t", "branch"))
+    await store.retired("a1")
     assert await store.adapters("t") == []
+
+
+async def test_what_an_adapter_is_stays_on_record_when_it_moves(store: SessionStore) -> None:
+    facts = {"version": 2, "base_model": "small", "rank": 8, "size_bytes": 2**40, "created": 1.5}
+    await store.append(KEY, 0, [turn()], STANDING, (), [adapter(1, **facts), adapter(2)])
+    await store.append(KEY, 1, [turn()], STANDING, (), [adapter(1, "moved")])
+    await store.index([adapter(2, **facts)])
+    assert await store.adapters() == [adapter(1, "moved", **facts), adapter(2, **facts)]
+    assert await store.adapter("a2") == adapter(2, **facts)
+    assert await store.adapter("never was") is None
 
 
 async def test_everything_of_a_deleted_session_is_gone_and_nothing_of_others(store: SessionStore) -> None:
@@ -345,7 +365,7 @@ async def test_reading_creates_nothing(tmp_path: Path) -> None:
         (
             "sqlite+aiosqlite:///{folder}/x.db",
             b"",
-            "found no table adapters, api_keys, events, items, objects, sessions, texts",
+            "found no table adapters, api_keys, events, items, objects, record, sessions, texts",
         ),
         ("sqlite+aiosqlite:///{folder}/x.db", b"not a database" * 100, "cannot be read"),
         ("nosuch+driver://user:secret@host/db", None, "nosuch"),

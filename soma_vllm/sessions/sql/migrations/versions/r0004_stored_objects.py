@@ -6,11 +6,11 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0004"
-down_revision = "0002"
+down_revision = "0003"
 
 
 def upgrade() -> None:
-    """From 0002. Responses that were given before are not among them."""
+    """From 0003. Responses that were given before are not among them."""
     op.create_table(
         "objects",
         sa.Column("tenant", sa.String(64), primary_key=True),
@@ -34,3 +34,9 @@ def upgrade() -> None:
     )
     op.create_index("ix_items_id", "items", ["tenant", "id"])
     op.create_index("ix_items_at", "items", ["at"])
+
+
+def downgrade() -> None:
+    """To 0003. The stored responses and conversations go."""
+    op.drop_table("items")
+    op.drop_table("objects")
