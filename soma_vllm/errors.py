@@ -154,11 +154,15 @@ class EngineUnavailable(EngineError):
 
 
 class EngineRefused(EngineError):
-    """The engine answered with an error of its own; `status` and `body` go to the client unchanged."""
+    """The engine answered with an error of its own; `status` and `body` go to the client unchanged.
 
-    def __init__(self, status: int, body: Mapping[str, Any]) -> None:
+    `cause` is a code for what was wrong: the engine's own sentence may quote the request.
+    """
+
+    def __init__(self, status: int, body: Mapping[str, Any], cause: str = "request_refused") -> None:
         self.status = status
         self.body = dict(body)
+        self.cause = cause
         super().__init__(f"the engine refused the request with status {status}")
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import aiohttp
 
 from soma_vllm.engines.engine import ChatCall, Events, Reply, Salts, refusal
-from soma_vllm.engines.prompt_scoring import agreement_from_prompt, question_body, scoring_body
+from soma_vllm.engines.prompt_scoring import agreement_from_prompt, scoring_body
 from soma_vllm.engines.sse import DONE, SSEParser
 from soma_vllm.engines.stream_tap import StreamTap
 from soma_vllm.engines.supervisor import State, Supervisor
@@ -101,14 +101,13 @@ class OriginalEngine:
         if not self.speaks_vllm:
             raise EngineError("found an original that does not speak vLLM; expected one, to score an answer")
         self._require_child()
-        messages = call.body["messages"]
-        question = {"model": self.name, **question_body(messages)}
+        question = {"model": self.name, **call.body}
         url = f"{self._url.removesuffix('/v1')}/tokenize"
         opening = await self._read(self._client().post(url, json=question))
         tokens = opening.get("tokens")
         if not isinstance(tokens, list):
             raise EngineError("found no tokens in the original's /tokenize; expected a list")
-        scored = await self._read(self._post(replace(call, body=scoring_body(messages, answer))))
+        scored = await self._read(self._post(replace(call, body=scoring_body(call.body, answer))))
         return agreement_from_prompt(scored, tokens)
 
     async def close(self) -> None:

@@ -19,7 +19,7 @@ from soma_vllm.sessions.ports import Meter
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.transcript import TranscriptDigest, spoken
-from soma_vllm.sessions.state.turn import Turn, turn_event
+from soma_vllm.sessions.state.turn import Turn, prompt_fields, turn_event
 
 
 class TurnRecorder:
@@ -77,6 +77,7 @@ def _recorded(turn: TurnContext, reply: ParsedReply) -> list[Turn]:
         links=tuple(mark.link for mark in answered.marks if mark.end > overlap.end),
         left_out=overlap.left_out,
         response=turn.request.response,
+        fields=prompt_fields(turn.request.body),
     )
     return [recorded, *(_variant(recorded, other, _answered(turn, other)) for other in others)]
 

@@ -148,6 +148,11 @@ class Session:
             begin = end
         return replace(self, turns=tuple(turns))
 
+    def skipping(self, number: int, why: str) -> Session:
+        """The same session, where a turn does not teach."""
+        turns = (replace(turn, skip=why) if turn.number == number else turn for turn in self.turns)
+        return replace(self, turns=tuple(turns))
+
     def warm_turns(self) -> tuple[Turn, ...]:
         """Turns of the present warm start that can be learned from."""
         return tuple(turn for turn in self.turns[self.warm_from :] if turn.teaches())
@@ -194,6 +199,7 @@ class Session:
                 ),
                 turn.answer,
                 length=turn.length,
+                fields=turn.fields,
             )
             for turn in self.warm_turns()[-config.warm_window :]
         )

@@ -7,13 +7,21 @@ was erased still says whether it could be learned from.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from soma_vllm.sessions.state.events import Audited, EventKind
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.transcript import text_of
 from soma_vllm.types import Event, Length, Message, Role, Usage
+
+PROMPT_FIELDS = ("tools", "documents", "chat_template", "chat_template_kwargs", "reasoning_effort")
+"""What a chat template is given beside the messages."""
+
+
+def prompt_fields(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a chat request that shape its prompt, its messages apart."""
+    return {name: body[name] for name in PROMPT_FIELDS if body.get(name)}
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,10 @@ class Turn:
     kept: bool = True
     """False where `messages`, `answer` and `calls` were erased, or never kept, and are empty."""
     skip: str | None = None
-    """What `unteachable` said while the text was there; filled by the record."""
+    """What `unteachable` said while the text was there, or why the surrogate cannot read it; filled by the
+    record."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """What its request had beside messages that shapes the prompt, such as `tools`."""
 
     @property
     def length(self) -> Length:
@@ -70,7 +81,7 @@ class Turn:
 
     def unteachable(self) -> str | None:
         """Why this turn cannot be learned from or judged on; None where it can."""
-        if not self.kept:
+        if self.skip is not None or not self.kept:
             return self.skip
         if not self.messages or self.messages[-1].get("role") != "user":
             return "it does not answer a query of the user's"
@@ -88,7 +99,7 @@ class Turn:
 
     def silent(self) -> Turn:
         """The same turn without its text."""
-        return replace(self, messages=(), answer="", calls=(), kept=False, skip=self.unteachable())
+        return replace(self, messages=(), answer="", calls=(), fields={}, kept=False, skip=self.unteachable())
 
     def voiced(self, messages: Sequence[Message]) -> Turn:
         """The same turn with its text as a client sent it back: the messages that were new, then the answer."""
@@ -103,11 +114,13 @@ def turn_event(turn: Turn, builds_on: int, at: float, kind: str = EventKind.TURN
     Kind "variant" records an answer that was given too, beside the one that counts (OpenAI's `n`).
     """
     data = asdict(turn) | {"builds_on": builds_on, "skip": turn.unteachable()}
-    text = {name: data.pop(name) for name in ("messages", "answer", "calls")}
+    text = {name: data.pop(name) for name in ("messages", "answer", "calls", "fields")}
     for later in ("gap", "surprise", "kept"):
         del data[later]
     text["messages"] = [dict(message) for message in turn.messages]
     text["calls"] = [dict(call) for call in turn.calls]
+    if not text["fields"]:
+        del text["fields"]
     return Event(kind, at, data, text if turn.kept else None)
 
 
@@ -135,4 +148,5 @@ def turn_of(data: Mapping[str, Any], text: Mapping[str, Any] | None) -> Turn:
         response=data["response"],
         kept=text is not None,
         skip=data["skip"],
+        fields=said.get("fields") or {},
     )
