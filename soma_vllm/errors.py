@@ -2,6 +2,7 @@
 
     SomaError
     ├── ConfigError            (ValueError)  the configuration is wrong; lists every mistake at once
+    ├── DocumentError          (ValueError)  JSON or YAML that cannot be read within bounds
     ├── BadRequest             (ValueError)  the client's request is wrong                     -> 400
     │   ├── BodyTooLarge                     longer than this server reads                     -> 413
     │   ├── NoSuchModel                      no engine here serves a model of that name        -> 404
@@ -46,6 +47,10 @@ class ConfigError(SomaError, ValueError):
         lines = "\n".join(f"  - {problem}" for problem in self.problems)
         count = "1 mistake" if len(self.problems) == 1 else f"{len(self.problems)} mistakes"
         super().__init__(f"{source}: {count}\n{lines}")
+
+
+class DocumentError(SomaError, ValueError):
+    """JSON or YAML from outside cannot be read within bounds; one line says why."""
 
 
 class BadRequest(SomaError, ValueError):

@@ -80,7 +80,7 @@ class SomaServer:
         self._cleanup = AsyncExitStack()
         self._run_dir = run_dir
         self._salts = Salts()
-        self._original = OriginalProcess(config, self._original_name, run_dir, say)
+        self._original = OriginalProcess(config, config.original_name, run_dir, say)
         keys = KeyStore.at(self._filled(config.storage.url))
         self._cleanup.push_async_callback(keys.close)
         self.quotas = Quotas.configured(config, keys)
@@ -97,7 +97,7 @@ class SomaServer:
         async with self._cleanup:
             self._check_pair_adapter()
             self._original.start(self._paths.original, self._paths.surrogate, self._cleanup)
-            self._say(f"surrogate  starting {self._surrogate_name} (vLLM takes 20-60 s to load)")
+            self._say(f"surrogate  starting {self._config.surrogate_name} (vLLM takes 20-60 s to load)")
             os.environ.update(vllm_environment(self._config.surrogate, str(self._paths.surrogate), PLUGINS))
             # Only now: vLLM reads its environment when it is imported.
             from soma_vllm.api.plugin import HOST
@@ -105,7 +105,7 @@ class SomaServer:
 
             arguments = parse_arguments(
                 [
-                    *surrogate_arguments(self._config, str(self._paths.surrogate), self._surrogate_name),
+                    *surrogate_arguments(self._config, str(self._paths.surrogate), self._config.surrogate_name),
                     *("--host", self._config.server.host, "--port", str(self._config.server.port)),
                 ]
             )
@@ -131,7 +131,7 @@ class SomaServer:
 
     def models(self) -> list[str]:
         """Names that may be asked for."""
-        return [DISPATCH_NAME, self._original_name, self._surrogate_name]
+        return [DISPATCH_NAME, self._config.original_name, self._config.surrogate_name]
 
     async def begin(self, engine_client: Any, state: Any) -> SomaServices:
         """Called by the plugin once vLLM's engine is ready: start the rest, hand out what its routes need."""
@@ -149,7 +149,9 @@ class SomaServer:
         engine_takes = Demands(slot_rank(self._config.lora.rank), str(self._paths.surrogate))
         files = AdapterFileProvider(adapter_store, sweep_trigger, stock, engine_takes)
         serving = PrivateChat(engine_client, state)
-        leases, surrogate = open_surrogate(self._config, self._surrogate_name, serving, files, self._salts)
+        leases, surrogate = open_surrogate(
+            self._config, self._config.surrogate_name, serving, files, self._salts
+        )
         services = build(
             Parts(
                 config=self._config,
@@ -175,14 +177,6 @@ class SomaServer:
         return services
 
     # -- parts ------------------------------------------------------------------------------------------
-
-    @property
-    def _surrogate_name(self) -> str:
-        return self._config.surrogate.name or _served_name(self._config.surrogate_model)
-
-    @property
-    def _original_name(self) -> str:
-        return self._config.original.name or _served_name(self._config.original_model)
 
     async def _engage_teachers(self, speaks_vllm: bool) -> TeacherLogprobs:
         """Teach by log-probabilities where the original shows them in the surrogate's vocabulary."""
@@ -250,7 +244,7 @@ class SomaServer:
 
     async def _announce(self) -> None:
         """Say where the server listens, once it does; stop it if our routes are not in it."""
-        url = f"http://{self._config.server.host}:{self._config.server.port}"
+        url = self._config.server.url
         async with aiohttp.ClientSession() as client:
             while not await _answers(client, f"{url}/health"):
                 await asyncio.sleep(0.2)
@@ -264,12 +258,6 @@ class SomaServer:
     def _filled(self, template: str) -> str:
         filled = template.replace("{soma_home}", str(soma_home()))
         return filled.replace("{run_dir}", str(self._run_dir))
-
-
-def _served_name(model: str | None) -> str:
-    """The name a model is served under: its last path component."""
-    assert model is not None, "for_serving has checked"
-    return model.rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 async def _answers(client: aiohttp.ClientSession, url: str) -> bool:

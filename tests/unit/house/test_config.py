@@ -35,6 +35,7 @@ gate: {accept_threshold: 0.20, locality_threshold: 0.35, drift_window: 4, drift_
 
 
 READ_THROUGH = {
+    "surrogate.name": ("config/root.py", "self.surrogate.name"),
     "access.max_body_mib": ("api/auth/access.py", "quotas.access.max_body_mib"),
     **{
         f"adapters.{name}": ("adapters/eviction_policy.py", f"budgets.{name}")

@@ -13,7 +13,7 @@ import soma_vllm
 
 PACKAGE = Path(soma_vllm.__file__).parent
 
-FOUNDATION = frozenset({"errors", "types", "config", "versions", "machine", "logs"})
+FOUNDATION = frozenset({"errors", "types", "documents", "config", "versions", "machine", "logs"})
 STATE = FOUNDATION | {"sessions.state"}
 SERVING = STATE | {"sessions", "adapters", "engines", "method", "models", "training", "adaptation"}
 SERVER = SERVING | {"scheduler", "maintenance", "api", "baselines", "telemetry"}
@@ -23,7 +23,8 @@ BELOW: dict[str, frozenset[str]] = {
     "logs": frozenset(),
     "machine": frozenset({"errors"}),
     "types": frozenset({"errors"}),
-    "config": frozenset({"errors", "types"}),
+    "documents": frozenset({"errors"}),
+    "config": frozenset({"errors", "types", "documents"}),
     "sessions.state": FOUNDATION,
     "sessions": STATE,
     "adapters": STATE,
