@@ -149,9 +149,7 @@ class SomaServer:
         engine_takes = Demands(slot_rank(self._config.lora.rank), str(self._paths.surrogate))
         files = AdapterFileProvider(adapter_store, sweep_trigger, stock, engine_takes)
         serving = PrivateChat(engine_client, state)
-        leases, surrogate = open_surrogate(
-            self._config, self._config.surrogate_name, serving, files, self._salts
-        )
+        leases, surrogate = open_surrogate(self._config, serving, files, self._salts)
         services = build(
             Parts(
                 config=self._config,
