@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup models tiny baselines demo smoke evaluate serve check test lint docs fast-services fast-rest bench study load-tools load-test gpu-rehearsal lock clean
+.PHONY: help setup models tiny baselines demo smoke evaluate serve check test lint docs fast-services fast-rest bench study study-full load-tools load-test gpu-rehearsal lock clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -141,11 +141,16 @@ bench: models
 	@mkdir -p out
 	@$(BIN)/python benchmarks/multi_lora.py --quick --json out/multi_lora.json --figure out/multi_lora.png
 
-## make study   latency, cost and fidelity of policies on the embedded pair (10 minutes on 2 cores; STUDY="…" sets options)
+## make study   latency, cost and task accuracy of policies on the embedded pair (10 minutes on 2 cores; STUDY="…" sets options)
 study: models tiny
-	@$(BIN)/python benchmarks/throughput.py --json out/study/study.json --out out/study $(STUDY)
+	@$(BIN)/python benchmarks/throughput.py --workloads $(WORKLOADS) --json out/study/study.json --out out/study $(STUDY)
 
 STUDY ?= --quick
+WORKLOADS ?= benchmarks/workloads
+
+## make study-full  every arm on the whole test part, both pairs (a night on 2 idle cores; goes on where it ended)
+study-full: models tiny
+	@$(MAKE) --no-print-directory study STUDY="--config configs/cpu_demo.yaml --config configs/cpu_weak.yaml"
 
 ## make load-tools  two load generators, each in its own environment under $$SOMA_HOME/tools (2.7 GB on disk, 3 minutes)
 TOOLS := $(or $(SOMA_HOME),$(HOME)/.cache/soma-vllm)/tools

@@ -1,34 +1,38 @@
-"""Latency, cost and fidelity of serving policies, side by side on one running soma-serve.
+"""Latency, cost, task accuracy and fidelity of serving policies, side by side on soma-serve.
 
-What is compared. An arm is a policy (`soma`, `original`, `surrogate`, `history_prefix`, `history_ft`, …),
-chosen per request by `model: soma:<policy>`. Users arrive in an open loop: sessions begin at exponential
-intervals whatever the server does, and within a session the next turn follows an answer after an exponential
-think time. Dialogues come from a file, or are made up where only lengths matter.
+What is compared. An arm is a policy (`soma`, `original`, `surrogate`, …) with the cores and settings that
+study/arms.py gives it; every arm may use all cores, and `original_one_core` shows what the second one is worth.
+Users arrive in an open loop: sessions begin at exponential intervals whatever the server does, and within a
+session the next turn follows an answer after an exponential think time. Dialogues come from workloads, whose
+answers have a programmatic truth (docs/workloads.md), or from a file, or are made up where only lengths matter.
 
 Why it is fair.
-* One server, one pair of engines, one run. Arms take turns in blocks: in each repeat every arm has the server
-  to itself for the same dialogues, arrivals and think times, in an order drawn anew from the seed.
-  Interleaved more finely, one arm's load would be another's latency. A block ends when nothing of it runs in
-  the background any more, so that training and audits are paid by the arm that caused them; then its sessions
-  are removed.
+* Arms take turns in blocks: in each repeat every arm has a server to itself for the same dialogues, arrivals
+  and think times, in an order drawn anew from the seed; arms with the same settings share a server. A block
+  ends when nothing of it runs in the background any more, so that training and audits are paid by the arm that
+  caused them; then its sessions are removed.
+* The sessions that thresholds were chosen on are never those that are told: tuning, development and test parts
+  are separate, and the test part is played only with the thresholds that were frozen for it (--freeze).
 * Every session is a tenant of its own: no prefix cache is shared between sessions, repeats or arms.
 * A warm-up is played first and not counted. A run in which a planned turn is missing fails.
 * Costs are seconds times prices. An engine's seconds are those in which it had a request running, users' or
-  background's, because that long its core or GPU was taken; the trainers' and soma-serve's own are processor
-  seconds. They hold everything an arm caused: users' turns, held-out answers, training, audits. Processor
-  seconds of engines are reported beside them and not the default: vLLM's processes poll while they wait for
-  each other and for a second afterwards. Ray's housekeeping is reported and not priced.
+  background's, times its cores, because that long they were taken; the trainers' and soma-serve's own are
+  processor seconds. They hold everything an arm caused: users' turns, held-out answers, training, audits.
+  Ray's housekeeping is reported and not priced. --seconds cpu counts processor seconds of engines instead.
 * Latencies are the client's, over HTTP. `dispatch_overhead_ms` compares the same prompts, one at a time in
   random order, between soma-serve and a vLLM server started alike without the plugin.
 * Fidelity is 1 - mean gap to what the arm `original` answered to the same later turn, each arm going on from
-  its own answers; the original played again gives the floor of that measure. See study/fidelity.py.
+  its own answers; the original played again gives the floor of that measure. Task accuracy asks no model.
+* Ratios are of means, with intervals by a bootstrap over dialogues (study/outcome.py). Capacity is the rate of
+  arrivals at which nine turns of ten are within the target (study/capacity.py).
 
-`speculative` needs a server that drafts (`--set original.draft_tokens=4`), which then drafts in the arm
-`original` too: give both a run of their own, and compare it with a run without.
+Every block is kept under --keep and a run goes on where it ended.
 
-    python benchmarks/throughput.py --quick [--json FILE] [--out DIR]     # embedded pair, 2 cores, 10 minutes
+    python benchmarks/throughput.py --workloads benchmarks/workloads --quick [--json FILE] [--out DIR]
+    python benchmarks/throughput.py --workloads benchmarks/workloads --config A --config B   # the test part
     python benchmarks/throughput.py --dialogues FILE [--json FILE] [--out DIR]
-    python benchmarks/throughput.py --report FILE [--out DIR]             # an earlier run's tables and figures
+    python benchmarks/throughput.py --report FILE [--out DIR]       # an earlier run's tables and figures
+    python benchmarks/throughput.py --workloads DIR --freeze        # before a test part is played
 """
 
 from __future__ import annotations
@@ -36,7 +40,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import secrets
 import signal
 import sys
 from collections.abc import Sequence
@@ -45,39 +48,55 @@ from typing import Any
 
 from rich.console import Console
 from study import figures, table
-from study.cost import load_prices
-from study.plan import Dialogues, Load, plan, synthetic
-from study.report import REFERENCE, IncompleteRun
-from study.run import Say, Study, run
+from study.planned import Study
+from study.prepare import pairs, prepared
+from study.report import IncompleteRun
+from study.run import run
+from study.server import Say
+from study.workloads import PARTS, freeze, load_workloads
 
 from soma_vllm.config import load_config
 from soma_vllm.errors import ConfigError, SomaError
 from soma_vllm.tools.command_line import write_json
-from soma_vllm.tools.replay.dialogues import load_dialogues
 from soma_vllm.versions import versions
 
 HERE = Path(__file__).parent
+DEMO = HERE.parent / "dialogues" / "demo.json"
 FULL = {
     "arms": ("original", "surrogate", "soma", "history_prefix", "history_ft"),
     "repeats": 3, "sessions": 9, "limit_turns": None, "max_tokens": 32, "arrival": 8.0, "think": 3.0,
-    "overhead_rounds": 60,
+    "overhead_rounds": 60, "capacity": 0, "drift": 0,
+}  # fmt: skip
+WORKLOADS = {
+    "arms": (
+        "original", "original_one_core", "surrogate", "switch_all", "random", "history_prefix", "history_ft",
+        "soma", "soma_paper", "speculative",
+    ),
+    "repeats": 1, "max_tokens": 64, "capacity": 4, "drift": 9,
 }  # fmt: skip
 QUICK = {
     "arms": ("original", "surrogate", "soma"),
-    "repeats": 2, "sessions": 2, "limit_turns": 10, "max_tokens": 16, "arrival": 4.0, "think": 1.0,
-    "overhead_rounds": 20,
+    "repeats": 1, "sessions": 4, "limit_turns": 10, "max_tokens": 16, "arrival": 4.0, "think": 1.0,
+    "overhead_rounds": 20, "capacity": 0, "drift": 0,
 }  # fmt: skip
-"""What options that were not given stand for."""
+QUICK_WORKLOADS = {"repeats": 1, "sessions": 3, "limit_turns": 8, "max_tokens": 48, "capacity": 1}
+"""What options that were not given stand for; those of workloads come before the others."""
 
 
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """The options, presets filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=versions())
-    parser.add_argument("--config", type=Path, default=HERE.parent / "configs" / "cpu_demo.yaml")
+    parser.add_argument("--config", type=Path, action="append", help="a pair; repeatable, each has its report")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="key=value; repeatable")
     parser.add_argument("--url", help="a running soma-serve of this machine, started from the same --config")
-    parser.add_argument("--dialogues", type=Path, default=HERE.parent / "dialogues" / "demo.json")
+    parser.add_argument("--workloads", type=Path, metavar="DIR", help="folders of dialogues with a truth")
+    parser.add_argument("--part", choices=PARTS, default="test", help="of the workloads")
+    parser.add_argument("--freeze", action="store_true", help="write what the test part is played with; no run")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="blocks that were played, to go on from")
+    parser.add_argument(
+        "--dialogues", type=Path, help="dialogues without a truth; default: dialogues/demo.json"
+    )
     parser.add_argument("--only", action="append", help="this dialogue alone; repeatable")
     parser.add_argument("--synthetic", metavar="TURNS:WORDS", help="made-up dialogues instead of --dialogues")
     parser.add_argument(
@@ -90,6 +109,8 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, help="longest answer")
     parser.add_argument("--arrival", type=float, help="mean seconds between two arrivals of sessions")
     parser.add_argument("--think", type=float, help="mean seconds between an answer and the next turn")
+    parser.add_argument("--capacity", type=int, help="rates of arrival to try for soma and original; 0: none")
+    parser.add_argument("--drift", type=int, help="sessions whose topic changes, for arms with a gate; 0: none")
     parser.add_argument("--target-ttft", type=float, default=3.0, help="seconds; for goodput")
     parser.add_argument("--target-latency", type=float, default=6.0, help="seconds; for goodput")
     parser.add_argument("--prices", type=Path, default=HERE.parent / "configs" / "prices.yaml")
@@ -107,72 +128,26 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the document here")
     parser.add_argument("--out", type=Path, help="directory for the figures")
-    parser.add_argument("--write", type=Path, help="document whose tables to replace, such as docs/results.md")
+    parser.add_argument("--write", type=Path, help="document whose tables, of --json's name, to replace")
     parser.add_argument("--report", type=Path, help="print and draw this document; nothing is run")
     options = parser.parse_args(arguments)
-    for name, value in (QUICK if options.quick else FULL).items():
+    if options.quick:
+        presets = {**QUICK, **(QUICK_WORKLOADS if options.workloads else {})}
+    else:
+        presets = {**FULL, **(WORKLOADS if options.workloads else {})}
+    options.all_arms = options.arms is None
+    for name, value in presets.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    shipped = [HERE.parent / "configs" / f"{name}.yaml" for name in ("cpu_demo", "cpu_weak")]
+    options.config = options.config or (shipped if options.freeze else shipped[:1])
+    if not options.workloads and options.dialogues is None:
+        options.dialogues = DEMO
+    sources = [path.name for path in (options.workloads, options.dialogues) if path is not None]
+    options.source = " and ".join(sources)
+    if options.keep is None and options.out is not None:
+        options.keep = options.out / "blocks"
     return options
-
-
-def prepared(options: argparse.Namespace) -> Study:
-    """Everything read and checked.
-
-    Raises:
-        ConfigError: something does not fit, with all that is wrong with one source.
-    """
-    config = load_config(options.config, options.overrides).for_serving(str(options.config))
-    tariffs = load_prices(options.prices)
-    problems = []
-    if options.tariff is not None:
-        if options.tariff not in tariffs:
-            problems.append(f"--tariff {options.tariff}: expected one of {', '.join(tariffs)}")
-        else:
-            tariffs = {options.tariff: tariffs[options.tariff], **tariffs}
-    if REFERENCE not in options.arms or len(set(options.arms)) != len(options.arms):
-        problems.append(f"--arms {','.join(options.arms)}: expected {REFERENCE} among arms that all differ")
-    if "speculative" in options.arms and set(options.arms) != {REFERENCE, "speculative"}:
-        problems.append(
-            "--arms: a server that drafts does so in every arm; expected original,speculative alone"
-        )
-    if config.access.mode == "keys":
-        problems.append("access.mode: found keys; expected open: every session is a tenant of its own")
-    if config.original.url is not None and next(iter(tariffs.values())).original_prompt_thousand is None:
-        problems.append(
-            "original.url: a remote original's seconds are not ours; expected a tariff by the token"
-        )
-    least = config.warm_window + 2
-    dialogues = _dialogues(options)
-    short = [name for name, turns in dialogues.items() if len(turns) < least]
-    dialogues = {name: turns for name, turns in dialogues.items() if name not in short}
-    if not dialogues:
-        problems.append(f"found no dialogue of {least} turns or more; expected later turns to measure")
-    if problems:
-        raise ConfigError("throughput", problems)
-    load = Load(options.sessions, options.arrival, options.think)
-    blocks = plan(dialogues, options.arms, options.repeats, load, options.seed, secrets.token_hex(3))
-    return Study(options, config, tariffs, dialogues, blocks)
-
-
-def _dialogues(options: argparse.Namespace) -> Dialogues:
-    if options.synthetic:
-        turns, _, words = options.synthetic.partition(":")
-        if not (turns.isdecimal() and words.isdecimal()):
-            raise ConfigError(
-                "--synthetic", [f"found {options.synthetic!r}; expected TURNS:WORDS, such as 12:40"]
-            )
-        found: Dialogues = synthetic(options.sessions, int(turns), int(words), options.seed)
-    else:
-        found = load_dialogues(options.dialogues)
-    unknown = [name for name in options.only or () if name not in found]
-    if unknown:
-        raise ConfigError("--only", [f"found {', '.join(unknown)}; expected of {', '.join(found)}"])
-    return {
-        name: turns[: options.limit_turns]
-        for name, turns in found.items()
-        if not options.only or name in options.only
-    }
 
 
 async def _run(study: Study, say: Say) -> dict[str, Any]:
@@ -192,10 +167,14 @@ def main(arguments: Sequence[str]) -> int:
         console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
     try:
+        if options.freeze:
+            return _freeze(options)
         if options.report is not None:
-            document = json.loads(options.report.read_text(encoding="utf-8"))
-        else:
-            document = asyncio.run(_run(prepared(options), say))
+            _show(options, json.loads(options.report.read_text(encoding="utf-8")), console)
+            return 0
+        for number, one in enumerate([prepared(each) for each in pairs(options)]):
+            document = asyncio.run(_run(one, say))
+            _show(one.options, document, console, one.options.config.stem if number else "")
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -203,17 +182,33 @@ def main(arguments: Sequence[str]) -> int:
         print(f"throughput: {error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
-        print("throughput: interrupted; nothing was reported", file=sys.stderr)
+        print("throughput: interrupted; what was played is kept, nothing was reported", file=sys.stderr)
         return 130
+    return 0
+
+
+def _freeze(options: argparse.Namespace) -> int:
+    """Write what the test part will be played with, for both shipped pairs unless others are named."""
+    if options.workloads is None:
+        raise ConfigError("--freeze", ["found no --workloads; expected the folder to freeze"])
+    configs = {path.stem: load_config(path, options.overrides) for path in options.config}
+    print(freeze(options.workloads, load_workloads(options.workloads), configs))
+    return 0
+
+
+def _show(options: argparse.Namespace, document: dict[str, Any], console: Console, pair: str = "") -> None:
+    """Print, and write what was asked for; a second pair's files are named after it."""
     table.show(document, console)
     if options.json:
-        write_json(options.json, document, allow_nan=False)
-    drawn = figures.draw(document, options.out) if options.out else []
+        path = options.json.with_suffix(f".{pair}.json") if pair else options.json
+        write_json(path, document, allow_nan=False)
+    drawn = figures.draw(document, options.out / pair) if options.out else []
     for path in drawn:
         console.print(f"figure {path}", highlight=False)
     if options.write:
-        table.rewrite(options.write, document, drawn)
-    return 0
+        source = options.json or options.report
+        stem = f"{source.stem}.{pair}" if pair and source else source.stem if source else "study"
+        table.rewrite(options.write, document, drawn, "" if stem == "study" else stem)
 
 
 if __name__ == "__main__":

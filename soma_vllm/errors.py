@@ -22,6 +22,8 @@
     │   └── StoreRefused                     it answered, and refused a statement
     ├── EngineError                          an engine did not answer
     │   ├── EngineUnavailable                it is not running, or not yet                     -> 503
+    │   │   ├── EngineNotReady               it was not even asked
+    │   │   └── ConnectionLost               no byte of an answer came: it may be asked again
     │   └── EngineRefused                    it answered with an OpenAI error of its own       -> as told
     └── TrainingError                        a training ended without an adapter
 
@@ -158,15 +160,29 @@ class EngineUnavailable(EngineError):
         super().__init__(message)
 
 
+class EngineNotReady(EngineUnavailable):
+    """The engine was not asked: it is known to be starting, stopped, or down."""
+
+
+class ConnectionLost(EngineUnavailable):
+    """The connection failed before a byte of an answer came; asking again repeats nothing that was seen."""
+
+
 class EngineRefused(EngineError):
-    """The engine answered with an error of its own; `status` and `body` go to the client unchanged.
+    """The engine answered with an error of its own; `status` and `body` go to the client unchanged, and so does
+    `retry_after`, the seconds that it asks to wait, where it names any. `cause` is a code for what was wrong:
+    the engine's own sentence may quote the request."""
 
-    `cause` is a code for what was wrong: the engine's own sentence may quote the request.
-    """
-
-    def __init__(self, status: int, body: Mapping[str, Any], cause: str = "request_refused") -> None:
+    def __init__(
+        self,
+        status: int,
+        body: Mapping[str, Any],
+        retry_after: float | None = None,
+        cause: str = "request_refused",
+    ) -> None:
         self.status = status
         self.body = dict(body)
+        self.retry_after = retry_after
         self.cause = cause
         super().__init__(f"the engine refused the request with status {status}")
 

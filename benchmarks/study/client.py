@@ -40,6 +40,8 @@ class Answered:
     """Of the prompt, from the engine's prefix cache; None where the server does not say."""
     answer: str
     """Never written to the report."""
+    correct: bool | None = None
+    """By the turn's check; None where it has none."""
 
     @property
     def token_s(self) -> float | None:
@@ -112,7 +114,7 @@ class Users:
                 if number > 1:
                     await asyncio.sleep(visit.thinks_s[number - 2])
                 messages.append({"role": "user", "content": query})
-                turn = await self._ask(arm, visit, number, messages, begun)
+                turn = await self._ask(visit.policy(number, arm), visit, number, messages, begun)
                 messages.append({"role": "assistant", "content": turn.answer})
                 played = replace(played, turns=(*played.turns, turn))
                 self._told(played)
@@ -121,12 +123,12 @@ class Users:
         return played
 
     async def _ask(
-        self, arm: str, visit: Visit, number: int, messages: list[ChatCompletionMessageParam], begun: float
+        self, policy: str, visit: Visit, number: int, messages: list[ChatCompletionMessageParam], begun: float
     ) -> Answered:
         at = time.perf_counter() - begun
         reply = await stream_answer(
             self._client.with_options(api_key=visit.session),
-            model=f"soma:{arm}",
+            model=f"soma:{policy}",
             messages=messages,
             max_tokens=self._max_tokens,
             extra_headers={"X-Session-ID": visit.session},

@@ -13,9 +13,9 @@ of refused sessions that were judged again too; audits, with the turns that the 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -87,12 +87,15 @@ class Counting:
     """Of engines: the time they had a request running; False: their processor seconds."""
     trainers_report: bool = False
     """Of trainers: what they say of themselves, where they compute on a GPU; False: processor seconds."""
+    cores: Mapping[str, int] = field(default_factory=dict)
+    """Of each engine: a second in which it was busy is one of every core it has. Processor seconds know."""
 
 
 def divided(played: Sequence[Played], reading: Reading, how: Counting) -> Spent:
     """A block's seconds, given to its turns and to the background."""
     engines = reading.busy_s if how.busy else reading.cpu_s
-    seconds = {name: engines.get(name, 0.0) for name in ENGINES}
+    cores = how.cores if how.busy else {}
+    seconds = {name: engines.get(name, 0.0) * cores.get(name, 1) for name in ENGINES}
     seconds |= {name: reading.cpu_s.get(name, 0.0) for name in ("server", "trainer", "baseline")}
     if how.trainers_report:
         seconds["trainer"] = sum(map(trained_s, played))
@@ -204,8 +207,20 @@ def _audit_price(spent: Spent, prices: Prices) -> float:
 
 
 def mean_bill(bills: Sequence[Sequence[float]]) -> list[float]:
-    """Turn by turn over repeats."""
-    return [fmean(column) for column in zip(*bills, strict=True)]
+    """Turn by turn over the repeats that have it."""
+    return [fmean(cost for cost in column if cost is not None) for column in zip_longest(*bills)]
+
+
+def session_costs(played: Sequence[Played], spent: Spent, prices: Prices) -> list[float]:
+    """What each session of a block cost. They add up to all that the block took: the background, trainers and
+    the server in equal parts, since the meter cannot tell whose a second of them was."""
+    common = _audit_price(spent, prices) + spent.background_s["surrogate"] * prices.surrogate_second
+    common += spent.trainer_s * prices.trainer_second + spent.server_s * prices.surrogate_second
+    return [
+        sum(_turn_price(turn, cost, prices) for turn, cost in zip(one.turns, costs, strict=True))
+        + common / len(played)
+        for one, costs in zip(played, spent.turns, strict=True)
+    ]
 
 
 def break_even(theirs: Sequence[float], originals: Sequence[float], warm: int, earliest: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ Fidelity is 1 - mean gap; the gate promises 1 - accept_threshold for the turns i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -38,6 +39,8 @@ class Compared:
     rouge_l: float
     same: bool
     """Word for word."""
+    agreement: float
+    """Share of the longer answer's tokens before the first that differs."""
 
 
 def compare(theirs: Sequence[Played], originals: Sequence[Played], warm: int, encode: Encode) -> list[Compared]:
@@ -57,9 +60,21 @@ def compare(theirs: Sequence[Played], originals: Sequence[Played], warm: int, en
             gap(vectors[2 * n], vectors[2 * n + 1]),
             rouge_l(turn.answer, reference.answer),
             turn.answer == reference.answer,
+            token_agreement(turn.answer, reference.answer),
         )
         for n, (session, turn, reference) in enumerate(pairs)
     ]
+
+
+def token_agreement(answer: str, reference: str) -> float:
+    """Share of the longer answer's tokens (words, numbers, signs) that both begin with, in [0, 1].
+
+    A free-running answer that differs once counts as different from there on.
+    """
+    found, expected = (re.findall(r"\w+|[^\w\s]", text) for text in (answer, reference))
+    longest = max(len(found), len(expected))
+    same = next((n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None)
+    return 1.0 if not longest else (min(len(found), len(expected)) if same is None else same) / longest
 
 
 def summary(compared: Sequence[Compared], promise: float) -> dict[str, Any]:
@@ -71,6 +86,7 @@ def summary(compared: Sequence[Compared], promise: float) -> dict[str, Any]:
         "fidelity_over_promise": None if fidelity is None or promise <= 0 else round(fidelity / promise, 4),
         "fidelity_of_surrogate_turns": _fidelity(served),
         "rouge_l": round(fmean(one.rouge_l for one in compared), 4) if compared else None,
+        "token_agreement": round(fmean(one.agreement for one in compared), 4) if compared else None,
         "same_words": round(fmean(one.same for one in compared), 4) if compared else None,
         "turns": len(compared),
     }

@@ -1,4 +1,4 @@
-"""The study's figures, drawn from its JSON alone: latency by turn, cost by length, fidelity against cost."""
+"""The study's figures, drawn from its JSON alone: latency by turn, cost by length, fidelity, accuracy."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ COLORS = {
     "llmlingua2": "#3aa6b5",
     "routellm": "#b5733a",
     "speculative": "#7a7f86",
+    "original_one_core": "#8fb3e0",
+    "switch_all": "#d9a441",
+    "random": "#c9b79c",
+    "soma_paper": "#1f7a52",
 }
 OTHERS = "#a0a6ad"
 
@@ -29,6 +33,8 @@ def draw(document: Mapping[str, Any], out: Path) -> list[Path]:
         "cost_by_length": ("What a session has cost", _cost),
         "fidelity_and_cost": ("Fidelity against cost: up and to the left is better", _frontier),
     }
+    if any(arm.get("sessions_told", {}).get("graded_turns") for arm in document["arms"].values()):
+        drawings["accuracy_and_cost"] = ("Right answers against cost: up and to the left is better", _accuracy)
     for name, (title, drawing) in drawings.items():
         with figure_file(out / f"{name}.png", (8.5, 4.6), title) as figure:
             axes = figure.add_subplot()
@@ -118,6 +124,20 @@ def _frontier(document: Mapping[str, Any], axes: Any) -> None:
     axes.set_xlim(0, 1.25 * max(cost for cost, _ in points.values()) or 1.0)
     axes.set_xlabel(f"net cost of a session (tariff {next(iter(document['costs']))})")
     axes.set_ylabel("fidelity on later turns: 1 - gap to the original's answers")
+
+
+def _accuracy(document: Mapping[str, Any], axes: Any) -> None:
+    for name, arm in document["arms"].items():
+        told = arm["sessions_told"]
+        cost, right, spread = told["cost"], told["task_accuracy"], told["intervals"]["task_accuracy"]
+        if right is not None:
+            if spread is not None:
+                axes.plot([cost, cost], spread, color=_color(name), linewidth=1)
+            axes.plot(cost, right, "o", color=_color(name), markeredgecolor="white", markersize=11)
+            axes.annotate(name, (cost, right), (8, -3), textcoords="offset points", color=INK)
+    axes.set_xlim(0, 1.25 * max(arm["sessions_told"]["cost"] for arm in document["arms"].values()) or 1.0)
+    axes.set_xlabel(f"net cost of a session (tariff {next(iter(document['costs']))})")
+    axes.set_ylabel("share of right turns (bars: 95 %, over dialogues)")
 
 
 def _warm(document: Mapping[str, Any], axes: Any) -> None:

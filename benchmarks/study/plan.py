@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Dialogues = Mapping[str, Sequence[str]]
 
@@ -40,6 +40,12 @@ class Visit:
     """Seconds after its block's begin."""
     thinks_s: tuple[float, ...]
     """Seconds before each turn but the first."""
+    policies: tuple[str, ...] = ()
+    """Who is asked for each turn; none: the block's arm by its name."""
+
+    def policy(self, number: int, arm: str) -> str:
+        """Who is asked for a turn, 1-based."""
+        return self.policies[number - 1] if self.policies else arm
 
 
 @dataclass(frozen=True)
@@ -62,17 +68,38 @@ def order(arms: Sequence[str], repeats: int, seed: int) -> list[list[str]]:
 
 
 def plan(
-    dialogues: Dialogues, arms: Sequence[str], repeats: int, load: Load, seed: int, run: str
+    dialogues: Dialogues,
+    arms: Sequence[str],
+    repeats: int,
+    load: Load,
+    seed: int,
+    run: str,
+    in_turn: bool = False,
 ) -> list[Block]:
-    """All blocks in the order of play; `run` keeps the sessions of one run apart from any other's."""
+    """All blocks in the order of play; `run` keeps the sessions of one run apart from any other's.
+
+    `in_turn`: each repeat plays the next `load.sessions` dialogues, so that all have their turn; else all
+    repeats play the same.
+    """
     names = list(dialogues)
     random.Random(f"{seed}/dialogues").shuffle(names)
-    chosen = [names[number % len(names)] for number in range(load.sessions)]
-    return [
-        Block(repeat, arm, tuple(_visits(dialogues, chosen, load, seed, repeat, f"{run}-{arm}-{repeat}")))
-        for repeat, arms_now in enumerate(order(arms, repeats, seed))
-        for arm in arms_now
-    ]
+    blocks = []
+    for repeat, arms_now in enumerate(order(arms, repeats, seed)):
+        first = repeat * load.sessions if in_turn else 0
+        chosen = [names[(first + number) % len(names)] for number in range(load.sessions)]
+        for arm in arms_now:
+            visits = _visits(dialogues, chosen, load, seed, repeat, f"{run}-{arm}-{repeat}")
+            blocks.append(Block(repeat, arm, tuple(visits)))
+    return blocks
+
+
+def quicker(block: Block, factor: float, suffix: str) -> Block:
+    """The same sessions arriving `factor` times as often."""
+    visits = (
+        replace(visit, session=f"{visit.session}-{suffix}", arrives_s=visit.arrives_s / factor)
+        for visit in block.visits
+    )
+    return replace(block, visits=tuple(visits))
 
 
 def _visits(

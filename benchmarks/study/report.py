@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
-from statistics import fmean, median
 from typing import Any
 
-import numpy as np
-
 from soma_vllm.config import Config, Prices
-from study.client import Answered, Played
-from study.cost import Counting, Spent, bill, break_even, divided, mean_bill, trained_s
-from study.fidelity import Encode, compare, summary
-from study.meter import ENGINES, Numbers, Reading
+from study import capacity, outcome
+from study.capacity import Rung, Targets
+from study.client import Answered
+from study.cost import bill, break_even, mean_bill
+from study.fidelity import Compared, Encode, compare, summary
+from study.outcome import RATIOS, Course
 from study.plan import Block
+from study.service import Measured, percentiles, rankings, service, switched_latency, work
+
+__all__ = ["Also", "IncompleteRun", "Measured", "Targets", "check", "percentiles", "rankings", "report",
+           "switched_latency"]  # fmt: skip
 
 REFERENCE = "original"
 OURS = "soma"
@@ -29,52 +32,28 @@ OVERHEADS = {  # ratios, by where they stand among what `study.overhead` found
     "first_turn_overhead_ms": ("added_ms_first_turns", "session"),
     "bypass_overhead_ms": ("added_ms", "by_name"),
 }
-ALLOWED = {"original": {"original"}, "surrogate": {"surrogate"}, "speculative": {"original"}}  # by arm
+CAPACITY = "capacity_soma_over_original"
+ALLOWED = {
+    "original": {"original"},
+    "original_one_core": {"original"},
+    "surrogate": {"surrogate"},
+    "speculative": {"original"},
+}
+"""Engines, by arm."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One block that was played."""
+class Also:
+    """What was played beside the arms' own blocks."""
 
-    block: Block
-    played: tuple[Played, ...]
-    wall_s: float
-    """From its begin to its last answer."""
-    reading: Reading
-    """Up to when nothing of it ran in the background any more."""
-    idling: Numbers
-    """What was taken off `reading`: the server's processor seconds per second while idle, by part."""
-    spent: Spent
-
-    @classmethod
-    def of(
-        cls,
-        block: Block,
-        played: Sequence[Played],
-        wall_s: float,
-        reading: Reading,
-        idling: Numbers,
-        how: Counting,
-    ) -> Measured:
-        """Divide what it took."""
-        return cls(block, tuple(played), wall_s, reading, idling, divided(played, reading, how))
-
-    @property
-    def turns(self) -> list[Answered]:
-        """All of them."""
-        return [turn for one in self.played for turn in one.turns]
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What a user accepts, seconds."""
-
-    ttft_s: float
-    latency_s: float
-
-    def met(self, turn: Answered) -> bool:
-        """By one turn."""
-        return turn.ttft_s <= self.ttft_s and turn.latency_s <= self.latency_s
+    rate: float = 0.0
+    """Sessions an hour of the arms' own blocks."""
+    rungs: Mapping[str, Sequence[tuple[float, Measured]]] = field(default_factory=dict)
+    """By arm: (sessions an hour, the block played at it)."""
+    drift: Mapping[str, Sequence[Measured]] = field(default_factory=dict)
+    """By arm: blocks of sessions whose topic changes."""
+    changes: Mapping[str, int] = field(default_factory=dict)
+    """By dialogue of these: the turn with which it changes."""
 
 
 class IncompleteRun(Exception):
@@ -84,7 +63,7 @@ class IncompleteRun(Exception):
 def check(measured: Sequence[Measured], blocks: Sequence[Block]) -> None:
     """Raises IncompleteRun: a planned turn is missing, or an engine answered in an arm it has no place in."""
     problems = []
-    if [one.block for one in measured] != list(blocks):
+    if [_place(one.block) for one in measured] != [_place(block) for block in blocks]:
         problems.append(f"found {len(measured)} blocks in their order; expected {len(blocks)}")
     for one in measured:
         where = f"{one.block.arm}, repeat {one.block.repeat}"
@@ -100,6 +79,10 @@ def check(measured: Sequence[Measured], blocks: Sequence[Block]) -> None:
         raise IncompleteRun("\n".join(problems))
 
 
+def _place(block: Block) -> tuple[int, str, list[str]]:
+    return block.repeat, block.arm, [visit.dialogue for visit in block.visits]
+
+
 def report(
     measured: Sequence[Measured],
     config: Config,
@@ -108,6 +91,7 @@ def report(
     encode: Encode,
     overhead: Mapping[str, Any] | None,
     settings: Mapping[str, Any],
+    also: Also | None = None,
 ) -> dict[str, Any]:
     """The document. The first tariff is the one that `net_cost` and the ratios are in."""
     warm = config.warm_window
@@ -124,152 +108,111 @@ def report(
     }
     first = next(iter(tariffs))
     promise = 1.0 - config.gate.accept_threshold
+    also = also or Also()
+    courses = {
+        name: {arm: [one for b in blocks for one in b.courses(prices)] for arm, blocks in by_arm.items()}
+        for name, prices in tariffs.items()
+    }
+    compared = {
+        arm: [
+            compare(block.played, reference.played, 0, encode)
+            for block, reference in zip(blocks, by_arm[REFERENCE], strict=True)
+        ]
+        for arm, blocks in by_arm.items()
+    }
     arms = {
         arm: {
-            **_service(blocks, warm, targets),
-            **_faithful(blocks, by_arm[REFERENCE], warm, encode, promise),
-            **_work(blocks),
+            **service(blocks, warm, targets),
+            **_faithful(compared[arm], warm, promise),
+            **work(blocks),
             "switched_latency_over_original": switched_latency(blocks, by_arm[REFERENCE], warm),
-            "net_cost": round(sum(bills[first][arm]), 4),
-            "net_cost_by_tariff": {name: round(sum(of[arm]), 4) for name, of in bills.items()},
+            "net_cost": round(outcome.net_cost(courses[first][arm]) or 0.0, 4),
+            "net_cost_by_tariff": {
+                name: round(outcome.net_cost(of[arm]) or 0.0, 6) for name, of in courses.items()
+            },
+            "sessions_told": outcome.told(courses[first][arm], warm),
+            "by_workload": outcome.by_workload(courses[first][arm]),
+            "bins": outcome.bins(courses[first][arm], courses[first][REFERENCE]),
         }
         for arm, blocks in by_arm.items()
     }
+    arms[REFERENCE]["agreement"]["against_its_own_repeat"] = _again(by_arm[REFERENCE], warm, encode, promise)
+    ladders = _ladders(also, courses[first], tariffs[first])
+    ratios, intervals = _ratios(arms, bills[first], overhead, warm)
+    more, spreads = _outcomes(courses[first], ladders, targets)
     return {
         "settings": {**settings, "warm_window": warm, "promise": promise, "targets": asdict(targets)},
         "arms": arms,
-        "ratios": _ratios(arms, bills[first], overhead, warm),
+        "ratios": {**ratios, **more},
+        "intervals": {**intervals, **spreads},
+        "over_original": {
+            arm: {name: _pair(of, courses[first][REFERENCE], name) for name in RATIOS}
+            for arm, of in courses[first].items()
+        },
+        "capacity": {arm: capacity.told(rungs, targets) for arm, rungs in ladders.items()},
+        "drift": {
+            arm: outcome.drift(
+                [one for block in blocks for one in block.courses(tariffs[first])],
+                courses[first][arm],
+                also.changes,
+            )
+            for arm, blocks in also.drift.items()
+        },
         "rankings": rankings(arms, settings["order"]),
         "overhead": overhead,
         "idle_cpu_s_per_s": measured[0].idling,
         "costs": {name: _curves(of, arms, warm) for name, of in bills.items()},
-        "blocks": [_block(one) for one in measured],
+        "blocks": [_block(one, compared[one.block.arm][by_arm[one.block.arm].index(one)]) for one in measured],
     }
 
 
-def switched_latency(blocks: Sequence[Measured], originals: Sequence[Measured], warm: int) -> float | None:
-    """Median, over the later turns that the surrogate answered, of their latency over that of the same turn
-    under the original; None where it answered none."""
-    ratios = [
-        turn.latency_s / reference.latency_s
-        for block, other in zip(blocks, originals, strict=True)
-        for one, theirs in zip(block.played, other.played, strict=True)
-        for turn, reference in zip(one.turns, theirs.turns, strict=True)
-        if turn.turn > warm and turn.engine == "surrogate"
-    ]
-    return round(median(ratios), 4) if ratios else None
+def _pair(ours: Sequence[Course], theirs: Sequence[Course], name: str) -> dict[str, Any]:
+    value, spread = outcome.compared(ours, theirs, RATIOS[name])
+    return {"value": value, "interval": spread}
 
 
-def rankings(arms: Mapping[str, Mapping[str, Any]], order: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """The order in which each repeat played the arms, and that in which it ranks them by their later turns."""
-    medians = {arm: found["later_latency_p50_by_repeat"] for arm, found in arms.items()}
-    return [
-        {"played": list(played), "ranked": sorted(medians, key=lambda arm: medians[arm][repeat])}
-        for repeat, played in enumerate(order)
-    ]
+def _outcomes(
+    courses: Mapping[str, Sequence[Course]], ladders: Mapping[str, Sequence[Rung]], targets: Targets
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(ratios of means of ours over the original's, their intervals)."""
+    if OURS not in courses:
+        return dict.fromkeys((*RATIOS, CAPACITY)), dict.fromkeys((*RATIOS, CAPACITY))
+    found = {
+        name: outcome.compared(courses[OURS], courses[REFERENCE], measure) for name, measure in RATIOS.items()
+    }
+    if OURS in ladders and REFERENCE in ladders:
+        found[CAPACITY] = capacity.compared(ladders[OURS], ladders[REFERENCE], targets)
+    else:
+        found[CAPACITY] = (None, None)
+    return {name: value for name, (value, _) in found.items()}, {name: s for name, (_, s) in found.items()}
 
 
-def _service(blocks: Sequence[Measured], warm: int, targets: Targets) -> dict[str, Any]:
-    """What users got."""
-    turns = [turn for block in blocks for turn in block.turns]
-    later = [turn for turn in turns if turn.turn > warm]
-    switches = [n for block in blocks for one in block.played if (n := _switch(one)) is not None]
-    wall = sum(block.wall_s for block in blocks)
-    latency = percentiles([turn.latency_s for turn in later])
-    ttft = percentiles([turn.ttft_s for turn in turns])
+def _ladders(also: Also, courses: Mapping[str, Sequence[Course]], prices: Prices) -> dict[str, list[Rung]]:
+    """Each arm's rungs, its own blocks first."""
     return {
-        "later_turn_latency_p50": latency["p50"],
-        "later_turn_latency_p99": latency["p99"],
-        "ttft_p50": ttft["p50"],
-        "turns_per_s": round(len(turns) / wall, 4),
-        "goodput_turns_per_s": round(sum(map(targets.met, turns)) / wall, 4),
-        "share_surrogate": _share(turns),
-        "share_surrogate_later": _share(later),
-        "ttft_s": ttft,
-        "later_ttft_s": percentiles([turn.ttft_s for turn in later]),
-        "token_s": percentiles([turn.token_s for turn in turns if turn.token_s is not None]),
-        "latency_s": percentiles([turn.latency_s for turn in turns]),
-        "later_latency_s": latency,
-        "later_latency_p50_by_repeat": [
-            percentiles([turn.latency_s for turn in block.turns if turn.turn > warm])["p50"] for block in blocks
-        ],
-        "switch_turns": switches,
-        "median_switch_turn": median(switches) if switches else None,
-        "by_turn": _by_turn(turns),
-        "turns": len(turns),
+        arm: [
+            Rung(also.rate, tuple(courses[arm])),
+            *(Rung(rate, tuple(block.courses(prices))) for rate, block in rungs),
+        ]
+        for arm, rungs in also.rungs.items()
     }
 
 
-def _by_turn(turns: Sequence[Answered]) -> list[dict[str, Any]]:
-    rows = []
-    for number in range(1, max(turn.turn for turn in turns) + 1):
-        here = [turn for turn in turns if turn.turn == number]
-        rows.append(
-            {
-                "turn": number,
-                "latency_s": percentiles([turn.latency_s for turn in here]),
-                "ttft_s": percentiles([turn.ttft_s for turn in here]),
-                "share_surrogate": _share(here),
-                "turns": len(here),
-            }
-        )
-    return rows
-
-
-def _switch(played: Played) -> int | None:
-    """The first turn that the surrogate answered."""
-    return next((turn.turn for turn in played.turns if turn.engine == "surrogate"), None)
-
-
-def _share(turns: Sequence[Answered]) -> float:
-    return round(sum(turn.engine == "surrogate" for turn in turns) / len(turns), 4) if turns else 0.0
-
-
-def _faithful(
-    blocks: Sequence[Measured], originals: Sequence[Measured], warm: int, encode: Encode, promise: float
-) -> dict[str, Any]:
-    compared = [
-        one
-        for block, reference in zip(blocks, originals, strict=True)
-        for one in compare(block.played, reference.played, warm, encode)
-    ]
-    found = summary(compared, promise)
-    if blocks is originals:
-        # Against itself it is 1 by definition; against its own other repeat it is the floor of this measure.
-        others = [*originals[1:], originals[0]]
-        pairs = zip(originals, others, strict=True) if len(originals) > 1 else ()
-        again = [one for a, b in pairs for one in compare(a.played, b.played, warm, encode)]
-        found["against_its_own_repeat"] = summary(again, promise) if again else None
+def _faithful(compared: Sequence[Sequence[Compared]], warm: int, promise: float) -> dict[str, Any]:
+    found = summary([one for block in compared for one in block if one.turn > warm], promise)
     return {"fidelity": found.pop("fidelity"), "agreement": found}
 
 
-def _work(blocks: Sequence[Measured]) -> dict[str, Any]:
-    """What the server did for it: per session, mean over all."""
-    played = [one for block in blocks for one in block.played]
-    sessions = len(played)
-    kinds = Counter(event["kind"] for one in played for event in one.events)
-    trainings = [trained_s(one) for one in played if trained_s(one) > 0]
-    seconds = [block.spent.seconds for block in blocks]
-    parts = {part: sum(block.reading.cpu_s[part] for block in blocks) for part in blocks[0].reading.cpu_s}
-    busy = {name: sum(block.reading.busy_s.get(name, 0.0) for block in blocks) for name in ENGINES}
-    tokens = {
-        name: {
-            kind: round(sum(block.reading.engines.get(name, {}).get(kind, 0.0) for block in blocks))
-            for kind in ("prompt", "cached", "generated")
-        }
-        for name in ENGINES
-    }
-    return {
-        "sessions": sessions,
-        "engine_tokens": tokens,
-        "seconds_per_session": {key: round(sum(s[key] for s in seconds) / sessions, 3) for key in seconds[0]},
-        "cpu_s_per_session": {part: round(value / sessions, 3) for part, value in parts.items()},
-        "busy_s_per_session": {name: round(value / sessions, 3) for name, value in busy.items()},
-        "adapters_trained": len(trainings),
-        "training_s_mean": round(fmean(trainings), 2) if trainings else None,
-        "sessions_with_adapter": sum(any(turn.adapter for turn in one.turns) for one in played),
-        "events": dict(sorted(kinds.items())),
-    }
+def _again(originals: Sequence[Measured], warm: int, encode: Encode, promise: float) -> dict[str, Any] | None:
+    """The original against its own next repeat of the same dialogues: the floor of what differences mean."""
+    again: list[Compared] = []
+    for number, one in enumerate(originals):
+        later = [*originals[number + 1 :], *originals[:number]]
+        names = [played.visit.dialogue for played in one.played]
+        same = (b for b in later if [played.visit.dialogue for played in b.played] == names)
+        if (other := next(same, None)) is not None:
+            again += compare(one.played, other.played, warm, encode)
+    return summary(again, promise) if again else None
 
 
 def _ratios(
@@ -277,17 +220,15 @@ def _ratios(
     bills: Mapping[str, Sequence[float]],
     overhead: Mapping[str, Any] | None,
     warm: int,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(ratios, intervals of those that have one)."""
     ours = arms.get(OURS)
     even = None if ours is None else _even(OURS, arms, bills, warm)
-    return {
+    found = {
         "later_latency_soma_over_original": None
         if ours is None
         else round(ours["later_turn_latency_p50"] / arms[REFERENCE]["later_turn_latency_p50"], 4),
         "switched_latency_soma_over_original": None if ours is None else ours["switched_latency_over_original"],
-        "net_cost_soma_over_original": None
-        if ours is None or not arms[REFERENCE]["net_cost"]
-        else round(ours["net_cost"] / arms[REFERENCE]["net_cost"], 4),
         **{
             name: None if overhead is None else overhead[over][way]["median"]
             for name, (over, way) in OVERHEADS.items()
@@ -295,6 +236,12 @@ def _ratios(
         "break_even_turn": None if even is None else even["turn"],
         "break_even_extrapolated": None if even is None else even["extrapolated"],
     }
+    spreads = (
+        {}
+        if overhead is None
+        else {name: overhead[over][way]["ci95"] for name, (over, way) in OVERHEADS.items()}
+    )
+    return found, spreads
 
 
 def _even(
@@ -317,8 +264,9 @@ def _curves(
     }
 
 
-def _block(one: Measured) -> dict[str, Any]:
-    """The raw numbers, without what was said."""
+def _block(one: Measured, compared: Sequence[Compared]) -> dict[str, Any]:
+    """The raw numbers, without what was said: those of every turn, with its gap to the original's answer."""
+    gaps = {(each.session, each.turn): each for each in compared}
     return {
         "repeat": one.block.repeat,
         "arm": one.block.arm,
@@ -329,22 +277,17 @@ def _block(one: Measured) -> dict[str, Any]:
             {
                 "dialogue": played.visit.dialogue,
                 "arrives_s": round(played.visit.arrives_s, 3),
-                "turns": [_turn(turn) for turn in played.turns],
+                "turns": [_turn(turn, gaps.get((number, turn.turn))) for turn in played.turns],
                 "events": Counter(event["kind"] for event in played.events),
             }
-            for played in one.played
+            for number, played in enumerate(one.played)
         ],
     }
 
 
-def _turn(turn: Answered) -> dict[str, Any]:
+def _turn(turn: Answered, compared: Compared | None) -> dict[str, Any]:
     kept = {name: value for name, value in asdict(turn).items() if name != "answer"}
+    if compared is not None:
+        told = ("gap", "rouge_l", "same", "agreement")
+        kept |= {name: getattr(compared, name) for name in told}
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in kept.items()}
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float | None]:
-    """p50, p90 and p99; None without values."""
-    if not values:
-        return {"p50": None, "p90": None, "p99": None}
-    found = np.percentile(np.asarray(values), [50, 90, 99])
-    return {name: round(float(value), 4) for name, value in zip(("p50", "p90", "p99"), found, strict=True)}

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from study import outcome_table
 from study.report import OVERHEADS
 
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
@@ -36,10 +37,21 @@ def show(document: Mapping[str, Any], console: Console) -> None:
     console.print(f"fidelity: the gate promises {promise:.2f} for what it gives to the surrogate")
     console.print(f"net cost: per session, tariff {tariff}; seconds are {settings['seconds_are']}")
     console.print(_costs(document))
+    for title, heads, rows in outcome_table.grids(document):
+        console.print(_grid_of(title, heads, rows))
     for line in _ranking_lines(document):
         console.print(line, highlight=False)
     for name, value in _ratio_rows(document):
         console.print(f"{name:34} {value}", highlight=False)
+
+
+def _grid_of(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    told = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold", title=title)
+    for number, head in enumerate(heads):
+        told.add_column(head, justify="right" if number else "left")
+    for row in rows:
+        told.add_row(*row)
+    return told
 
 
 def _costs(document: Mapping[str, Any]) -> Table:
@@ -66,9 +78,12 @@ def _cost_rows(document: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 def _ratio_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The ratios; those of dispatch with their intervals."""
+    """The ratios, with their intervals where they have one."""
     rows = {name: "-" if value is None else str(value) for name, value in document["ratios"].items()}
-    if document["overhead"] is not None:
+    for name, spread in document.get("intervals", {}).items():
+        if spread is not None:
+            rows[name] += f" [{spread[0]}, {spread[1]}]"
+    if document["overhead"] is not None and "intervals" not in document:
         for name, (over, way) in OVERHEADS.items():
             low, high = document["overhead"][over][way]["ci95"]
             rows[name] += f" [{low}, {high}]"
@@ -84,22 +99,23 @@ def _ranking_lines(document: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def rewrite(path: Path, document: Mapping[str, Any], figures: Sequence[Path] = ()) -> None:
-    """Put the tables, and links to figures, into a document, between its two marks.
+def rewrite(path: Path, document: Mapping[str, Any], figures: Sequence[Path] = (), name: str = "") -> None:
+    """Put the tables, and links to figures, into a document, between its two marks, or those of another `name`.
 
     Raises:
         ValueError: it has no such marks.
     """
     text = path.read_text(encoding="utf-8")
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    first, last = (mark.replace("study", f"study {name}") if name else mark for mark in (BEGIN, END))
+    head, begin, rest = text.partition(first)
+    _, end, tail = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"{path}: found no {BEGIN} … {END}; expected both, around what is to be replaced")
+        raise ValueError(f"{path}: found no {first} … {last}; expected both, around what is to be replaced")
     links = [
         f"![{figure.stem.replace('_', ' ')}]({os.path.relpath(figure, path.parent)})" for figure in figures
     ]
     made = "\n".join([markdown(document), *(f"{link}\n" for link in links)])
-    path.write_text(f"{head}{BEGIN}\n\n{made}\n{END}{tail}", encoding="utf-8")
+    path.write_text(f"{head}{first}\n\n{made}\n{last}{tail}", encoding="utf-8")
 
 
 def markdown(document: Mapping[str, Any]) -> str:
@@ -118,6 +134,11 @@ def markdown(document: Mapping[str, Any]) -> str:
         "",
         *_grid(["", *arms], [[heading, *(cell(arm) for arm in arms.values())] for heading, cell in ROWS]),
         "",
+        *(
+            line
+            for title, heads, rows in outcome_table.grids(document)
+            for line in (f"{title.capitalize()}:", "", *_grid(heads, rows), "")
+        ),
         *_grid(["net cost / N\\*", *arms], [[name, *cells] for name, cells in _cost_rows(document)]),
         "",
         *_grid(

@@ -17,12 +17,15 @@ Guarantees:
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from soma_vllm.adaptation.acceptance import Acceptance, evidence_of
 from soma_vllm.adaptation.training_run import AdaptationAbandoned, NothingTeaches, TrainingBudget, TrainingRun
+from soma_vllm.config import Adaptation as AdaptationSettings
 from soma_vllm.config import Config
 from soma_vllm.errors import AdapterError, EngineError, EngineRefused, SomaError, TrainingError
 from soma_vllm.sessions.background_tasks import BackgroundTasks
@@ -60,25 +63,42 @@ class Adaptation:
         self._acceptance = acceptance
         self._budget = budget
         self._training = training
+        self._concurrent = asyncio.Semaphore(config.adaptation.max_concurrent)
 
     def start(
-        self, key: SessionKey, forced: Candidate | None = None, rules: AdaptationRules | None = None
+        self,
+        key: SessionKey,
+        forced: Candidate | None = None,
+        rules: AdaptationRules | None = None,
+        within_s: float = 0.0,
     ) -> None:
-        """Mark a session whose warm start is complete as adapting, now; a background task does the rest.
+        """Mark a session whose warm start is complete as adapting, now; a background task does the rest, after
+        a random delay of at most `within_s` seconds.
 
-        `rules` are its policy's; None takes the default policy's.
+        `rules` are its policy's; None takes the default policy's. An adaptation that was interrupted too often
+        is refused instead.
         """
+        limits, so_far = self._config.adaptation, self._registry.session(key)
+        if so_far.phase is Phase.ADAPTING and (why := _worn_out(so_far, limits)) is not None:
+            logger.warning("an interrupted adaptation is not begun again: %s", why)
+            self._registry.note(key, EventKind.REFUSED, reason=why, found_wanting=False)
+            return
         session = self._registry.note(
             key, EventKind.ADAPTATION_STARTED, forced=forced, adapting=asdict(rules or AdaptationRules())
         )
-        self._background.spawn(key, self._run(key, session, forced))
+        self._background.spawn(key, self._run(key, session, forced, random.uniform(0, within_s)))
 
     def start_if_due(self, key: SessionKey, rules: AdaptationRules | None = None) -> None:
         """Start, if the session has enough turns and their text is in memory."""
         if self._registry.session(key).wants_adaptation(self._config):
             self.start(key, None, rules)
 
-    async def _run(self, key: SessionKey, session: Session, forced: Candidate | None) -> None:
+    async def _run(self, key: SessionKey, session: Session, forced: Candidate | None, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        async with self._concurrent:
+            await self._adapt(key, session, forced)
+
+    async def _adapt(self, key: SessionKey, session: Session, forced: Candidate | None) -> None:
         made: list[AdapterRef] = []
         try:
             examples, held_out = await self._training.examples(session)
@@ -193,6 +213,15 @@ class Adaptation:
                 "adaptation failed; the original keeps the session until its cool-down ends: %s", error
             )
             self._registry.note(key, EventKind.TRAINING_FAILED, error=type(error).__name__, message=str(error))
+
+
+def _worn_out(session: Session, limits: AdaptationSettings) -> str | None:
+    """Why an adaptation that was interrupted is not begun again; None where it is."""
+    if session.attempts >= limits.max_attempts:
+        return f"its adaptation was interrupted {session.attempts} times"
+    if session.trainings >= limits.max_trainings:
+        return f"it had {session.trainings} trainings"
+    return None
 
 
 def _require_adapter(allowed: Sequence[Candidate]) -> None:

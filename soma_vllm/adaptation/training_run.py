@@ -136,7 +136,7 @@ class TrainingRun:
         """
         prompt = await self._surrogate.prompt(ChatCall(example.body, None, key.tenant, background=True))
         if len(prompt) + (example.length.tokens or 0) > self._config.surrogate.max_model_len:
-            raise EngineRefused(400, {}, "context_length_exceeded")
+            raise EngineRefused(400, {}, cause="context_length_exceeded")
         return prompt
 
     async def train(

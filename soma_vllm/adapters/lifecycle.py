@@ -26,7 +26,7 @@ from soma_vllm.adapters.leases import AdapterLeases
 from soma_vllm.adapters.slots import SlotRequest
 from soma_vllm.adapters.store.manifest import PublishedAdapter
 from soma_vllm.adapters.store.protocol import AdapterStore
-from soma_vllm.errors import AdapterError, AdapterRejected, EngineError, NotFound
+from soma_vllm.errors import AdapterError, AdapterRejected, EngineError, NotFound, StoreUnavailable
 from soma_vllm.sessions.state.adapter_states import AdapterState
 from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.types import AdapterRef, SessionKey
@@ -201,7 +201,7 @@ class AdapterLifecycle:
         try:
             async with asyncio.timeout(RECORD_S):
                 await self._records.written()
-        except TimeoutError:
+        except (TimeoutError, StoreUnavailable):
             logger.warning(
                 "the session store did not answer within %g s; adapter %s stays until the next sweep or start",
                 RECORD_S,

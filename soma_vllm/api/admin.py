@@ -83,12 +83,15 @@ async def show_session(session: str, raw_request: Request, tenant: Tenant = None
 
 @router.delete("/{session:path}")
 async def remove_session(session: str, raw_request: Request, tenant: Tenant = None) -> Response:
-    """Remove a session: its record, its text, its adapter. Answers when all of it is removed."""
+    """Remove a session: its record, its text, its adapter. 204 when all of it is removed; 202 where that takes
+    long, because a request of the session is under way: it goes on, and GET answers 404 once it is done."""
     try:
-        await _session_admin(raw_request).remove(_key(raw_request, session, tenant))
+        done = await _session_admin(raw_request).remove(_key(raw_request, session, tenant))
     except SomaError as error:
         return failed(error)
-    return Response(status_code=204)
+    if done:
+        return Response(status_code=204)
+    return JSONResponse({"object": "soma.session", "id": session, "status": "removing"}, status_code=202)
 
 
 async def _ordered(raw_request: Request, session: str, tenant: str | None, order: Any) -> Response:

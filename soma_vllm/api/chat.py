@@ -1,4 +1,4 @@
-"""OpenAI's chat completions, text completions and model list, dispatched."""
+"""OpenAI's chat completions and text completions, dispatched."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import Response
+from pydantic import BaseModel
 
+from soma_vllm.api.dialogue_stream import Opened, chat_errors, respond_streaming
 from soma_vllm.api.error_responses import failed
-from soma_vllm.engines.engine import Events
+from soma_vllm.api.unicode_check import require_unicode
+from soma_vllm.config import Server
 from soma_vllm.engines.vllm.internals import (
     ChatBody,
     CompletionBody,
@@ -19,7 +21,7 @@ from soma_vllm.engines.vllm.internals import (
     with_cancellation,
 )
 from soma_vllm.errors import SomaError
-from soma_vllm.scheduler.dispatcher import Answer, ChatRequest, Dispatcher, no_such_model
+from soma_vllm.scheduler.dispatcher import Answer, ChatRequest, Dispatcher
 
 router = APIRouter()
 
@@ -27,51 +29,20 @@ NULLABLE = frozenset({"content", "refusal", "logprobs", "finish_reason"})
 """Fields of a completion that OpenAI's schema requires and allows to be null."""
 
 
-class DialogueStream(StreamingResponse):
-    """A stream that is closed when the response ends, also when the client left before it began."""
-
-    def __init__(self, events: Events, headers: Mapping[str, str]) -> None:
-        super().__init__(events, headers=dict(headers), media_type="text/event-stream")
-        self._events = events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events, then close them."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._events.aclose()
-
-
 @router.post("/v1/chat/completions", dependencies=[Depends(validate_json_request)])
 @with_cancellation  # type: ignore[untyped-decorator]
 async def create_chat_completion(request: ChatBody, raw_request: Request) -> Response:
-    """OpenAI's chat completion, dispatched. `request` is here for vLLM's validation alone."""
+    """OpenAI's chat completion, dispatched. `request` is here for vLLM's validation."""
     # The raw JSON is passed on: the original gets each field as the client sent it. `PrivateChat` validates
     # again for the surrogate: routing may have replaced the messages, and `/v1/responses` has no such object.
-    return await _answered(dispatcher(raw_request).chat, raw_request)
+    return await _answered(dispatcher(raw_request).chat, request, raw_request)
 
 
 @router.post("/v1/completions", dependencies=[Depends(validate_json_request)])
 @with_cancellation  # type: ignore[untyped-decorator]
 async def create_completion(request: CompletionBody, raw_request: Request) -> Response:
     """OpenAI's text completion: it has no session; the original answers, or the engine that is named."""
-    return await _answered(dispatcher(raw_request).complete, raw_request)
-
-
-@router.get("/v1/models")
-async def list_models(raw_request: Request) -> JSONResponse:
-    """The names that a request may ask for. Adapters are not among them."""
-    names = raw_request.app.state.soma_host.models()
-    return JSONResponse({"object": "list", "data": [_card(name) for name in names]})
-
-
-@router.get("/v1/models/{model:path}")
-async def show_model(model: str, raw_request: Request) -> JSONResponse:
-    """One of these names."""
-    names = raw_request.app.state.soma_host.models()
-    if model not in names:
-        return failed(no_such_model(model, names))
-    return JSONResponse(_card(model))
+    return await _answered(dispatcher(raw_request).complete, request, raw_request)
 
 
 def dispatcher(raw_request: Request) -> Dispatcher:
@@ -80,23 +51,49 @@ def dispatcher(raw_request: Request) -> Dispatcher:
     return found
 
 
-def _card(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "soma_vllm"}
+async def _answered(
+    answer: Callable[[ChatRequest], Awaitable[Answer]],
+    request: ChatBody | CompletionBody,
+    raw_request: Request,
+) -> Response:
+    body = as_validated(await raw_request.json(), request)
+    incoming = ChatRequest(body, raw_request.headers, raw_request)
 
+    async def events() -> Opened:
+        found = await answer(incoming)
+        assert found.reply.events is not None, "a request with stream=true is answered by events"
+        return found.reply.events, found.headers
 
-async def _answered(answer: Callable[[ChatRequest], Awaitable[Answer]], raw_request: Request) -> Response:
-    incoming = ChatRequest(await raw_request.json(), raw_request.headers, raw_request)
     try:
+        require_unicode(body)
+        if request.stream:
+            return await respond_streaming(events(), incoming.routed, silence_s(raw_request), chat_errors)
         found = await answer(incoming)
     except SomaError as error:
         return failed(error)
-    if found.reply.events is not None:
-        return DialogueStream(found.reply.events, found.headers)
     assert found.reply.body is not None
     # Generated text may hold half a surrogate pair, which UTF-8 cannot; JSON's escape can.
     content = json.dumps(without_nulls(found.reply.body), ensure_ascii=False, separators=(",", ":"))
     whole = content.encode("utf-8", "backslashreplace")
     return Response(whole, headers=dict(found.headers), media_type="application/json")
+
+
+def as_validated(body: Mapping[str, Any], request: BaseModel) -> dict[str, Any]:
+    """A JSON body whose flags and numbers are what vLLM has read: `"stream": "false"` is no stream."""
+    found, read = dict(body), vars(request)  # not by attribute: deprecated ones would warn
+    for name in body.keys() & read.keys():
+        given, meant = body[name], read[name]
+        if isinstance(given, Mapping) and isinstance(meant, BaseModel):
+            found[name] = as_validated(given, meant)
+        elif isinstance(meant, int) or (isinstance(meant, float) and isinstance(given, str)):
+            found[name] = meant
+    return found
+
+
+def silence_s(raw_request: Request) -> float:
+    """Seconds of silence after which a stream sends a comment; 0: never."""
+    server: Server = raw_request.app.state.soma_host.server
+    return server.keep_alive_s
 
 
 def without_nulls(completion: Mapping[str, Any]) -> dict[str, Any]:

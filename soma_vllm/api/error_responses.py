@@ -6,8 +6,10 @@ Guarantees: every SomaError has an answer; 429 and 503 responses carry Retry-Aft
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -30,7 +32,9 @@ from soma_vllm.errors import (
 )
 
 STORE_RETRY_S = 5.0
-"""Seconds; a hint for clients while the database does not answer."""
+"""Seconds; a hint for clients while the database does not answer, or an engine refuses and names no wait."""
+
+MOST_RETRY_S = 86_400.0
 
 STATUS: tuple[tuple[type[SomaError], HTTPStatus, str | None], ...] = (
     (BodyTooLarge, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_large"),
@@ -67,17 +71,38 @@ def failure(
 
 
 def failed(error: SomaError) -> JSONResponse:
-    """The response to a request that failed with `error`. An engine's own refusal goes out unchanged."""
+    """The response to a request that failed with `error`. An engine's own refusal goes out as it is, but that
+    a context which is too long has OpenAI's code for it: clients look for that, and vLLM has a number there."""
     if isinstance(error, EngineRefused):
-        return JSONResponse(error.body, status_code=error.status)
+        return JSONResponse(_with_code(error.body), status_code=error.status, headers=_headers(error))
     status, code = next((status, code) for kind, status, code in STATUS if isinstance(error, kind))
     param = error.param if isinstance(error, BadRequest) else None
     return failure(status, str(error), param, _headers(error), code)
 
 
-async def http_failed(_: Request, error: Exception) -> JSONResponse:
+TOO_LONG = re.compile(r"maximum (context|model) length")
+"""In vLLM's words for a prompt, or a prompt and an answer, that do not fit."""
+
+
+def _with_code(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    told = body.get("error")
+    if not isinstance(told, Mapping) or not isinstance(told.get("code"), int | None):
+        return body
+    if not TOO_LONG.search(str(told.get("message"))):
+        return body
+    return {**body, "error": {**told, "code": "context_length_exceeded"}}
+
+
+def no_such_path(method: str, path: str) -> str:
+    """What is said of a path that is not there."""
+    return f"{method} {path[:200]}: found no such path; expected one of /docs, most of which begin with /v1"
+
+
+async def http_failed(request: Request, error: Exception) -> JSONResponse:
     """Starlette's own errors in OpenAI's shape: no such path, no such method, a body that is not JSON."""
     assert isinstance(error, HTTPException)
+    if error.status_code == HTTPStatus.NOT_FOUND and error.detail == HTTPStatus.NOT_FOUND.phrase:
+        return failure(HTTPStatus.NOT_FOUND, no_such_path(request.method, request.url.path))
     return failure(HTTPStatus(error.status_code), str(error.detail), headers=error.headers)
 
 
@@ -88,10 +113,14 @@ def _headers(error: SomaError) -> dict[str, str] | None:
         return {"Retry-After": whole_seconds(error.retry_after)}
     if isinstance(error, StoreUnavailable):
         return {"Retry-After": whole_seconds(STORE_RETRY_S)}
+    if isinstance(error, EngineRefused):
+        wait = STORE_RETRY_S if error.retry_after is None else error.retry_after
+        named = error.retry_after is not None or error.status == HTTPStatus.TOO_MANY_REQUESTS
+        return {"Retry-After": whole_seconds(wait)} if named else None
     return None
 
 
 def whole_seconds(seconds: float) -> str:
-    """A wait as `Retry-After` has it: whole seconds, rounded up."""
+    """A wait as `Retry-After` has it: whole seconds, rounded up, at most a day."""
     # Without the inner rounding a floating-point error would turn 60 s into 61.
-    return str(math.ceil(round(seconds, 6)))
+    return str(math.ceil(round(min(seconds, MOST_RETRY_S), 6)))

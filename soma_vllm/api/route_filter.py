@@ -23,11 +23,9 @@ KEPT = frozenset(
         "/openapi.json",
         "/health",
         "/ping",
-        "/version",
+        "/static",
         "/load",
         "/metrics",
-        "/tokenize",
-        "/detokenize",
     }
 )
 """Routes of vLLM that stay open: none of them generates, or changes what all tenants share."""

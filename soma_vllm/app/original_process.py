@@ -32,6 +32,21 @@ class OriginalProcess:
         self._supervisor: Supervisor | None = None
         self._was_ready = False
 
+    @property
+    def state(self) -> State | None:
+        """The child's state; None for an external endpoint."""
+        return None if self._supervisor is None else self._supervisor.state
+
+    @property
+    def restarts(self) -> int:
+        """Restarts of the child so far."""
+        return 0 if self._supervisor is None else self._supervisor.restarts
+
+    @property
+    def replaceable(self) -> bool:
+        """Whether the surrogate answers while the original is down."""
+        return self._config.original.when_down == "surrogate"
+
     def start(self, model: Path | None, surrogate: Path, cleanup: AsyncExitStack) -> None:
         """Start the child: it loads beside the surrogate, whose weights may draft for it.
 
@@ -92,4 +107,8 @@ class OriginalProcess:
                 log,
             )
         elif state is State.FAILED:
-            logger.error("the original is given up until this server is restarted; its log is %s", log)
+            logger.error(
+                "the original ended too often; it is started again every few minutes, and until it is ready "
+                "original.when_down says who answers; its log is %s",
+                log,
+            )

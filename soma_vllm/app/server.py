@@ -8,10 +8,11 @@ started is stopped again, however the server ends.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,17 +27,21 @@ from soma_vllm.adapters.store.opening import open_root
 from soma_vllm.adapters.store.protocol import AdapterStore
 from soma_vllm.adapters.store.verify import Demands
 from soma_vllm.api.auth.quotas import Quotas
+from soma_vllm.api.draining import Draining
+from soma_vllm.api.readiness import Readiness
 from soma_vllm.app.build import Parts, SomaServices, build
 from soma_vllm.app.original_process import OriginalProcess
 from soma_vllm.app.surrogate_parts import open_surrogate, shared_vocabulary
+from soma_vllm.app.watching import watch
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import Salts
+from soma_vllm.engines.original import OriginalEngine
 from soma_vllm.engines.vllm.arguments import (
     slot_rank,
     surrogate_arguments,
     vllm_environment,
 )
-from soma_vllm.errors import PolicyUnavailable, PreflightError, TrainingError
+from soma_vllm.errors import PolicyUnavailable, PreflightError, TrainingError, Unprocessable
 from soma_vllm.maintenance.sweep_trigger import SweepTrigger
 from soma_vllm.models.home import soma_home
 from soma_vllm.scheduler.dispatcher import DISPATCH_NAME
@@ -76,15 +81,20 @@ class SomaServer:
         self._policies = policies
         self._say = say
         self._started = time.monotonic()
-        self._begun = False
+        self._state: Any = None
+        """vLLM's application state, once the services have started."""
         self._cleanup = AsyncExitStack()
         self._run_dir = run_dir
         self._salts = Salts()
+        self.draining = Draining(config.server.drain_s, say)
+        self.readiness = Readiness()
         self._original = OriginalProcess(config, config.original_name, run_dir, say)
         keys = KeyStore.at(self._filled(config.storage.url))
         self._cleanup.push_async_callback(keys.close)
         self.quotas = Quotas.configured(config, keys)
-        self.extra_routes = config.server.extra_routes
+        self.server = config.server
+        self.started_at = time.time()
+        self._original_engine: OriginalEngine | None = None
 
     # -- life -------------------------------------------------------------------------------------------
 
@@ -112,7 +122,8 @@ class SomaServer:
             setattr(arguments, HOST, self)
             announced = asyncio.create_task(self._announce(), name="soma-announce")
             try:
-                await run_server(arguments)
+                # The server drains by itself; uvicorn's own wait is for what that left.
+                await run_server(arguments, timeout_graceful_shutdown=math.ceil(self._config.server.drain_s))
             finally:
                 announced.cancel()
                 self._say("stopping   the trainers, the original and the session store")
@@ -129,9 +140,27 @@ class SomaServer:
             raise PreflightError(str(error)) from error
         self._say(f"adapters   sessions of {'any tenant' if owner == ANYONE else owner} start from {directory}")
 
-    def models(self) -> list[str]:
-        """Names that may be asked for."""
-        return [DISPATCH_NAME, self._config.original_name, self._config.surrogate_name]
+    def models(self) -> dict[str, int | None]:
+        """Names that may be asked for, and the longest prompt and answer of each."""
+        original, surrogate = self._config.original, self._config.surrogate
+        known = original.url is None or "max_model_len" in original.model_fields_set
+        longest = original.max_model_len if known else None
+        # A dialogue is the original's first, and again where it outgrows the surrogate.
+        own = {DISPATCH_NAME: longest, self._config.original_name: longest}
+        return {**own, self._config.surrogate_name: surrogate.max_model_len}
+
+    async def original_tokenizer(
+        self, path: str, body: Mapping[str, Any], required: bool
+    ) -> Mapping[str, Any] | None:
+        """What the original's tokenizer answers; see `api.plugin.Host`."""
+        engine = self._original_engine
+        if engine is None or not engine.speaks_vllm:
+            if required:
+                raise Unprocessable(
+                    f"the original shows no tokenizer; expected {self._config.surrogate_name}", "model"
+                )
+            return None
+        return await engine.tokenizer(path, body)
 
     async def begin(self, engine_client: Any, state: Any) -> SomaServices:
         """Called by the plugin once vLLM's engine is ready: start the rest, hand out what its routes need."""
@@ -143,6 +172,7 @@ class SomaServer:
         encoder = await self._load_encoder()
         trainer = await self._start_trainers()
         original = await self._original.connect(self._salts, self._cleanup)
+        self._original_engine = original
         await self._open_policy()
         stock, sweep_trigger = AdapterStoreMetrics(), SweepTrigger()
         adapter_store = self._open_adapter_store()
@@ -171,7 +201,8 @@ class SomaServer:
         )
         self._cleanup.push_async_callback(services.stop)
         await services.start()
-        self._begun = True
+        watch(self.readiness, services, self._original, trainer, engine_client, self.draining)
+        self._state = state
         return services
 
     # -- parts ------------------------------------------------------------------------------------------
@@ -246,10 +277,11 @@ class SomaServer:
         async with aiohttp.ClientSession() as client:
             while not await _answers(client, f"{url}/health"):
                 await asyncio.sleep(0.2)
-        if not self._begun:
+        if self._state is None:
             self._say("failed     vLLM did not load the soma endpoint plugin; is soma-vllm installed here?")
             os.kill(os.getpid(), signal.SIGTERM)
             return
+        self.draining.handle_signals(self._state.server)
         seconds = time.monotonic() - self._started
         self._say(f"listening  {url}/v1  (models: {', '.join(self.models())}; ready in {seconds:.0f} s)")
 

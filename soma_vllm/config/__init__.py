@@ -13,6 +13,7 @@ from soma_vllm.config.section import Positive, Ratio, Seconds, Section
 from soma_vllm.config.serving import (
     Access,
     Adapters,
+    Cors,
     Encoder,
     Engine,
     Limits,
@@ -30,6 +31,7 @@ __all__ = [
     "Adapters",
     "Baselines",
     "Config",
+    "Cors",
     "Encoder",
     "Engine",
     "Gate",

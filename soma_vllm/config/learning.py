@@ -18,6 +18,9 @@ class Mining(Section):
     studies. auto: mined where that was measured to help later turns: nowhere yet (docs/experiments)."""
     hardness: Literal["divergence", "reference"] = "divergence"
     """How a turn's hardness r_t is measured. reference: the published code's inverted form. For studies."""
+    tail: Literal["distribution", "positions"] = "distribution"
+    """H_tail of Eq. 3. distribution: the entropy beyond the m likeliest tokens, at the answer's positions.
+    positions: the published code's, the whole entropy at the last 32 positions of the sequence. For studies."""
     soft_len: Annotated[int, Field(ge=1, le=256)] = 16
     """L, virtual tokens of the soft prompt."""
     n_candidates: Positive = 3
@@ -43,7 +46,7 @@ class Mining(Section):
     """beta, weight of the tail entropy, which keeps the mined distribution from collapsing onto a few tokens
     (Eq. 3). 0: left out."""
     lambda_P: Annotated[float, Field(ge=0)] = 1.0e-4
-    """lambda_P, weight of the soft prompt's squared norm (Eq. 3). 0: left out."""
+    """lambda_P, weight of the soft prompt's squared norm, before the tanh (Eq. 3). 0: left out."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of the soft prompt's random start, before the tanh."""
     scale: Annotated[float, Field(gt=0)] = 0.25
@@ -188,6 +191,11 @@ class Adaptation(Section):
     twice as many after every further one."""
     max_trainings: Positive = 3
     """Trainings a session may have in its life."""
+    max_concurrent: Positive = 8
+    """Adaptations that are judged or trained at the same time; further ones wait."""
+    max_attempts: Positive = 3
+    """Beginnings of one adaptation, where servers end during it: a session that ends its server is not tried
+    again."""
     train_timeout_s: Seconds = 900.0
     """Longest run of a training or of a trainer's score, seconds. After it the trainer is replaced and the
     session stays with the original."""

@@ -33,8 +33,13 @@ class Engine(Section):
     enforce_eager: bool | None = None
     """Whether vLLM runs without CUDA graphs; null: on a CPU only. On an H100, graphs made a step with adapters
     19 times as fast."""
+    tool_parser: Text = "auto"
+    """What reads calls of tools out of the model's text: a name of vLLM's (hermes, llama3_json, mistral, …);
+    none: nothing; auto: by the model's chat template and architecture (`engines/vllm/parser_choice.py`)."""
+    reasoning_parser: Text = "auto"
+    """What parts thoughts from answers: a name of vLLM's (qwen3, deepseek_r1, …), none or auto, as above."""
     extra_args: tuple[Text, ...] = ()
-    """Further arguments of `vllm serve`, verbatim."""
+    """Further arguments of `vllm serve`, verbatim; they overrule all others."""
 
 
 class Original(Engine):
@@ -82,8 +87,8 @@ class Surrogate(Engine):
     queue_wait_s: Seconds = 10.0
     """Longest wait in that queue, seconds."""
     tools: bool = False
-    """Whether it may answer requests that define tools. Give it `--enable-auto-tool-choice` and a
-    `--tool-call-parser` by `extra_args` then."""
+    """Whether it may answer requests that define tools: no verdict compares calls, so the default leaves them
+    to the original."""
 
 
 class Training(Section):
@@ -116,6 +121,16 @@ class Encoder(Section):
     """Torch threads of the encoder, which runs on the CPU."""
 
 
+class Cors(Section):
+    """Which web pages may ask this server from a browser. `X-SOMA-*` headers are shown to their scripts."""
+
+    allow_origins: tuple[str, ...] = ("http://localhost:*", "http://127.0.0.1:*")
+    """Origins of the pages, e.g. https://chat.example.org; `*` stands for a part of one, and alone for all of
+    them. Empty: none. Anyone's page asks with the keys that it has; with `access.mode: open` it needs none."""
+    max_age_s: Annotated[int, Field(ge=0)] = 600
+    """Seconds for which a browser remembers that it may ask."""
+
+
 class Server(Section):
     """Where soma-serve listens."""
 
@@ -131,10 +146,18 @@ class Server(Section):
     """Size from which surrogate.log is continued in a new file; 0: never."""
     log_backups: Positive = 5
     """Older files that are kept: surrogate.log.1 is the newest."""
+    drain_s: Seconds = 30.0
+    """Longest wait for the requests under way when the server is told to end (SIGTERM, Ctrl-C), seconds; new
+    ones are refused with 503. A second signal ends it at once."""
     run_dir: Text | None = None
     """Logs and sockets of a running server; null takes a fresh folder under $SOMA_HOME/run."""
+    cors: Cors = Cors()
+    keep_alive_s: Annotated[float, Field(ge=0)] = 15.0
+    """Seconds of silence after which a stream sends a comment, so that no proxy cuts it, and after which one
+    that waits for its first token begins: with status 200 and the headers of the turn as it was routed. An
+    error that comes later is an event of the stream. 0: never."""
     extra_routes: bool = False
-    """true: vLLM's further routes (`/v1/messages`, `/inference/…`, …) are served too. They ask the surrogate,
+    """true: vLLM's further routes (`/inference/…`, …) are served too. They ask the surrogate,
     without sessions, dispatch or counting of tokens. false: they answer 404."""
 
     @property
@@ -149,6 +172,9 @@ class Storage(Section):
 
     url: Text = "sqlite+aiosqlite:///{soma_home}/sessions.db"
     """SQLAlchemy URL; {soma_home} and {run_dir} are filled in."""
+    queue_mib: Positive = 256
+    """Conversation text, MiB, that may wait in memory for a database that is away or slow; beyond it the
+    original answers, and turns are not recorded."""
 
 
 class Retention(Section):

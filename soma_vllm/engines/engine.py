@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from soma_vllm.adapters.lifecycle import AdapterLifecycle
 from soma_vllm.engines.sse import data_of
 from soma_vllm.errors import EngineRefused
-from soma_vllm.types import AdapterRef, Agreement
+from soma_vllm.types import AdapterRef, Agreement, Role
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,14 @@ class ChatCall:
 def error_of(event: str) -> Mapping[str, Any] | None:
     """The error that an event of a stream reports, if it reports one."""
     data = data_of(event) if '"error"' in event else None
-    if data is None or not data.startswith('{"error"'):
+    try:
+        found = json.loads(data or "null")
+    except (ValueError, RecursionError):
         return None
-    found = json.loads(data).get("error")
-    return found if isinstance(found, dict) else {}
+    error = found.get("error") if isinstance(found, dict) else None
+    if not error:
+        return None  # some endpoints write "error": null into every event
+    return error if isinstance(error, dict) else {"message": str(error)}
 
 
 def refusal(event: str) -> EngineRefused | None:
@@ -160,3 +164,7 @@ class Engines:
     surrogate: AdapterEngine
     adapters: AdapterLifecycle
     """The surrogate's."""
+
+    def named(self, role: Role) -> str:
+        """The name of an engine's model."""
+        return self.original.name if role is Role.ORIGINAL else self.surrogate.name

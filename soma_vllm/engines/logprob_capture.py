@@ -7,6 +7,7 @@ Guarantees:
 * Only requests of plain, known fields are added to. Any other, and one that asks for log-probabilities itself,
   is to go out as it came.
 * A teacher is only made of a complete answer, and its tokens spell that answer.
+* A reply of an unexpected form goes on as it came, and makes no teacher.
 """
 
 from __future__ import annotations
@@ -79,9 +80,9 @@ class LogprobCapture:
     def take_off(self, reply: Reply) -> Reply:
         """The reply as the client would have got it; what is taken off is kept here as it passes."""
         if reply.events is not None:
-            return replace(reply, events=StreamTap(reply.events, on_event=self.strip_event))
+            return replace(reply, events=StreamTap(reply.events, on_event=self._unbroken(self.strip_event)))
         assert reply.body is not None
-        return replace(reply, body=self.strip_body(reply.body))
+        return replace(reply, body=self._unbroken(self.strip_body)(reply.body))
 
     def strip_body(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """A whole completion without its log-probabilities."""
@@ -122,6 +123,18 @@ class LogprobCapture:
         top = _stack([part.top for part in self._parts], -1)
         logprobs = _stack([part.logprobs for part in self._parts], -np.inf)
         return Teacher(tokens[:count], top[:count].copy(), logprobs[:count].copy())
+
+    def _unbroken(self, strip: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """The same, but for what it fails on: that it returns as it is."""
+
+        def stripped(said: Any) -> Any:
+            try:
+                return strip(said)
+            except Exception:  # whatever an endpoint writes
+                self._usable = False
+                return said
+
+        return stripped
 
     def _keep(self, logprobs: Mapping[str, Any] | None) -> None:
         content = (logprobs or {}).get("content")

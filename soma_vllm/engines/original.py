@@ -1,35 +1,47 @@
 """The original over HTTP: any OpenAI-compatible endpoint, or the vLLM server we started as a child.
 
 Guarantees: the port's own (`engines/engine.py`); the client's body goes out as it came, but for the model's
-name and, towards our own child, the `priority` and the `cache_salt` that keeps tenants' prefix caches apart (no
-client chooses its priority at a vLLM); the client's API key is never sent on, and ours never logged; a
-generation may take as long as it takes.
+name, the fields that are meant for this server (`OWN_FIELDS`) and, towards our own child, the `priority` and
+the `cache_salt` that keeps tenants' prefix caches apart (no client chooses its priority at a vLLM). Of headers
+the request's id and its trace go on; the client's API key is never sent on, and ours never logged. Whatever
+dialect an endpoint speaks, its answers and errors come out in OpenAI's shape: a stream where one was asked for,
+a whole completion otherwise. How long they may take is bounded in `guarded_original.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from soma_vllm.engines.engine import ChatCall, Events, Reply, Salts, refusal
+from soma_vllm import logs
+from soma_vllm.engines.dialect import completion_from, completion_of, event_of
+from soma_vllm.engines.engine import ChatCall, Events, Reply, Salts
 from soma_vllm.engines.prompt_scoring import agreement_from_prompt, scoring_body
 from soma_vllm.engines.sse import DONE, SSEParser
 from soma_vllm.engines.stream_tap import StreamTap
 from soma_vllm.engines.supervisor import State, Supervisor
-from soma_vllm.errors import EngineError, EngineRefused, EngineUnavailable, PreflightError
+from soma_vllm.engines.upstream_errors import failure
+from soma_vllm.engines.upstream_http import events_in, head_of, passed_on, whole
+from soma_vllm.errors import (
+    EngineError,
+    EngineNotReady,
+    EngineUnavailable,
+    PreflightError,
+)
 from soma_vllm.types import Agreement
 
-_GATEWAY_ERRORS = (502, 503, 504)
-_OUR_KEY_ERRORS = (401, 403)
-_BROKEN = (aiohttp.ClientError, TimeoutError, OSError)
+OWN_FIELDS = ("session_id", "workload")
+"""Fields of a body, and of its `metadata`, that are meant for this server."""
+
+TRACE_HEADERS = ("traceparent", "tracestate")
+MAX_TRACE_CHARS = 512
 
 _IDLE_SECONDS = 4.0
 """Idle connections close before a server's keep-alive does (5 s in uvicorn): none is reused half-closed."""
@@ -89,7 +101,7 @@ class OriginalEngine:
         self._require_child()
         if call.body.get("stream"):
             return Reply(events=await self._stream(call))
-        return Reply(body=await self._read(self._post(call)))
+        return Reply(body=await self._complete(call))
 
     async def score(self, call: ChatCall, answer: str) -> Agreement:
         """How likely the original finds an answer to the call's messages; see `ScoringEngine.score`.
@@ -101,14 +113,22 @@ class OriginalEngine:
         if not self.speaks_vllm:
             raise EngineError("found an original that does not speak vLLM; expected one, to score an answer")
         self._require_child()
-        question = {"model": self.name, **call.body}
-        url = f"{self._url.removesuffix('/v1')}/tokenize"
-        opening = await self._read(self._client().post(url, json=question))
+        opening = await self.tokenizer("tokenize", call.body)
         tokens = opening.get("tokens")
         if not isinstance(tokens, list):
             raise EngineError("found no tokens in the original's /tokenize; expected a list")
         scored = await self._read(self._post(replace(call, body=scoring_body(call.body, answer))))
         return agreement_from_prompt(scored, tokens)
+
+    async def tokenizer(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """What the original's vLLM answers at `tokenize` or `detokenize`, beside the base URL.
+
+        Raises:
+            EngineUnavailable, EngineRefused: as in `chat`.
+        """
+        self._require_child()
+        url = f"{self._url.removesuffix('/v1')}/{path}"
+        return await self._read(self._client().post(url, json={**body, "model": self.name}))
 
     async def close(self) -> None:
         """Close all connections. Idempotent."""
@@ -118,33 +138,50 @@ class OriginalEngine:
 
     async def _read(self, posted: Any) -> dict[str, Any]:
         """The JSON object that a request is answered with."""
-        with _failures_as_unavailable():
-            async with posted as response:
-                await self._refuse_errors(response)
-                try:
-                    body = await response.json(content_type=None)
-                except ValueError as error:
-                    raise EngineUnavailable("the original answered 200 with a body that is not JSON") from error
-        if not isinstance(body, dict):
-            raise EngineUnavailable(f"the original answered a {type(body).__name__}; expected an object")
-        return body
+        async with await head_of(posted) as response:
+            await self._refuse_errors(response)
+            raw = await whole(response.content)
+        try:
+            found = json.loads(raw)
+        except (ValueError, RecursionError):
+            raise EngineUnavailable("the original answered 200 with a body that is not JSON") from None
+        if not isinstance(found, dict):
+            raise EngineUnavailable(f"the original answered a {type(found).__name__}; expected an object")
+        return found
+
+    async def _complete(self, call: ChatCall) -> dict[str, Any]:
+        """The whole completion that a call is answered with, also by an endpoint that streams it."""
+        async with await head_of(self._post(call)) as response:
+            await self._refuse_errors(response)
+            raw = await whole(response.content)
+        if not raw.startswith((b"{", b"[")):
+            events = SSEParser().feed(raw + b"\n\n")
+            try:
+                shaped = [event_of(event) for event in events if event.data.strip() != DONE]
+                found = completion_from(event for event in shaped if event is not None)
+            except (TypeError, ValueError):
+                found = {}
+            if found.get("choices"):
+                return found
+        try:
+            return completion_of(json.loads(raw))
+        except (ValueError, RecursionError):
+            raise EngineUnavailable("the original answered 200 with a body that is not JSON") from None
 
     async def _stream(self, call: ChatCall) -> Events:
         """The events of a reply, once the first has arrived."""
-        with _failures_as_unavailable():
-            response: aiohttp.ClientResponse = await self._post(call)
+        response = await head_of(self._post(call))
 
         async def hang_up() -> None:
             # Unread events remain when the client has left: the closed connection stops the generation.
             response.close()
 
-        events = _events(response.content)
+        n = call.body.get("n")
+        choices = n if isinstance(n, int) and n > 1 else 1
+        events = events_in(response.content, passed_on if self.speaks_vllm else event_of, choices)
         try:
-            with _failures_as_unavailable():
-                await self._refuse_errors(response)
+            await self._refuse_errors(response)
             first = await anext(events)
-            if (refused := refusal(first)) is not None:
-                raise refused
         except BaseException:
             await events.aclose()
             response.close()
@@ -152,7 +189,7 @@ class OriginalEngine:
         return StreamTap(events, on_end=hang_up, first=first)
 
     def _post(self, call: ChatCall) -> Any:
-        body = {**call.body, "model": self.name}
+        body = {**_without_own(call.body), "model": self.name}
         if self.speaks_vllm:
             # Never the client's own. Someone else's vLLM may not schedule by priority, and would refuse it.
             body.pop("priority", None)
@@ -160,32 +197,21 @@ class OriginalEngine:
             body["priority"] = call.priority
             body["cache_salt"] = _salt(self._salts.of(call.tenant), body.get("cache_salt"))
         path = "completions" if call.text else "chat/completions"
-        return self._client().post(f"{self._url}/{path}", json=body)
+        return self._client().post(f"{self._url}/{path}", json=body, headers=_passed_headers(call))
 
     async def _refuse_errors(self, response: aiohttp.ClientResponse) -> None:
-        status = response.status
-        if status < 400:
+        if response.status < 400:
             return
-        if status in _GATEWAY_ERRORS:
-            retry_after = response.headers.get("Retry-After", "")
-            wait = float(retry_after) if retry_after.isdecimal() else 5.0
-            raise EngineUnavailable(f"the original answered with status {status}", retry_after=wait)
-        if status in _OUR_KEY_ERRORS:
-            # The client cannot correct it, and the body may quote a part of our key.
-            where = f"the key in {self._key_source}" if self._key_source else "requests without a key"
-            raise EngineUnavailable(f"the original answered with status {status} to {where}")
+        source = f"the key in {self._key_source}" if self._key_source else "requests without a key"
         try:
-            body = json.loads(await response.read())
-        except ValueError:
-            body = None
-        if not isinstance(body, dict):
-            message = f"the original answered with status {status} and no JSON object"
-            body = {"error": {"message": message, "type": "upstream_error", "param": None, "code": status}}
-        raise EngineRefused(status, body)
+            found = json.loads(await whole(response.content))
+        except (ValueError, RecursionError, EngineUnavailable):
+            found = None
+        raise failure(response.status, found, response.headers, source)
 
     def _require_child(self) -> None:
         if self._supervisor is not None and self._supervisor.state is not State.READY:
-            raise EngineUnavailable(f"the original is {self._supervisor.state}")
+            raise EngineNotReady(f"the original is {self._supervisor.state}")
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -212,28 +238,23 @@ def _salt(tenant: str, own: object) -> object:
     return hashlib.sha256(f"{tenant}\0{own}".encode()).hexdigest()
 
 
-@contextlib.contextmanager
-def _failures_as_unavailable() -> Iterator[None]:
-    """Raises EngineUnavailable where the connection fails."""
-    try:
-        yield
-    except _BROKEN as error:
-        # The class alone: a message of aiohttp may quote what was sent.
-        why = type(error).__name__
-        raise EngineUnavailable(f"the original cannot be reached or broke off: {why}") from error
+def _without_own(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A body without the fields that are meant for this server: OpenAI refuses what it does not know."""
+    sent = {name: value for name, value in body.items() if name not in OWN_FIELDS}
+    metadata = body.get("metadata")
+    if isinstance(metadata, Mapping) and not metadata.keys().isdisjoint(OWN_FIELDS):
+        sent["metadata"] = {name: value for name, value in metadata.items() if name not in OWN_FIELDS}
+        if not sent["metadata"]:
+            del sent["metadata"]
+    return sent
 
 
-async def _events(content: aiohttp.StreamReader) -> AsyncGenerator[str, None]:
-    """The events of a reply up to its end mark, each as it is sent on: its data and type, no comments or ids.
-
-    Raises:
-        EngineUnavailable: the connection fails, or ends before `data: [DONE]`.
-    """
-    parser = SSEParser()
-    with _failures_as_unavailable():
-        async for piece in content.iter_any():
-            for event in parser.feed(piece):
-                yield str(event)
-                if event.data.strip() == DONE:
-                    return
-    raise EngineUnavailable("the original's stream ended without data: [DONE]")
+def _passed_headers(call: ChatCall) -> dict[str, str]:
+    """The request's id and its place in a trace."""
+    client = getattr(call.http, "headers", None) or {}
+    found = {name: client.get(name) for name in TRACE_HEADERS} | {"X-Request-Id": logs.request_id.get()}
+    return {
+        name: value
+        for name, value in found.items()
+        if value and len(value) <= MAX_TRACE_CHARS and value.isascii() and value.isprintable()
+    }

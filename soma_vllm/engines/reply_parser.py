@@ -1,24 +1,36 @@
-"""Observes a reply without changing it: what it said, its tokens, its times, and whether it ended by itself.
+"""Observes a reply: what it said, its tokens, its times, and whether it ended by itself.
 
-Events are kept as text while they stream and parsed only afterwards, so a token costs the client nothing.
+Guarantees: what is heard never breaks what the client hears: an event that cannot be read passes as it came,
+and makes the reply an incomplete one; `on_end` is awaited once, and its failure is logged and goes no further.
+A stream is read as it passes, and of it only the words are kept, to a fixed number of characters. The only
+thing that is taken off a stream is the count of tokens that we asked for and the client did not.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
+from soma_vllm.engines.dialect import arguments_in, parts_in, tokens_in
 from soma_vllm.engines.engine import Events, Reply
-from soma_vllm.engines.sse import DONE, SSEParser
+from soma_vllm.engines.sse import DONE, data_of, parse
 from soma_vllm.engines.stream_tap import StreamTap
 from soma_vllm.types import Usage
 
 logger = logging.getLogger(__name__)
+
+MOST_CHARS = 16 * 1024 * 1024
+"""Of one reply's words. What is longer is passed on and not recorded."""
+
+MOST_CHOICES = 1024
+
+_NO_USAGE = re.compile(r',\s*"usage"\s*:\s*null')
+"""Inside a JSON string the quotes would be escaped."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,8 @@ class ParsedReply:
     """The engine finished by itself: not cut off by the client or a failure."""
     ttft_s: float | None
     latency_s: float
+    at_least: int = 0
+    """Tokens that were generated, where `usage` does not say: a lower bound."""
 
     @property
     def text(self) -> str:
@@ -57,70 +71,121 @@ OnReply = Callable[[ParsedReply], Awaitable[None]]
 """Awaited with a reply once it is over."""
 
 
-async def observe(reply: Reply, started: float, on_end: OnReply) -> Reply:
+async def observe(reply: Reply, started: float, on_end: OnReply, hide_usage: bool = False) -> Reply:
     """The same reply; `on_end` is awaited once, with what it said, when it is over.
 
-    `started` is the request's arrival, `time.monotonic`.
+    `started` is the request's arrival, `time.monotonic`. `hide_usage`: a stream's count of tokens is heard, but
+    not passed on.
     """
     if reply.events is not None:
-        return replace(reply, events=observe_stream(reply.events, started, on_end))
+        return replace(reply, events=observe_stream(reply.events, started, on_end, hide_usage))
     assert reply.body is not None
-    await on_end(parse_body(reply.body, started))
+    await _end(on_end, parse_body(reply.body, started))
     return reply
 
 
 def parse_body(body: Mapping[str, Any], started: float) -> ParsedReply:
     """What a reply that came in one piece said."""
-    found = sorted(body.get("choices") or (), key=_index)
-    choices = tuple(_choice(choice.get("message") or {}) for choice in found) or (Choice(),)
-    return ParsedReply(choices, _usage(body.get("usage")), True, None, time.monotonic() - started)
+    latency_s = time.monotonic() - started
+    try:
+        found = sorted(body.get("choices") or (), key=_index)
+        choices = tuple(_choice(choice.get("message") or {}) for choice in found) or (Choice(),)
+        at_least = sum(len(choice.text) for choice in choices) // CHARS_PER_TOKEN
+        return ParsedReply(choices, _usage(body.get("usage")), True, None, latency_s, at_least)
+    except Exception as error:  # whatever an endpoint answers
+        logger.warning("a reply cannot be read, its turn is not recorded: %s", type(error).__name__)
+        return ParsedReply((Choice(),), Usage(), False, None, latency_s)
 
 
-def observe_stream(events: Events, started: float, on_end: OnReply) -> StreamTap:
+CHARS_PER_TOKEN = 4
+"""Of English under common tokenizers; other scripts have fewer."""
+
+
+def observe_stream(events: Events, started: float, on_end: OnReply, hide_usage: bool = False) -> StreamTap:
     """`observe` for a stream."""
-    kept: list[str] = []
+    reader = StreamReader()
     first_s: float | None = None
 
-    def keep(event: str) -> str:
+    def hear(event: str) -> str | None:
         nonlocal first_s
         if first_s is None:
             first_s = time.monotonic() - started
-        kept.append(event)
-        return event
+        counts_only = reader.add(event)
+        if not hide_usage:
+            return event
+        return None if counts_only else _NO_USAGE.sub("", event) if '"usage"' in event else event
 
-    async def parse() -> None:
-        latency_s = time.monotonic() - started
+    async def parsed() -> None:
+        await _end(on_end, reader.reply(first_s, time.monotonic() - started))
+
+    return StreamTap(events, on_event=hear, on_end=parsed)
+
+
+async def _end(on_end: OnReply, reply: ParsedReply) -> None:
+    try:
+        await on_end(reply)
+    except Exception as error:  # the client has its answer, whatever becomes of the record
+        # Without its message, which may quote what was said.
+        logger.error("a turn was answered and not recorded: %s", type(error).__name__)
+
+
+class StreamReader:
+    """Reads a stream, event by event."""
+
+    def __init__(self) -> None:
+        self._builders: dict[int, ChoiceBuilder] = {0: ChoiceBuilder()}
+        self._usage = Usage()
+        self._complete = False
+        self._unread = False
+        """An event reported an error, or could not be read."""
+        self._chars = 0
+        self._pieces = 0
+
+    def add(self, event: str) -> bool:
+        """Read one event as it is sent; whether it holds the count of tokens and nothing else. Never raises."""
         try:
-            choices, usage, complete = read_events(kept)
-        except Exception as error:  # whatever an endpoint streams: what the turn holds must be released
-            logger.warning("a reply cannot be read, its turn is not recorded: %s", type(error).__name__)
-            choices, usage, complete = (Choice(),), Usage(), False
-        await on_end(ParsedReply(choices, usage, complete, first_s, latency_s))
+            whole = data_of(event) if event.count("\n\n") <= 1 else None
+            data = [one.data for one in parse(event)] if whole is None else [whole]
+            return [self._read(one.strip()) for one in data] == [True]
+        except Exception as error:  # whatever an endpoint streams
+            if not self._unread:
+                logger.warning("a stream cannot be read, its turn is incomplete: %s", type(error).__name__)
+            self._unread = True
+            return False
 
-    return StreamTap(events, on_event=keep, on_end=parse)
+    def reply(self, ttft_s: float | None, latency_s: float) -> ParsedReply:
+        """What the stream said so far."""
+        choices = tuple(self._builders[index].choice() for index in sorted(self._builders))
+        complete = self._complete and not self._unread
+        return ParsedReply(choices, self._usage, complete, ttft_s, latency_s, self._pieces)
+
+    def _read(self, data: str) -> bool:
+        if data == DONE:
+            self._complete = True
+        if not data.startswith("{"):
+            return False
+        chunk = json.loads(data)
+        self._unread = self._unread or bool(chunk.get("error"))
+        choices, usage = chunk.get("choices") or (), chunk.get("usage")
+        if usage:
+            self._usage = _usage(usage)
+        for choice in choices:
+            self._pieces += bool(_spoken(choice.get("delta") or choice))
+            self._chars += len(data)
+            if self._chars > MOST_CHARS or len(self._builders) > MOST_CHOICES:
+                self._unread = True
+            else:
+                self._builders.setdefault(_index(choice), ChoiceBuilder()).add(choice.get("delta") or {})
+        return bool(usage) and not choices
 
 
 def read_events(events: Iterable[str]) -> tuple[tuple[Choice, ...], Usage, bool]:
     """(choices, usage, whether the stream came to its own end) of whole server-sent events."""
-    builders: dict[int, ChoiceBuilder] = {0: ChoiceBuilder()}
-    usage = Usage()
-    complete = failed = False
-    parser = SSEParser()
-    for event in chain.from_iterable(map(parser.feed, events)):
-        data = event.data.strip()
-        if data == DONE:
-            complete = True
-        elif data.startswith("{"):
-            try:
-                chunk = json.loads(data)
-            except ValueError:
-                failed = True
-                continue
-            failed = failed or "error" in chunk
-            usage = _usage(chunk["usage"]) if chunk.get("usage") else usage
-            for choice in chunk.get("choices") or ():
-                builders.setdefault(_index(choice), ChoiceBuilder()).add(choice.get("delta") or {})
-    return tuple(builders[index].choice() for index in sorted(builders)), usage, complete and not failed
+    reader = StreamReader()
+    for event in events:
+        reader.add(event)
+    reply = reader.reply(None, 0.0)
+    return reply.choices, reply.usage, reply.complete
 
 
 class ChoiceBuilder:
@@ -132,13 +197,14 @@ class ChoiceBuilder:
 
     def add(self, delta: Mapping[str, Any]) -> None:
         """Add one event's delta."""
-        self._pieces.append(delta.get("content") or "")
+        if text := parts_in(delta.get("content"))[0]:
+            self._pieces.append(text)
         for part in delta.get("tool_calls") or ():
             call = self._calls.setdefault(_index(part), {"id": None, "type": "function", "function": {}})
             call["id"] = part.get("id") or call["id"]
             function, new = call["function"], part.get("function") or {}
             function["name"] = new.get("name") or function.get("name")
-            function["arguments"] = function.get("arguments", "") + (new.get("arguments") or "")
+            function["arguments"] = function.get("arguments", "") + arguments_in(new.get("arguments"))
 
     def choice(self) -> Choice:
         """The whole choice."""
@@ -146,15 +212,25 @@ class ChoiceBuilder:
 
 
 def _choice(message: Mapping[str, Any]) -> Choice:
-    return Choice(message.get("content") or "", tuple(message.get("tool_calls") or ()))
+    calls = tuple(dict(call) for call in message.get("tool_calls") or ())
+    return Choice(parts_in(message.get("content"))[0], calls)
+
+
+def _spoken(delta: Mapping[str, Any]) -> bool:
+    """Whether a delta, or a text completion's choice, holds words."""
+    return any(delta.get(name) for name in ("content", "reasoning", "reasoning_content", "tool_calls", "text"))
 
 
 def _index(part: Mapping[str, Any]) -> int:
-    return part.get("index") or 0
+    index = part.get("index")
+    return index if isinstance(index, int) else 0
 
 
-def _usage(found: Mapping[str, Any] | None) -> Usage:
-    if not found:
+def _usage(found: object) -> Usage:
+    if not isinstance(found, Mapping):
         return Usage()
-    details = found.get("prompt_tokens_details") or {}
-    return Usage(found.get("prompt_tokens"), details.get("cached_tokens"), found.get("completion_tokens"))
+    details = found.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
+    return Usage(
+        tokens_in(found.get("prompt_tokens")), tokens_in(cached), tokens_in(found.get("completion_tokens"))
+    )

@@ -1,13 +1,14 @@
 """Keeps one child server alive: started, watched, and restarted.
 
 Guarantees: until the child has been ready once, its death is final (`FAILED`), because the way it is started is
-wrong. Later deaths restart it after a delay that doubles; too many quick deaths in a row end in `FAILED`, and
-readiness for `stable` seconds resets their count.
+wrong. Later deaths restart it after a delay that doubles; after too many quick deaths in a row it is `FAILED`
+and tried again at long intervals only. Readiness for `stable` seconds resets their count.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from enum import StrEnum
 
 from soma_vllm.engines.child_process import ChildServer, tail
 from soma_vllm.errors import EngineUnavailable
+
+logger = logging.getLogger(__name__)
 
 
 class State(StrEnum):
@@ -27,7 +30,7 @@ class State(StrEnum):
     STOPPED = "stopped"
     """Not started yet, or stopped on purpose."""
     FAILED = "failed"
-    """Given up."""
+    """Given up: for good where it was never ready, else until the next try after `Patience.retry`."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ class Patience:
     first_delay: float = 1.0
     longest_delay: float = 60.0
     quick_deaths: int = 5
-    """Deaths in a row, each within `stable` of readiness, after which it is not restarted."""
+    """Deaths in a row, each within `stable` of readiness, after which it is restarted at long intervals."""
+    retry: float = 120.0
+    """That interval."""
     stable: float = 60.0
     poll: float = 0.2
     """Between checks of the process, and of /health while starting."""
@@ -59,14 +64,19 @@ class Backoff:
         self._patience = patience
         self._deaths = 0
 
-    def died(self, ready_for: float) -> float | None:
-        """Delay before the next start, or None to give up."""
+    def died(self, ready_for: float) -> float:
+        """Delay before the next start, seconds."""
         if ready_for >= self._patience.stable:
             self._deaths = 0
         self._deaths += 1
-        if self._deaths >= self._patience.quick_deaths:
-            return None
+        if self.exhausted:
+            return self._patience.retry
         return float(min(self._patience.longest_delay, self._patience.first_delay * 2 ** (self._deaths - 1)))
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether it died too often in a row for a quick restart."""
+        return self._deaths >= self._patience.quick_deaths
 
 
 class Supervisor:
@@ -145,15 +155,27 @@ class Supervisor:
             ever_ready = ever_ready or ready_for is not None
             self._set_state(State.DOWN)
             code = await self.child.stop(self._patience.stop)
+            self._why = f"ended with exit code {code}"
             delay = backoff.died(ready_for or 0.0)
-            if not ever_ready or delay is None:
-                self._why = f"ended with exit code {code}"
+            if backoff.exhausted or not ever_ready:
                 self._set_state(State.FAILED)
+            if not ever_ready:
                 return
-            await asyncio.sleep(delay)
-            self.restarts += 1
+            while not await self._restarted(delay):
+                delay = backoff.died(0.0)
+
+    async def _restarted(self, delay: float) -> bool:
+        """Start the child again; False where this machine has no process or memory for it now."""
+        await asyncio.sleep(delay)
+        self.restarts += 1
+        try:
             self.child.start()
-            self._set_state(State.STARTING)
+        except OSError as error:
+            self._why = f"cannot be started: {error}"
+            logger.error("%s %s", self.name, self._why)
+            return False
+        self._set_state(State.STARTING)
+        return True
 
     async def _follow(self) -> float | None:
         """Follow the child from its start to its end: seconds it was ready, or None if it never was."""

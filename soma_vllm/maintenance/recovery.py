@@ -25,6 +25,11 @@ from soma_vllm.types import AdapterRef
 
 logger = logging.getLogger(__name__)
 
+SPREAD_S = 0.1
+"""Seconds by which each interrupted adaptation lengthens the time over which all of them begin: users' first
+turns come then too."""
+LONGEST_SPREAD_S = 60.0
+
 
 class Recovery:
     """Takes up what a kill interrupted."""
@@ -53,10 +58,12 @@ class Recovery:
         await self._retire_what_serves_no_session()
         await self._removal.finish_interrupted()
         await self._registry.written()
-        for key in await self._registry.store.in_phase(Phase.ADAPTING):
-            session = await self._registry.open(key)
-            if session.phase is Phase.ADAPTING and session.kept() and self._background.idle(key):
-                self._adaptation.start(key, session.forced, session.adapting)
+        interrupted = await self._registry.store.in_phase(Phase.ADAPTING)
+        within_s = min(LONGEST_SPREAD_S, SPREAD_S * (len(interrupted) - 1))
+        for key in interrupted:
+            async with self._registry.lease(key) as session:
+                if session.phase is Phase.ADAPTING and session.kept() and self._background.idle(key):
+                    self._adaptation.start(key, session.forced, session.adapting, within_s)
 
     async def _roll_back_where_files_are_gone(self) -> None:
         """Give sessions whose adapter is gone back to the original: they may be adapted again."""

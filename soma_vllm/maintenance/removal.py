@@ -9,8 +9,10 @@ start, removes the rest.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 
 from soma_vllm.adapters.lifecycle import AdapterLifecycle
 from soma_vllm.engines.engine import Salts
@@ -21,6 +23,8 @@ from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.types import AdapterRef, Event, SessionKey
+
+logger = logging.getLogger(__name__)
 
 LAST_REQUEST_S = 600.0
 """Longest wait for the requests of a session that is being removed."""
@@ -44,14 +48,34 @@ class SessionRemoval:
         self._adapters = adapters
         self._salts = salts
         self._removals: dict[SessionKey, asyncio.Task[None]] = {}
+        self._families: dict[SessionKey, asyncio.Task[None]] = {}
 
-    async def remove_family(self, key: SessionKey) -> None:
-        """Remove a session that a client named, with all its branches. Returns when nothing of it is left.
+    async def remove_family(self, key: SessionKey, wait_s: float = LAST_REQUEST_S) -> bool:
+        """Remove a session that a client named, with all its branches; True once nothing of it is left, False
+        where that takes longer than `wait_s` seconds: it goes on, whatever becomes of the caller.
 
         Raises:
             NotFound: there is no such session.
             StoreUnavailable: the session store does not answer; the removal is done when it does.
         """
+        task = self._families.get(key)
+        if task is None:
+            task = self._families[key] = asyncio.create_task(self._remove_family(key), name="soma-removal")
+            task.add_done_callback(partial(self._family_done, key))
+        await asyncio.wait([task], timeout=wait_s)
+        if not task.done():
+            return False
+        task.result()
+        return True
+
+    def _family_done(self, key: SessionKey, task: asyncio.Task[None]) -> None:
+        del self._families[key]
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, NotFound):
+            with bind_session(key):
+                logger.info("the removal of a session is not complete: %s", error)
+
+    async def _remove_family(self, key: SessionKey) -> None:
         async with self._registry.lease(key) as session:
             if self._registry.is_new(key):
                 raise NotFound(f"no session {key.session!r}")
@@ -68,23 +92,26 @@ class SessionRemoval:
 
     async def remove(self, key: SessionKey) -> None:
         """Remove one session, once, however many ask for it: each would wait for the others' leases to end."""
+        # A client that disconnects ends nothing: others may wait too.
+        await asyncio.shield(self.begin(key))
+
+    def begin(self, key: SessionKey) -> asyncio.Task[None]:
+        """Begin to remove one session, or the removal that is under way."""
         task = self._removals.get(key)
         if task is None:
             with bind_session(key):
                 task = asyncio.create_task(self._remove(key), name="soma-removal")
             self._removals[key] = task
             task.add_done_callback(lambda _: self._removals.pop(key, None))
-        # A client that disconnects ends nothing: others may wait too.
-        await asyncio.shield(task)
+        return task
 
     async def finish_interrupted(self) -> None:
         """Remove what is closed and still on record. Raises StoreUnavailable."""
-        for key in await self._registry.store.in_phase(Phase.CLOSED):
-            await self.remove(key)
+        await asyncio.gather(*map(self.remove, await self._registry.store.in_phase(Phase.CLOSED)))
 
     async def stop(self) -> None:
         """End the removals under way; the next start finishes them."""
-        tasks = list(self._removals.values())
+        tasks = [*self._families.values(), *self._removals.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Sequence
 
 from soma_vllm.config import Retention as RetentionSettings
 from soma_vllm.maintenance.removal import SessionRemoval
 from soma_vllm.sessions.registry import SessionRegistry
+from soma_vllm.sessions.state.phases import Phase
+from soma_vllm.types import SessionKey
 
 REMOVED_AT_ONCE = 200
-"""Sessions that one sweep removes at most."""
+"""Sessions that are removed at the same time."""
+REMOVAL_S = 1.0
+"""Longest wait for these; what takes longer goes on beside the sweep."""
 
 
 class Retention:
@@ -27,15 +33,29 @@ class Retention:
 
     async def sweep(self) -> int:
         """Erase and remove; how many sessions were removed. Raises StoreUnavailable."""
-        await self._removal.finish_interrupted()
+        await self._removed(await self._registry.store.in_phase(Phase.CLOSED))
         now = time.time()
         if self._settings.text_ttl_s is not None:
             await self._registry.erasure.erase_before(now - self._settings.text_ttl_s)
         if self._settings.session_ttl_s is None:
             return 0
-        removed = 0
-        for key in await self._registry.store.idle_since(now - self._settings.session_ttl_s, REMOVED_AT_ONCE):
-            if not self._registry.holds(key):
-                await self._removal.remove(key)
-                removed += 1
+        await self._registry.store.delete_unused_objects(now - self._settings.session_ttl_s)
+        removed, more = 0, True
+        while more:
+            before = now - self._settings.session_ttl_s
+            idle = await self._registry.store.idle_since(before, REMOVED_AT_ONCE)
+            done = await self._removed([key for key in idle if not self._registry.holds(key)])
+            await self._registry.written()
+            removed += done
+            more = len(idle) == REMOVED_AT_ONCE and done > 0
         return removed
+
+    async def _removed(self, keys: Sequence[SessionKey]) -> int:
+        """Begin to remove sessions, and wait a little for them; how many are gone. One whose stream is still
+        open must not hold up the others."""
+        if not keys:
+            return 0
+        done, _ = await asyncio.wait([self._removal.begin(key) for key in keys], timeout=REMOVAL_S)
+        for task in done:
+            task.result()
+        return len(done)

@@ -19,6 +19,8 @@ from soma_vllm.sessions.state.session import Session
 from soma_vllm.types import Role, SessionKey
 
 ADAPTER_RETRY_S = 60.0
+REMOVAL_S = 10.0
+"""Longest wait of a client for the removal of its session, which may wait for a stream of it to end."""
 ASKED = "asked by an administrator"
 
 
@@ -101,9 +103,9 @@ class SessionAdmin:
             self._adaptation.start_if_due(key, session.adapting)
             return self._registry.session(key)
 
-    async def remove(self, key: SessionKey) -> None:
+    async def remove(self, key: SessionKey, wait_s: float = REMOVAL_S) -> bool:
         """Remove a session and all it has; see `SessionRemoval.remove_family`."""
-        await self._removal.remove_family(key)
+        return await self._removal.remove_family(key, wait_s)
 
     @asynccontextmanager
     async def _held(self, key: SessionKey) -> AsyncIterator[Session]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 from soma_vllm.errors import AdapterError, SomaError
 from soma_vllm.maintenance.adapter_eviction import AdapterEvictor
 from soma_vllm.maintenance.retention import Retention
 from soma_vllm.maintenance.sweep_trigger import SweepTrigger
+from soma_vllm.supervised import SupervisedTask
 
 logger = logging.getLogger(__name__)
 
@@ -29,17 +29,16 @@ class Sweeper:
         self._evictor = evictor
         self._trigger = trigger
         self._every_s = every_s
-        self._task: asyncio.Task[None] | None = None
+        self.task = SupervisedTask("sweeper", self._run)
+        """Sweeps, until `stop`."""
 
     def start(self) -> None:
         """Begin to sweep."""
-        self._task = asyncio.create_task(self._run(), name="soma-sweeper")
+        self.task.start()
 
     async def stop(self) -> None:
         """End the sweep under way."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await self.task.stop()
 
     async def _run(self) -> None:
         while True:
@@ -59,5 +58,3 @@ class Sweeper:
                     self._every_s,
                     error,
                 )
-            except Exception:  # one fault must not end retention for good
-                logger.exception("a sweep failed unexpectedly; the next one is in %g s", self._every_s)

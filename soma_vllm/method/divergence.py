@@ -17,6 +17,8 @@ from torch.nn import functional
 
 from soma_vllm.method.soft_prompt import at_least_float32, nearest_tokens
 
+TAIL_POSITIONS = 32
+"""Positions at a sequence's end whose entropy the published code calls the tail's."""
 _EPSILON = 1.0e-6
 """Probabilities above 1 - _EPSILON count as that, so one token adds at most -log(_EPSILON) = 13.8."""
 
@@ -100,6 +102,14 @@ def tail_entropy(log_probs: torch.Tensor, head_log_probs: torch.Tensor) -> torch
     return (_entropy_terms(log_probs) - _entropy_terms(head_log_probs)).mean()
 
 
+def whole_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """The whole entropy of each row of `logits` (n, V), mean over rows, nats; scalar.
+
+    Over the last `TAIL_POSITIONS` of a sequence it is the published code's H_tail.
+    """
+    return _entropy_terms(torch.log_softmax(at_least_float32(logits), dim=1)).mean()
+
+
 def turn_terms(
     logits: torch.Tensor,
     answer: torch.Tensor,
@@ -124,8 +134,8 @@ def turn_terms(
 def objective(terms: TurnTerms, prompt: torch.Tensor, beta: float, lambda_P: float) -> torch.Tensor:
     """One turn's L_sem_exp - beta * H_tail + lambda_P * ||P||^2; J(P) of Eq. 3 is its mean over turns; scalar.
 
-    Turn by turn, so that only one turn's activations are alive at once. `prompt` (L, d) is the squashed
-    prompt, the one the model sees.
+    Turn by turn, so that only one turn's activations are alive at once. `prompt` (L, d) is the raw
+    parameter, before the tanh, as in the published code.
     """
     return terms.divergence - beta * terms.tail_entropy + lambda_P * prompt.square().sum()
 

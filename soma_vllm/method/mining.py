@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,14 @@ from soma_vllm.config import Mining
 from soma_vllm.errors import TrainingError
 from soma_vllm.method.activation_cache import Trunk
 from soma_vllm.method.decoder import Decoder
-from soma_vllm.method.divergence import Neighbourhoods, neighbourhoods, objective, turn_terms
+from soma_vllm.method.divergence import (
+    TAIL_POSITIONS,
+    Neighbourhoods,
+    neighbourhoods,
+    objective,
+    turn_terms,
+    whole_entropy,
+)
 from soma_vllm.method.losses import token_nll
 from soma_vllm.method.packing import Batch
 from soma_vllm.method.rendering import Rendered
@@ -137,16 +144,20 @@ def _read(
     for batch, words in trunk.batches:
         squashed = [prompt() for prompt in prompts]
         # Gradients are gathered at these loose ends turn by turn, so that only one turn's logits are alive.
-        loose = [prompt.detach().requires_grad_(learn) for prompt in squashed]
         ends: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for candidate, turn, final in _under(trunk.decoder, batch, words, squashed):
+        for candidate, turn, final in _under(
+            trunk.decoder, batch, words, squashed, TAIL_POSITIONS if mining.tail == "positions" else 0
+        ):
             ends.append((final, final.detach().requires_grad_(learn)))
-            logits = at_least_float32(trunk.decoder.logits(ends[-1][1]))
-            answer = torch.tensor(turn.answer, device=logits.device)
+            around = at_least_float32(trunk.decoder.logits(ends[-1][1]))
+            answer = torch.tensor(turn.answer, device=around.device)
+            logits = around[-len(answer) :]
             terms = turn_terms(
                 logits, answer, trunk.decoder.embedding, near, mining.teacher_topm, mining.lambda_exp
             )
-            value = objective(terms, loose[candidate], mining.beta_anti_degen, mining.lambda_P)
+            if mining.tail == "positions":
+                terms = replace(terms, tail_entropy=whole_entropy(around[-TAIL_POSITIONS:]))
+            value = objective(terms, prompts[candidate].parameter, mining.beta_anti_degen, mining.lambda_P)
             if learn:
                 (value / len(turns)).backward()  # type: ignore[no-untyped-call]
             place = candidate, column[turn.turn]
@@ -154,7 +165,6 @@ def _read(
             divergence[place] = float(terms.divergence.detach())
             nll[place] = float(token_nll(logits.detach(), answer).mean())
         if learn:
-            ends += zip(squashed, loose, strict=True)
             torch.autograd.backward([end for end, _ in ends], [leaf.grad for _, leaf in ends])
     means = objectives.mean(dim=1).tolist()
     if not all(math.isfinite(mean) for mean in means):
@@ -163,9 +173,13 @@ def _read(
 
 
 def _under(
-    decoder: Decoder, batch: Batch, words: torch.Tensor, squashed: Sequence[torch.Tensor]
+    decoder: Decoder, batch: Batch, words: torch.Tensor, squashed: Sequence[torch.Tensor], least: int
 ) -> Iterator[tuple[int, Rendered, torch.Tensor]]:
-    """(candidate, turn, final states (n, d)): every strand of the batch behind every prompt, in one pass."""
+    """(candidate, turn, final states): every strand of the batch behind every prompt, in one pass.
+
+    States (n, d) are those that predict the answer's n tokens; where these are fewer than `least`, the ones
+    before them are there too.
+    """
     count, length = len(squashed), len(squashed[0])
     prompts = torch.stack(list(squashed)).to(words.dtype)
     states = torch.cat([prompts.repeat_interleave(len(words), dim=0), words.repeat(count, 1, 1)], dim=1)
@@ -175,4 +189,5 @@ def _under(
     final = decoder.run(states, mask)
     for candidate in range(count):
         for turn, row, positions in batch.rows(shift=length):
-            yield candidate, turn, final[candidate * len(words) + row, positions]
+            first = max(0, min(positions.start, positions.stop - least))
+            yield candidate, turn, final[candidate * len(words) + row, first : positions.stop]

@@ -41,6 +41,8 @@ class Answer:
 
     reply: Reply
     headers: Mapping[str, str]
+    model: str = DISPATCH_NAME
+    """Name of the engine's model."""
 
 
 class Dispatcher:
@@ -80,10 +82,13 @@ class Dispatcher:
             return await self._forward(request, self._engines.original, str(reason))
         async with turn.released_on_error():
             await self._routing.decide(turn)
+            request.routed.update(turn.headers())
             reply = await self._serve(turn)
             headers = turn.headers()  # before the turn is recorded, which may be in a branch
             record = partial(self._recorder.record, turn)
-            return Answer(await observe(reply, request.started, record), headers)
+            return Answer(
+                await observe(reply, request.started, record), headers, self._engines.named(turn.route.engine)
+            )
 
     async def complete(self, request: ChatRequest) -> Answer:
         """Answer one text completion. It is no dialogue: the original answers, or the engine that is named.
@@ -138,7 +143,8 @@ class Dispatcher:
     async def _ask_original(self, turn: TurnContext) -> Reply:
         """The original's reply; its log-probabilities are captured where they may teach."""
         original = self._engines.original
-        added = self._evidence.begin(turn.routed, turn.query, turn.policy.adapting)
+        rules = turn.policy.adapting if turn.request.stored else None
+        added = self._evidence.begin(turn.routed, turn.query, rules)
         if not added:
             return await original.chat(turn.call())
         try:
@@ -159,4 +165,4 @@ class Dispatcher:
         reply = await engine.chat(ChatCall(request.body, None, tenant, request.http, text=text))
         role = Role.SURROGATE if engine is self._engines.surrogate else Role.ORIGINAL
         headers = {"X-SOMA-Engine": role, "X-SOMA-Reason": why}
-        return Answer(await observe(reply, request.started, count), headers)
+        return Answer(await observe(reply, request.started, count), headers, engine.name)

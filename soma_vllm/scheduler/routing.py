@@ -6,7 +6,7 @@ asked for the route of a pinned session, nor where it could not prepare.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from soma_vllm.adaptation.threaded_encoder import Encoder
 from soma_vllm.config import Config
@@ -24,6 +24,16 @@ from soma_vllm.types import Message, Reason, ReasonCode, Role, Route
 DISPATCH_NAME = "soma"
 """The model name that asks for dispatch; `soma:<policy>` under another policy than the configured one. The
 engines' own names bypass it."""
+
+SWITCH = "x-soma"
+"""The header that opts a request out of dispatch."""
+
+HEADERS = frozenset(
+    {SWITCH, "x-soma-policy", "x-soma-force"}
+    | {f"x-soma-{name}" for name in ("session", "engine", "adapter", "phase", "reason", "branch", "history")}
+)
+"""Headers of a request under our prefix: those that it may steer by, and a reply's, which some clients send
+back."""
 
 RESULTS = ("tool", "function")
 """Roles of messages that bring what a tool found."""
@@ -47,6 +57,7 @@ class Routing:
         original, surrogate = self._engines.original, self._engines.surrogate
         model = request.body.get("model")
         policy = request.headers.get("x-soma-policy")
+        _check_headers(request.headers)
         served = (DISPATCH_NAME, original.name, surrogate.name)
         if model is None:
             raise BadRequest(f"model: found none; expected one of {', '.join(served)}", "model")
@@ -56,7 +67,7 @@ class Routing:
                 raise no_such_model(str(model), served)
         chosen = self._policies.default if policy is None else self._policies.named(policy)
         if model == original.name or (
-            model != surrogate.name and request.headers.get("x-soma", "").lower() == "off"
+            model != surrogate.name and request.headers.get(SWITCH, "").lower() == "off"
         ):
             return chosen, original
         return chosen, surrogate if model == surrogate.name else None
@@ -132,6 +143,16 @@ class Routing:
     def _compressed(self, query: TurnQuery) -> tuple[Message, ...]:
         """The history as the surrogate is shown it."""
         return compress(query.messages, self._config.prefix, self._config.compressed_prefix_turns)
+
+
+def _check_headers(headers: Mapping[str, str]) -> None:
+    """Refuse what would be ignored without a word. Raises BadRequest."""
+    unknown = sorted(name for name in headers if name.startswith("x-soma-") and name not in HEADERS)
+    if unknown:
+        raise BadRequest(f"{unknown[0][:100]}: found an unknown header; expected X-SOMA, -Policy or -Force")
+    for name, expected in ((SWITCH, ("on", "off")), ("x-soma-force", ("plain", "adapter"))):
+        if (found := headers.get(name)) is not None and found.lower() not in expected:
+            raise BadRequest(f"{name}: found {found[:100]!r}; expected {' or '.join(expected)}")
 
 
 def no_such_model(model: str, served: Iterable[str]) -> NoSuchModel:

@@ -6,7 +6,6 @@ Guarantees: the session is held from `begin_turn` until the turn ends or fails, 
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -50,28 +49,28 @@ class ChatRequest:
     """Id under which the client may name the answer later."""
     started: float = field(default_factory=time.monotonic)
     """When it arrived, `time.monotonic`."""
+    routed: dict[str, str] = field(default_factory=dict, compare=False)
+    """Headers of its reply as far as they are known before an engine answers; filled by the dispatcher."""
 
     @property
     def tenant(self) -> str:
         """Whose request it is."""
         return tenant_of(self.headers.get("authorization"))
 
+    @property
+    def stored(self) -> bool:
+        """Whether what is said may be kept, and learned from: not where `store` is false."""
+        return self.body.get("store") is not False
+
     def messages(self) -> list[Message]:
         """The messages of a chat.
 
         Raises:
-            BadRequest: there is none, or one is not Unicode text.
+            BadRequest: there is none.
         """
         messages: list[Message] = self.body["messages"]
         if not messages:
             raise BadRequest("messages: found none; expected at least one", "messages")
-        try:
-            json.dumps(messages, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            # No tokenizer reads it, and the encoder and the store would each fail in a way of their own.
-            raise BadRequest(
-                "messages: found half a surrogate pair; expected Unicode text", "messages"
-            ) from None
         return messages
 
 

@@ -46,10 +46,11 @@ class TurnRecorder:
             now, builds_on = time.time(), turn.overlap.turns
             session = self._registry.record(
                 turn.key,
-                turn_event(recorded, builds_on, now),
-                *(turn_event(variant, builds_on, now, EventKind.VARIANT) for variant in variants),
+                turn_event(_written(recorded), builds_on, now),
+                *(turn_event(_written(variant), builds_on, now, EventKind.VARIANT) for variant in variants),
             )
-            self._evidence.keep(turn.key, recorded.number, reply, turn.capture)
+            if recorded.stored:
+                self._evidence.keep(turn.key, recorded.number, reply, turn.capture)
             self._follow_up.begin(turn, session, recorded)
 
 
@@ -77,9 +78,14 @@ def _recorded(turn: TurnContext, reply: ParsedReply) -> list[Turn]:
         links=tuple(mark.link for mark in answered.marks if mark.end > overlap.end),
         left_out=overlap.left_out,
         response=turn.request.response,
+        stored=turn.request.stored,
         fields=prompt_fields(turn.request.body),
     )
     return [recorded, *(_variant(recorded, other, _answered(turn, other)) for other in others)]
+
+
+def _written(turn: Turn) -> Turn:
+    return turn if turn.stored else turn.silent()
 
 
 def _variant(recorded: Turn, other: Choice, answered: TranscriptDigest) -> Turn:

@@ -35,6 +35,11 @@ class BackgroundTasks:
             self._registry.hold(key)
             task.add_done_callback(self._finished)
 
+    @property
+    def count(self) -> int:
+        """Tasks under way."""
+        return len(self._tasks)
+
     def idle(self, key: SessionKey) -> bool:
         """True when no work is under way for this session."""
         return key not in self._tasks.values()

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
-from soma_vllm.errors import NotFound, StoreUnavailable, Unprocessable
+from soma_vllm.errors import NotFound, Unprocessable
 from soma_vllm.sessions.ports import in_time
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.sql.records import TurnLocation
@@ -25,9 +25,6 @@ from soma_vllm.sessions.state.session import RECOGNISED, Session
 from soma_vllm.sessions.state.transcript import TranscriptDigest
 from soma_vllm.sessions.state.turn import Turn, turn_of
 from soma_vllm.types import Message, SessionKey
-
-MOST_BEHIND = 50_000
-"""Unwritten events above which no more are taken on: turns go unrecorded until the store is back."""
 
 SURE_EXCHANGES = 2
 """Whole exchanges that must be left of a history without an id for its session to be recognised by them."""
@@ -70,8 +67,7 @@ class SessionLookup:
         Raises:
             StoreUnavailable: the session store did not answer within 3 s.
         """
-        if self.registry.behind > MOST_BEHIND:
-            raise StoreUnavailable(f"{self.registry.behind} events wait for the session store")
+        self.registry.write_behind.require_room()
         found = None
         if named is None:
             found = await self._find(tenant, "", reading) or await self._find_trimmed(tenant, "", reading)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Sequence
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from soma_vllm.errors import StoreUnavailable
 from soma_vllm.sessions.sql.records import (
     AdapterRecord,
+    Append,
     LengthCount,
-    SessionSnapshot,
     Summary,
     TurnLocation,
-    TurnMark,
 )
 from soma_vllm.types import Event, SessionKey, Usage
+
+if TYPE_CHECKING:  # it loads SQLAlchemy
+    from soma_vllm.sessions.sql.stored_objects import StoredObjects
 
 LOOKUP_S = 3.0
 """Longest wait for the store while a user waits."""
@@ -29,15 +31,12 @@ class Store(Protocol):
     Every verb raises StoreUnavailable where the store does not answer, and no other error of a database.
     """
 
-    async def append(
-        self,
-        key: SessionKey,
-        first_seq: int,
-        events: Sequence[Event],
-        standing: SessionSnapshot,
-        marks: Sequence[TurnMark] = (),
-        adapters: Sequence[AdapterRecord] = (),
-    ) -> None: ...
+    async def append_all(self, appends: Sequence[Append]) -> None: ...
+    @property
+    def objects(self) -> StoredObjects:
+        """Responses and conversations."""
+        ...
+
     async def events(self, key: SessionKey) -> list[Event]: ...
     async def find(self, tenant: str, family: str, chains: Sequence[str]) -> TurnLocation | None: ...
     async def standing(self, tenant: str, family: str, link: str, limit: int) -> list[str]: ...
@@ -45,6 +44,7 @@ class Store(Protocol):
     async def erase_text(self, key: SessionKey) -> int: ...
     async def erase_texts_before(self, at: float) -> int: ...
     async def delete(self, key: SessionKey) -> None: ...
+    async def delete_unused_objects(self, at: float) -> None: ...
     async def users_of(self, adapter: str) -> list[SessionKey]: ...
     async def served(self) -> list[tuple[SessionKey, str]]: ...
     async def in_phase(self, phase: str) -> list[SessionKey]: ...

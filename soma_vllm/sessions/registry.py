@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -21,7 +21,7 @@ from soma_vllm.errors import NotFound, StoreUnavailable
 from soma_vllm.sessions.erasure import LEARNING, TextCache, TextErasure
 from soma_vllm.sessions.event_bus import EventBus
 from soma_vllm.sessions.ports import Observer, Store, in_time
-from soma_vllm.sessions.sql.records import AdapterRecord, SessionSnapshot
+from soma_vllm.sessions.sql.records import AdapterRecord, Append, SessionSnapshot
 from soma_vllm.sessions.state.adapter_states import AdapterLives, AdapterState
 from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.fold import fold, restore
@@ -70,29 +70,23 @@ class SessionRegistry:
         self._entries: OrderedDict[SessionKey, Entry] = OrderedDict()
         self.index = TranscriptIndex(lambda key: self._entries[key].session.prefix_digest())
         """Finds live sessions by transcript."""
-        self._write_behind = WriteBehindQueue()
+        self.write_behind = WriteBehindQueue(store, config.storage.queue_mib)
+        """What the record lacks yet."""
         self._opening: dict[SessionKey, asyncio.Lock] = {}
         self._live: dict[str, int] = {}
         self._adapters = AdapterLives()
 
     async def start(self) -> None:
         """Begin writing."""
-        await self._write_behind.start()
+        await self.write_behind.start()
 
     async def stop(self) -> None:
         """Write what is still to be written, then end."""
-        await self._write_behind.stop()
+        await self.write_behind.stop()
 
     async def written(self) -> None:
         """Return when everything recorded so far is in the store."""
-        await self._write_behind.written()
-
-    @property
-    def behind(self) -> int:
-        """Writes that the store has not taken yet."""
-        return self._write_behind.behind
-
-    # -- live sessions ----------------------------------------------------------------------------------
+        await self.write_behind.written()
 
     async def open(self, key: SessionKey) -> Session:
         """The session of this key: the live one, the one on record, or a new one.
@@ -165,6 +159,11 @@ class SessionRegistry:
         """A live session as it was after one of its events."""
         return restore(key, self._entries[key].events[: seq + 1], self._config.gate)
 
+    @property
+    def size(self) -> int:
+        """Sessions in memory."""
+        return len(self._entries)
+
     def is_live(self, key: SessionKey) -> bool:
         """Whether a session is in memory."""
         return key in self._entries
@@ -217,7 +216,7 @@ class SessionRegistry:
 
     def _elsewhere(self, key: SessionKey) -> bool:
         """Whether a session is on record only: not in memory, nor just removed from it."""
-        return key not in self._entries and not self._write_behind.has(key)
+        return key not in self._entries and not self.write_behind.has(key)
 
     async def retired(self, adapter: str) -> None:
         """Put on record that an adapter is gone of which no live session speaks. Raises StoreUnavailable."""
@@ -259,12 +258,16 @@ class SessionRegistry:
         if self.erasure.is_due(before, entry.session.phase):
             self.erasure.forget(key)
             if self.erasure.policy == "until_adapted":
-                self._write_behind.put(Write(key, lambda: self.store.erase_text(key)))
+                self.write_behind.put(Write(key, lambda: self.store.erase_text(key)))
         return entry.session
 
     def note(self, key: SessionKey, kind: EventKind, /, **data: Any) -> Session:
         """Record one event that happens now."""
         return self.record(key, Event(kind, time.time(), data))
+
+    def keep(self, key: SessionKey, do: Callable[[], Awaitable[object]]) -> None:
+        """Queue a write that belongs to a session, behind those that it rests on."""
+        self.write_behind.put(Write(key, do))
 
     def recall(self, key: SessionKey, reading: TranscriptDigest) -> None:
         """Take what the turns said from a request's history, where it is yet to be learned from."""
@@ -292,10 +295,7 @@ class SessionRegistry:
             entry.events += silent
             entry.session = session.without_text()
 
-        async def append() -> None:
-            await self.store.append(session.key, first_seq, written, snapshot, marks, adapters)
-
-        self._write_behind.put(Write(session.key, append))
+        self.write_behind.append(Append(session.key, first_seq, written, snapshot, marks, adapters))
 
     def forget(self, key: SessionKey) -> None:
         """Drop from memory what was said in a session."""
@@ -323,9 +323,7 @@ class SessionRegistry:
         self.erasure.forget(key)
         if key.tenant in self._live:
             self._live[key.tenant] -= 1
-        self._write_behind.put(Write(key, lambda: self.store.delete(key), anew=True))
-
-    # -- memory -----------------------------------------------------------------------------------------
+        self.write_behind.put(Write(key, lambda: self.store.delete(key), anew=True))
 
     def _drop_if_unused(self, key: SessionKey) -> None:
         """Drop a session that is not in use and of which nothing is recorded."""
@@ -339,7 +337,7 @@ class SessionRegistry:
         idle = (
             key
             for key, entry in self._entries.items()
-            if not (entry.holds or self._write_behind.has(key) or key == newest)
+            if not (entry.holds or self.write_behind.has(key) or key == newest)
         )
         for key in list(islice(idle, max(0, surplus))):
             del self._entries[key]

@@ -30,6 +30,10 @@ OBJECT_STORE_BYTES = 80 * 1024 * 1024
 """Messages are small and tensors travel as files; Ray's default would reserve a third of the memory."""
 
 
+LOST_IN_A_ROW = 3
+"""Trainers lost in a row from which the pool counts as failing."""
+
+
 class TrainerPool:
     """Trains adapters on Ray actors, first come first served."""
 
@@ -42,6 +46,8 @@ class TrainerPool:
         )
         self._idle: asyncio.Queue[Any] = asyncio.Queue()
         self._started_ray = False
+        self.lost = 0
+        """Trainers lost in a row; 0 after a request that was answered."""
 
     async def start(self) -> list[TrainerReady]:
         """Start Ray and the trainers; returns once every one has its surrogate loaded.
@@ -82,10 +88,17 @@ class TrainerPool:
         result: TrainResult = await self._run("train", request)
         return result
 
+    @property
+    def failing(self) -> bool:
+        """Whether trainers are lost as soon as they are used: Ray is down, or too little memory is left."""
+        return self.lost >= LOST_IN_A_ROW
+
     async def _run(self, verb: str, request: ScoreRequest | TrainRequest) -> Any:
         trainer = await self._idle.get()
         try:
-            return await asyncio.wait_for(getattr(trainer, verb).remote(request), self._time_limit_s)
+            answer = await asyncio.wait_for(getattr(trainer, verb).remote(request), self._time_limit_s)
+            self.lost = 0
+            return answer
         except RayTaskError as error:
             if isinstance(error.cause, TrainingError):
                 raise TrainingError(str(error.cause)) from None
@@ -96,6 +109,7 @@ class TrainerPool:
             trainer = self._new_trainer()
             if isinstance(error, asyncio.CancelledError):
                 raise
+            self.lost += 1
             raise TrainingError(f"the trainer was lost: {type(error).__name__}") from error
         finally:
             self._idle.put_nowait(trainer)

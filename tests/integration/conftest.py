@@ -45,7 +45,7 @@ def tiny_server(
         # Random models surprise each other beyond measure.
         "gate": {"audit": "score", "surprise_threshold": 1000.0},
         # They would also rather write blanks for ever than a JSON object.
-        "original": {"extra_args": [*BRIEF_JSON, "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]},
+        "original": {"extra_args": BRIEF_JSON},
         "surrogate": {"extra_args": BRIEF_JSON},
         "baselines": {
             "llmlingua2": {"model": str(tiny_compressor)},

@@ -266,17 +266,24 @@ async def test_a_response_is_gone_on_from_whole_and_streamed(client: Client, tin
         "responses.with_raw_response.create", input="and now", previous_response_id=last.id, **asked
     )
     assert len(tiny_server.session(raw.headers["X-SOMA-Session"], "client")["turns"]) == 3
-    for unserved in ("retrieve", "delete", "cancel"):
-        with pytest.raises(openai.NotFoundError, match="previous_response_id"):
-            await client.call(f"responses.{unserved}", response_id=first.id)
+    assert (await client.call("responses.retrieve", response_id=last.id)).output == last.output
+    await client.call("responses.delete", response_id=first.id)
+    with pytest.raises(openai.NotFoundError):
+        await client.call("responses.retrieve", response_id=first.id)
 
 
-async def test_the_served_models_can_be_listed_and_looked_up(client: Client) -> None:
+async def test_the_served_models_can_be_listed_looked_up_and_asked_for_tokens(
+    client: Client, tiny_server: Running
+) -> None:
     listed = await client.call("models.list")
     names = [model.id for model in listed.data]
     assert names == ["soma", "tiny-original", "tiny-surrogate"]
     for model in listed.data:
         assert await client.call("models.retrieve", model=model.id) == model
+        assert model.max_model_len == 2048
+        asked = {"path": f"{tiny_server.root}/tokenize", "cast_to": object}
+        counted = await client.call("post", **asked, body={"model": model.id, "messages": QUERY})
+        assert counted["count"] == len(counted["tokens"])
     with pytest.raises(openai.NotFoundError, match="expected one of soma"):
         await client.call("models.retrieve", model="org/other")
 
@@ -326,6 +333,13 @@ async def test_what_is_wrong_is_told_by_the_right_error(
     with pytest.raises(error, match=said) as told:
         await client.chat(**asked)
     assert {"message", "type", "param", "code"} <= told.value.body.keys()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_a_prompt_that_is_too_long_has_openais_code(client: Client, engine: str) -> None:
+    with pytest.raises(openai.BadRequestError) as told:
+        await client.chat(messages=[{"role": "user", "content": "word " * 5000}], **to(engine))
+    assert told.value.code == "context_length_exceeded"
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -65,6 +65,11 @@ def test_a_study_reports_every_arm_and_what_they_come_to(run: tuple[Path, dict[s
     ratios = document["ratios"]
     assert ratios.keys() >= {"later_latency_soma_over_original", "dispatch_overhead_ms", "break_even_turn"}
     assert ratios["later_latency_soma_over_original"] > 0
+    for name in ("whole_session_time_soma_over_original", "net_cost_soma_over_original"):
+        assert ratios[name] > 0
+        low, high = document["intervals"][name]
+        assert 0 < low <= high
+    assert ratios["task_accuracy_soma_over_original"] is None  # these dialogues have no truth
     assert isinstance(ratios["dispatch_overhead_ms"], float)
     for name in ("latency_by_turn", "cost_by_length", "fidelity_and_cost"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -21,7 +21,9 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from soma_vllm.api.auth.quotas import Quotas
+from soma_vllm.api.draining import Draining
 from soma_vllm.api.plugin import HOST
+from soma_vllm.api.readiness import Readiness
 from soma_vllm.config import parse_config
 from soma_vllm.engines.engine import ChatCall, Reply
 from soma_vllm.sessions.sql.api_keys import KeyStore
@@ -72,15 +74,21 @@ class FakeHost:
 
     def __init__(self, services: Services, quotas: Quotas) -> None:
         self.quotas = quotas
-        self.extra_routes: bool = services.config.server.extra_routes
+        self.draining = Draining(1.0, lambda line: None)
+        self.readiness = Readiness()
+        self.server = services.config.server
+        self.started_at = 1_700_000_000.0
         self._house = services
 
     async def begin(self, engine_client: Any, state: Any) -> Services:
         await self._house.start()
         return self._house
 
-    def models(self) -> list[str]:
-        return ["soma", self._house.original.name, self._house.surrogate.name]
+    def models(self) -> dict[str, int | None]:
+        return {"soma": 2048, self._house.original.name: 2048, self._house.surrogate.name: 1024}
+
+    async def original_tokenizer(self, path: str, body: Any, required: bool) -> Any:
+        return {"tokens": [1, 2, 3], "count": 3, "max_model_len": 2048}
 
 
 class SurfaceHouse:

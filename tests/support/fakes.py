@@ -86,7 +86,7 @@ class FakeSurrogate(Versatile):
         if isinstance(self.refusal, EngineRefused):
             raise self.refusal
         if self.unreadable is not None and self.unreadable in str(call.body["messages"]):
-            raise EngineRefused(400, {}, "chat_template_refused")
+            raise EngineRefused(400, {}, cause="chat_template_refused")
         return tuple(token_of(word) for word in str(call.body["messages"]).split())
 
     def prefetch(self, ref: AdapterRef) -> None:

@@ -17,7 +17,11 @@ from openai import AsyncOpenAI
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from soma_vllm.api.responses import conversations
+from soma_vllm.api.responses.background import BackgroundResponses
 from soma_vllm.api.responses.routes import router
+from soma_vllm.api.responses.stored import ObjectRecord
+from soma_vllm.config import Server
 from soma_vllm.engines.engine import Reply
 from soma_vllm.engines.reply_parser import parse_body, read_events
 from soma_vllm.errors import EngineUnavailable, NotFound, SomaError
@@ -214,22 +218,52 @@ class Script:
 BROKEN = EngineUnavailable("the original broke off")
 
 
-def application(dispatcher: Any) -> FastAPI:
+class NothingStored:
+    """A record of objects that is always empty."""
+
+    keeps_all = True
+
+    def keep(self, *_: Any) -> bool:
+        return False
+
+    async def require_there(self, *_: Any) -> None:
+        return
+
+    async def resolved(self, _: str, given: Any) -> Any:
+        return given
+
+    async def history(self, *_: Any) -> None:
+        return None
+
+
+class Listening:
+    """A host, as routes see it."""
+
+    server = Server()
+
+
+def application(dispatcher: Any, session_admin: Any = None) -> FastAPI:
+    """The routes of responses before a dispatcher; before a whole one, those of conversations too."""
     app = FastAPI()
     app.include_router(router)
+    app.include_router(conversations.router)
     app.state.soma = dispatcher
+    app.state.soma_host = Listening()
+    registry = None if isinstance(dispatcher, Script) else dispatcher._lookup.registry
+    app.state.soma_objects = NothingStored() if registry is None else ObjectRecord(registry)
+    app.state.soma_background = BackgroundResponses(app.state.soma_objects)
+    app.state.soma_session_admin = session_admin
     return app
 
 
-def http_client(dispatcher: Any) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(application(dispatcher))
+def http_client(dispatcher: Any, session_admin: Any = None) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(application(dispatcher, session_admin))
     return httpx.AsyncClient(transport=transport, base_url="http://soma/v1")
 
 
-def openai_client(dispatcher: Any, key: str = "k") -> AsyncOpenAI:
-    return AsyncOpenAI(
-        api_key=key, base_url="http://soma/v1", http_client=http_client(dispatcher), max_retries=0
-    )
+def openai_client(dispatcher: Any, key: str = "k", session_admin: Any = None) -> AsyncOpenAI:
+    http = http_client(dispatcher, session_admin)
+    return AsyncOpenAI(api_key=key, base_url="http://soma/v1", http_client=http, max_retries=0)
 
 
 def checked(response: Mapping[str, Any]) -> Response:

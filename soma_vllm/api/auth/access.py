@@ -1,9 +1,9 @@
 """ASGI middleware in front of every route, vLLM's included: authentication, quotas, and the size of bodies.
 
 Guarantees: with keys in use a path is closed unless it is named here, and routes that control the server need
-the admin key; a refusal is an OpenAI error and never a 500, whatever the headers hold; bodies and replies pass
-through piece by piece, nothing is buffered; a request refused for its key or its declared size counts against
-no limit.
+the admin key; a path that is not there is a 404, with and without a key; a refusal is an OpenAI error and never
+a 500, whatever the headers hold; bodies and replies pass through piece by piece, nothing is buffered; a request
+refused for its key or its declared size counts against no limit.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from soma_vllm.api.auth.quotas import Caller, Quotas, Refusal
-from soma_vllm.api.error_responses import failed
+from soma_vllm.api.error_responses import failed, no_such_path
+from soma_vllm.api.route_filter import not_served
 from soma_vllm.errors import (
     BadRequest,
     BodyTooLarge,
     Forbidden,
+    NotFound,
     SomaError,
     StoreUnavailable,
     Unauthorized,
@@ -34,7 +37,11 @@ MAX_AUTHORIZATION = 4096
 
 OPEN = frozenset(
     {
+        "/",
+        "/static/swagger-ui-bundle.js",
+        "/static/swagger-ui.css",
         "/health",
+        "/ready",
         "/ping",
         "/version",
         "/metrics",
@@ -54,7 +61,11 @@ KEYED_BELOW = ("/v1/", "/v2/", "/inference/", "/cohere/", "/soma/")
 STEERING = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/inference/v1/abort_requests"})
 """These need the admin key too, although they are among the others: they change what all tenants share."""
 
-UNCOUNTED = frozenset({"/tokenize", "/detokenize"})
+MESSAGES = "/v1/messages"
+"""Where Anthropic's clients ask."""
+
+UNCOUNTED = frozenset({"/tokenize", "/detokenize", f"{MESSAGES}/count_tokens"})
+UNCOUNTED_BELOW = ("/soma/", "/v1/conversations")
 """POST requests that run no model."""
 
 NEEDS_ADMIN = "found an API key without this right; expected the admin key"
@@ -82,9 +93,13 @@ class AccessControl:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
+        _take_anthropic_key(scope)
         try:
             caller = await self._checked(scope)
         except SomaError as error:
+            if isinstance(error, Unauthorized | Forbidden) and not is_there(scope):
+                # Sends nobody looking for another key. What exists is no secret: /openapi.json is open.
+                error = NotFound(no_such_path(scope["method"], scope["path"]))
             self._count(error)
             await (_answer(error, send) if scope["type"] == "http" else _hang_up(send))
             return
@@ -182,6 +197,25 @@ def authorization_of(scope: Scope) -> str | None:
     return text
 
 
+def _take_anthropic_key(scope: Scope) -> None:
+    """Anthropic's clients send their key in a header of their own; from here on it is a bearer token."""
+    names = [name for name, _ in scope["headers"]]
+    if scope["path"].startswith(MESSAGES) and b"authorization" not in names:
+        keys = [value for name, value in scope["headers"] if name == b"x-api-key" and value]
+        added = [(b"authorization", b"Bearer " + key) for key in keys]
+        scope["headers"] = [*scope["headers"], *added]
+
+
+def is_there(scope: Scope) -> bool:
+    """Whether the application serves anything at a request's path, by whatever method; True outside HTTP."""
+    if scope["type"] != "http" or "app" not in scope:
+        return True
+    routes = (
+        route for route in scope["app"].router.routes if getattr(route, "endpoint", None) is not not_served
+    )
+    return any(route.matches(scope)[0] is not Match.NONE for route in routes)
+
+
 def declared_length(scope: Scope) -> int | None:
     """The body's length as its header declares it; None where it does not, or not as a number."""
     for name, value in scope["headers"]:
@@ -216,7 +250,7 @@ def generates(scope: Scope, path: str) -> bool:
     """Whether a request counts: any POST that may keep a model busy, and any conversation over a web socket."""
     if scope["type"] == "websocket":
         return True
-    asks = path not in UNCOUNTED and not path.startswith("/soma/") and not path.endswith("/cancel")
+    asks = path not in UNCOUNTED and not path.startswith(UNCOUNTED_BELOW) and not path.endswith("/cancel")
     return scope["method"] == "POST" and asks
 
 

@@ -25,6 +25,8 @@ def chat_body(request: ResponsesRequest, messages: Sequence[Message]) -> dict[st
     body |= request.given(
         "model", "metadata", "user", "temperature", "top_p", "frequency_penalty", "presence_penalty"
     )
+    if not request.store:
+        body["store"] = False
     if request.max_output_tokens is not None:
         body["max_completion_tokens"] = request.max_output_tokens
     if (form := request.text.format) is not None and form.type != "text":
@@ -88,6 +90,10 @@ class Frame:
             **self.request.echoed(),
             **details,
         }
+
+    def failed(self, why: str) -> dict[str, Any]:
+        """The response of which nothing came."""
+        return self.response("failed", error={"code": "server_error", "message": why})
 
 
 def text_in(spoken: Mapping[str, Any]) -> str:

@@ -21,8 +21,8 @@ from soma_vllm.sessions.state.transcript import text_of
 from soma_vllm.types import Message
 
 
-def messages_of(given: str | Sequence[Mapping[str, Any]]) -> list[Message]:
-    """The `input` of a request as chat messages; at least one.
+def messages_of(given: str | Sequence[Mapping[str, Any]], name: str = "input") -> list[Message]:
+    """The `input` of a request, or what else has this name in it, as chat messages; at least one.
 
     An answer of several items is one message, as it is stored. Reasoning is left out, as chat clients do.
 
@@ -33,14 +33,14 @@ def messages_of(given: str | Sequence[Mapping[str, Any]]) -> list[Message]:
         return [{"role": "user", "content": given}]
     messages: list[dict[str, Any]] = []
     for index, item in enumerate(given):
-        where = f"input[{index}]"
+        where = f"{name}[{index}]"
         kind = item.get("type") or ("message" if "role" in item else None)
         add = _ITEMS.get(kind) if isinstance(kind, str) else None
         if add is None:
             raise mistake(f"{where}.type", shown(kind), f"one of {', '.join(_ITEMS)}")
         add(item, where, messages)
     if not messages:
-        raise mistake("input", "no message", "at least one")
+        raise mistake(name, "no message", "at least one")
     return list(messages)
 
 

@@ -18,7 +18,6 @@ from soma_vllm.errors import BadRequest
 from soma_vllm.sessions.state.identity import explicit_id
 
 REFUSED: Mapping[str, str] = {
-    "background": "background responses are not supported",
     "prompt": "stored prompt templates are not supported",
     "context_management": "compaction is not supported",
     "moderation": "moderation is not supported",
@@ -108,7 +107,9 @@ class ResponsesRequest(BaseModel):
     top_p: float = 1.0
     top_logprobs: Annotated[int, Field(ge=0)] = 0
     store: bool = True
-    """False: no later request can continue from the response by its id. Its turn is recorded as any other."""
+    """False: nothing of what was said is stored, no later request can continue from the response by its id, and
+    its session learns nothing."""
+    background: bool = False
     stream: bool = False
     truncation: Literal["auto", "disabled"] = "disabled"
     user: str | None = None
@@ -143,7 +144,6 @@ class ResponsesRequest(BaseModel):
         text = self.text.model_dump(by_alias=True, exclude_none=True)
         return {
             **self.model_dump(exclude=NOT_ECHOED),
-            "background": False,
             "conversation": None if self.conversation is None else {"id": self.conversation_id},
             "service_tier": "default",
             "text": {"format": {"type": "text"}, **text},
@@ -197,6 +197,8 @@ def parse(body: object) -> ResponsesRequest:
                 "found both conversation and previous_response_id; expected at most one", "conversation"
             )
         _check_id(request.conversation_id)
+    if request.background and not request.store:
+        raise mistake("background", "true with store: false", "a response that is stored")
     _check_choice(request)
     return request
 

@@ -7,25 +7,29 @@ conversation's id; a response is found in its own tenant alone; vLLM's own store
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 
-from soma_vllm.api.chat import DialogueStream, dispatcher
+from soma_vllm.api.chat import dispatcher, silence_s
+from soma_vllm.api.dialogue_stream import DialogueStream, respond_streaming
 from soma_vllm.api.error_responses import failed, failure
-from soma_vllm.api.responses.convert import Frame, chat_body, new_id
-from soma_vllm.api.responses.input_items import messages_of, prompt
+from soma_vllm.api.responses.asking import Asking
+from soma_vllm.api.responses.background import BackgroundResponses
 from soma_vllm.api.responses.request import ResponsesRequest, body_schema, parse
-from soma_vllm.api.responses.stream import ResponseEvents, response_of
+from soma_vllm.api.responses.stored import ObjectRecord, page
+from soma_vllm.api.unicode_check import require_unicode
 from soma_vllm.engines.vllm.internals import validate_json_request, with_cancellation
 from soma_vllm.errors import BadRequest, NotFound, SomaError
-from soma_vllm.scheduler.dispatcher import DISPATCH_NAME, ChatRequest, Dispatcher
 from soma_vllm.sessions.state.identity import tenant_of
-from soma_vllm.types import Message
 
 router = APIRouter()
+
+Order = Literal["asc", "desc"]
+Limit = Annotated[int, Query(ge=1, le=100)]
 
 
 async def body_of(raw_request: Request) -> bytes:
@@ -41,20 +45,60 @@ DESCRIBED = {"requestBody": {"required": True, "content": {"application/json": {
 async def create_response(body: Annotated[bytes, Depends(body_of)], raw_request: Request) -> Response:
     """One turn of a dialogue."""
     try:
-        return await _answered(parse(_json(body)), raw_request)
+        found = parse_json(body)
+        require_unicode(found)
+        return await _answered(parse(found), raw_request)
     except SomaError as error:
         return failed(error)
 
 
 @router.get("/v1/responses/{response_id}")
+async def retrieve_response(
+    response_id: str, raw_request: Request, stream: bool = False, starting_after: int = -1
+) -> Response:
+    """A response that was stored; of one in the background, its events too."""
+    whose, jobs = tenant(raw_request), _jobs(raw_request)
+    try:
+        if stream:
+            if (job := jobs.job(whose, response_id)) is None:
+                raise BadRequest("stream: found no response of the background under this id lately", "stream")
+            return DialogueStream(job.follow(starting_after), {}, silence_s(raw_request))
+        return json_response(await jobs.response(whose, response_id))
+    except SomaError as error:
+        return failed(error)
+
+
 @router.delete("/v1/responses/{response_id}")
+async def delete_response(response_id: str, raw_request: Request) -> Response:
+    """Delete a stored response. Its turn stays in its session."""
+    whose = tenant(raw_request)
+    try:
+        await _jobs(raw_request).forget(whose, response_id)
+        await record(raw_request).delete_response(whose, response_id)
+    except SomaError as error:
+        return failed(error)
+    return json_response({"id": response_id, "object": "response", "deleted": True})
+
+
 @router.get("/v1/responses/{response_id}/input_items")
+async def list_input_items(
+    response_id: str, raw_request: Request, order: Order = "desc", after: str | None = None, limit: Limit = 20
+) -> Response:
+    """What a stored response was asked."""
+    try:
+        items = await record(raw_request).input_items(tenant(raw_request), response_id)
+        return json_response(page(items, order, after, limit))
+    except SomaError as error:
+        return failed(error)
+
+
 @router.post("/v1/responses/{response_id}/cancel")
-async def not_stored(response_id: str) -> Response:
-    """Sessions are stored, response objects are not. These routes replace vLLM's, which would show responses
-    across tenants. Not a 501: clients retry a request that fails with 5xx."""
-    message = "Stored responses cannot be retrieved; continue from one with previous_response_id"
-    return failure(HTTPStatus.NOT_FOUND, message)
+async def cancel_response(response_id: str, raw_request: Request) -> Response:
+    """End a response in the background."""
+    try:
+        return json_response(await _jobs(raw_request).cancel(tenant(raw_request), response_id))
+    except SomaError as error:
+        return failed(error)
 
 
 @router.post("/v1/responses/compact")
@@ -65,50 +109,60 @@ async def not_supported() -> Response:
 
 
 async def _answered(request: ResponsesRequest, raw_request: Request) -> Response:
-    soma = dispatcher(raw_request)
-    added = messages_of(request.input)
+    asking = Asking(request, raw_request, record(raw_request), dispatcher(raw_request))
     try:
-        session, history = await _so_far(request, soma, tenant_of(raw_request.headers.get("authorization")))
+        await asking.read()
     except NotFound as error:
+        if asking.added is None:
+            return failure(HTTPStatus.NOT_FOUND, str(error), "input")
+        if request.previous_response_id is None:
+            return failure(HTTPStatus.NOT_FOUND, str(error), "conversation")
         code = "previous_response_not_found"
         return failure(HTTPStatus.NOT_FOUND, str(error), "previous_response_id", code=code)
-    name = new_id("resp")
-    answer = await soma.chat(
-        ChatRequest(
-            chat_body(request, prompt(request.instructions, history, added)),
-            raw_request.headers,
-            raw_request,
-            session=session,
-            response=name if request.store else None,
+    if request.background:
+        job = _jobs(raw_request).start(asking.tenant, asking.frame(), asking.shown, asking.events)
+        if request.stream:
+            return DialogueStream(job.follow(-1), {}, silence_s(raw_request))
+        return json_response(job.response)
+    if request.stream:
+        return await respond_streaming(
+            asking.opened(), asking.chat.routed, silence_s(raw_request), asking.failure
         )
-    )
-    # An answer of an engine that was asked by its name belongs to no session and is not recorded.
-    stored = request.store and "X-SOMA-Session" in answer.headers
-    frame = Frame(request, name, request.model or DISPATCH_NAME, stored)
-    if answer.reply.events is not None:
-        return DialogueStream(ResponseEvents(answer.reply.events, frame), answer.headers)
-    assert answer.reply.body is not None
-    content = json.dumps(response_of(frame, answer.reply.body))
-    return Response(content, headers=dict(answer.headers), media_type="application/json")
+    whole, headers = await asking.whole()
+    return json_response(whole, headers)
 
 
-async def _so_far(
-    request: ResponsesRequest, soma: Dispatcher, tenant: str
-) -> tuple[str | None, tuple[Message, ...]]:
-    """(the session that the request names, its messages so far)."""
-    if request.previous_response_id is not None:
-        said = await soma.said(tenant, request.previous_response_id)
-        return said.session, said.messages
-    if request.conversation_id is not None:
-        return request.conversation_id, await soma.conversation(tenant, request.conversation_id)
-    return None, ()
+def json_response(content: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    """An object as a reply."""
+    # ASCII, as in events: half a surrogate pair can be sent so.
+    return Response(json.dumps(content), headers=dict(headers or {}), media_type="application/json")
 
 
-def _json(body: bytes) -> Any:
+def tenant(raw_request: Request) -> str:
+    """Whose request it is."""
+    return tenant_of(raw_request.headers.get("authorization"))
+
+
+def record(raw_request: Request) -> ObjectRecord:
+    """The objects on record."""
+    found: ObjectRecord = raw_request.app.state.soma_objects
+    return found
+
+
+def _jobs(raw_request: Request) -> BackgroundResponses:
+    jobs: BackgroundResponses = raw_request.app.state.soma_background
+    return jobs
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """The JSON object in a body. Raises BadRequest."""
     try:
-        return json.loads(body, parse_constant=_no_number)
+        found = json.loads(body, parse_constant=_no_number)
     except (ValueError, RecursionError):
         raise BadRequest("body: found no valid JSON; expected a JSON object") from None
+    if not isinstance(found, dict):
+        raise BadRequest(f"body: found {type(found).__name__}; expected a JSON object")
+    return found
 
 
 def _no_number(name: str) -> NoReturn:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -56,14 +56,23 @@ def response_of(frame: Frame, completion: Mapping[str, Any]) -> dict[str, Any]:
     return builder.complete()
 
 
+OnComplete = Callable[[dict[str, Any]], None]
+
+
+def ignored(response: dict[str, Any]) -> None:
+    """What is done with a response that is not kept."""
+
+
 class ResponseEvents:
     """`Events` of a response, made of a chat completion's.
 
     A class and not an async generator, because closing a generator that was never started runs none of it.
     """
 
-    def __init__(self, events: Events, frame: Frame) -> None:
+    def __init__(self, events: Events, frame: Frame, on_complete: OnComplete = ignored) -> None:
+        """`on_complete` is given the whole response, once its turn is on record."""
         self._events = events
+        self._on_complete = on_complete
         self._builder = ResponseBuilder(frame)
         self._builder.begin()
         self._error: str | None = None
@@ -93,7 +102,7 @@ class ResponseEvents:
         except StopAsyncIteration:
             self._over = True
             if self._done and self._error is None:
-                self._builder.complete()
+                self._on_complete(self._builder.complete())
             else:
                 cut_off = "the engine's stream ended in the middle of an answer"
                 self._builder.fail(self._error or cut_off)

@@ -7,11 +7,13 @@ overrule what stands before them; a child listens on a Unix socket only and neve
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from soma_vllm.config import Config, Engine
+from soma_vllm.engines.vllm.parser_choice import parser_arguments
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM accepts for --max-lora-rank (`vllm.config.lora.MaxLoRARanks`)."""
@@ -64,6 +66,7 @@ def vllm_arguments(engine: Engine, model_path: str, served_name: str) -> list[st
         "--no-enable-log-requests",
         "--disable-uvicorn-access-log",
         *("--uvicorn-log-level", "warning"),
+        *parser_arguments(engine, model_path),
         *engine.extra_args,
     ]
 
@@ -82,6 +85,9 @@ def surrogate_arguments(config: Config, model_path: str, served_name: str) -> li
         *("--max-lora-rank", str(slot_rank(config.lora.rank))),
         *("--lora-target-modules", *config.lora.target_modules),
         *("--worker-extension-cls", WORKER_EXTENSION),
+        # Ctrl-C reaches the engine's process too, which would abort its requests at once.
+        *("--shutdown-timeout", str(math.ceil(config.server.drain_s))),
+        "--enable-offline-docs",  # no page of ours loads scripts from elsewhere
         *vllm_arguments(surrogate, model_path, served_name),
     ]
 

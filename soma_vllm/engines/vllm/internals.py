@@ -31,6 +31,11 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.tokenize.protocol import (
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeRequest,
+)
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 from vllm.exceptions import VLLMClientError, VLLMServerError
 from vllm.lora.request import LoRARequest
@@ -42,9 +47,13 @@ from soma_vllm.types import AdapterRef
 from soma_vllm.versions import SUPPORTED_VLLM, installed_vllm, vllm_is_supported
 
 __all__ = [
+    "REFUSALS",
     "ChatBody",
     "CompletionBody",
+    "DetokenizeBody",
     "PrivateChat",
+    "TokenizeBody",
+    "read_body",
     "run_server",
     "validate_json_request",
     "with_cancellation",
@@ -61,7 +70,7 @@ REFUSALS = (VLLMClientError, ValueError, TypeError, OverflowError, NotImplemente
 """What vLLM raises, rather than returns, for a request that is wrong: too long, or against its template."""
 
 
-def _read(body: Any, read: ValidatorFunctionWrapHandler) -> Any:
+def read_body(body: Any, read: ValidatorFunctionWrapHandler) -> Any:
     """A body as vLLM reads it; whatever a wrong parameter makes vLLM raise becomes a validation error."""
     try:
         for name, value in body.items() if isinstance(body, dict) else ():
@@ -85,11 +94,17 @@ def _too_large(value: Any) -> int | None:
 
 INT64 = range(-(2**63), 2**63)
 
-ChatBody = Annotated[ChatCompletionRequest, WrapValidator(_read)]
+ChatBody = Annotated[ChatCompletionRequest, WrapValidator(read_body)]
 """A chat completion's body, as vLLM reads it."""
 
-CompletionBody = Annotated[CompletionRequest, WrapValidator(_read)]
+CompletionBody = Annotated[CompletionRequest, WrapValidator(read_body)]
 """A text completion's."""
+
+TokenizeBody = Annotated[TokenizeRequest, WrapValidator(read_body)]
+"""A text's or a chat's that is to be tokenized."""
+
+DetokenizeBody = Annotated[DetokenizeRequest, WrapValidator(read_body)]
+"""One of tokens."""
 
 
 def parse_arguments(arguments: Sequence[str]) -> Namespace:
@@ -143,7 +158,7 @@ class PrivateChat:
             request = ChatCompletionRequest.model_validate(copy.deepcopy(dict(body)))
             rendered = await self._chat.render_chat_request(request)
         except REFUSALS as error:
-            raise EngineRefused(400, _error_body(str(error)), refusal_cause(error)) from error
+            raise EngineRefused(400, _error_body(str(error)), cause=refusal_cause(error)) from error
         if isinstance(rendered, ErrorResponse):
             raise EngineRefused(rendered.error.code, rendered.model_dump())
         _, (prompt, *_) = rendered
@@ -201,6 +216,32 @@ def keep_adapters_out_of_metrics(engine_client: Any) -> None:
         if gauge is not None:
             stats.gauge_lora_info = None
             REGISTRY.unregister(gauge)
+
+
+def tokenize_request(body: Mapping[str, Any]) -> Any:
+    """A chat that is to be tokenized, as vLLM reads it. Raises EngineRefused."""
+    try:
+        return TokenizeChatRequest.model_validate(body)
+    except REFUSALS as error:
+        raise EngineRefused(400, _error_body(str(error))) from error
+
+
+async def tokenizer_answer(state: Any, path: str, request: Any, http: Any) -> dict[str, Any]:
+    """What the surrogate's tokenizer answers at `tokenize` or `detokenize`.
+
+    Raises:
+        EngineRefused: vLLM found the request wrong.
+    """
+    serving = state.serving_tokenization
+    serve = serving.create_tokenize if path == "tokenize" else serving.create_detokenize
+    try:
+        answer = await serve(request, http)
+    except REFUSALS as error:
+        raise EngineRefused(400, _error_body(str(error))) from error
+    if isinstance(answer, ErrorResponse):
+        raise EngineRefused(answer.error.code, answer.model_dump())
+    found: dict[str, Any] = answer.model_dump()
+    return found
 
 
 async def _answered(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 from soma_vllm.sessions.state.session import Session
-from soma_vllm.types import SessionKey
+from soma_vllm.types import Event, SessionKey
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,26 @@ class AdapterRecord:
 
 
 @dataclass(frozen=True)
+class Append:
+    """Events of one session for its log, and where the session stands after them."""
+
+    key: SessionKey
+    first_seq: int
+    """Sequence number of the first event."""
+    events: Sequence[Event]
+    snapshot: SessionSnapshot
+    marks: Sequence[TurnMark] = ()
+    """Turns of these events."""
+    adapters: Sequence[AdapterRecord] = ()
+    """They replace what was on record under their names: the session that appended an adapter last owns it."""
+
+    @cached_property
+    def size(self) -> int:
+        """Characters of what was said in these events, which is nearly all of their memory."""
+        return sum(_characters(event.text) for event in self.events)
+
+
+@dataclass(frozen=True)
 class TurnLocation:
     """A turn on record."""
 
@@ -86,3 +108,12 @@ class LengthCount:
     over: bool
     """Whether they have been silent for long."""
     sessions: int
+
+
+def _characters(value: object) -> int:
+    """Characters of all strings in a JSON value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list | tuple) else 0

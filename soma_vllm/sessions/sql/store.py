@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,15 @@ from soma_vllm.errors import ConfigError, StoreUnavailable
 from soma_vllm.sessions.sql.connections import BUSY_MS, parse, told
 from soma_vllm.sessions.sql.outages import translated
 from soma_vllm.sessions.sql.queries import SessionReader, of
-from soma_vllm.sessions.sql.records import AdapterRecord, SessionSnapshot, TurnMark
+from soma_vllm.sessions.sql.records import AdapterRecord, Append, SessionSnapshot, TurnMark
 from soma_vllm.sessions.sql.schema import bring_up_to_date
+from soma_vllm.sessions.sql.stored_objects import (
+    StoredObjects,
+    erased_before,
+    erased_with,
+    removed_with,
+    unused_since,
+)
 from soma_vllm.sessions.sql.tables import RETIRED, AdapterRow, Base, EventRow, SessionRow, TextRow, TurnRow
 from soma_vllm.types import Event, SessionKey
 
@@ -54,6 +61,8 @@ class SessionStore(SessionReader):
         self._put_session = self._upsert(SessionRow)
         self._put_adapter = self._upsert(AdapterRow)
         self._latest = 0.0
+        self.objects = StoredObjects(self._transaction)
+        """Responses and conversations."""
 
     async def open(self) -> None:
         """Make the tables, or bring those of an older version up to date.
@@ -78,35 +87,42 @@ class SessionStore(SessionReader):
         marks: Sequence[TurnMark] = (),
         adapters: Sequence[AdapterRecord] = (),
     ) -> None:
-        """Append events from sequence number `first_seq` on and say where the session stands: one transaction.
+        """Append events of one session: see `Append`, and `append_all`."""
+        await self.append_all([Append(key, first_seq, events, standing, marks, adapters)])
 
-        `marks` are turns of these events. `adapters` replace what was on record under their names: the session
-        that appended an adapter last owns it.
+    async def append_all(self, appends: Sequence[Append]) -> None:
+        """Append events of several sessions and say where each stands: one transaction, all of it or nothing.
 
         Raises:
-            StoreRefused: another writer appended these sequence numbers first.
+            StoreRefused: another writer appended some of these sequence numbers first.
         """
-        owner = {"tenant": key.tenant, "session": key.session}
+        tables = (insert(EventRow), insert(TextRow), insert(TurnRow), self._put_session, self._put_adapter)
+        rows: list[list[dict[str, Any]]] = [[] for _ in tables]
+        for append in appends:
+            for known, found in zip(rows, self._rows_of(append), strict=True):
+                known += found
+        async with self._transaction() as connection:
+            for statement, known in zip(tables, rows, strict=True):
+                await _put(connection, statement, known)
+
+    def _rows_of(self, append: Append) -> Iterator[list[dict[str, Any]]]:
+        """Rows of events, texts, turns, sessions and adapters, in this order."""
+        owner = {"tenant": append.key.tenant, "session": append.key.session}
         now = {"updated_at": self._now()}
-        numbered = dict(enumerate(events, first_seq))
-        logged = [
+        numbered = dict(enumerate(append.events, append.first_seq))
+        yield [
             owner | {"seq": seq, "kind": event.kind, "at": event.at, "data": event.data}
             for seq, event in numbered.items()
         ]
-        said = [
+        yield [
             owner | {"seq": seq, "at": event.at, "data": event.text}
             for seq, event in numbered.items()
             if event.text is not None
         ]
-        turns = [
-            owner | vars(mark) | {"family": standing.family, "at": numbered[mark.seq].at} for mark in marks
-        ]
-        async with self._transaction() as connection:
-            await _put(connection, insert(EventRow), logged)
-            await _put(connection, insert(TextRow), said)
-            await _put(connection, insert(TurnRow), turns)
-            await _put(connection, self._put_session, [owner | vars(standing) | now])
-            await _put(connection, self._put_adapter, [owner | vars(adapter) | now for adapter in adapters])
+        family = {"family": append.snapshot.family}
+        yield [owner | vars(mark) | family | {"at": numbered[mark.seq].at} for mark in append.marks]
+        yield [owner | vars(append.snapshot) | now]
+        yield [owner | vars(adapter) | now for adapter in append.adapters]
 
     async def retired(self, adapter: str) -> None:
         """An adapter's files are gone."""
@@ -116,7 +132,10 @@ class SessionStore(SessionReader):
 
     async def erase_text(self, key: SessionKey) -> int:
         """Erase what was said in a session and keep the rest; how many events lost their text."""
-        erased = await self._delete(delete(TextRow).where(of(TextRow, key)))
+        async with self._transaction() as connection:
+            erased = (await connection.execute(delete(TextRow).where(of(TextRow, key)))).rowcount
+            for statement in erased_with(key):
+                await connection.execute(statement)
         await self._scrub()
         return erased
 
@@ -127,14 +146,20 @@ class SessionStore(SessionReader):
         total = 0
         while erased := await self._delete(delete(TextRow).where(tuple_(*place).in_(oldest))):
             total += erased
+        await self._delete(*erased_before(at))
         await self._scrub()
         return total
 
     async def delete(self, key: SessionKey) -> None:
         """Remove everything of a session, the records of adapters that it owns included, in one transaction."""
         tables = (TextRow, TurnRow, EventRow, AdapterRow, SessionRow)
-        await self._delete(*(delete(table).where(of(table, key)) for table in tables))
+        await self._delete(*removed_with(key), *(delete(table).where(of(table, key)) for table in tables))
         await self._scrub()
+
+    async def delete_unused_objects(self, at: float) -> None:
+        """Remove responses and conversations that are older than a Unix time and belong to no session."""
+        if await self._delete(*unused_since(at)):
+            await self._scrub()
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[AsyncConnection]:

@@ -1,7 +1,8 @@
 """The tables of the session store, and how values that databases refuse are encoded in them.
 
 Guarantees: ids that clients chose and documents come back exactly as they were stored, on SQLite and PostgreSQL
-alike, NUL characters, lone surrogates, NaN and infinities included; conversation text is in `texts` alone. The
+alike, NUL characters, lone surrogates, NaN and infinities included; conversation text is in `texts`, and, as
+clients retrieve it, in `objects` and `items`. The
 same tables are written down a second time, as steps, in `migrations/`; a test holds the two together.
 """
 
@@ -131,6 +132,37 @@ class TurnRow(Base):
         Index("ix_turns_link", "tenant", "family", "link"),
         Index("ix_turns_response", "tenant", "response"),
     )
+
+
+class ObjectRow(Base):
+    """One response or conversation of OpenAI's, as a client retrieves it."""
+
+    __tablename__ = "objects"
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
+    id: Mapped[str] = mapped_column(Name, primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    session: Mapped[str] = mapped_column(Name)
+    """The session that it goes with; empty for none."""
+    at: Mapped[float] = mapped_column(Float)
+    data: Mapped[Mapping[str, Any]] = mapped_column(Document)
+    """The object; a response with its output, and so with text."""
+
+    __table_args__ = (Index("ix_objects_session", "tenant", "session"), Index("ix_objects_at", "at"))
+
+
+class ItemRow(Base):
+    """One item of a response's input or output, or of a conversation."""
+
+    __tablename__ = "items"
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
+    owner: Mapped[str] = mapped_column(Name, primary_key=True)
+    position: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    id: Mapped[str] = mapped_column(Name)
+    part: Mapped[str] = mapped_column(String(16))
+    at: Mapped[float] = mapped_column(Float)
+    data: Mapped[Mapping[str, Any]] = mapped_column(Document)
+
+    __table_args__ = (Index("ix_items_id", "tenant", "id"), Index("ix_items_at", "at"))
 
 
 class AdapterRow(Base):

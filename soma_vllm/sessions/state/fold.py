@@ -100,6 +100,7 @@ def _adaptation_started(session: Session, event: Event, gate: Gate) -> Session:
         session,
         learned=len(session.turns),
         adapting=adapting_of(event.data),
+        attempts=session.attempts + 1,
         forced=None if forced is None else Candidate(forced),
         adapter=None,
     )
@@ -117,6 +118,7 @@ def _switched(session: Session, event: Event, gate: Gate) -> Session:
         adapter=found.adapter,
         centroid=found.centroid,
         drift=Drift(),
+        attempts=0,
         switches=session.switches + 1,
     )
 
@@ -132,7 +134,8 @@ def _audited(session: Session, event: Event, gate: Gate) -> Session:
 
 def _refused(session: Session, event: Event, gate: Gate) -> Session:
     wanting = bool(event.data.get("found_wanting"))
-    return replace(session, refusals=session.refusals + wanting, cool_downs=session.cool_downs + 1)
+    refusals = session.refusals + wanting
+    return replace(session, attempts=0, refusals=refusals, cool_downs=session.cool_downs + 1)
 
 
 def _rolled_back(session: Session, event: Event, gate: Gate) -> Session:
@@ -146,7 +149,7 @@ def _adapter_evicted(session: Session, event: Event, gate: Gate) -> Session:
 
 
 def _restarted(session: Session, event: Event, gate: Gate) -> Session:
-    return replace(_unserved(session), drift=Drift(), warm_from=0, learned=0, cool_downs=0)
+    return replace(_unserved(session), drift=Drift(), attempts=0, warm_from=0, learned=0, cool_downs=0)
 
 
 def _pinned(session: Session, event: Event, gate: Gate) -> Session:

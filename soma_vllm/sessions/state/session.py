@@ -51,6 +51,8 @@ class Session:
     trained because that failed. An administrator who asks for an adaptation has them forgotten."""
     adapting: AdaptationRules | None = None
     """By which rules the present or latest adaptation goes; None before the first."""
+    attempts: int = 0
+    """Beginnings of the present adaptation; more than one where servers ended during it."""
     forced: Candidate | None = None
     pinned: Role | None = None
     """The engine that an administrator bound it to."""
@@ -143,7 +145,7 @@ class Session:
             end = ends.get(turn.chain)
             if end is None:
                 break
-            if not turn.kept:
+            if not turn.kept and turn.stored:
                 turns[index] = turn.voiced(reading.messages[begin:end])
             begin = end
         return replace(self, turns=tuple(turns))

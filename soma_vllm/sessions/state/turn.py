@@ -62,6 +62,8 @@ class Turn:
     """Earlier turns that the client's history lacked, as the bounds of a slice: it had dropped them."""
     response: str | None = None
     """Id under which a client may name it (OpenAI's Responses API)."""
+    stored: bool = True
+    """False where its request said `store: false`: what was said is kept nowhere, and never teaches."""
     kept: bool = True
     """False where `messages`, `answer` and `calls` were erased, or never kept, and are empty."""
     skip: str | None = None
@@ -81,6 +83,8 @@ class Turn:
 
     def unteachable(self) -> str | None:
         """Why this turn cannot be learned from or judged on; None where it can."""
+        if not self.stored:
+            return "its request says store: false"
         if self.skip is not None or not self.kept:
             return self.skip
         if not self.messages or self.messages[-1].get("role") != "user":
@@ -146,6 +150,7 @@ def turn_of(data: Mapping[str, Any], text: Mapping[str, Any] | None) -> Turn:
         links=tuple(data.get("links") or ()),
         left_out=None if data.get("left_out") is None else tuple(data["left_out"]),
         response=data["response"],
+        stored=data.get("stored", True),
         kept=text is not None,
         skip=data["skip"],
         fields=said.get("fields") or {},

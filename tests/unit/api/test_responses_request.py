@@ -26,7 +26,7 @@ def refused(**changes: Any) -> BadRequest:
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
-        ({"background": True}, "background"),
+        ({"background": True, "store": False}, "background"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt"),
         ({"context_management": [{"type": "compaction"}]}, "context_management"),
         ({"moderation": {"model": "m"}}, "moderation"),

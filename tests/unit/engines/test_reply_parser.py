@@ -1,39 +1,125 @@
-"""A reply that an endpoint streams in a form of its own costs its turn, and nothing that the turn held."""
+"""What is heard of a reply never breaks what the client hears, whatever an endpoint writes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
+import random
+from collections.abc import AsyncGenerator, Iterable
+from typing import Any
 
 import pytest
 
 from soma_vllm.engines.engine import Reply
-from soma_vllm.engines.reply_parser import Choice, ParsedReply, observe, read_events
+from soma_vllm.engines.reply_parser import Choice, ParsedReply, observe, parse_body, read_events
 from soma_vllm.types import Usage
 
-STRANGE = [
-    {"choices": [{"index": 0, "delta": {"content": [{"type": "text", "text": "parts"}]}}]},
-    {"choices": [{"index": 0, "delta": {"content": "x"}}], "usage": ["no object"]},
+STRANGE: list[object] = [
     {"choices": ["no object"]},
+    {"choices": {"index": 0}},
+    {"choices": [{"index": 0, "delta": "no object"}]},
+    {"choices": [{"index": 0, "delta": {"tool_calls": "none"}}]},
+    {"choices": [{"index": 0, "delta": {"tool_calls": [{"function": {"arguments": {"a": 1}}}, 3]}}]},
+    {"error": "it broke"},
 ]
+COUNTS = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}
+WORDS = {"choices": [{"index": 0, "delta": {"content": "hello"}}], "usage": None}
 
 
-@pytest.mark.parametrize("chunk", STRANGE)
-async def test_a_stream_that_cannot_be_read_still_ends_once(chunk: object) -> None:
-    async def events() -> AsyncGenerator[str, None]:
-        yield f"data: {json.dumps(chunk)}\n\n"
-        yield "data: [DONE]\n\n"
+def sent(*chunks: object) -> list[str]:
+    return [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
+
+
+async def heard(events: Iterable[str], hide_usage: bool = False) -> tuple[list[str], ParsedReply]:
+    """(what the client gets of these events, what was heard of them)."""
+
+    async def stream() -> AsyncGenerator[str, None]:
+        for event in events:
+            yield event
 
     ended: list[ParsedReply] = []
 
     async def on_end(reply: ParsedReply) -> None:
         ended.append(reply)
 
-    reply = await observe(Reply(events=events()), 0.0, on_end)
+    reply = await observe(Reply(events=stream()), 0.0, on_end, hide_usage)
     assert reply.events is not None
-    assert len([event async for event in reply.events]) == 2
+    got = [event async for event in reply.events]
     (parsed,) = ended
-    assert (parsed.complete, parsed.silent) == (False, True)
+    return got, parsed
+
+
+@pytest.mark.parametrize("chunk", STRANGE, ids=str)
+async def test_a_stream_that_cannot_be_read_passes_and_is_incomplete(chunk: object) -> None:
+    events = sent(chunk)
+    got, parsed = await heard(events)
+    assert got == events
+    assert not parsed.complete
+
+
+async def test_content_in_parts_and_arguments_as_objects_are_read() -> None:
+    call = {"index": 0, "id": "c", "function": {"name": "f", "arguments": {"a": 1}}}
+    parts = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
+        {"type": "text", "text": "So"},
+    ]
+    delta = {"content": parts, "tool_calls": [call]}
+    _, parsed = await heard(sent({"choices": [{"index": 0, "delta": delta}]}))
+    (choice,) = parsed.choices
+    assert (choice.text, parsed.complete) == ("So", True)
+    assert choice.calls[0]["function"]["arguments"] == '{"a":1}'
+
+
+async def test_counts_of_tokens_may_be_text_and_nothing_else_counts() -> None:
+    usage = {"prompt_tokens": "5", "completion_tokens": -1, "prompt_tokens_details": "none"}
+    _, parsed = await heard(sent({"choices": [], "usage": usage}))
+    assert parsed.usage == Usage(5, None, None)
+    body: dict[str, Any] = {"choices": [{"message": {"content": "x"}}], "usage": usage}
+    assert parse_body(body, 0.0).usage == Usage(5, None, None)
+    assert not parse_body({"choices": ["no object"]}, 0.0).complete
+
+
+async def test_a_count_that_the_client_did_not_ask_for_is_heard_and_taken_off() -> None:
+    got, parsed = await heard(sent(WORDS, COUNTS), hide_usage=True)
+    del WORDS["usage"]
+    assert got == sent(WORDS)
+    assert parsed.usage == Usage(5, None, 2)
+    got, _ = await heard(sent(WORDS, COUNTS))
+    assert got == sent(WORDS, COUNTS)
+
+
+async def test_a_stream_without_a_count_has_at_least_as_many_tokens_as_pieces() -> None:
+    _, parsed = await heard([*sent(WORDS, WORDS, WORDS)[:-1]])
+    assert (parsed.complete, parsed.usage, parsed.at_least) == (False, Usage(), 3)
+
+
+async def test_what_fails_at_the_end_of_a_reply_is_not_the_clients_affair() -> None:
+    async def fails(reply: ParsedReply) -> None:
+        raise RuntimeError("an observer broke")
+
+    body = {"choices": [{"message": {"content": "hello"}}]}
+    assert (await observe(Reply(body=body), 0.0, fails)).body == body
+
+
+async def test_no_stream_of_bytes_breaks_the_listener() -> None:
+    """Events out of fragments of JSON and of the event stream's syntax, in any order."""
+    words = [
+        "null",
+        "1e999",
+        '"\\ud800"',
+        "9" * 5000,
+        "[DONE]",
+        '"usage":',
+        '"error":',
+        '"content":',
+        '"delta":',
+    ]
+    syntax = ["[", "]", "{", "}", ":", ",", " ", "data:", "event: x\n", "\n", "\n\n", "\r", "\ufeff"]
+    fragments = ['{"choices":', *words, *syntax]
+    random_ = random.Random(17)
+    for _ in range(2000):
+        events = ["data: " + "".join(random_.choices(fragments, k=random_.randint(0, 12))) for _ in range(3)]
+        got, _ = await heard(events)
+        assert got == events
 
 
 def test_blanks_around_an_event_s_data_mean_nothing() -> None:

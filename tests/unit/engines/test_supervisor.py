@@ -235,4 +235,7 @@ def test_delays_double_up_to_the_longest_and_a_stable_life_forgives() -> None:
     backoff = Backoff(patience)
     assert [backoff.died(1) for _ in range(4)] == [1, 2, 3, 3]
     assert backoff.died(61) == 1
-    assert [backoff.died(0) for _ in range(4)] == [2, 3, 3, None]
+    assert [backoff.died(0) for _ in range(4)] == [2, 3, 3, patience.retry]
+    assert backoff.exhausted
+    assert backoff.died(61) == 1
+    assert not backoff.exhausted

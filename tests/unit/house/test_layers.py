@@ -13,7 +13,7 @@ import soma_vllm
 
 PACKAGE = Path(soma_vllm.__file__).parent
 
-FOUNDATION = frozenset({"errors", "types", "documents", "config", "versions", "machine", "logs"})
+FOUNDATION = frozenset({"errors", "types", "documents", "config", "versions", "machine", "logs", "supervised"})
 STATE = FOUNDATION | {"sessions.state"}
 SERVING = STATE | {"sessions", "adapters", "engines", "method", "models", "training", "adaptation"}
 SERVER = SERVING | {"scheduler", "maintenance", "api", "baselines", "telemetry"}
@@ -21,6 +21,7 @@ BELOW: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "versions": frozenset(),
     "logs": frozenset(),
+    "supervised": frozenset(),
     "machine": frozenset({"errors"}),
     "types": frozenset({"errors"}),
     "documents": frozenset({"errors"}),

@@ -145,13 +145,13 @@ async def test_an_adapter_goes_only_once_the_record_says_that_nobody_needs_it(
     services = await started(build)
     await adapted(services)
     store = services.store
-    append, go = store.append, asyncio.Event()
+    append, go = store.append_all, asyncio.Event()
 
     async def slow(*arguments: Any) -> None:
         await go.wait()
         await append(*arguments)
 
-    monkeypatch.setattr(store, "append", slow)
+    monkeypatch.setattr(store, "append_all", slow)
     await services.session_admin.roll_back(services.session().key)
     await asyncio.sleep(0.05)
     assert "delete adapter-s-1" not in services.surrogate.log
@@ -172,7 +172,7 @@ async def test_while_the_record_is_away_an_adapter_stays_and_the_next_start_dele
         raise StoreUnavailable("away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "append", away)
+        patch.setattr(store, "append_all", away)
         await services.session_admin.roll_back(services.session().key)
         await services.settled()
     await services.registry.written()
@@ -180,3 +180,44 @@ async def test_while_the_record_is_away_an_adapter_stays_and_the_next_start_dele
     second = await started(build)
     await second.recovery.run()
     assert second.surrogate.log == ["delete adapter-s-1"]
+
+
+async def test_an_adaptation_that_ends_its_server_again_and_again_is_given_up(build: Build) -> None:
+    first = await started(build)
+    first.surrogate.answers = ["different", "same"]
+    first.trainer.go.clear()
+    history: History = []
+    for number in (1, 2):
+        await first.say(history, f"question {number}")
+    await first.registry.written()
+    lives = [first]
+    for _ in range(4):
+        life = await started(build)
+        life.surrogate.answers = ["different"]
+        life.trainer.go.clear()
+        await life.recovery.run()
+        await asyncio.sleep(0.05)
+        await life.registry.written()
+        lives.append(life)
+    begun = sum(life.kinds().count("adaptation_started") for life in lives)
+    assert begun == first.config.adaptation.max_attempts
+    session = await lives[-1].registry.open(first.session().key)
+    assert (session.phase, session.attempts) == (Phase.ORIGINAL_ONLY, 0)
+    for life in lives:
+        life.trainer.go.set()
+        await life.stop()
+
+
+async def test_no_more_adaptations_run_at_a_time_than_configured(build: Build) -> None:
+    services = await started(build, adaptation={"payback": "always", "max_concurrent": 2})
+    services.surrogate.answers = ["different"]
+    services.trainer.go.clear()
+    for session in "abcd":
+        history: History = []
+        for number in (1, 2):
+            await services.say(history, f"question {number}", session)
+    await asyncio.sleep(0.2)
+    assert len(services.trainer.requests) == 2
+    services.trainer.go.set()
+    await services.settled()
+    assert len(services.trainer.requests) == 4

@@ -55,3 +55,40 @@ async def test_what_is_to_be_written_is_written_where_a_part_fails_to_end(
         await services.stop()
     monkeypatch.undo()
     assert len(await services.store.events(services.session().key)) > 0
+
+
+async def test_an_open_stream_of_a_session_that_is_removed_holds_up_no_sweep(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("soma_vllm.maintenance.retention.REMOVAL_S", 0.05)
+    services = build(retention={"session_ttl_s": 0.01})
+    await services.start()
+    await services.say([], "question", "open")
+    await services.say([], "question", "idle")
+    key = services.session("open").key
+    services.registry.hold(key)
+    assert await services.session_admin.remove(key, wait_s=0.05) is False
+    await services.registry.written()
+    await asyncio.sleep(0.05)
+    async with asyncio.timeout(5):
+        await services.retention.sweep()
+    left = [summary.key.session for summary in await services.session_admin.summaries(None, 10, None)]
+    assert left == ["open"]
+    services.registry.release(key)
+    assert await services.session_admin.remove(key) is True
+    await services.stop()
+
+
+async def test_retention_removes_more_sessions_in_one_sweep_than_it_takes_at_a_time(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("soma_vllm.maintenance.retention.REMOVED_AT_ONCE", 4)
+    services = build(retention={"session_ttl_s": 0.01})
+    await services.start()
+    for number in range(10):
+        await services.say([], "question", f"s{number}")
+    await services.registry.written()
+    await asyncio.sleep(0.05)
+    assert await services.retention.sweep() == 10
+    assert await services.session_admin.summaries(None, 10, None) == []
+    await services.stop()

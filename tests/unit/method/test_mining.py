@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.method_models import ask, dialogue, in_float64
@@ -58,12 +60,17 @@ def test_equal_seeds_mine_equal_prompts(qwen: Surrogate, examples: tuple[Example
     assert not torch.equal(first.prompt, other.prompt)
 
 
-def logits_under(surrogate: Surrogate, turn: Rendered, prompt: torch.Tensor) -> torch.Tensor:
-    """Logits (n, V) of one answer behind a soft prompt (L, d), by the model's own forward pass."""
+def sequence_logits(surrogate: Surrogate, turn: Rendered, prompt: torch.Tensor) -> torch.Tensor:
+    """Logits of a whole turn behind a soft prompt (L, d), by the model's own forward pass."""
     words = surrogate.model.get_input_embeddings()(torch.tensor([turn.inputs]))
     states = torch.cat([prompt.to(words.dtype).unsqueeze(0), words], dim=1)
     logits: torch.Tensor = surrogate.model(inputs_embeds=states, use_cache=False).logits[0]
-    return logits[len(prompt) + len(turn.prompt) - 1 :]
+    return logits
+
+
+def logits_under(surrogate: Surrogate, turn: Rendered, prompt: torch.Tensor) -> torch.Tensor:
+    """Logits (n, V) of the answer alone."""
+    return sequence_logits(surrogate, turn, prompt)[len(prompt) + len(turn.prompt) - 1 :]
 
 
 def slow_terms(surrogate: Surrogate, turn: Rendered, prompt: torch.Tensor, mining: Mining) -> TurnTerms:
@@ -73,8 +80,13 @@ def slow_terms(surrogate: Surrogate, turn: Rendered, prompt: torch.Tensor, minin
     near = neighbourhoods(
         embedding[: len(surrogate.tokenizer)], [answer], mining.neighborhood_k, mining.temperature
     )
-    logits = logits_under(surrogate, turn, prompt)
-    return turn_terms(logits, answer, embedding, near, mining.teacher_topm, mining.lambda_exp)
+    terms = turn_terms(
+        logits_under(surrogate, turn, prompt), answer, embedding, near, mining.teacher_topm, mining.lambda_exp
+    )
+    if mining.tail == "distribution":
+        return terms
+    rows = torch.softmax(sequence_logits(surrogate, turn, prompt)[-32:], dim=1)
+    return replace(terms, tail_entropy=-(rows * rows.log()).sum(dim=1).mean())
 
 
 def slow_objective(
@@ -86,7 +98,7 @@ def slow_objective(
     divergence = sum(term.divergence for term in terms) / len(turns)
     entropy = sum(term.tail_entropy for term in terms) / len(turns)
     value: torch.Tensor = (
-        divergence - mining.beta_anti_degen * entropy + mining.lambda_P * (prompt * prompt).sum()
+        divergence - mining.beta_anti_degen * entropy + mining.lambda_P * (parameter * parameter).sum()
     )
     return value
 
@@ -103,11 +115,12 @@ TOLD = {
 }
 
 
+@pytest.mark.parametrize("tail", ["distribution", "positions"])
 @pytest.mark.parametrize("told", TOLD.values(), ids=TOLD.keys())
 def test_the_gradient_by_every_prompt_is_that_of_its_own_objective(
-    surrogate: Surrogate, told: tuple[Example, ...]
+    surrogate: Surrogate, told: tuple[Example, ...], tail: str
 ) -> None:
-    mining = SMALL.model_copy(update={"lambda_P": 0.1, "beta_anti_degen": 0.5, "n_candidates": 2})
+    mining = SMALL.model_copy(update={"tail": tail, "lambda_P": 0.1, "beta_anti_degen": 0.5, "n_candidates": 2})
     double = Surrogate(Decoder(in_float64(surrogate.model)), surrogate.tokenizer)
     turns = render(double.tokenizer, told)
     prompts = [SoftPrompt(3, 32, 0.5, mining.scale, seed).double() for seed in (0, 1)]
@@ -259,13 +272,14 @@ def test_only_the_prompts_end_and_the_answers_beginning_are_mined(qwen: Surrogat
         {"lambda_exp": 0.0},
         {"beta_anti_degen": 1.0},
         {"lambda_P": 5.0},
+        {"tail": "positions"},
         {"init_std": 0.5},
         {"scale": 1.0},
     ],
     ids=lambda change: next(iter(change)),
 )
 def test_every_key_of_mining_changes_what_is_mined(
-    qwen: Surrogate, examples: tuple[Example, ...], change: dict[str, float]
+    qwen: Surrogate, examples: tuple[Example, ...], change: dict[str, float | str]
 ) -> None:
     turns = render(qwen.tokenizer, examples)
     usual = mine(qwen.decoder, qwen.tokenizer, turns, SMALL, seed=0)

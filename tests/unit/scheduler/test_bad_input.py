@@ -74,7 +74,9 @@ async def test_turns_of_one_word_are_learned_from(services: Services) -> None:
 
 
 async def test_a_warm_turn_that_the_surrogate_refuses_is_named_with_the_cause(services: Services) -> None:
-    services.surrogate.refusal = EngineRefused(400, {"error": {"message": "secret"}}, "chat_template_refused")
+    services.surrogate.refusal = EngineRefused(
+        400, {"error": {"message": "secret"}}, cause="chat_template_refused"
+    )
     history: History = []
     for query in ("a" * 10, "b" * 20):
         await services.say(history, query)

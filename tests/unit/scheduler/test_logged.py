@@ -85,7 +85,7 @@ async def test_a_refused_write_says_which_session_is_kept_in_memory_only(
     async def refuse(*arguments: Any, **more: Any) -> None:
         raise StoreRefused("found a contradiction")
 
-    monkeypatch.setattr(services.store, "append", refuse)
+    monkeypatch.setattr(services.store, "append_all", refuse)
     await services.say([], "first")
     await services.registry.written()
     (line,) = (line for line in logged().splitlines() if "continues in memory only" in line)

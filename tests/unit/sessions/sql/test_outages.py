@@ -19,7 +19,7 @@ from support.postgres import Postgres
 from soma_vllm.config import Limits
 from soma_vllm.errors import ConfigError, StoreRefused, StoreUnavailable
 from soma_vllm.sessions.sql.api_keys import KeyStore
-from soma_vllm.sessions.sql.records import SessionSnapshot, TurnLocation, TurnMark
+from soma_vllm.sessions.sql.records import Append, SessionSnapshot, TurnLocation, TurnMark
 from soma_vllm.sessions.sql.store import SessionStore, reading
 from soma_vllm.types import Event, SessionKey
 
@@ -31,10 +31,12 @@ TURN = Event("turn", 1.0, {"number": 1}, {"answer": "hello"})
 VERBS: dict[str, tuple[Any, ...]] = {
     "open": (),
     "append": (KEY, 0, [TURN], STANDING),
+    "append_all": ([Append(KEY, 0, [TURN], STANDING)],),
     "retired": ("a",),
     "erase_text": (KEY,),
     "erase_texts_before": (1.0,),
     "delete": (KEY,),
+    "delete_unused_objects": (1.0,),
     "events": (KEY,),
     "find": ("t", "", ["c"]),
     "standing": ("t", "", "l", 5),

@@ -134,10 +134,10 @@ async def test_a_newer_database_is_refused(url: str) -> None:
     await opened(url)
     await run(url, "UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(
-        ConfigError, match="found revision 9999; expected 0002 or older: it was made by a newer"
+        ConfigError, match="found revision 9999; expected 0004 or older: it was made by a newer"
     ):
         await opened(url)
-    with pytest.raises(ConfigError, match="found revision 9999; expected 0002"):
+    with pytest.raises(ConfigError, match="found revision 9999; expected 0004"):
         async with reading(url):
             pass
 

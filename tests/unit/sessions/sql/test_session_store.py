@@ -345,7 +345,7 @@ async def test_reading_creates_nothing(tmp_path: Path) -> None:
         (
             "sqlite+aiosqlite:///{folder}/x.db",
             b"",
-            "found no table adapters, api_keys, events, sessions, texts",
+            "found no table adapters, api_keys, events, items, objects, sessions, texts",
         ),
         ("sqlite+aiosqlite:///{folder}/x.db", b"not a database" * 100, "cannot be read"),
         ("nosuch+driver://user:secret@host/db", None, "nosuch"),
