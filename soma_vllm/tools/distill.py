@@ -103,7 +103,10 @@ def _require_new(out: Path) -> None:
         raise ConfigError(f"--out {out}", ["found files there; expected a new or an empty directory"])
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}", ["found a file; expected a new or an empty directory"])
-    make_out(out.parent)
+    try:
+        make_out(out.parent)
+    except ConfigError as error:
+        raise ConfigError(f"--out {out}", error.problems) from error
 
 
 def _from_log(config: Config, tenant: str, storage: str | None, most: int) -> list[Material]:

@@ -16,7 +16,9 @@ def commands(folder: Path) -> dict[str, list[str]]:
     config, dialogues, log = folder / "c.yaml", folder / "d.json", folder / "log.json"
     config.write_text(CONFIG)
     dialogues.write_text('{"a": ["one", "two", "three"]}')
-    log.write_text('{"config": {}, "sessions": {}}')
+    log.write_text(
+        '{"config": {"gate": {"drift_threshold": 0.3}}, "sessions": {"a": {"session": "a", "events": []}}}'
+    )
     pair = ["--config", str(config), "--dialogues", str(dialogues)]
     return {
         "replay": ["replay", *pair, "--url", "http://127.0.0.1:9"],
