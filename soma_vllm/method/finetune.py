@@ -213,8 +213,10 @@ def _start_from(adapted: Any, lora: Lora, directory: Path) -> None:
     if (alpha := told.get("lora_alpha")) != lora.alpha:
         raise TrainingError(f"lora.init_from: {directory}: found alpha {alpha}; expected {lora.alpha}")
     if scaled := [name for name in ("use_rslora", "alpha_pattern", "rank_pattern") if told.get(name)]:
-        found = f"found {', '.join(scaled)}; expected one alpha / rank for all weights"
-        raise TrainingError(f"lora.init_from: {directory}: {found}")
+        keys = ", ".join(scaled)
+        raise TrainingError(
+            f"lora.init_from: {directory}: found {keys}; expected one alpha / rank for all weights"
+        )
     expected = {name: list(value.shape) for name, value in _weights(adapted).items()}
     found = {name: list(value.shape) for name, value in saved.items()}
     differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
