@@ -2,6 +2,7 @@
 
     SomaError
     ├── ConfigError            (ValueError)  the configuration is wrong; lists every mistake at once
+    ├── DocumentError          (ValueError)  JSON or YAML that cannot be read within bounds
     ├── BadRequest             (ValueError)  the client's request is wrong                     -> 400
     │   ├── BodyTooLarge                     longer than this server reads                     -> 413
     │   ├── NoSuchModel                      no engine here serves a model of that name        -> 404
@@ -50,6 +51,10 @@ class ConfigError(SomaError, ValueError):
         lines = "\n".join(f"  - {problem}" for problem in self.problems)
         count = "1 mistake" if len(self.problems) == 1 else f"{len(self.problems)} mistakes"
         super().__init__(f"{source}: {count}\n{lines}")
+
+
+class DocumentError(SomaError, ValueError):
+    """JSON or YAML from outside cannot be read within bounds; one line says why."""
 
 
 class BadRequest(SomaError, ValueError):
@@ -175,12 +180,20 @@ class ConnectionLost(EngineUnavailable):
 
 class EngineRefused(EngineError):
     """The engine answered with an error of its own; `status` and `body` go to the client unchanged, and so does
-    `retry_after`, the seconds that it asks to wait, where it names any."""
+    `retry_after`, the seconds that it asks to wait, where it names any. `cause` is a code for what was wrong:
+    the engine's own sentence may quote the request."""
 
-    def __init__(self, status: int, body: Mapping[str, Any], retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        body: Mapping[str, Any],
+        retry_after: float | None = None,
+        cause: str = "request_refused",
+    ) -> None:
         self.status = status
         self.body = dict(body)
         self.retry_after = retry_after
+        self.cause = cause
         super().__init__(f"the engine refused the request with status {status}")
 
 

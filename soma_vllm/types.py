@@ -5,7 +5,7 @@ A noun that only one room uses lives in that room. Fields that are filled later 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Self
@@ -98,6 +98,21 @@ class Example:
     teacher: Teacher | None = None
     """Its distribution over that answer; None where the original returns text alone."""
     length: Length = Length()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """What its request had beside messages that shapes the prompt, such as `tools`."""
+    prompt: tuple[int, ...] | None = None
+    """The prompt's token ids, as the surrogate's engine reads them; None: the trainer renders it."""
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The chat request that the surrogate will be given."""
+        return chat_body(self.messages, self.fields)
+
+
+def chat_body(messages: Sequence[Message], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A chat request for an answer in words: tools are described to the model, and not called."""
+    words = {"tool_choice": "none"} if fields.get("tools") else {}
+    return {"messages": list(messages), **fields, **words}
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,8 @@ from soma_vllm.adaptation.shadow_answers import ShadowAnswers, comparable, shado
 from soma_vllm.adaptation.shadow_traffic import ShadowTraffic
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import ChatCall
-from soma_vllm.errors import AdapterError, EngineError, EngineRefused, TrainingError
+from soma_vllm.errors import AdapterError, EngineError, TrainingError
 from soma_vllm.sessions.state.gate import Verdict, judge
-from soma_vllm.sessions.state.transcript import text_of
 from soma_vllm.training.messages import ScoreRequest, Trainer
 from soma_vllm.types import AdapterRef, Agreement, Candidate, Evidence, Example, SessionKey
 
@@ -94,10 +93,6 @@ def require_adapter(allowed: Sequence[Candidate]) -> None:
         raise AdapterError("the tenant holds as many adapters as its key allows (limits.adapters)")
 
 
-class PromptTooLong(EngineError):
-    """The surrogate refuses a warm turn's prompt, and would refuse every longer one."""
-
-
 class Acceptance:
     """Measures candidates."""
 
@@ -115,8 +110,7 @@ class Acceptance:
         """The gap of one candidate on each example; None is the plain surrogate.
 
         Raises:
-            PromptTooLong: the surrogate refuses one of the prompts.
-            EngineError, AdapterError: it did not answer.
+            EngineError, AdapterError: the surrogate did not answer.
         """
         tokens = [shadow_tokens(self._config.max_new_tokens, example.length) for example in examples]
         pairs = list(zip(examples, tokens, strict=True))
@@ -131,7 +125,7 @@ class Acceptance:
         the engine cannot tell an answer's tokens from its prompt's. Raises TrainingError.
         """
         surrogate = self.shadow_answers.surrogate
-        calls = [ChatCall({"messages": list(e.messages)}, None, tenant, background=True) for e in examples]
+        calls = [ChatCall(e.body, None, tenant, background=True) for e in examples]
         scores = [surrogate.score(call, e.answer) for call, e in zip(calls, examples, strict=True)]
         try:
             return require_finite(pooled(await asyncio.gather(*scores)))
@@ -142,18 +136,10 @@ class Acceptance:
     async def _answer(self, key: SessionKey, example: Example, adapter: AdapterRef | None, limit: int) -> str:
         """What one candidate answers to a turn, in `limit` tokens at most."""
         if adapter is None:
-            made = await self._shadow_traffic.answer(key, example.messages, limit)
+            made = await self._shadow_traffic.answer(key, example.body, limit)
             if made is not None:
                 return made
-        try:
-            return await self.shadow_answers.answer(key.tenant, example.messages, limit, adapter)
-        except EngineRefused as error:
-            length = sum(len(text_of(message)) for message in example.messages)
-            raise PromptTooLong(
-                f"turn {example.turn}: the surrogate refused its prompt with status {error.status}; found "
-                f"{length} characters and {limit} tokens of answer to come, expected what fits a context of "
-                f"{self._config.surrogate.max_model_len} tokens"
-            ) from error
+        return await self.shadow_answers.answer(key.tenant, example.body, limit, adapter)
 
 
 def evidence_of(

@@ -27,7 +27,7 @@ from soma_vllm.sessions.state.events import Audited, AuditKind, EventKind
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.session import Session
 from soma_vllm.sessions.state.turn import Turn
-from soma_vllm.types import AdapterRef, Message, ReasonCode, Role, SessionKey
+from soma_vllm.types import AdapterRef, Message, ReasonCode, Role, SessionKey, chat_body
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,8 @@ class DriftWatch:
     ) -> Finding:
         """The gap of what the surrogate would have answered in place of the original."""
         limit = self._limit(turn)
-        shadow = await self._shadow_answers.answer(key.tenant, shown, limit, adapter)
+        asked = chat_body(shown, turn.fields)
+        shadow = await self._shadow_answers.answer(key.tenant, asked, limit, adapter)
         return await self._gap(turn, shadow)
 
     async def _ask_original(
@@ -108,10 +109,11 @@ class DriftWatch:
     ) -> Finding:
         """What the original makes of the surrogate's turn; it may be cancelled at any moment."""
         self._require_same(key, before)  # it may have waited long
+        body = chat_body(asked, turn.fields)
         if self._config.gate.audit == "generate":
             limit = self._limit(turn)
-            return await self._gap(turn, await shadow_answer(self._original, key.tenant, asked, limit))
-        call = ChatCall({"messages": list(asked)}, None, key.tenant, background=True)
+            return await self._gap(turn, await shadow_answer(self._original, key.tenant, body, limit))
+        call = ChatCall(body, None, key.tenant, background=True)
         agreement = await self._original.score(call, turn.answer)
         return Finding("surprise", agreement.nll, agreement.top1)
 

@@ -22,18 +22,11 @@ import logging
 import random
 from dataclasses import asdict
 
-from soma_vllm.adaptation.acceptance import (
-    Acceptance,
-    PromptTooLong,
-    Terms,
-    choose,
-    evidence_of,
-    require_adapter,
-)
-from soma_vllm.adaptation.training_run import AdaptationAbandoned, TrainingBudget, TrainingRun
+from soma_vllm.adaptation.acceptance import Acceptance, Terms, choose, evidence_of, require_adapter
+from soma_vllm.adaptation.training_run import AdaptationAbandoned, NothingTeaches, TrainingBudget, TrainingRun
 from soma_vllm.config import Adaptation as AdaptationSettings
 from soma_vllm.config import Config
-from soma_vllm.errors import AdapterError, EngineError, SomaError, TrainingError
+from soma_vllm.errors import AdapterError, EngineError, EngineRefused, SomaError, TrainingError
 from soma_vllm.sessions.background_tasks import BackgroundTasks
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.state.adaptation_rules import AdaptationRules
@@ -43,7 +36,7 @@ from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.prefix import compress
 from soma_vllm.sessions.state.session import Session
 from soma_vllm.sessions.state.transcript import query_of, text_of
-from soma_vllm.types import AdapterRef, Candidate, Evidence, Example, SessionKey
+from soma_vllm.types import AdapterRef, Candidate, Evidence, Example, SessionKey, chat_body
 
 logger = logging.getLogger(__name__)
 
@@ -105,11 +98,9 @@ class Adaptation:
             await self._adapt(key, session, forced)
 
     async def _adapt(self, key: SessionKey, session: Session, forced: Candidate | None) -> None:
-        examples, held_out = (
-            self._training.attach_teachers(key, part) for part in session.examples(self._config)
-        )
         made: list[AdapterRef] = []
         try:
+            examples, held_out = await self._training.examples(session)
             if session.adapting is not None and not session.adapting.gate:
                 await self._switch_without_gate(key, session.adapting, examples, made)
                 return
@@ -127,7 +118,7 @@ class Adaptation:
             else:
                 serving = made[0] if verdict.candidate is Candidate.ADAPTER else None
                 await self._switch(key, session, verdict, serving)
-        except (TrainingError, AdapterError, EngineError, AdaptationAbandoned) as error:
+        except (TrainingError, AdapterError, EngineError, AdaptationAbandoned, NothingTeaches) as error:
             self._record_failure(key, error)
         finally:
             for ref in made:
@@ -160,12 +151,14 @@ class Adaptation:
             self._registry.note(key, EventKind.ADAPTATION_ABANDONED, phase=phase)
             return
         # Taken now: what was said may be erased with the switch.
-        history = self._registry.session(key).seen_last()
+        latest = self._registry.session(key)
+        history, fields = [*latest.seen_last(), _NEXT], latest.turns[-1].fields
         switched = Switched(verdict.candidate, verdict.reason, ref, tuple(centroid))
         self._registry.note(key, EventKind.SWITCHED, **switched.to_data())
-        shown = compress([*history, _NEXT], self._config.prefix, self._config.compressed_prefix_turns)
+        shown = compress(history, self._config.prefix, self._config.compressed_prefix_turns)
         try:
-            await self._acceptance.shadow_answers.answer(key.tenant, shown, 1, ref)
+            asked = chat_body(shown, fields)
+            await self._acceptance.shadow_answers.answer(key.tenant, asked, 1, ref)
         except (EngineError, AdapterError) as error:
             # A cold cache makes the next turn slower, not wrong (the history may be longer than the context).
             logger.info("the surrogate's cache was not prefilled; the next turn computes its prompt: %s", error)
@@ -175,8 +168,9 @@ class Adaptation:
         phase = self._registry.session(key).phase
         if phase is not Phase.ADAPTING:
             self._registry.note(key, EventKind.ADAPTATION_ABANDONED, phase=phase)
-        elif isinstance(error, PromptTooLong):
-            self._registry.note(key, EventKind.REFUSED, reason=str(error), found_wanting=False)
+        elif isinstance(error, NothingTeaches | EngineRefused):
+            cause = f": {error.cause}" if isinstance(error, EngineRefused) else ""
+            self._registry.note(key, EventKind.REFUSED, reason=f"{error}{cause}", found_wanting=False)
         else:
             logger.warning(
                 "adaptation failed; the original keeps the session until its cool-down ends: %s", error

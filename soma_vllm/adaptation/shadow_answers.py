@@ -16,7 +16,7 @@ from soma_vllm.adapters.lifecycle import AdapterLifecycle
 from soma_vllm.engines.engine import AdapterEngine, ChatCall, Engine
 from soma_vllm.errors import EngineError
 from soma_vllm.sessions.state.gate import centroid
-from soma_vllm.types import AdapterRef, Length, Message
+from soma_vllm.types import AdapterRef, Length
 
 
 def most_tokens(body: Mapping[str, Any]) -> int | None:
@@ -38,14 +38,14 @@ def comparable(answer: str, length: Length, tokens: int) -> str:
 
 
 async def shadow_answer(
-    engine: Engine, tenant: str, messages: Sequence[Message], max_tokens: int, adapter: AdapterRef | None = None
+    engine: Engine, tenant: str, asked: Mapping[str, Any], max_tokens: int, adapter: AdapterRef | None = None
 ) -> str:
-    """The engine's greedy answer to a prompt.
+    """The engine's greedy answer to a chat request, as `types.chat_body` makes it.
 
     Raises:
         EngineError: it did not answer.
     """
-    body: dict[str, Any] = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0.0}
+    body = {**asked, "max_tokens": max_tokens, "temperature": 0.0}
     reply = await engine.chat(ChatCall(body, adapter, tenant, background=True))
     assert reply.body is not None, "a request without stream=true is answered whole"
     return str(reply.body["choices"][0]["message"].get("content") or "")
@@ -63,7 +63,7 @@ class ShadowAnswers:
         self._judge = judge
 
     async def answer(
-        self, tenant: str, messages: Sequence[Message], max_tokens: int, adapter: AdapterRef | None
+        self, tenant: str, asked: Mapping[str, Any], max_tokens: int, adapter: AdapterRef | None
     ) -> str:
         """The surrogate's greedy answer; an adapter is loaded where need be, and leased until the answer ends.
 
@@ -72,7 +72,7 @@ class ShadowAnswers:
             AdapterRejected: the adapter is not served as it was trained.
         """
         async with self._adapters.background(adapter):
-            return await shadow_answer(self.surrogate, tenant, messages, max_tokens, adapter)
+            return await shadow_answer(self.surrogate, tenant, asked, max_tokens, adapter)
 
     async def gaps(self, these: Sequence[str], those: Sequence[str]) -> tuple[float, ...]:
         """The gap of each pair of texts, in any order of a pair.

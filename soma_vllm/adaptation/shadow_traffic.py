@@ -19,9 +19,9 @@ import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from soma_vllm.adaptation.shadow_answers import most_tokens, shadow_answer, shadow_tokens
 from soma_vllm.config import Config
@@ -32,8 +32,9 @@ from soma_vllm.sessions.state.adaptation_rules import AdaptationRules
 from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.prefix import compress
 from soma_vllm.sessions.state.session import Session
+from soma_vllm.sessions.state.turn import prompt_fields
 from soma_vllm.sessions.state.turn_query import TurnQuery
-from soma_vllm.types import Candidate, Event, Length, Message, SessionKey
+from soma_vllm.types import Candidate, Event, Length, SessionKey, chat_body
 
 logger = logging.getLogger(__name__)
 
@@ -76,26 +77,27 @@ class ShadowTraffic:
         if adapting is None or not adapting.gate or not self._is_near_its_verdict(missing):
             return
         judged = session.warm_examples(self._config)[-(self._config.warm_window - missing) :]
-        before = [(example.messages, example.length) for example in judged]
-        now = compress(asked.messages, self._config.prefix, self._config.compressed_prefix_turns)
+        before = [(example.body, example.length) for example in judged]
+        shown = compress(asked.messages, self._config.prefix, self._config.compressed_prefix_turns)
+        now = chat_body(shown, prompt_fields(asked.body))
         made = self._answers.setdefault(session.key, [])
         self._answers.move_to_end(session.key)
-        for messages, length in (*before, (now, Length(None, most_tokens(asked.body)))):
+        for prompt, length in (*before, (now, Length(None, most_tokens(asked.body)))):
             tokens = shadow_tokens(self._config.max_new_tokens, length)
-            if _find(made, messages, tokens) is None:
+            if _find(made, prompt, tokens) is None:
                 with bind_session(session.key):
                     answer = self._request(
-                        session.key.tenant, messages, tokens, made[-1].answer if made else None
+                        session.key.tenant, prompt, tokens, made[-1].answer if made else None
                     )
-                made.append(ShadowAnswer(_digest(messages), tokens, answer, time.time()))
+                made.append(ShadowAnswer(_digest(prompt), tokens, answer, time.time()))
         while len(made) > self._config.warm_window:
             made.pop(0).answer.cancel()
         while len(self._answers) > MAX_SESSIONS:
             self.forget(next(iter(self._answers)))
 
-    async def answer(self, key: SessionKey, messages: Sequence[Message], tokens: int) -> str | None:
-        """The plain surrogate's shadow answer to this prompt in `tokens` tokens; None without one."""
-        found = _find(self._answers.get(key, ()), messages, tokens)
+    async def answer(self, key: SessionKey, prompt: Mapping[str, Any], tokens: int) -> str | None:
+        """The plain surrogate's shadow answer to this chat request in `tokens` tokens; None without one."""
+        found = _find(self._answers.get(key, ()), prompt, tokens)
         if found is None:
             return None
         await asyncio.wait([found.answer])
@@ -121,14 +123,14 @@ class ShadowTraffic:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _request(
-        self, tenant: str, messages: tuple[Message, ...], tokens: int, after: asyncio.Task[str] | None
+        self, tenant: str, prompt: Mapping[str, Any], tokens: int, after: asyncio.Task[str] | None
     ) -> asyncio.Task[str]:
         """Have the surrogate answer once `after` is over."""
 
         async def in_turn() -> str:
             if after is not None:
                 await asyncio.wait([after])
-            return await shadow_answer(self._surrogate, tenant, messages, tokens)
+            return await shadow_answer(self._surrogate, tenant, prompt, tokens)
 
         answer = asyncio.create_task(in_turn(), name="soma-shadow-answer")
         answer.add_done_callback(_log_failure)
@@ -143,14 +145,14 @@ class ShadowTraffic:
         )
 
 
-def _find(answers: Iterable[ShadowAnswer], messages: Sequence[Message], tokens: int) -> ShadowAnswer | None:
-    """The shadow answer to this prompt in `tokens` tokens."""
-    prompt = _digest(messages)
-    return next((one for one in answers if one.tokens == tokens and one.prompt == prompt), None)
+def _find(answers: Iterable[ShadowAnswer], prompt: Mapping[str, Any], tokens: int) -> ShadowAnswer | None:
+    """The shadow answer to this chat request in `tokens` tokens."""
+    digest = _digest(prompt)
+    return next((one for one in answers if one.tokens == tokens and one.prompt == digest), None)
 
 
-def _digest(messages: Sequence[Message]) -> bytes:
-    return hashlib.sha256(json.dumps(list(messages), sort_keys=True).encode()).digest()
+def _digest(prompt: Mapping[str, Any]) -> bytes:
+    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).digest()
 
 
 def _log_failure(answer: asyncio.Task[str]) -> None:

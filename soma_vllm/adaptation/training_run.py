@@ -8,8 +8,7 @@ loaded and proven.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,14 @@ from soma_vllm.adaptation.cost_model import CostModel
 from soma_vllm.adaptation.teacher_logprobs import TeacherLogprobs
 from soma_vllm.adapters.lifecycle import AdapterLifecycle
 from soma_vllm.config import Adaptation, Config, Lora
-from soma_vllm.errors import SomaError, StoreUnavailable
+from soma_vllm.engines.engine import AdapterEngine, ChatCall
+from soma_vllm.errors import EngineRefused, SomaError, StoreUnavailable
 from soma_vllm.sessions.ports import Meter
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.state.adaptation_rules import AdaptationRules
 from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.phases import Phase
+from soma_vllm.sessions.state.session import Session
 from soma_vllm.training.messages import Trainer, TrainRequest, TrainResult
 from soma_vllm.training.pair import may_start_from, owner_of
 from soma_vllm.types import AdapterRef, Candidate, Example, SessionKey
@@ -31,6 +32,10 @@ from soma_vllm.types import AdapterRef, Candidate, Example, SessionKey
 
 class AdaptationAbandoned(SomaError):
     """The session is not adapting any more."""
+
+
+class NothingTeaches(SomaError):
+    """Too few of the session's turns can be read by the surrogate; the message says why the others cannot."""
 
 
 class TrainingBudget:
@@ -79,16 +84,60 @@ class TrainingRun:
         trainer: Trainer,
         adapters: AdapterLifecycle,
         teacher_logprobs: TeacherLogprobs,
+        surrogate: AdapterEngine,
     ) -> None:
         self._config = config
         self._registry = registry
         self._trainer = trainer
         self._adapters = adapters
         self._teacher_logprobs = teacher_logprobs
+        self._surrogate = surrogate
 
-    def attach_teachers(self, key: SessionKey, examples: Sequence[Example]) -> tuple[Example, ...]:
-        """The examples, each with the original's log-probabilities where they were captured."""
-        return self._teacher_logprobs.attach(key, examples)
+    async def examples(self, session: Session) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+        """What to train on and what to judge on (`Session.examples`), with the original's log-probabilities
+        where they were captured, and each prompt as the surrogate's engine reads it.
+
+        A turn that the surrogate refuses is recorded as one that does not teach; an older one takes its place.
+
+        Raises:
+            NothingTeaches: too few turns are left.
+            EngineError: the surrogate did not answer.
+        """
+        key, prompts, refused = session.key, dict[int, tuple[int, ...]](), ""
+        while True:
+            parts = session.examples(self._config)
+            unread = [example for part in parts for example in part if example.turn not in prompts]
+            if not unread:
+                break
+            for example in unread:
+                try:
+                    prompts[example.turn] = await self._read(key, example)
+                except EngineRefused as error:
+                    why = f"the surrogate cannot read it: {error.cause}"
+                    self._registry.note(key, EventKind.TURN_SKIPPED, turn=example.turn, why=why)
+                    session = session.skipping(example.turn, why)
+                    refused = f"; turn {example.turn}: {why}"
+        first, last = parts
+        gated = session.adapting is None or session.adapting.gate
+        wanted = 1 + (self._config.acceptance_min_turns if gated else 0)
+        if not first or len(first) + len(last) < wanted:
+            found = len(session.warm_turns())
+            raise NothingTeaches(f"found {found} turns that teach; expected at least {wanted}{refused}")
+        attach = self._teacher_logprobs.attach
+        return attach(key, [replace(e, prompt=prompts[e.turn]) for e in first]), attach(
+            key, [replace(e, prompt=prompts[e.turn]) for e in last]
+        )
+
+    async def _read(self, key: SessionKey, example: Example) -> tuple[int, ...]:
+        """The prompt's token ids.
+
+        Raises:
+            EngineRefused: the engine refuses it, or its answer does not fit the context after it.
+        """
+        prompt = await self._surrogate.prompt(ChatCall(example.body, None, key.tenant, background=True))
+        if len(prompt) + (example.length.tokens or 0) > self._config.surrogate.max_model_len:
+            raise EngineRefused(400, {}, cause="context_length_exceeded")
+        return prompt
 
     async def train(
         self,

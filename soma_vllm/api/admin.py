@@ -50,7 +50,8 @@ async def list_sessions(
         found = await _session_admin(raw_request).summaries(whose, limit, before)
     except SomaError as error:
         return failed(error)
-    return JSONResponse({"object": "list", "data": [summary_view(summary) for summary in found]})
+    data = [summary_view(summary) for summary in found]
+    return JSONResponse({"object": "list", "data": data, "admin": caller.admin})
 
 
 @router.post("/{session:path}/pin")

@@ -127,7 +127,7 @@ def build(parts: Parts) -> SomaServices:
         background,
         Acceptance(config, shadow_answers, shadow_traffic, parts.trainer),
         TrainingBudget(config.adaptation, registry, parts.meter, cost_model),
-        TrainingRun(config, registry, parts.trainer, adapters, teacher_logprobs),
+        TrainingRun(config, registry, parts.trainer, adapters, teacher_logprobs, parts.surrogate),
     )
     original = GuardedOriginal(parts.original, config.original, parts.original_meter)
     lane = BackgroundLane(config.gate.audit_yields, config.gate.audit_wait_s)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
 
-from soma_vllm.config import load_config, without_effect
+from soma_vllm.config import Config, load_config, without_effect
 from soma_vllm.errors import PreflightError, SomaError
 from soma_vllm.versions import versions
+
+if TYPE_CHECKING:
+    from soma_vllm.scheduler.policies.base import Policies
+
+T = TypeVar("T")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -67,28 +73,23 @@ def _serve(path: Path, overrides: list[str], check: bool, take_over: bool, conso
     from soma_vllm.app.terminal import log_as_configured, output_to
     from soma_vllm.engines.arithmetic import settle
     from soma_vllm.engines.child_process import tail
-    from soma_vllm.models.hub import folder_here, local_path
-    from soma_vllm.scheduler.policies.base import Policies
+    from soma_vllm.models.hub import folder_here
 
-    policies = Policies(config)
-    external = config.original.url is not None
-    assert config.surrogate_model is not None, "for_serving has checked"
-    original = None if external or config.original_model is None else local_path(config.original_model)
-    # An external original's weights are elsewhere; its tokenizer may be here all the same.
-    named = None if config.original_model is None else folder_here(config.original_model)
-    paths = ModelPaths(
-        original=original,
-        surrogate=local_path(config.surrogate_model),
-        encoder=local_path(config.encoder.model),
-        original_vocabulary=original or named,
-    )
-    config, chosen = settle(config, paths.original, paths.surrogate)
-    for line in chosen:
-        console.print(f"machine    {line}", markup=False)
-    for line in preflight(config, paths.original, paths.surrogate, paths.encoder):
+    policies, (original, surrogate, encoder), problems = _found_here(config)
+    if surrogate is not None and not problems:
+        config, chosen = settle(config, original, surrogate)
+        for line in chosen:
+            console.print(f"machine    {line}", markup=False)
+    for line in preflight(config, original, surrogate, encoder, problems):
         console.print(f"checked    {line}", markup=False)
     if check:
         return
+    assert policies is not None, "preflight has checked"
+    assert surrogate is not None
+    assert encoder is not None
+    # An external original's weights are elsewhere; its tokenizer may be here all the same.
+    named = None if config.original_model is None else folder_here(config.original_model)
+    paths = ModelPaths(original, surrogate, encoder, original or named)
     import uvloop
 
     run_dir = make_run_dir(config.server.run_dir)
@@ -110,6 +111,30 @@ def _serve(path: Path, overrides: list[str], check: bool, take_over: bool, conso
         raise PreflightError(
             f"the surrogate failed ({type(error).__name__}: {error}); the end of {log}:\n{tail(log, 15)}"
         ) from error
+
+
+def _found_here(
+    config: Config,
+) -> tuple[Policies | None, tuple[Path | None, Path | None, Path | None], list[str]]:
+    """The policies, the folders of original, surrogate and encoder, and a line about each that is not here."""
+    from soma_vllm.models.hub import local_path
+    from soma_vllm.scheduler.policies.base import Policies
+
+    problems: list[str] = []
+
+    def attempt(read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except SomaError as error:
+            problems.append(" ".join(str(error).split()))
+            return None
+
+    def folder(model: str | None) -> Path | None:
+        return None if model is None else attempt(partial(local_path, model))
+
+    policies = attempt(partial(Policies, config))
+    original = None if config.original.url is not None else folder(config.original_model)
+    return policies, (original, folder(config.surrogate_model), folder(config.encoder.model)), problems
 
 
 if __name__ == "__main__":

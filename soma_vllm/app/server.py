@@ -101,7 +101,7 @@ class SomaServer:
         self._salts = Salts()
         self.draining = Draining(config.server.drain_s, say)
         self.readiness = Readiness()
-        self._original = OriginalProcess(config, self._original_name, run_dir, say)
+        self._original = OriginalProcess(config, config.original_name, run_dir, say)
         keys = KeyStore.at(self._filled(config.storage.url))
         self._cleanup.push_async_callback(keys.close)
         self.quotas = Quotas.configured(config, keys)
@@ -123,7 +123,7 @@ class SomaServer:
             adapter_store = await self._open_adapter_store(await store.record_id())
             self._stores = store, adapter_store
             self._original.start(self._paths.original, self._paths.surrogate, self._cleanup)
-            self._say(f"surrogate  starting {self._surrogate_name} (vLLM takes 20-60 s to load)")
+            self._say(f"surrogate  starting {self._config.surrogate_name} (vLLM takes 20-60 s to load)")
             os.environ.update(vllm_environment(self._config.surrogate, str(self._paths.surrogate), PLUGINS))
             # Only now: vLLM reads its environment when it is imported.
             from soma_vllm.api.plugin import HOST
@@ -131,7 +131,7 @@ class SomaServer:
 
             arguments = parse_arguments(
                 [
-                    *surrogate_arguments(self._config, str(self._paths.surrogate), self._surrogate_name),
+                    *surrogate_arguments(self._config, str(self._paths.surrogate), self._config.surrogate_name),
                     *("--host", self._config.server.host, "--port", str(self._config.server.port)),
                 ]
             )
@@ -162,8 +162,8 @@ class SomaServer:
         known = original.url is None or "max_model_len" in original.model_fields_set
         longest = original.max_model_len if known else None
         # A dialogue is the original's first, and again where it outgrows the surrogate.
-        own = {DISPATCH_NAME: longest, self._original_name: longest}
-        return {**own, self._surrogate_name: surrogate.max_model_len}
+        own = {DISPATCH_NAME: longest, self._config.original_name: longest}
+        return {**own, self._config.surrogate_name: surrogate.max_model_len}
 
     async def original_tokenizer(
         self, path: str, body: Mapping[str, Any], required: bool
@@ -173,7 +173,7 @@ class SomaServer:
         if engine is None or not engine.speaks_vllm:
             if required:
                 raise Unprocessable(
-                    f"the original shows no tokenizer; expected {self._surrogate_name}", "model"
+                    f"the original shows no tokenizer; expected {self._config.surrogate_name}", "model"
                 )
             return None
         return await engine.tokenizer(path, body)
@@ -194,7 +194,7 @@ class SomaServer:
         engine_takes = Demands(slot_rank(self._config.lora.rank), str(self._paths.surrogate))
         files = AdapterFileProvider(adapter_store, sweep_trigger, stock, engine_takes)
         serving = PrivateChat(engine_client, state)
-        leases, surrogate = open_surrogate(self._config, self._surrogate_name, serving, files, self._salts)
+        leases, surrogate = open_surrogate(self._config, serving, files, self._salts)
         services = build(
             Parts(
                 config=self._config,
@@ -223,14 +223,6 @@ class SomaServer:
         return services
 
     # -- parts ------------------------------------------------------------------------------------------
-
-    @property
-    def _surrogate_name(self) -> str:
-        return self._config.surrogate.name or _served_name(self._config.surrogate_model)
-
-    @property
-    def _original_name(self) -> str:
-        return self._config.original.name or _served_name(self._config.original_model)
 
     async def _engage_teachers(self, speaks_vllm: bool) -> TeacherLogprobs:
         """Teach by log-probabilities where the original shows them in the surrogate's vocabulary."""
@@ -303,7 +295,7 @@ class SomaServer:
 
     async def _announce(self) -> None:
         """Say where the server listens, once it does; stop it if our routes are not in it."""
-        url = f"http://{self._config.server.host}:{self._config.server.port}"
+        url = self._config.server.url
         async with aiohttp.ClientSession() as client:
             while not await _answers(client, f"{url}/health"):
                 await asyncio.sleep(0.2)
@@ -323,12 +315,6 @@ class SomaServer:
 def stop_this_process() -> None:
     """Stop as an operator's SIGTERM does."""
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _served_name(model: str | None) -> str:
-    """The name a model is served under: its last path component."""
-    assert model is not None, "for_serving has checked"
-    return model.rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 async def _answers(client: aiohttp.ClientSession, url: str) -> bool:

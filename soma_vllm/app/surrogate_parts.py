@@ -15,7 +15,7 @@ from soma_vllm.telemetry.adapter_metrics import AdapterMetrics
 
 
 def open_surrogate(
-    config: Config, name: str, serving: ChatServing, files: AdapterFileProvider, salts: Salts
+    config: Config, serving: ChatServing, files: AdapterFileProvider, salts: Salts
 ) -> tuple[AdapterLeases, SurrogateEngine]:
     """The engine, and the leases that keep adapters in it; its metrics are exposed from now on."""
     settings, metrics = config.surrogate, AdapterMetrics()
@@ -29,7 +29,7 @@ def open_surrogate(
         distinct=leases.distinct,
         waiting=leases.waiting,
     )
-    return leases, SurrogateEngine(name, serving, salts, loaded)
+    return leases, SurrogateEngine(config.surrogate_name, serving, salts, loaded)
 
 
 def shared_vocabulary(original: Path | None, surrogate: Path) -> Vocabulary | None:

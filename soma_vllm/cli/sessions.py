@@ -82,7 +82,12 @@ def list_sessions(
 ) -> None:
     """List the latest sessions."""
     parameters = {"limit": limit} | ({} if tenant is None else {"tenant": tenant})
-    found = _ask(url, key_env, "GET", "", params=parameters)["data"]
+    answer = _ask(url, key_env, "GET", "", params=parameters)
+    found = answer["data"]
+    if key_env == ADMIN_KEY and answer.get("admin") is False:
+        typer.echo(
+            f"note: {ADMIN_KEY} is not this server's admin key; shown are that key's own sessions", err=True
+        )
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return

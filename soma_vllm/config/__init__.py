@@ -1,8 +1,8 @@
 """The configuration: one strict model, read from YAML, with every mistake reported at once.
 
-Guarantees: unknown keys are refused; values are never converted silently between types; a configuration
-written for the reference implementation of SOMA loads unchanged (its keys keep their names and places); no
-key exists that nothing reads. A threshold lives here and nowhere else.
+Guarantees: unknown keys are refused; no value is converted silently between types, but for a number that stands
+where text is meant; a configuration written for the reference implementation of SOMA loads unchanged (its keys
+keep their names and places); no key exists that nothing reads. A threshold lives here and nowhere else.
 """
 
 from soma_vllm.config.baselines import Baselines, Llmlingua2, Routellm

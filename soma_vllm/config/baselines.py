@@ -6,17 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from soma_vllm.config.section import Positive, Ratio, Seconds, Section
+from soma_vllm.config.section import Positive, Ratio, Seconds, Section, Text
 
 
 class Llmlingua2(Section):
     """Policy `llmlingua2`: the original, under a history compressed by LLMLingua-2."""
 
-    model: str | None = None
+    model: Text | None = None
     """The compressor, such as microsoft/llmlingua-2-xlm-roberta-large-meetingbank, or its folder."""
     rate: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of each earlier message that is kept."""
-    force_tokens: tuple[str, ...] = ("\n",)
+    force_tokens: tuple[Text, ...] = ("\n",)
     """Tokens that are always kept."""
 
 
@@ -25,7 +25,7 @@ class Routellm(Section):
 
     router: Literal["bert", "mf", "random"] = "bert"
     """mf embeds every query at OpenAI (OPENAI_API_KEY); random is for comparison."""
-    checkpoint: str | None = None
+    checkpoint: Text | None = None
     """The router's weights, such as routellm/bert_gpt4_augmented, or their folder; random has none."""
     threshold: Ratio | None = None
     """The original answers at this estimate of its win rate or above; `soma calibrate-router` finds a value."""
@@ -35,7 +35,7 @@ class Baselines(Section):
     """Methods to compare with; each runs in a process of its own, from packages that `make baselines`
     installs."""
 
-    packages: str = "{soma_home}/baselines"
+    packages: Text = "{soma_home}/baselines"
     """Directory of those packages; {soma_home} is filled in. Packages of this environment are found as well."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the methods' own models compute."""

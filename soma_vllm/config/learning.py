@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from soma_vllm.config.section import Positive, Ratio, Seconds, Section
+from soma_vllm.config.section import Positive, Ratio, Seconds, Section, Text
 from soma_vllm.types import Candidate
 
 
@@ -66,7 +66,7 @@ class Lora(Section):
     """The adapter's product is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Share of an adapter's inputs that is dropped while it trains."""
-    target_modules: tuple[str, ...] = (
+    target_modules: tuple[Text, ...] = (
         "q_proj",
         "k_proj",
         "v_proj",
@@ -84,7 +84,7 @@ class Lora(Section):
     checkpoints: tuple[Positive, ...] = ()
     """Step counts up to `steps` at which the adapter is judged on the held-out turns; the best one is kept, and
     training ends when they get worse. Empty: the last step alone."""
-    init_from: str | None = None
+    init_from: Text | None = None
     """Directory of an adapter of the same shape to start from (`soma distill`); null starts from nothing."""
     steps: Positive = 60
     """Optimiser steps of a training, unless it stops earlier."""

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from soma_vllm.config.root import Config
-from soma_vllm.errors import ConfigError
+from soma_vllm.documents import parse_yaml, read_bytes
+from soma_vllm.errors import ConfigError, DocumentError
+
+MAX_CONFIG_BYTES = 16 * 1024**2
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -22,11 +24,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     source = str(path)
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(source, [f"cannot be read: {error.strerror}"]) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(source, [f"is not YAML: {' '.join(str(error).split())}"]) from error
+        document = parse_yaml(read_bytes(Path(path), MAX_CONFIG_BYTES))
+    except DocumentError as error:
+        raise ConfigError(source, [str(error)]) from error
     if document is None:
         document = {}
     if not isinstance(document, dict):
@@ -71,9 +71,9 @@ def _override(document: dict[str, Any], text: str) -> str | None:
             return f"--set {text}: {section} is a value, not a section"
         node = child
     try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        return f"--set {text}: the value is not YAML"
+        node[leaf] = parse_yaml(value)
+    except DocumentError as error:
+        return f"--set {text}: {error}"
     return None
 
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from soma_vllm.config.baselines import Baselines
 from soma_vllm.config.learning import Adaptation, Gate, Lora, Mining, Payback, Prefix, Prices
-from soma_vllm.config.section import Positive, Section
+from soma_vllm.config.section import Positive, Section, Text
 from soma_vllm.config.serving import (
     Access,
     Adapters,
@@ -29,9 +29,9 @@ from soma_vllm.types import Candidate
 class Config(Section):
     """The whole configuration. The first six keys and `mining`, `lora`, `gate` are the reference's."""
 
-    original_model: str | None = None
+    original_model: Text | None = None
     """Local path, embedded model's name or Hugging Face id. May be null when `original.url` is given."""
-    surrogate_model: str | None = None
+    surrogate_model: Text | None = None
     """Local path, embedded model's name or Hugging Face id. Required by soma-serve."""
     warm_window: Annotated[int, Field(ge=1, le=64)] = 4
     """W: turns the original answers before the session may move."""
@@ -42,7 +42,7 @@ class Config(Section):
     acceptance_min_turns: Positive = 1
     """Latest warm turns that no adapter is trained on, to judge it on them. The plain surrogate, which learned
     from none, is judged on the whole warm start."""
-    policy: str = "soma"
+    policy: Text = "soma"
     """Entry point of group `soma_vllm.policies`."""
     mining: Mining = Mining()
     lora: Lora = Lora()
@@ -87,6 +87,16 @@ class Config(Section):
             raise ValueError("\n".join(problems))
         return self
 
+    @property
+    def original_name(self) -> str:
+        """The name under which the original is served."""
+        return self.original.name or served_name(self.original_model)
+
+    @property
+    def surrogate_name(self) -> str:
+        """The name under which the surrogate is served."""
+        return self.surrogate.name or served_name(self.surrogate_model)
+
     def for_serving(self, source: str = "config") -> Config:
         """This configuration, once it names the models a server needs.
 
@@ -94,12 +104,13 @@ class Config(Section):
             ConfigError: a model is missing.
         """
         problems = []
+        hint = "; give one in the file or by --set, or take configs/cpu_demo.yaml, which names a pair"
         if self.original_model is None and self.original.url is None:
-            problems.append("original_model: found null; expected a model, or original.url")
+            problems.append(f"original_model: found null; expected a model, or original.url{hint}")
         if self.original.url is not None and self.original_model is None and self.original.name is None:
             problems.append("original.name: found null; expected the model's name at original.url")
         if self.surrogate_model is None:
-            problems.append("surrogate_model: found null; expected a model")
+            problems.append(f"surrogate_model: found null; expected a model{hint}")
         if self.gate.audit == "score" and self.original.url is not None and self.original.api != "vllm":
             problems.append(
                 f"gate.audit: found 'score' with original.api: {self.original.api!r}; expected generate, or "
@@ -113,3 +124,9 @@ class Config(Section):
         if problems:
             raise ConfigError(source, problems)
         return self
+
+
+def served_name(model: str | None) -> str:
+    """The name a model is served under: its last path component."""
+    assert model is not None, "for_serving has checked"
+    return model.rstrip("/").rsplit("/", 1)[-1].lower()

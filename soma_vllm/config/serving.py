@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from soma_vllm.config.section import Positive, Seconds, Section
+from soma_vllm.config.section import Positive, Seconds, Section, Text
 
 
 class Engine(Section):
@@ -14,9 +14,9 @@ class Engine(Section):
 
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the engine computes; what else it needs there is under `gpu`, `cpu_cores` and the memory keys."""
-    gpu: str | None = None
+    gpu: Text | None = None
     """CUDA_VISIBLE_DEVICES of this engine, e.g. "0" or "0,1"; null leaves the environment as it is."""
-    cpu_cores: str | None = None
+    cpu_cores: Text | None = None
     """Cores of this engine's threads on a CPU, e.g. "0" or "0-3"; null lets vLLM choose."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of the weights. auto: the fastest that this machine has and that fits (`engines/arithmetic.py`)."""
@@ -33,19 +33,19 @@ class Engine(Section):
     enforce_eager: bool | None = None
     """Whether vLLM runs without CUDA graphs; null: on a CPU only. On an H100, graphs made a step with adapters
     19 times as fast."""
-    tool_parser: str = "auto"
+    tool_parser: Text = "auto"
     """What reads calls of tools out of the model's text: a name of vLLM's (hermes, llama3_json, mistral, …);
     none: nothing; auto: by the model's chat template and architecture (`engines/vllm/parser_choice.py`)."""
-    reasoning_parser: str = "auto"
+    reasoning_parser: Text = "auto"
     """What parts thoughts from answers: a name of vLLM's (qwen3, deepseek_r1, …), none or auto, as above."""
-    extra_args: tuple[str, ...] = ()
+    extra_args: tuple[Text, ...] = ()
     """Further arguments of `vllm serve`, verbatim; they overrule all others."""
 
 
 class Original(Engine):
     """The large model: a child vLLM server, or any OpenAI-compatible endpoint."""
 
-    url: str | None = None
+    url: Text | None = None
     """Base URL of an external endpoint (".../v1"); null starts a vLLM server as a child process."""
     api: Literal["openai", "vllm"] = "openai"
     """What the endpoint at `url` speaks: vllm allows vLLM's own extensions (token ids, scoring, priorities), as
@@ -53,12 +53,12 @@ class Original(Engine):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 20
     """Log-probabilities per token that a vLLM original is asked for in turns that may be learned from; 0: none
     are."""
-    api_key_env: str | None = None
+    api_key_env: Text | None = None
     """Name of the environment variable that holds the external endpoint's key."""
     draft_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens that the surrogate's weights draft for the child, which verifies them in one step: speculative
     decoding (policy `speculative`). 0: none. Both models must have one vocabulary."""
-    name: str | None = None
+    name: Text | None = None
     """Model name in requests; null takes `original_model`'s own."""
     when_down: Literal["refuse", "surrogate"] = "refuse"
     """While the original is down, fails before its first token, or has no place for a request: answer 503, or
@@ -93,7 +93,7 @@ class Original(Engine):
 class Surrogate(Engine):
     """The small model: a vLLM engine with multi-LoRA inside soma-serve."""
 
-    name: str | None = None
+    name: Text | None = None
     """Model name in requests; null takes `surrogate_model`'s own."""
     max_loras: Positive = 4
     """Adapters that one engine step can mix: slots. The background uses one of them at times."""
@@ -126,7 +126,7 @@ class Training(Section):
     """Scheduling niceness of a worker, so that training yields to the engines."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """auto: bfloat16 on a GPU or where the processor has bf16 products, else float32 where memory suffices."""
-    ray_address: str | None = None
+    ray_address: Text | None = None
     """An existing Ray cluster; null starts a private one."""
     seed: int = 0
     """Seed of mining and training, and of the choice of the turns that are audited."""
@@ -135,7 +135,7 @@ class Training(Section):
 class Encoder(Section):
     """The gate's sentence encoder: fixed, never the adapted surrogate."""
 
-    model: str = "all-minilm-l6-v2"
+    model: Text = "all-minilm-l6-v2"
     """Local path, embedded model's name or Hugging Face id of a sentence encoder."""
     threads: Positive = 1
     """Torch threads of the encoder, which runs on the CPU."""
@@ -154,7 +154,7 @@ class Cors(Section):
 class Server(Section):
     """Where soma-serve listens."""
 
-    host: str = "127.0.0.1"
+    host: Text = "127.0.0.1"
     """Address that soma-serve listens on; 0.0.0.0 for every interface."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """TCP port."""
@@ -169,7 +169,7 @@ class Server(Section):
     drain_s: Seconds = 30.0
     """Longest wait for the requests under way when the server is told to end (SIGTERM, Ctrl-C), seconds; new
     ones are refused with 503. A second signal ends it at once."""
-    run_dir: str | None = None
+    run_dir: Text | None = None
     """Logs and sockets of a running server; null takes a fresh folder under $SOMA_HOME/run."""
     cors: Cors = Cors()
     keep_alive_s: Annotated[float, Field(ge=0)] = 15.0
@@ -180,11 +180,17 @@ class Server(Section):
     """true: vLLM's further routes (`/inference/…`, …) are served too. They ask the surrogate,
     without sessions, dispatch or counting of tokens. false: they answer 404."""
 
+    @property
+    def url(self) -> str:
+        """Where a client on this machine reaches the server."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
 
 class Storage(Section):
     """Where sessions are stored."""
 
-    url: str = "sqlite+aiosqlite:///{soma_home}/sessions.db"
+    url: Text = "sqlite+aiosqlite:///{soma_home}/sessions.db"
     """SQLAlchemy URL; {soma_home} and {run_dir} are filled in."""
     queue_mib: Positive = 256
     """Conversation text, MiB, that may wait in memory for a database that is away or slow; beyond it the
@@ -230,7 +236,7 @@ class Access(Section):
 
     mode: Literal["open", "keys"] = "open"
     """open: any bearer token is a tenant of its own. keys: only keys issued with `soma keys add` are served."""
-    admin_key_env: str = "SOMA_ADMIN_KEY"
+    admin_key_env: Text = "SOMA_ADMIN_KEY"
     """Name of the environment variable that holds the admin key; while it is unset, no request is an
     administrator's."""
     max_body_mib: Positive = 16
@@ -259,10 +265,10 @@ class Adapters(Section):
     is evicted and its session goes back to the original; pinned ones (`soma adapters pin`) stay. null: no
     limit."""
 
-    root: str = "adapters_store"
+    root: Text = "adapters_store"
     """Directory, relative to the working directory, or a URL that fsspec knows (s3://…, gs://…; its package
     has to be installed); {soma_home} and {run_dir} are filled in."""
-    cache: str = "{soma_home}/adapters_cache"
+    cache: Text = "{soma_home}/adapters_cache"
     """Directory of this machine that holds what the engine reads, where root is a URL."""
     max_count: Positive | None = None
     """Adapters in all."""

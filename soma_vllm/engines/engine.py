@@ -142,6 +142,15 @@ class AdapterEngine(ScoringEngine, Protocol):
     """An engine that serves adapters and scores answers. An adapter is leased before it is loaded, so that it
     is not evicted."""
 
+    async def prompt(self, call: ChatCall) -> tuple[int, ...]:
+        """The token ids that the engine reads for a call; nothing is generated.
+
+        Raises:
+            EngineRefused: it would refuse the call; `cause` says why.
+            EngineUnavailable: it is not running.
+        """
+        ...
+
     def prefetch(self, ref: AdapterRef) -> None: ...
     async def load(self, ref: AdapterRef) -> None: ...
     async def unload(self, ref: AdapterRef) -> None: ...

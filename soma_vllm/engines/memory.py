@@ -5,13 +5,14 @@ Guarantees: nothing is loaded; the estimate errs by little, and counts only what
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from soma_vllm.config import Config, Engine
+from soma_vllm.documents import read_json
 from soma_vllm.engines.vllm.arguments import LORA_RANKS, slot_rank
+from soma_vllm.errors import DocumentError
 
 # Resident memory beside weights and caches, GB, as measured with vLLM 0.32 on a CPU.
 _API_SERVER_GB = 1.4
@@ -103,7 +104,7 @@ def available_memory() -> float:
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one where there is none to read."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        document = read_json(path)
+    except DocumentError:
         return {}
     return document if isinstance(document, dict) else {}

@@ -23,7 +23,7 @@ import aiohttp
 from soma_vllm import logs
 from soma_vllm.engines.dialect import completion_from, completion_of, event_of
 from soma_vllm.engines.engine import ChatCall, Events, Reply, Salts
-from soma_vllm.engines.prompt_scoring import agreement_from_prompt, question_body, scoring_body
+from soma_vllm.engines.prompt_scoring import agreement_from_prompt, scoring_body
 from soma_vllm.engines.sse import DONE, SSEParser
 from soma_vllm.engines.stream_tap import StreamTap
 from soma_vllm.engines.supervisor import State, Supervisor
@@ -113,12 +113,11 @@ class OriginalEngine:
         if not self.speaks_vllm:
             raise EngineError("found an original that does not speak vLLM; expected one, to score an answer")
         self._require_child()
-        messages = call.body["messages"]
-        opening = await self.tokenizer("tokenize", question_body(messages))
+        opening = await self.tokenizer("tokenize", call.body)
         tokens = opening.get("tokens")
         if not isinstance(tokens, list):
             raise EngineError("found no tokens in the original's /tokenize; expected a list")
-        scored = await self._read(self._post(replace(call, body=scoring_body(messages, answer))))
+        scored = await self._read(self._post(replace(call, body=scoring_body(call.body, answer))))
         return agreement_from_prompt(scored, tokens)
 
     async def tokenizer(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,18 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from soma_vllm.errors import EngineError
-from soma_vllm.types import Agreement, Message
+from soma_vllm.types import Agreement
 
 
-def question_body(messages: Sequence[Message]) -> dict[str, Any]:
-    """The chat request that `scoring_body` answers: its prompt are the tokens before the answer's first."""
-    return {"messages": list(messages), "add_generation_prompt": True}
-
-
-def scoring_body(messages: Sequence[Message], answer: str) -> dict[str, Any]:
-    """A chat request that makes a vLLM score `answer` as the reply to `messages`."""
+def scoring_body(body: Mapping[str, Any], answer: str) -> dict[str, Any]:
+    """A chat request that makes a vLLM score `answer` as the reply to the chat request `body`."""
     return {
-        "messages": [*messages, {"role": "assistant", "content": answer}],
+        **body,
+        "messages": [*body["messages"], {"role": "assistant", "content": answer}],
         "add_generation_prompt": False,
         "continue_final_message": True,
         "prompt_logprobs": 1,

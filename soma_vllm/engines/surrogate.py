@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from soma_vllm.adapters.loaded import LoadedAdapters, Loading
 from soma_vllm.engines.adapter_probe import compare, logprobs_read, reading_body
 from soma_vllm.engines.engine import ChatCall, Events, Reply, Salts, error_of, refusal
-from soma_vllm.engines.prompt_scoring import agreement_from_prompt, question_body, scoring_body
+from soma_vllm.engines.prompt_scoring import agreement_from_prompt, scoring_body
 from soma_vllm.engines.stream_tap import StreamTap
 from soma_vllm.errors import AdapterRejected, EngineUnavailable
 from soma_vllm.types import AdapterRef, Agreement, Signature
@@ -71,6 +71,10 @@ class SurrogateEngine:
             return Reply(body={**answer, "model": self.name})
         return Reply(events=await _after_first_event(answer))
 
+    async def prompt(self, call: ChatCall) -> tuple[int, ...]:
+        """The token ids of a call's prompt; see `AdapterEngine.prompt`."""
+        return tuple(await self._serving.prompt_tokens({**call.body, "model": self.name}))
+
     async def score(self, call: ChatCall, answer: str) -> Agreement:
         """How likely the surrogate finds an answer to the call's messages; see `ScoringEngine.score`.
 
@@ -78,9 +82,8 @@ class SurrogateEngine:
             EngineUnavailable, EngineRefused: as in `chat`.
             EngineError: it cannot be told which tokens are the answer's.
         """
-        messages = call.body["messages"]
-        opening = await self._serving.prompt_tokens({**question_body(messages), "model": self.name})
-        reply = await self.chat(replace(call, body=scoring_body(messages, answer)))
+        opening = await self.prompt(call)
+        reply = await self.chat(replace(call, body=scoring_body(call.body, answer)))
         assert reply.body is not None, "a request without stream=true is answered whole"
         return agreement_from_prompt(reply.body, opening)
 

@@ -7,7 +7,6 @@ weights learn, in float32 also over a bfloat16 base. The global random state is 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from soma_vllm.config import Lora
+from soma_vllm.documents import read_json
 from soma_vllm.errors import TrainingError
 from soma_vllm.method.activation_cache import Trunk
 from soma_vllm.method.decoder import Decoder
@@ -205,13 +205,19 @@ def _start_from(adapted: Any, lora: Lora, directory: Path) -> None:
     """Fill the fresh adapter with a saved one's weights."""
     try:
         saved = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
-        alpha = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8")).get("lora_alpha")
-    except (OSError, SafetensorError, ValueError) as error:
+        told = dict(read_json(directory / CONFIG_NAME))
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise TrainingError(
             f"lora.init_from: {directory}: found no adapter that can be read: {error}"
         ) from error
-    if alpha != lora.alpha:  # the same weights would weigh more or less
+    # The same weights would weigh more or less.
+    if (alpha := told.get("lora_alpha")) != lora.alpha:
         raise TrainingError(f"lora.init_from: {directory}: found alpha {alpha}; expected {lora.alpha}")
+    if scaled := [name for name in ("use_rslora", "alpha_pattern", "rank_pattern") if told.get(name)]:
+        keys = ", ".join(scaled)
+        raise TrainingError(
+            f"lora.init_from: {directory}: found {keys}; expected one alpha / rank for all weights"
+        )
     expected = {name: list(value.shape) for name, value in _weights(adapted).items()}
     found = {name: list(value.shape) for name, value in saved.items()}
     differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

@@ -1,9 +1,9 @@
 """From an example to token ids: the surrogate's own chat template, then the original's answer and its end.
 
-Guarantees: the prompt is what an engine would send for the same messages (`apply_chat_template` with the
-generation prompt); an answer known token by token is those tokens, one known as text ends with the template's
-end-of-turn token, so that an adapter learns when to stop; a shortened prompt keeps its end, a shortened answer
-its beginning, and each keeps at least one token.
+Guarantees: the prompt is what the surrogate's engine reads for the same request, as the engine said or as
+`method/chat_prompt.py` makes it; an answer known token by token is those tokens, one known as text ends with
+the template's end-of-turn token, so that an adapter learns when to stop; a shortened prompt keeps its end, a
+shortened answer its beginning, and each keeps at least one token.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 from numpy.typing import NDArray
 
 from soma_vllm.errors import TrainingError
-from soma_vllm.types import Example, Message
+from soma_vllm.method.chat_prompt import prompt_ids
+from soma_vllm.types import Example
+
+__all__ = ["Rendered", "end_of_turn", "prompt_ids", "render"]
 
 _PROBE = "soma-end-of-turn-probe"
 
@@ -68,20 +70,6 @@ def render(tokenizer: Any, examples: Sequence[Example]) -> tuple[Rendered, ...]:
     return tuple(_rendered(tokenizer, example, end) for example in examples)
 
 
-def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
-    """What an engine would read for `messages`, generation prompt included.
-
-    Raises:
-        TrainingError: the chat template refuses them, or they hold more than text.
-    """
-    plain = [_plain(message) for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise TrainingError(f"the chat template refused the messages: {error}") from error
-    return tuple(_ids(tokenizer, text))
-
-
 def end_of_turn(tokenizer: Any) -> int:
     """Id of the special token the chat template puts after an assistant's message.
 
@@ -103,7 +91,7 @@ def end_of_turn(tokenizer: Any) -> int:
 
 def _rendered(tokenizer: Any, example: Example, end: int) -> Rendered:
     try:
-        prompt = prompt_ids(tokenizer, example.messages)
+        prompt = example.prompt or prompt_ids(tokenizer, example.messages, example.fields)
     except TrainingError as error:
         raise TrainingError(f"turn {example.turn}: {error}") from error
     teacher = example.teacher
@@ -122,17 +110,6 @@ def _rendered(tokenizer: Any, example: Example, end: int) -> Rendered:
     top = np.where(unknown, np.int32(-1), teacher.top)
     logprobs = np.where(unknown, np.float32(-np.inf), teacher.logprobs)
     return Rendered(example.turn, prompt, teacher.tokens, (top, logprobs))
-
-
-def _plain(message: Message) -> dict[str, Any]:
-    """The message with its content as one string, as text-only templates expect it."""
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return dict(message)
-    kinds = [part.get("type") for part in content]
-    if any(kind != "text" for kind in kinds):
-        raise TrainingError(f"found content parts {kinds}; expected parts of type 'text' only")
-    return {**message, "content": "".join(part["text"] for part in content)}
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from soma_vllm.method.decoder import Decoder
-from soma_vllm.method.rendering import prompt_ids
 from soma_vllm.method.scoring import evaluating
 from soma_vllm.types import Signature
 
@@ -36,11 +35,7 @@ DIGITS = 4
 
 
 def signature_of(decoder: Decoder, tokenizer: Any, peft: Any) -> Signature:
-    """The signature of the adapter that is in the decoder's model; `peft` is peft's view of it.
-
-    Raises:
-        TrainingError: the chat template refuses the texts.
-    """
+    """The signature of the adapter that is in the decoder's model; `peft` is peft's view of it."""
     with evaluating(decoder):
         found = [_read(decoder, ids, peft) for ids in _texts(tokenizer)]
     return max(found, key=shift)
@@ -54,13 +49,17 @@ def shift(signature: Signature) -> float:
 
 
 def _texts(tokenizer: Any) -> list[tuple[int, ...]]:
-    return [
-        (
-            *prompt_ids(tokenizer, [{"role": "user", "content": query}]),
-            *tokenizer(answer, add_special_tokens=False)["input_ids"],
-        )
-        for query, answer in TEXTS
-    ]
+    found = []
+    for query, answer in TEXTS:
+        asked = [{"role": "user", "content": query}]
+        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        found.append(tuple(i for text in (prompt, answer) for i in _ids(tokenizer, text)))
+    return found
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 @torch.inference_mode()

@@ -8,7 +8,6 @@ texts on every run.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from soma_vllm.documents import read_json
 from soma_vllm.errors import ModelError
 from soma_vllm.models.catalog import TINY_NAMES
 from soma_vllm.models.quiet import quiet
@@ -80,7 +80,7 @@ def read_texts(dialogues: Path) -> list[str]:
     texts: list[str] = []
     for path in sorted(dialogues.glob("*.json")):
         try:
-            texts.extend(_strings(json.loads(path.read_text(encoding="utf-8"))))
+            texts.extend(_strings(read_json(path)))
         except ValueError as error:
             raise ModelError(f"{path}: expected JSON dialogues; {error}") from error
     return texts or list(BUILT_IN_TEXTS)

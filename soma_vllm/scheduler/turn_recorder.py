@@ -22,7 +22,7 @@ from soma_vllm.sessions.ports import Meter
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.transcript import TranscriptDigest, spoken, text_of
-from soma_vllm.sessions.state.turn import Turn, turn_event
+from soma_vllm.sessions.state.turn import Turn, prompt_fields, turn_event
 from soma_vllm.types import Event
 
 
@@ -94,6 +94,7 @@ def _recorded(turn: TurnContext, reply: ParsedReply) -> list[Turn]:
         begun=turn.begun is not None,
         head=digest.preamble if before.turns and before.preamble() != digest.preamble else None,
         stored=turn.request.stored,
+        fields=prompt_fields(turn.request.body),
     )
     return [recorded, *(_variant(recorded, *_answered(turn, other), other) for other in others)]
 

@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,9 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
+from soma_vllm import documents
 from soma_vllm.config import Config
-from soma_vllm.errors import BadRequest, ConfigError, SomaError
+from soma_vllm.errors import BadRequest, ConfigError, DocumentError, SomaError
 
 T = TypeVar("T")
 
@@ -96,11 +98,26 @@ def read_json(path: Path, unique: Callable[[list[tuple[str, Any]]], Any] | None 
         ConfigError: it cannot be read, or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        return documents.read_json(path, unique)
+    except DocumentError as error:
+        raise ConfigError(str(path), [str(error)]) from error
+
+
+def make_out(out: Path) -> None:
+    """Make a command's output directory, and see that files can be put there.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
     except OSError as error:
-        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
-    except ValueError as error:
-        raise ConfigError(str(path), [f"is not JSON: {error}"]) from error
+        found = f"found a place that cannot be written ({error.strerror})"
+        raise ConfigError(
+            f"--out {out}", [f"{found}; expected a directory, or a path where one can be made"]
+        ) from error
 
 
 def write_json(path: Path, document: Mapping[str, Any], allow_nan: bool = True) -> None:

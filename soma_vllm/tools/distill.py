@@ -22,7 +22,7 @@ from soma_vllm.config import Config, load_config
 from soma_vllm.errors import ConfigError, SomaError, TrainingError
 from soma_vllm.sessions.state.fold import restore
 from soma_vllm.sessions.state.session import Session
-from soma_vllm.tools.command_line import InputProblems, Overrides, PairConfig, fill_paths
+from soma_vllm.tools.command_line import InputProblems, Overrides, PairConfig, fill_paths, make_out
 from soma_vllm.tools.evaluate.dataset import (
     Material,
     drop_foreign_teachers,
@@ -60,7 +60,7 @@ def distill(
     It starts only sessions of that tenant (those of any tenant, when made from your own dialogue file). Exits
     with 1 when nothing can be trained, with 2 on wrong input.
     """
-    resolved, script = _prepare(config, dialogues, tenant, overrides or [])
+    resolved, script = _prepare(config, dialogues, tenant, overrides or [], out)
     try:
         if tenant is None:
             # Sessions of the operator's own, played to the original once and remembered.
@@ -77,7 +77,7 @@ def distill(
 
 
 def _prepare(
-    path: Path, dialogues: Path | None, tenant: str | None, overrides: Sequence[str]
+    path: Path, dialogues: Path | None, tenant: str | None, overrides: Sequence[str], out: Path
 ) -> tuple[Config, Dialogues]:
     """Read everything, or exit with 2 after printing all that is wrong."""
     problems = InputProblems()
@@ -90,9 +90,23 @@ def _prepare(
         script, short = split_by_length(script, config)
         if not script:
             problems.append(str(ConfigError(str(dialogues), short)))
+    if not problems:
+        problems.attempt(lambda: _require_new(out))
     if problems or config is None:
         problems.exit()
     return config, script or {}
+
+
+def _require_new(out: Path) -> None:
+    """Raises ConfigError: `out` holds files, or its folder cannot be made."""
+    if out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"--out {out}", ["found files there; expected a new or an empty directory"])
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}", ["found a file; expected a new or an empty directory"])
+    try:
+        make_out(out.parent)
+    except ConfigError as error:
+        raise ConfigError(f"--out {out}", error.problems) from error
 
 
 def _from_log(config: Config, tenant: str, storage: str | None, most: int) -> list[Material]:

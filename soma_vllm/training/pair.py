@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from soma_vllm.documents import read_json
 from soma_vllm.errors import TrainingError
 from soma_vllm.types import MANIFEST
 
@@ -20,8 +20,8 @@ def owner_of(directory: str | Path) -> str:
     """
     file = Path(directory) / MANIFEST
     try:
-        owner = json.loads(file.read_text(encoding="utf-8"))["tenant"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        owner = read_json(file)["tenant"]
+    except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(
             f"lora.init_from: {file}: found no manifest with a tenant ({type(error).__name__}); expected a "
             "directory that soma distill wrote"

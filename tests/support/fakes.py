@@ -18,8 +18,15 @@ from soma_vllm.adapters.eviction_policy import Reason
 from soma_vllm.adapters.store.manifest import LocalAdapter, PublishedAdapter
 from soma_vllm.adapters.store.verify import AdapterFacts, FileFacts
 from soma_vllm.engines.engine import ChatCall
-from soma_vllm.engines.fake import FakeEngine
-from soma_vllm.errors import AdapterRejected, EngineError, NotFound, TooManyRequests, TrainingError
+from soma_vllm.engines.fake import FakeEngine, token_of
+from soma_vllm.errors import (
+    AdapterRejected,
+    EngineError,
+    EngineRefused,
+    NotFound,
+    TooManyRequests,
+    TrainingError,
+)
 from soma_vllm.sessions.state.gate import gap
 from soma_vllm.training.messages import ScoreRequest, TrainRequest, TrainResult
 from soma_vllm.types import AdapterRef, Agreement, Gap, SessionKey, Usage
@@ -68,11 +75,20 @@ class FakeSurrogate(Versatile):
         self.finds: Agreement | None = None
         """How it finds every answer; None where it cannot read."""
         self.rejection: AdapterRejected | None = None
+        self.unreadable: str | None = None
+        """Prompts with this text are refused when they are read for training."""
 
     async def score(self, call: ChatCall, answer: str) -> Agreement:
         if self.finds is None:
             raise EngineError("found another prompt")
         return self.finds
+
+    async def prompt(self, call: ChatCall) -> tuple[int, ...]:
+        if isinstance(self.refusal, EngineRefused):
+            raise self.refusal
+        if self.unreadable is not None and self.unreadable in str(call.body["messages"]):
+            raise EngineRefused(400, {}, cause="chat_template_refused")
+        return tuple(token_of(word) for word in str(call.body["messages"]).split())
 
     def prefetch(self, ref: AdapterRef) -> None:
         self.prefetched.append(ref.name)

@@ -14,7 +14,8 @@ from typing import Any
 
 from soma_vllm.adapters.store.naming import Place
 from soma_vllm.adapters.store.verify import AdapterFacts, Depth, FileFacts, verify
-from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
+from soma_vllm.documents import parse_json
+from soma_vllm.errors import AdapterError, AdapterRejected, DocumentError, NotFound
 from soma_vllm.types import CONFIG, MANIFEST, WEIGHTS, AdapterRef, SessionKey, Signature
 
 FORMAT = 2
@@ -134,9 +135,9 @@ def whole(content: bytes) -> Mapping[str, Any]:
         AdapterError: it is not JSON.
     """
     try:
-        found: Mapping[str, Any] = json.loads(content)
-    except ValueError as error:
-        raise AdapterError(f"{MANIFEST} is not JSON: {error}") from error
+        found: Mapping[str, Any] = parse_json(content)
+    except DocumentError as error:
+        raise AdapterError(f"{MANIFEST} {error}") from error
     return found
 
 
@@ -147,7 +148,7 @@ def read(content: bytes | str, path: str) -> PublishedAdapter:
         ValueError: it is no whole manifest of this format.
     """
     try:
-        found = json.loads(content)
+        found = parse_json(content)
         if found["format"] != FORMAT:
             raise ValueError(f"found format {found['format']!r}; expected {FORMAT}")
         return PublishedAdapter(
@@ -182,7 +183,7 @@ def local(name: str, directory: Path) -> LocalAdapter:
         raise NotFound(f"adapter {name}: found {adapter.ref.name} in {directory}")
     facts, _ = verify(directory, expected=adapter.files(), depth=Depth.QUICK, name=name)
     try:
-        return LocalAdapter(adapter.ref, facts, signature_in(json.loads(content)))
+        return LocalAdapter(adapter.ref, facts, signature_in(parse_json(content)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterRejected(name, [f"{MANIFEST}: found no whole signature: {error!r}"]) from error
 

@@ -55,6 +55,7 @@ from soma_vllm.adapters.store.naming import (
 )
 from soma_vllm.adapters.store.staging import WriteFile, fill
 from soma_vllm.adapters.store.verify import NOTHING, Demands, verify
+from soma_vllm.documents import parse_json
 from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
 from soma_vllm.types import CONFIG, MANIFEST, WEIGHTS, SessionKey
 
@@ -278,7 +279,7 @@ class ObjectStoreAdapterStore:
         """Bring to an end what a note speaks of, where it is old; 1 where it was."""
         note = f".pending/{name}"
         try:
-            at = float(json.loads(self._bucket.read(note))["at"])
+            at = float(parse_json(self._bucket.read(note))["at"])
         except NotFound:
             return 0
         except (ValueError, KeyError, TypeError):

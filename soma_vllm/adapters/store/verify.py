@@ -14,7 +14,6 @@ Each file is read once and hashed once. Nothing here needs torch.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 
 from soma_vllm.adapters.store.base_model import BaseShapes, shapes_of
-from soma_vllm.errors import AdapterRejected
+from soma_vllm.documents import parse_json
+from soma_vllm.errors import AdapterRejected, DocumentError
 from soma_vllm.types import CONFIG, WEIGHTS
 
 PICKLED = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
@@ -36,12 +36,24 @@ PLAIN: Mapping[str, object] = {
     "bias": "none",
     "use_dora": False,
     "lora_bias": False,
-    "modules_to_save": None,
     "rank_pattern": {},
     "alpha_pattern": {},
-    "layer_replication": None,
 }
-"""Features of peft's format beyond a plain LoRA, with the one value of each that is accepted."""
+"""What stands in place of a feature beyond a plain LoRA; null for all others."""
+
+NOTED = frozenset(
+    (
+        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout"),
+        *("use_rslora", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size"),
+        "init_lora_weights",
+    )
+)
+"""Keys that ask for no more than a plain LoRA, whatever they say; vLLM scales by `use_rslora`. Every other key,
+those of a later peft too, asks for more unless it is null, false or empty."""
+
+INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Values of `init_lora_weights` that leave the base model's own weights alone, as PiSSA and OLoRA do not."""
 
 EXPONENTS = {"F32": ("<u4", 0x7F800000), "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00)}
 """By safetensors' name of a type: its words, and the exponent bits that are all set in a NaN or an infinity."""
@@ -178,9 +190,9 @@ def _changed(file: str, found: FileFacts, expected: FileFacts) -> Iterator[str]:
 def _read_config(content: bytes, problems: list[str]) -> Mapping[str, Any]:
     """The configuration; empty, with a problem told, where it is none."""
     try:
-        config = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
-        problems.append(f"{CONFIG} is not JSON: {error}")
+        config = parse_json(content)
+    except DocumentError as error:
+        problems.append(f"{CONFIG} {error}")
         return {}
     if not isinstance(config, dict):
         problems.append(f"{CONFIG}: found a {type(config).__name__}; expected an object")
@@ -199,10 +211,12 @@ def _config_problems(config: Mapping[str, Any], demands: Demands, full: bool) ->
     targets = config.get("target_modules")
     if full and not _is_name_list(targets):
         yield f"target_modules: found {targets!r}; expected a list of module names"
-    for key, accepted in PLAIN.items():
-        found = config.get(key)
-        if full and found and found != accepted:
-            yield f"{key}: found {found!r}; expected {accepted!r}"
+    if full:
+        for key in sorted(config.keys() - NOTED):
+            if (found := config[key]) and found != PLAIN.get(key):
+                yield f"{key}: found {repr(found)[:100]}; expected {PLAIN.get(key)!r}"
+        if (start := config.get("init_lora_weights")) not in INITIAL:
+            yield f"init_lora_weights: found {start!r}; expected one of {INITIAL}"
     yield from demands.unmet(rank if _is_count(rank) else 0, str(config.get("base_model_name_or_path")))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import os
 import shutil
@@ -54,6 +55,25 @@ def check_vllm(report: Report, config: Config) -> None:
             report.bad(
                 f"{role}.device: found {device}; expected {build}, which the installed vLLM is built for"
             )
+
+
+def check_listening(report: Report, config: Config) -> None:
+    """The server's address is free; who may use it is noted where that may surprise."""
+    host, port = config.server.host, config.server.port
+    check_port(report, host, port)
+    if config.access.mode != "open":
+        return
+    try:
+        reachable = not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        reachable = host != "localhost"
+    if reachable:
+        report.good(
+            f"note: access.mode is open, and {host} may be reached from other machines: whoever reaches it is "
+            "served; access.mode: keys serves known keys only"
+        )
+    if any(value is not None for value in config.limits.model_dump().values()):
+        report.good("note: limits with access.mode: open: another bearer token has limits of its own")
 
 
 def check_port(report: Report, host: str, port: int) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from soma_vllm.adapters.store.base_model import tensors_of
 from soma_vllm.app.preflight.machine_checks import Report
 from soma_vllm.config import Config, Engine
+from soma_vllm.documents import read_json
 from soma_vllm.engines.memory import GB, read_object, weights_bytes
 from soma_vllm.engines.vllm.arguments import LORA_RANKS, slot_rank
+from soma_vllm.errors import DocumentError
+from soma_vllm.scheduler.routing import DISPATCH_NAME
 
 
 def check_model(report: Report, role: str, path: Path) -> bool:
@@ -17,9 +22,45 @@ def check_model(report: Report, role: str, path: Path) -> bool:
     missing = [name for name in ("config.json", "*.safetensors") if not any(path.glob(name))]
     if missing:
         report.bad(f"{role}: {path} has no {' and no '.join(missing)}; expected a model's folder")
+    elif damaged := list(_damaged(path)):
+        for problem in damaged:
+            report.bad(f"{role}: {path / problem}")
+        return False
     else:
         report.good(f"{role}: {path.name}, {weights_bytes(path) / GB:.1f} GB of weights")
     return not missing
+
+
+def _damaged(path: Path) -> Iterator[str]:
+    """The files of a model that are cut off or no JSON, each with what is wrong."""
+    for file in sorted(path.glob("*.json")):
+        try:
+            document = read_json(file)
+        except DocumentError as error:
+            yield f"{file.name}: {error}"
+        else:
+            if file.name == "config.json" and not isinstance(document, dict):
+                yield f"{file.name}: found a {type(document).__name__}; expected an object"
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            tensors = tensors_of(file)
+        except (OSError, ValueError) as error:
+            yield f"{file.name}: found no list of tensors ({error}); expected whole safetensors"
+            continue
+        end = max((found["data_offsets"][1] for found in tensors.values()), default=0)
+        if end > (size := file.stat().st_size):
+            yield f"{file.name}: found {size} bytes; expected at least {end}: it was cut off"
+
+
+def check_names(report: Report, config: Config) -> None:
+    """Each model that clients may ask for has a name of its own."""
+    original, surrogate = config.original_name, config.surrogate_name
+    expected = "expected a name of its own (original.name, surrogate.name)"
+    for role, name in (("original", original), ("surrogate", surrogate)):
+        if name.partition(":")[0] == DISPATCH_NAME:
+            report.bad(f"{role}.name: found {name!r}, by which clients ask for dispatch; {expected}")
+    if original == surrogate:
+        report.bad(f"original.name, surrogate.name: found {original!r} for both models; {expected} for each")
 
 
 def check_engine_model(report: Report, role: str, engine: Engine, path: Path) -> None:

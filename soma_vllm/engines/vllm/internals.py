@@ -154,9 +154,11 @@ class PrivateChat:
             EngineRefused: vLLM found the request wrong.
         """
         try:
-            rendered = await self._chat.render_chat_request(ChatCompletionRequest.model_validate(body))
+            # vLLM's parsing writes into calls of tools, and these messages are a session's.
+            request = ChatCompletionRequest.model_validate(copy.deepcopy(dict(body)))
+            rendered = await self._chat.render_chat_request(request)
         except REFUSALS as error:
-            raise EngineRefused(400, _error_body(str(error))) from error
+            raise EngineRefused(400, _error_body(str(error)), cause=refusal_cause(error)) from error
         if isinstance(rendered, ErrorResponse):
             raise EngineRefused(rendered.error.code, rendered.model_dump())
         _, (prompt, *_) = rendered
@@ -259,6 +261,18 @@ async def _answered(
         return whole
     events: AsyncGenerator[str, None] = answer
     return events
+
+
+def refusal_cause(error: Exception) -> str:
+    """A code for why vLLM refuses a chat request."""
+    if getattr(error, "parameter", None) in ("input_tokens", "input_text"):
+        return "context_length_exceeded"
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, TemplateError):
+            return "chat_template_refused"
+        found = found.__cause__ or found.__context__
+    return "content_not_supported"
 
 
 def _error_body(message: str) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import URL, event, make_url
+from sqlalchemy import URL, event, make_url, text
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import ArgumentError, DataError
+from sqlalchemy.exc import ArgumentError, DataError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from soma_vllm.errors import ConfigError
@@ -43,6 +43,18 @@ def connect(url: str) -> AsyncEngine:
     engine = create_async_engine(parsed, hide_parameters=True, pool_pre_ping=True, connect_args=limits)
     event.listen(engine.sync_engine, "handle_error", _name_refused_values)
     return engine
+
+
+async def unreachable(engine: AsyncEngine) -> str | None:
+    """Why a database server does not answer; None where it does. The engine is closed."""
+    try:
+        async with engine.connect() as connection:
+            await connection.execute(text("SELECT 1"))
+    except (SQLAlchemyError, OSError, TimeoutError) as error:  # the class alone: the text may hold the password
+        return f"{told(engine.url)} does not answer ({type(error).__name__}); expected a running database"
+    finally:
+        await engine.dispose()
+    return None
 
 
 def parse(url: str) -> URL:

@@ -152,6 +152,10 @@ def _inherited(session: Session, event: Event, gate: Gate) -> Session:
     return replace(switched, learned=event.data["learned"], adapting=adapting_of(event.data))
 
 
+def _turn_skipped(session: Session, event: Event, gate: Gate) -> Session:
+    return session.skipping(event.data["turn"], event.data["why"])
+
+
 def _adaptation_started(session: Session, event: Event, gate: Gate) -> Session:
     forced = event.data.get("forced")
     return replace(
@@ -228,6 +232,7 @@ _APPLY: Mapping[str, Callable[[Session, Event, Gate], Session]] = {
     EventKind.TURN: _turn,
     EventKind.VARIANT: _variant,
     EventKind.RESUMED: _resumed,
+    EventKind.TURN_SKIPPED: _turn_skipped,
     EventKind.ADAPTATION_STARTED: _adaptation_started,
     EventKind.TRAINING_SUBMITTED: _training_submitted,
     EventKind.SWITCHED: _switched,

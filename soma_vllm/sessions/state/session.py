@@ -8,7 +8,7 @@ text was erased is recognised, served and rolled back as before.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -62,6 +62,11 @@ class Session(Dialogue):
         under = {turn.guard for turn in self.turns[self.warm_from : self.learned]}
         return len(under) == 1 and None not in under and guard not in under
 
+    def skipping(self, number: int, why: str) -> Session:
+        """The same session, where a turn does not teach."""
+        turns = (replace(turn, skip=why) if turn.number == number else turn for turn in self.turns)
+        return replace(self, turns=tuple(turns))
+
     def warm_turns(self) -> tuple[Turn, ...]:
         """Turns of the present warm start that can be learned from."""
         return tuple(turn for turn in self.turns[self.warm_from :] if turn.teaches())
@@ -110,6 +115,7 @@ class Session(Dialogue):
                 ),
                 turn.answer,
                 length=turn.length,
+                fields=turn.fields,
             )
             for turn in self.warm_turns()[-config.warm_window :]
         )

@@ -7,13 +7,21 @@ was erased still says whether it could be learned from.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from soma_vllm.sessions.state.events import Audited, EventKind
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.transcript import query_of, text_of
 from soma_vllm.types import Event, Length, Message, Role, Usage
+
+PROMPT_FIELDS = ("tools", "documents", "chat_template", "chat_template_kwargs", "reasoning_effort")
+"""What a chat template is given beside the messages."""
+
+
+def prompt_fields(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a chat request that shape its prompt, its messages apart."""
+    return {name: body[name] for name in PROMPT_FIELDS if body.get(name)}
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,10 @@ class Turn:
     kept: bool = True
     """False where `messages`, `answer` and `calls` were erased, or never kept, and are empty."""
     skip: str | None = None
-    """What `unteachable` said while the text was there; filled by the record."""
+    """What `unteachable` said while the text was there, or why the surrogate cannot read it; filled by the
+    record."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """What its request had beside messages that shapes the prompt, such as `tools`."""
     said: str = ""
     """The answer's `AnswerPrint`, as text; "" in records of version 0.1."""
     query: str = ""
@@ -86,7 +97,7 @@ class Turn:
         """Why this turn cannot be learned from or judged on; None where it can."""
         if not self.stored:
             return "its request says store: false"
-        if not self.kept:
+        if self.skip is not None or not self.kept:
             return self.skip
         if query_of(self.messages).get("role") != "user":
             return "it does not answer a query of the user's"
@@ -122,7 +133,14 @@ class Turn:
 
 _ADDED: dict[str, Any] = {"said": "", "query": "", "guard": None, "begun": False}
 """Fields that version 0.1 did not record, with what they are then."""
-_SILENT: dict[str, Any] = {"messages": (), "answer": "", "calls": (), "head": None, "later": None}
+_SILENT: dict[str, Any] = {
+    "messages": (),
+    "answer": "",
+    "calls": (),
+    "fields": {},
+    "head": None,
+    "later": None,
+}
 
 
 def turn_event(
@@ -144,6 +162,8 @@ def turn_event(
         "answer": turn.answer,
         "calls": list(map(dict, turn.calls)),
     }
+    if turn.fields and not shared:
+        text["fields"] = dict(turn.fields)
     for name, messages in (("head", turn.head), ("later", turn.later)):
         if messages is not None:
             text[name] = list(map(dict, messages))
@@ -176,6 +196,7 @@ def turn_of(data: Mapping[str, Any], text: Mapping[str, Any] | None) -> Turn:
         kept=text is not None,
         skip=data["skip"],
         **{name: data.get(name, default) for name, default in _ADDED.items()},
+        fields=said.get("fields") or {},
         head=_messages(said.get("head")),
         later=_messages(said.get("later")),
     )

@@ -26,7 +26,7 @@ from soma_vllm.sessions.state.transcript import text_of
 from soma_vllm.tools.calibrate.calibration_report import count_missing, document, draw, limits, table, verdict
 from soma_vllm.tools.calibrate.sources import Source, merge, read_file, read_store
 from soma_vllm.tools.calibrate.thresholds import Axis, Bad, Calibration, Case, Missing, Outcome, calibrate_axis
-from soma_vllm.tools.command_line import InputProblems, Overrides, fill_paths, write_json
+from soma_vllm.tools.command_line import InputProblems, Overrides, fill_paths, make_out, write_json
 from soma_vllm.tools.replay.dialogues import load_dialogues
 
 BATCH = 32
@@ -82,6 +82,8 @@ def calibrate(
     found = [source for source in read if source is not None]
     if bad_gap is None:
         bad_gap = _known_bad_gap(found, config, problems)
+    if out is not None and not problems:
+        problems.attempt(partial(make_out, out))
     if problems or bad_gap is None:
         problems.exit()
     bad = Bad(bad_gap, bad_top1)

@@ -18,7 +18,14 @@ from rich.console import Console
 
 from soma_vllm.config import Config, load_config
 from soma_vllm.errors import ConfigError, SomaError, TrainingError
-from soma_vllm.tools.command_line import DialogueFile, InputProblems, Overrides, PairConfig, write_json
+from soma_vllm.tools.command_line import (
+    DialogueFile,
+    InputProblems,
+    Overrides,
+    PairConfig,
+    make_out,
+    write_json,
+)
 from soma_vllm.tools.evaluate.dataset import split_by_length
 from soma_vllm.tools.evaluate.evaluate_view import Steps, table
 from soma_vllm.tools.evaluate.trajectory import Trajectory, load_trajectories
@@ -70,13 +77,13 @@ def evaluate(
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
-    plan = _prepare(config, dialogues, overrides or [], variant or [], init, only or [])
+    plan = _prepare(config, dialogues, overrides or [], variant or [], init, only or [], out)
     for line in plan.skipped:
         console.print(f"skipped    {line}", style="yellow", markup=False, highlight=False)
     steps = Steps(console)
     at_once = concurrency or plan.config.original.max_num_seqs
     try:
-        _make_ready(plan.config, out)
+        _require_models(plan.config)
         played = asyncio.run(load_trajectories(plan.config, plan.dialogues, at_once, steps.say))
         document = _measure(plan, played, not no_generate, dialogues.name, out, steps)
     except SomaError as error:
@@ -96,6 +103,7 @@ def _prepare(
     names: Sequence[str],
     init: Path | None,
     only: Sequence[str],
+    out: Path,
 ) -> Plan:
     """Read everything, or exit with 2 after printing all that is wrong."""
     problems = InputProblems()
@@ -118,22 +126,20 @@ def _prepare(
     enough, skipped = split_by_length({n: t for n, t in found.items() if not only or n in only}, config)
     if not enough and not unknown:
         problems.append(str(ConfigError(str(dialogues), skipped)))
+    if not problems:
+        problems.attempt(partial(make_out, out))
     if problems or variants is None:
         problems.exit()
     return Plan(config, enough, tuple(skipped), variants)
 
 
-def _make_ready(config: Config, out: Path) -> None:
-    """Make the output directory. Raises SomaError: it cannot be made, or a model is not on this machine."""
+def _require_models(config: Config) -> None:
+    """Raises SomaError: a model is not on this machine."""
     from soma_vllm.models.hub import local_path
 
     for model in (config.surrogate_model, config.encoder.model):
         assert model is not None, "for_serving has checked"
         local_path(model)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SomaError(f"--out {out}: cannot be made: {error.strerror}") from error
 
 
 def _measure(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from soma_vllm.config import Config
+from soma_vllm.documents import is_unicode
 from soma_vllm.errors import ConfigError
 from soma_vllm.tools.command_line import read_json
 
@@ -56,6 +57,8 @@ def _dialogue_problems(name: str, turns: object) -> list[str]:
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, str):
             problems.append(f"{name}[{number}]: found a {type(turn).__name__}; expected a string")
+        elif not is_unicode(turn):
+            problems.append(f"{name}[{number}]: found half a surrogate pair; expected Unicode text")
         elif not turn.strip():
             problems.append(f"{name}[{number}]: found an empty turn; expected text")
     return problems

@@ -19,7 +19,14 @@ from rich.console import Console
 
 from soma_vllm.config import Config, load_config
 from soma_vllm.errors import EngineUnavailable
-from soma_vllm.tools.command_line import DialogueFile, InputProblems, Overrides, sigterm_cancels, write_json
+from soma_vllm.tools.command_line import (
+    DialogueFile,
+    InputProblems,
+    Overrides,
+    make_out,
+    sigterm_cancels,
+    write_json,
+)
 from soma_vllm.tools.replay import replay_view as view
 from soma_vllm.tools.replay import timeline
 from soma_vllm.tools.replay.child_server import run_server, serve_command, while_alive
@@ -95,6 +102,7 @@ def replay(
         think_s=think_time,
         awaits_verdicts=await_verdicts,
         first=first,
+        out=out,
     )
     budget_s = None if minutes is None else 60 * minutes
     settings, sessions, trouble = _replay(screen, script, settings, (config, overrides), url, budget_s, first)
@@ -139,15 +147,16 @@ def _replay(
         None if budget_s is None else began + budget_s,
         always={*first, *script.forced} or {next(iter(script.dialogues))},
     )
-    host = "127.0.0.1" if settings.server.host == "0.0.0.0" else settings.server.host
-    base_url = url or f"http://{host}:{settings.server.port}/v1"
+    base_url = url or f"{settings.server.url}/v1"
     server = None if url else serve_command(path, overrides)
     # Both engines start within this time, one after the other.
     start_timeout_s = 2 * settings.original.start_timeout_s
     return settings, *asyncio.run(run(script, screen, base_url, server, start_timeout_s, timekeeper))
 
 
-def _prepare(config: Path, dialogues: Path, overrides: Sequence[str], **choices: Any) -> tuple[Config, Script]:
+def _prepare(
+    config: Path, dialogues: Path, overrides: Sequence[str], out: Path, **choices: Any
+) -> tuple[Config, Script]:
     """Read everything, or exit with 2 after printing all that is wrong."""
     problems = InputProblems()
     resolved = problems.attempt(lambda: load_config(config, overrides))
@@ -155,7 +164,9 @@ def _prepare(config: Path, dialogues: Path, overrides: Sequence[str], **choices:
     script = None
     if resolved is not None and parsed is not None:
         script = problems.attempt(lambda: make_script("soma replay", parsed, resolved, **choices))
-    if resolved is None or script is None:
+    if not problems:
+        problems.attempt(lambda: make_out(out))
+    if problems or resolved is None or script is None:
         problems.exit()
     return resolved, script
 

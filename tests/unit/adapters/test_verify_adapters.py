@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from support.adapter_files import BASE_MODEL, RANK, WIDTH, module, tensors, write_adapter
 
 from soma_vllm.adapters.store.base_model import shapes_of
@@ -58,6 +59,12 @@ def test_what_peft_itself_saves_passes(tmp_path: Path) -> None:
         ({"bias": "all"}, "bias: found 'all'; expected 'none'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save: found ['lm_head']"),
         ({"rank_pattern": {"q_proj": 64}}, "rank_pattern: found {'q_proj': 64}"),
+        ({"use_qalora": True}, "use_qalora: found True; expected None"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices: found [1, 2]; expected None"),
+        ({"target_parameters": ["experts.w"]}, "target_parameters: found ['experts.w']; expected None"),
+        ({"alora_invocation_tokens": [7]}, "alora_invocation_tokens: found [7]; expected None"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: found 'pissa_niter_4'"),
+        ({"of_a_later_peft": {"x": 1}}, "of_a_later_peft: found {'x': 1}; expected None"),
         ({"r": 2}, f"{Q_A}: found rank 4 in shape (4, 16); expected 2"),
     ],
 )
@@ -65,6 +72,30 @@ def test_a_configuration_that_is_not_a_plain_lora_is_refused(
     config: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
     assert expected in problems_of(write_adapter(tmp_path, **config))
+
+
+def test_what_vllm_scales_by_and_what_is_switched_off_passes(tmp_path: Path) -> None:
+    verify(write_adapter(tmp_path, use_rslora=True, use_qalora=False, target_parameters=None, loftq_config={}))
+
+
+@pytest.mark.parametrize("prefix", ["language_model.", "model.language_model.", "transformer."])
+def test_modules_that_the_base_model_lacks_are_refused(prefix: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"hidden_size": WIDTH, "num_hidden_layers": 2}))
+    names = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors()}
+    save_file({f"{name}.weight": torch.zeros(1) for name in names}, base / "model.safetensors")
+    demands = Demands(shapes=shapes_of(base))
+    verify(write_adapter(tmp_path / "sound"), demands)
+    whole = "base_model.model."
+    moved = {name.replace(whole, whole + prefix, 1): found for name, found in tensors().items()}
+    with pytest.raises(AdapterRejected, match="which has none of that name"):
+        verify(write_adapter(tmp_path / "moved", moved), demands)
+
+
+def test_a_configuration_nested_without_end_is_told(tmp_path: Path) -> None:
+    (write_adapter(tmp_path) / "adapter_config.json").write_text("[" * 100_000)
+    assert "levels of nesting" in problems_of(tmp_path)
 
 
 def test_a_rank_above_the_engines_is_refused(tmp_path: Path) -> None:
@@ -124,7 +155,7 @@ def test_no_tensors_at_all_are_refused(tmp_path: Path) -> None:
     [
         (lambda path: path.unlink(), "adapter_config.json is missing"),
         (lambda path: path.write_text("{", encoding="utf-8"), "adapter_config.json is not JSON"),
-        (lambda path: path.write_bytes(b"\xff"), "adapter_config.json is not JSON"),
+        (lambda path: path.write_bytes(b"\xff"), "adapter_config.json found the byte 0xff in line 1"),
         (lambda path: path.write_text("[]", encoding="utf-8"), "found a list; expected an object"),
         (lambda path: path.write_text("{}", encoding="utf-8"), "peft_type: found None"),
     ],
@@ -227,7 +258,7 @@ def test_of_a_model_that_says_nothing_nothing_is_judged(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     verify(write_adapter(tmp_path / "a"), Demands(shapes=shapes_of(tmp_path)))
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(AdapterError, match=r"config\.json cannot be read"):
+    with pytest.raises(AdapterError, match=r"config\.json: is not JSON"):
         Demands.of_model(tmp_path)
 
 

@@ -6,10 +6,14 @@ import json
 import os
 import re
 import socket
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from support.adapter_files import RANK, WIDTH, write_adapter
 
 from soma_vllm.app.preflight import preflight
 from soma_vllm.config import parse_config
@@ -27,22 +31,32 @@ ARCHITECTURE = {
 }
 
 
+def write_weights(path: Path, size: int) -> None:
+    """A whole safetensors file."""
+    head = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + bytes(size))
+
+
 @pytest.fixture
 def models(tmp_path: Path) -> dict[str, Path]:
     folders = {role: tmp_path / role for role in ("original", "surrogate", "encoder")}
     for folder in folders.values():
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(ARCHITECTURE))
-        (folder / "model.safetensors").write_bytes(bytes(1000))
+        write_weights(folder / "model.safetensors", 1000)
         (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     return folders
 
 
 @pytest.fixture
-def document(unused_tcp_port: int) -> dict[str, Any]:
+def document(unused_tcp_port: int, tmp_path: Path) -> dict[str, Any]:
     """A configuration that fits a small machine with the CPU build."""
     return {
+        "original_model": "org/original",
+        "surrogate_model": "org/surrogate",
         "server": {"port": unused_tcp_port},
+        "storage": {"url": f"sqlite+aiosqlite:///{tmp_path}/sessions.db"},
+        "adapters": {"root": f"{tmp_path}/adapters"},
         "original": {"kv_cache_gib": 0.01},
         "surrogate": {"kv_cache_gib": 0.01},
     }
@@ -106,7 +120,7 @@ def test_more_memory_than_the_machine_has_is_told_item_by_item(
 
 
 def test_adapters_and_a_wider_dtype_count(document: dict[str, Any], models: dict[str, Path]) -> None:
-    with (models["surrogate"] / "model.safetensors").open("wb") as weights:
+    with (models["surrogate"] / "model.safetensors").open("r+b") as weights:
         weights.truncate(500_000_000_000)
     document["surrogate"].update(dtype="float32", max_cpu_loras=10_000_000)
     told = problems(document, models)
@@ -221,6 +235,163 @@ def test_an_external_original_needs_no_folder_but_a_url_and_its_key(
     told = problems(document, models, external=True)
     assert "original.url: found llm.example/v1" in told
     assert "BIG_KEY is not set" in told
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("mysql://x", "found mysql; expected sqlite+aiosqlite or postgresql+asyncpg"),
+        ("sqlite:///{tmp}/s.db", "found sqlite; expected"),
+        ("nonsense", "found something else (ArgumentError); expected an SQLAlchemy URL"),
+        ("sqlite+aiosqlite:////proc/none/sessions.db", "/proc/none cannot be written"),
+        ("sqlite+aiosqlite:///{tmp}/other.db", "other.db: file is not a database"),
+        ("sqlite+aiosqlite:///{tmp}/other.db/sessions.db", "other.db cannot be written"),
+        ("sqlite+aiosqlite:///{tmp}", "cannot be opened: Is a directory"),
+        ("postgresql+asyncpg://u:secret@127.0.0.1:9/x", "does not answer (ConnectionRefusedError)"),
+    ],
+)
+def test_a_session_database_that_cannot_be_opened_is_told(
+    url: str, told: str, document: dict[str, Any], models: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "other.db").write_bytes(b"no database at all\n" * 100)
+    document["storage"]["url"] = url.replace("{tmp}", str(tmp_path))
+    found = problems(document, models)
+    assert "1 problem\n" in found
+    assert told in found
+    assert "secret" not in found
+
+
+def test_a_session_database_is_made_or_taken(document: dict[str, Any], models: dict[str, Path]) -> None:
+    document["storage"]["url"] = document["storage"]["url"].replace("sessions.db", "new/folder/sessions.db")
+    assert any(line.startswith("sessions in sqlite+aiosqlite:///") for line in check(document, models))
+    file = Path(document["storage"]["url"].removeprefix("sqlite+aiosqlite:///"))
+    with sqlite3.connect(file) as connection:
+        connection.execute("CREATE TABLE t (x)")
+    check(document, models)
+
+
+@pytest.mark.parametrize(
+    ("root", "told"),
+    [
+        ("{tmp}/file", "adapters.root: {tmp}/file cannot be written"),
+        ("/proc/none", "adapters.root: /proc/none cannot be written"),
+        ("nothing://bucket", "adapters.root: found nothing://bucket; expected a directory or a URL"),
+    ],
+)
+def test_an_adapter_store_that_cannot_be_opened_is_told(
+    root: str, told: str, document: dict[str, Any], models: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    document["adapters"] = {"root": root.replace("{tmp}", str(tmp_path)), "cache": f"{tmp_path}/cache"}
+    assert told.replace("{tmp}", str(tmp_path)) in problems(document, models)
+
+
+def first_adapter(folder: Path, **config: Any) -> dict[str, Any]:
+    write_adapter(folder, base_model_name_or_path="surrogate", **config)
+    (folder / "soma.json").write_text('{"tenant": "*"}')
+    return {"init_from": str(folder), "rank": RANK, "alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+
+
+def test_an_adapter_to_start_from_has_to_be_there_and_to_fit(
+    document: dict[str, Any], models: dict[str, Path], tmp_path: Path
+) -> None:
+    document["lora"] = {"init_from": "/nowhere"}
+    assert "lora.init_from: adapter nowhere rejected: adapter_config.json is missing" in problems(
+        document, models
+    )
+    document["lora"] = first_adapter(tmp_path / "first")
+    assert "model.layers.0.self_attn.q_proj: expected a module of the base model" in problems(document, models)
+    names = [f"model.layers.{layer}.self_attn.{kind}_proj.weight" for layer in (0, 1) for kind in "qv"]
+    size = {**ARCHITECTURE, "hidden_size": WIDTH, "num_attention_heads": 1, "num_key_value_heads": 1}
+    (models["surrogate"] / "config.json").write_text(json.dumps(size))
+    save_file({name: torch.zeros(1) for name in names}, models["surrogate"] / "model.safetensors")
+    assert f"sessions start from {tmp_path / 'first'}" in check(document, models)
+    document["lora"] |= {"rank": 8, "alpha": 16}
+    found = problems(document, models)
+    assert "found rank 4; expected 8" in found
+    assert "found alpha 8.0; expected 16" in found
+
+
+def test_an_adapter_that_scales_otherwise_is_none_to_start_from(
+    document: dict[str, Any], models: dict[str, Path], tmp_path: Path
+) -> None:
+    names = [f"model.layers.{layer}.self_attn.{kind}_proj.weight" for layer in (0, 1) for kind in "qv"]
+    size = {**ARCHITECTURE, "hidden_size": WIDTH, "num_attention_heads": 1, "num_key_value_heads": 1}
+    (models["surrogate"] / "config.json").write_text(json.dumps(size))
+    save_file({name: torch.zeros(1) for name in names}, models["surrogate"] / "model.safetensors")
+    document["lora"] = first_adapter(tmp_path / "first", use_rslora=True)
+    assert "found use_rslora; expected one alpha / rank" in problems(document, models)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "model.safetensors"])
+def test_a_file_of_a_model_that_is_cut_off_is_told(
+    file: str, document: dict[str, Any], models: dict[str, Path]
+) -> None:
+    path = models["surrogate"] / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    found = problems(document, models)
+    assert f"surrogate: {path}: " in found
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ({"original_model": "a/model", "surrogate_model": "b/model"}, "found 'model' for both models"),
+        ({"original_model": "a/soma"}, "original.name: found 'soma'"),
+        ({"surrogate": {"name": "soma:x"}}, "surrogate.name: found 'soma:x'"),
+    ],
+)
+def test_names_that_clients_could_not_tell_apart_are_told(
+    names: dict[str, Any], told: str, document: dict[str, Any], models: dict[str, Path]
+) -> None:
+    document["surrogate"] |= names.pop("surrogate", {})
+    assert told in problems(document | names, models)
+
+
+def test_a_server_that_others_reach_without_a_key_is_noted(
+    document: dict[str, Any], models: dict[str, Path]
+) -> None:
+    assert "access.mode is open" not in "\n".join(check(document, models))
+    document["server"]["host"] = "0.0.0.0"
+    assert "note: access.mode is open, and 0.0.0.0 may be reached" in "\n".join(check(document, models))
+    document["access"] = {"mode": "keys"}
+    assert "access.mode is open" not in "\n".join(check(document, models))
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("localhost", "http://localhost:8000"),
+    ],
+)
+def test_a_server_is_reached_from_this_machine_wherever_it_listens(host: str, url: str) -> None:
+    assert parse_config({"server": {"host": host}}, "test").server.url == url
+
+
+@pytest.mark.slow
+def test_arguments_that_vllm_does_not_know_are_told_by_role(
+    document: dict[str, Any], models: dict[str, Path]
+) -> None:
+    document["original"]["extra_args"] = ["--nonsense-flag"]
+    document["surrogate"]["extra_args"] = ["--max-logprobs", "many"]
+    found = problems(document, models)
+    assert "original.extra_args: unrecognized arguments: --nonsense-flag" in found
+    assert "surrogate.extra_args: argument --max-logprobs: " in found
+    document["original"]["extra_args"] = document["surrogate"]["extra_args"] = ["--max-logprobs", "30"]
+    assert "vLLM takes original.extra_args" in check(document, models)
+
+
+def test_models_that_are_not_here_are_told_with_everything_else(
+    document: dict[str, Any], models: dict[str, Path]
+) -> None:
+    document["server"]["host"] = "192.0.2.1"
+    with pytest.raises(PreflightError) as error:
+        preflight(parse_config(document, "test"), None, None, models["encoder"], ["model a: no", "model b: no"])
+    assert "3 problems" in str(error.value)
 
 
 def test_every_problem_is_told_at_once(document: dict[str, Any], models: dict[str, Path]) -> None:

@@ -96,7 +96,6 @@ async def test_an_answer_is_scored_by_one_prefill_behind_all_users(
     assert (await engine.score(CALL, "an answer")).tokens == 4
     question = server.asked["/tokenize"]
     assert (question["model"], question["messages"]) == ("big", CALL.body["messages"])
-    assert question["add_generation_prompt"] is True
     asked = server.asked["/v1/chat/completions"]
     assert asked["messages"] == [*CALL.body["messages"], {"role": "assistant", "content": "an answer"}]
     assert (asked["add_generation_prompt"], asked["continue_final_message"]) == (False, True)

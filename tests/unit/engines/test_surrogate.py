@@ -194,7 +194,7 @@ async def test_an_answer_is_read_behind_all_users_and_only_its_own_tokens_count(
     call = ChatCall({"messages": [{"role": "user", "content": "why?"}]}, tenant="t", background=True)
     assert await SurrogateEngine("small", serving).score(call, "so") == Agreement(0.5, 0.5, 2)
     asked, read = serving.bodies
-    assert (asked["add_generation_prompt"], len(asked["messages"])) == (True, 1)
+    assert len(asked["messages"]) == 1
     assert (read["priority"], read["cache_salt"], read["messages"][-1]["content"]) == (1, "t", "so")
 
 

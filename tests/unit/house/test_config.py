@@ -18,6 +18,7 @@ ROOT = Path(soma_vllm.__file__).parent.parent
 SHIPPED = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.name != "prices.yaml")
 
 READ_THROUGH = {
+    "surrogate.name": ("config/root.py", "self.surrogate.name"),
     "access.max_body_mib": ("api/auth/access.py", "quotas.access.max_body_mib"),
     **{
         f"adapters.{name}": ("adapters/eviction_policy.py", f"budgets.{name}")

@@ -565,6 +565,21 @@ def test_a_saved_adapter_of_another_shape_is_refused(
     before.assert_equal(Fingerprint(qwen.model))
 
 
+@pytest.mark.parametrize(
+    "key", [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 32}}, {"rank_pattern": {"q_proj": 4}}]
+)
+def test_a_saved_adapter_that_scales_otherwise_is_refused(
+    qwen: Surrogate, examples: tuple[Example, ...], tmp_path: Path, key: dict[str, Any]
+) -> None:
+    saved(qwen, render(qwen.tokenizer, examples), SMALL, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **key}))
+    lora = SMALL.model_copy(update={"init_from": str(tmp_path)})
+    message = f"found {next(iter(key))}; expected one alpha / rank"
+    with pytest.raises(TrainingError, match=message), attached(qwen.decoder, lora, 0):
+        pass
+
+
 def test_a_folder_without_a_readable_adapter_is_refused(qwen: Surrogate, tmp_path: Path) -> None:
     lora = SMALL.model_copy(update={"init_from": str(tmp_path)})
     with pytest.raises(TrainingError, match="found no adapter"), attached(qwen.decoder, lora, 0):

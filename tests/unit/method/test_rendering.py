@@ -32,13 +32,20 @@ def test_the_end_of_turn_is_the_templates_and_not_the_end_of_text(tokenizer: Pre
     assert end_of_turn(tokenizer) != tokenizer.eos_token_id
 
 
-def test_content_parts_of_text_are_joined_and_others_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_parts_of_text_are_joined_as_the_engine_joins_them_and_others_refused(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "?"}]
     split = Example(turn=1, messages=({"role": "user", "content": parts},), answer="Yes.")
-    assert render(tokenizer, [split]) == render(tokenizer, [ask(1, "Hi?", "Yes.")])
+    assert render(tokenizer, [split]) == render(tokenizer, [ask(1, "Hi\n?", "Yes.")])
     picture = Example(turn=5, messages=({"role": "user", "content": [{"type": "image_url"}]},), answer="Yes.")
-    with pytest.raises(TrainingError, match=r"turn 5: .*image_url"):
+    with pytest.raises(TrainingError, match=r"turn 5: vLLM refuses the prompt"):
         render(tokenizer, [picture])
+
+
+def test_a_prompt_that_the_engine_read_is_taken_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
+    (turn,) = render(tokenizer, [replace(ask(1, "Hi?", "Yes."), prompt=(7, 8, 9))])
+    assert turn.prompt == (7, 8, 9)
 
 
 def test_empty_answers_are_refused_by_turn(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -145,7 +152,7 @@ def test_messages_the_template_refuses_are_named_by_turn(tokenizer: PreTrainedTo
         "{% endif %}{{ m['content'] }}{% endfor %}"
     )
     system = Example(4, ({"role": "system", "content": "Be brief."},), "Yes.")
-    with pytest.raises(TrainingError, match="turn 4: the chat template refused the messages: no system role"):
+    with pytest.raises(TrainingError, match=r"turn 4: vLLM refuses the prompt: .*no system role"):
         render(refusing, [system])
     # Its template ends a turn with nothing, so the end of the text ends the answer.
     (turn,) = render(refusing, [ask(1, "Hi?", "Yes.")])

@@ -73,15 +73,17 @@ async def test_turns_of_one_word_are_learned_from(services: Services) -> None:
     assert services.session().adapter is not None
 
 
-async def test_a_warm_turn_too_long_for_the_surrogate_is_named_with_its_lengths(services: Services) -> None:
-    services.surrogate.refusal = EngineRefused(400, {"error": {"message": "longer than the context"}})
+async def test_a_warm_turn_that_the_surrogate_refuses_is_named_with_the_cause(services: Services) -> None:
+    services.surrogate.refusal = EngineRefused(
+        400, {"error": {"message": "secret"}}, cause="chat_template_refused"
+    )
     history: History = []
     for query in ("a" * 10, "b" * 20):
         await services.say(history, query)
     await services.settled()
     (refused,) = events(services, "refused")
-    for part in ("turn 1", "10 characters", "200 tokens", "context of 4096 tokens"):
-        assert part in refused["reason"]
+    assert "turn 2: the surrogate cannot read it: chat_template_refused" in refused["reason"]
+    assert "secret" not in str(services.events)
     assert services.session().phase is Phase.ORIGINAL_ONLY
     assert await served_by(services, history) == "original"
 
