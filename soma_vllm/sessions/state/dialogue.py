@@ -17,6 +17,9 @@ from soma_vllm.sessions.state.truncated_history import Overlap, reworded, trimme
 from soma_vllm.sessions.state.turn import Turn
 from soma_vllm.types import Message, SessionKey
 
+COMPARED_CLOSELY = 8
+"""Other answers, the latest, that are compared with a history which holds none of them to the letter."""
+
 
 @dataclass(frozen=True)
 class Dialogue:
@@ -188,11 +191,13 @@ class Dialogue:
         found = max(known, key=lambda tip: tip.number, default=None)
         if found is None and common < len(self.turns):
             # The same answer may have been given to several questions: then the question tells.
-            last = reading.marks[-1].link
-            known = (tip for tip in tips if tip.links[-1:] == (last,) and self._through(tip).ended_by(reading))
+            last, latest = reading.marks[-1].link, tips[:COMPARED_CLOSELY]
+            known = (
+                tip for tip in latest if tip.links[-1:] == (last,) and self._through(tip).ended_by(reading)
+            )
             found = next(known, None)
             if found is None and self.overlap(reading).turns < len(self.turns):
-                found = next((tip for tip in tips if self._through(tip).ended_by(reading)), None)
+                found = next((tip for tip in latest if self._through(tip).ended_by(reading)), None)
         if found is None:
             return None
         replaced = self.turns[found.number - 1 :]
@@ -202,7 +207,8 @@ class Dialogue:
         """The turns that a request's history agrees with, the most that there are: the first ones of this
         session, perhaps with another answer at their end."""
         common = self.overlap(reading).turns
-        ways = ((self._through(tip).overlap(reading).turns, tip) for tip in self.tips if tip.number > common)
+        latest = self.tips[-COMPARED_CLOSELY:]
+        ways = ((self._through(tip).overlap(reading).turns, tip) for tip in latest if tip.number > common)
         found = next((tip for turns, tip in ways if turns == tip.number), None)
         return self.turns[:common] if found is None else (*self.turns[: found.number - 1], found)
 

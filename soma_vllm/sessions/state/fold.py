@@ -36,7 +36,7 @@ def fold(session: Session, event: Event, gate: Gate) -> Session:
     return moved if apply is None else apply(moved, event, gate)
 
 
-MOST_TIPS = 8
+MOST_TIPS = 64
 """Other answers beside the last turn's that are kept in a session, the latest ones."""
 MOST_ASIDES = 32
 """Queries aside that are remembered, the latest ones."""

@@ -131,7 +131,7 @@ class Turn:
         return replace(self, messages=tuple(added), answer=text_of(said), calls=calls, kept=True, later=None)
 
 
-_ADDED: dict[str, Any] = {"said": "", "query": "", "guard": None, "begun": False}
+_ADDED: dict[str, Any] = {"stored": True, "said": "", "query": "", "guard": None, "begun": False}
 """Fields that version 0.1 did not record, with what they are then."""
 _SILENT: dict[str, Any] = {
     "messages": (),
@@ -192,7 +192,6 @@ def turn_of(data: Mapping[str, Any], text: Mapping[str, Any] | None) -> Turn:
         links=tuple(data.get("links") or ()),
         left_out=None if data.get("left_out") is None else tuple(data["left_out"]),
         response=data["response"],
-        stored=data.get("stored", True),
         kept=text is not None,
         skip=data["skip"],
         **{name: data.get(name, default) for name, default in _ADDED.items()},

@@ -81,8 +81,8 @@ async def test_a_rewritten_turn_is_judged_on_what_was_really_asked(build: Build)
     await services.say(history, "question 3, put otherwise")
     await services.say(history, "question 4")
     await services.settled()
-    (branch,) = [key for key, event in services.events if event.kind == "switched"]
-    assert branch != services.session().key  # which has the turn as it was
+    (switched,) = [key for key, event in services.events if event.kind == "switched"]
+    assert switched == services.session().key  # the line goes on from the question that replaced the third
     assert [query for query in asked(services) if query not in ("question 1", "question 2")] == [
         "question 3",
         "question 3, put otherwise",

@@ -42,4 +42,4 @@ def url() -> Iterator[str]:
 def test_an_admin_key_that_the_server_does_not_know_is_told(key: str, noted: bool, url: str) -> None:
     done = CliRunner().invoke(app, ["sessions", "ls", "--url", url], env={"SOMA_ADMIN_KEY": key})
     assert done.exit_code == 0
-    assert ("is not the server's admin key" in done.output) is noted
+    assert ("is not this server's admin key" in done.output) is noted

@@ -59,6 +59,9 @@ def test_a_reply_that_does_not_show_the_answers_scores_is_refused(
         agreement_from_prompt(reply(**changes), opening)
 
 
+COMPLETION = {"choices": [{"message": {"role": "assistant", "content": "an answer"}}]}
+
+
 class Vllm:
     """A server that tokenizes and scores as it is told, and keeps what it was asked."""
 
@@ -107,6 +110,7 @@ async def test_a_users_request_goes_before_the_background_whatever_he_asks_for(
     served: tuple[Vllm, OriginalEngine],
 ) -> None:
     server, engine = served
+    server.reply = COMPLETION
     await engine.chat(ChatCall({"messages": [], "priority": -5}))
     assert server.asked["/v1/chat/completions"]["priority"] == 0
 
@@ -115,6 +119,7 @@ async def test_someone_elses_vllm_is_not_asked_for_a_priority_that_it_might_refu
     unused_tcp_port: int,
 ) -> None:
     server = Vllm()
+    server.reply = COMPLETION
     app = web.Application()
     app.router.add_post("/v1/chat/completions", server.answer)
     runner = web.AppRunner(app)

@@ -19,6 +19,8 @@ SHIPPED = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.name
 
 READ_THROUGH = {
     "surrogate.name": ("config/root.py", "self.surrogate.name"),
+    "sessions.headers": ("sessions/state/identity.py", "names.headers"),
+    "sessions.body_fields": ("sessions/state/identity.py", "names.body_fields"),
     "access.max_body_mib": ("api/auth/access.py", "quotas.access.max_body_mib"),
     **{
         f"adapters.{name}": ("adapters/eviction_policy.py", f"budgets.{name}")

@@ -63,7 +63,8 @@ async def test_removing_a_dialogue_removes_its_branches_and_removing_a_branch_le
     await services.say(history, "question 3")
     branches = []
     for word in ("left", "right"):
-        answer = await services.say(history[:4], f"{WORD} {word}")
+        edited = [*history[:5], {"role": "assistant", "content": f"another answer, {word}"}]
+        answer = await services.say(edited, f"{WORD} {word}")
         branches.append(answer.headers["X-SOMA-Session"])
     key = services.session().key
     await services.session_admin.remove(services.session(branches[0]).key)
@@ -88,7 +89,8 @@ async def test_a_session_that_two_remove_at_once_is_removed_once(services: Servi
 async def test_a_branch_whose_first_answer_is_not_over_goes_with_its_dialogue(services: Services) -> None:
     history = await warmed(services)
     await services.say(history, "question 3")
-    stream = await services.say(history[:4], "another question 3", stream=True)
+    edited = [*history[:5], {"role": "assistant", "content": "another answer"}]
+    stream = await services.say(edited, "question 4", stream=True)
     assert stream.headers["X-SOMA-Session"] != "s"
     async with asyncio.timeout(GUARD_S):
         await services.session_admin.remove(services.session().key)

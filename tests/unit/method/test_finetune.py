@@ -21,6 +21,7 @@ from soma_vllm.method.finetune import Training, attached, first_adapted_layer, s
 from soma_vllm.method.recipe import Surrogate
 from soma_vllm.method.rendering import Rendered, render
 from soma_vllm.method.scoring import pooled, score_turns
+from soma_vllm.method.stopping import Judge
 from soma_vllm.types import Agreement, Example
 
 SMALL = Lora(rank=4, alpha=8, dropout=0.1, steps=6, lr=0.01)
@@ -463,11 +464,15 @@ def test_the_checkpoint_that_is_best_on_held_out_turns_is_kept_and_training_ends
 
 
 def test_a_training_whose_first_checkpoint_is_no_better_than_none_ends_there_and_keeps_nothing(
-    surrogate: Surrogate, examples: tuple[Example, ...], held_out: tuple[Example, ...]
+    surrogate: Surrogate,
+    examples: tuple[Example, ...],
+    held_out: tuple[Example, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     turns, judged = (render(surrogate.tokenizer, told) for told in (examples, held_out))
     plain = agreement(surrogate, judged)
-    lora = JUDGED.model_copy(update={"lr": 3.0, "checkpoints": (2, 4, 40)})
+    monkeypatch.setattr(Judge, "agreement", lambda self: Agreement(1.0, 0.5, 10))
+    lora = JUDGED.model_copy(update={"checkpoints": (2, 4, 40)})
     with attached(surrogate.decoder, lora, 0):
         training = train(surrogate.decoder, turns, judged, EQUAL, lora, 0)
         assert agreement(surrogate, judged) == plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from soma_vllm.config import Config
 from soma_vllm.errors import StoreRefused, StoreUnavailable
 from soma_vllm.sessions.lookup import SessionLookup
 from soma_vllm.sessions.registry import SessionRegistry
+from soma_vllm.sessions.sql.records import Append
 from soma_vllm.sessions.state.transcript import read
 from soma_vllm.sessions.write_behind import Write, WriteBehindQueue
 from soma_vllm.types import Event, SessionKey
@@ -27,14 +29,13 @@ class FailingStore:
         self.contradicts = False
         self.kept: list[tuple[int, str]] = []
 
-    async def append(
-        self, key: SessionKey, first_seq: int, events: Any, standing: Any, marks: Any, adapters: Any
-    ) -> None:
+    async def append_all(self, appends: Sequence[Append]) -> None:
         if self.away:
             raise StoreUnavailable("the session store did not answer")
         if self.contradicts:
             raise StoreRefused("taken", duplicate=True)
-        self.kept += [(first_seq + offset, event.kind) for offset, event in enumerate(events)]
+        for append in appends:
+            self.kept += [(append.first_seq + n, event.kind) for n, event in enumerate(append.events)]
 
     async def events(self, key: SessionKey) -> list[Event]:
         if self.away:
@@ -69,7 +70,7 @@ async def test_what_is_recorded_while_the_store_is_away_is_written_when_it_is_ba
 
 
 async def test_what_was_queued_is_waited_for_and_what_is_queued_meanwhile_is_not() -> None:
-    journal = WriteBehindQueue()
+    journal = WriteBehindQueue(FailingStore(), 1)
     await journal.start()
     ended = asyncio.Event()
 
@@ -112,7 +113,7 @@ async def test_a_write_whose_acknowledgement_was_lost_costs_its_session_nothing(
     async def next_one() -> None:
         attempts.append("next")
 
-    journal = WriteBehindQueue()
+    journal = WriteBehindQueue(FailingStore(), 1)
     await journal.start()
     journal.put(Write(KEY, taken_but_not_told))
     journal.put(Write(KEY, next_one))
@@ -122,7 +123,7 @@ async def test_a_write_whose_acknowledgement_was_lost_costs_its_session_nothing(
 
 async def test_a_removal_makes_good_what_was_missing_before_it() -> None:
     done: list[str] = []
-    journal = WriteBehindQueue()
+    journal = WriteBehindQueue(FailingStore(), 1)
     await journal.start()
 
     async def contradicted() -> None:
@@ -145,7 +146,7 @@ async def test_stopping_while_the_store_is_away_does_not_hang_and_tells_what_is_
     async def away() -> None:
         raise StoreUnavailable("the session store did not answer")
 
-    journal = WriteBehindQueue(stop_limit_s=0.1)
+    journal = WriteBehindQueue(FailingStore(), 1, stop_limit_s=0.1)
     await journal.start()
     journal.put(Write(KEY, away))
     await asyncio.wait_for(journal.stop(), GUARD_S)
