@@ -141,7 +141,7 @@ bench: models
 	@mkdir -p out
 	@$(BIN)/python benchmarks/multi_lora.py --quick --json out/multi_lora.json --figure out/multi_lora.png
 
-## make study   latency, cost and task accuracy of policies on the embedded pair (10 minutes on 2 cores; STUDY="…" sets options)
+## make study   latency, cost and task accuracy of policies on the embedded pair (laid out for 10 minutes on 2 cores; STUDY="…" sets options)
 study: models tiny
 	@$(BIN)/python benchmarks/throughput.py --workloads $(WORKLOADS) --json out/study/study.json --out out/study $(STUDY)
 
