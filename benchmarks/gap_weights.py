@@ -4,8 +4,7 @@
     python benchmarks/gap_weights.py figures    # both judges, both halves, per kind, and the time of a pair
 
 Guarantees: the test half takes no part in a fit; a pair belongs to a half by the digest of its first text, so
-that
-the right and the wrong answers to one text are in the same half.
+that the right and the wrong answers to one text are in the same half.
 """
 
 from __future__ import annotations

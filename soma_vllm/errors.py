@@ -178,6 +178,10 @@ class ConnectionLost(EngineUnavailable):
     """The connection failed before a byte of an answer came; asking again repeats nothing that was seen."""
 
 
+class EngineDenied(EngineUnavailable):
+    """The engine answered that it takes no such request of ours (401, 402, 403, 407); it may take others."""
+
+
 class EngineRefused(EngineError):
     """The engine answered with an error of its own; `status` and `body` go to the client unchanged, and so does
     `retry_after`, the seconds that it asks to wait, where it names any. `cause` is a code for what was wrong:

@@ -73,7 +73,7 @@ def overrides(name: str, config: Config) -> tuple[str, ...]:
     """What an arm's server is started with, beyond the configuration."""
     found = arm(name)
     own = list(found.overrides)
-    if name == "soma_paper" and "gap" in type(config.gate).model_fields:
+    if name == "soma_paper":
         own.append("gate.gap=encoder")
     if found.cores == WHOLE and _pinned(config):
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))

@@ -30,6 +30,7 @@ THRESHOLDS = (
     "warm_window",
     "acceptance_min_turns",
     "compressed_prefix_turns",
+    "gate.gap",
     "gate.accept_threshold",
     "gate.accept_margin",
     "gate.min_agreement",
@@ -42,7 +43,7 @@ THRESHOLDS = (
     "gate.audit_rate",
     "prefix.mode",
 )
-"""What is frozen before the test part is played, and one more where the gate has it: `gate.gap`."""
+"""What is frozen before the test part is played."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def thresholds(config: Config) -> dict[str, Any]:
     """The values of `THRESHOLDS` in a configuration."""
     document = config.model_dump(mode="json")
     found = {}
-    for key in (*THRESHOLDS, *(("gate.gap",) if "gap" in document["gate"] else ())):
+    for key in THRESHOLDS:
         value: Any = document
         for step in key.split("."):
             value = value[step]

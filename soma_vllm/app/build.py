@@ -77,6 +77,7 @@ class SomaServices:
     """Everything that serves dialogues; `start` before the first request, `stop` after the last."""
 
     registry: SessionRegistry
+    original: GuardedOriginal
     background: BackgroundTasks
     lane: BackgroundLane
     shadow_traffic: ShadowTraffic
@@ -148,6 +149,7 @@ def build(parts: Parts) -> SomaServices:
     evictor = AdapterEvictor(config.adapters, registry, adapters, parts.sweep_trigger, parts.stock)
     return SomaServices(
         registry=registry,
+        original=original,
         background=background,
         lane=lane,
         shadow_traffic=shadow_traffic,

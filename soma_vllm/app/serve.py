@@ -80,7 +80,7 @@ def _serve(path: Path, overrides: list[str], check: bool, take_over: bool, conso
         config, chosen = settle(config, original, surrogate)
         for line in chosen:
             console.print(f"machine    {line}", markup=False)
-    for line in preflight(config, original, surrogate, encoder, problems):
+    for line in preflight(config, original, surrogate, encoder, problems, take_over and not check):
         console.print(f"checked    {line}", markup=False)
     if check:
         return

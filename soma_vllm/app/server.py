@@ -43,7 +43,7 @@ from soma_vllm.engines.vllm.arguments import (
     surrogate_arguments,
     vllm_environment,
 )
-from soma_vllm.errors import PolicyUnavailable, PreflightError, TrainingError, Unprocessable
+from soma_vllm.errors import EngineUnavailable, PolicyUnavailable, PreflightError, TrainingError, Unprocessable
 from soma_vllm.maintenance.sweep_trigger import SweepTrigger
 from soma_vllm.method.gap.gap_judge import open_judge
 from soma_vllm.models.home import soma_home
@@ -176,7 +176,12 @@ class SomaServer:
                     f"the original shows no tokenizer; expected {self._config.surrogate_name}", "model"
                 )
             return None
-        return await engine.tokenizer(path, body)
+        limit_s = self._config.original.first_token_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                return await engine.tokenizer(path, body)
+        except TimeoutError:
+            raise EngineUnavailable(f"the original did not answer within {limit_s:g} s") from None
 
     async def begin(self, engine_client: Any, state: Any) -> SomaServices:
         """Called by the plugin once vLLM's engine is ready: start the rest, hand out what its routes need."""
@@ -240,12 +245,19 @@ class SomaServer:
 
     async def _open_sessions(self) -> SessionStore:
         url = self._filled(self._config.storage.url)
-        await self._cleanup.enter_async_context(leased(url, self._wait, stop_this_process))
+        await self._cleanup.enter_async_context(leased(url, self._wait, self._lost))
         store = SessionStore(url)
         await store.open()
         self._cleanup.push_async_callback(store.close)
         self._say(f"sessions   {await store.count()} on record")
         return store
+
+    def _lost(self) -> None:
+        """End at once: the record is another server's now, and nothing more may be written to it."""
+        if self._state is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self._state.server.should_exit = self._state.server.force_exit = True
 
     async def _open_adapter_store(self, record_id: str) -> AdapterStore:
         store = open_root(
@@ -301,7 +313,7 @@ class SomaServer:
                 await asyncio.sleep(0.2)
         if self._state is None:
             self._say("failed     vLLM did not load the soma endpoint plugin; is soma-vllm installed here?")
-            stop_this_process()
+            os.kill(os.getpid(), signal.SIGTERM)
             return
         self.draining.handle_signals(self._state.server)
         seconds = time.monotonic() - self._started
@@ -310,11 +322,6 @@ class SomaServer:
     def _filled(self, template: str) -> str:
         filled = template.replace("{soma_home}", str(soma_home()))
         return filled.replace("{run_dir}", str(self._run_dir))
-
-
-def stop_this_process() -> None:
-    """Stop as an operator's SIGTERM does."""
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def _answers(client: aiohttp.ClientSession, url: str) -> bool:

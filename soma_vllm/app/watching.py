@@ -10,6 +10,7 @@ from soma_vllm.api.draining import Draining
 from soma_vllm.api.readiness import LATE_S, PartReport, PartState, Readiness
 from soma_vllm.app.build import SomaServices
 from soma_vllm.app.original_process import OriginalProcess
+from soma_vllm.engines.circuit_breaker import Circuit
 from soma_vllm.engines.supervisor import State
 from soma_vllm.telemetry.server_metrics import ServerMetrics
 
@@ -31,6 +32,8 @@ def watch(
 
     def original_state() -> PartReport:
         otherwise = PartState.DEGRADED if original.replaceable else PartState.DOWN
+        if services.original.circuit is Circuit.OPEN:
+            return PartReport(otherwise, "it failed too often in a row")
         return PartReport.ok_if(original.state in (None, State.READY), f"{original.state}", otherwise)
 
     parts = {

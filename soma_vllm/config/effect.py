@@ -49,7 +49,6 @@ CONDITIONS = (
         "prefix.mode",
     ),
     Condition(frozenset({"gate.surprise_threshold"}), lambda c: c.gate.audit == "score", "gate.audit"),
-    Condition(frozenset({"gate.drift_threshold"}), lambda c: c.gate.audit == "generate", "gate.audit"),
     Condition(
         _all("payback", Payback) | _all("prices", Prices),
         lambda c: c.adaptation.payback == "auto",
@@ -89,7 +88,7 @@ def without_effect(config: Config) -> list[str]:
         if idle
     ]
     gate = config.gate
-    if gate.audit == "generate" and gate.drift_threshold > gate.accept_threshold:
+    if gate.drift_threshold > gate.accept_threshold:
         lines.append(
             f"a session let in by gate.accept_threshold: {gate.accept_threshold:g} is served on up to a mean "
             f"gap of gate.drift_threshold: {gate.drift_threshold:g}"

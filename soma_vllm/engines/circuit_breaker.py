@@ -30,6 +30,7 @@ class CircuitBreaker:
         self._failures = 0
         self._open_until: float | None = None
         self._probing = False
+        self._probe_until = 0.0
 
     @property
     def state(self) -> Circuit:
@@ -43,12 +44,14 @@ class CircuitBreaker:
         if self.state is Circuit.CLOSED:
             return 0.0
         assert self._open_until is not None
-        return max(self._open_until - self._clock(), 1.0 if self._probing else 0.0)
+        probed = self._probing and self._clock() < self._probe_until
+        return max(self._open_until - self._clock(), 1.0 if probed else 0.0)
 
     def begin(self) -> bool:
         """Let a request pass; whether it is the probe. Tell its end: `succeeded`, `failed` or `gave_up`."""
         probe = self.state is Circuit.HALF_OPEN
-        self._probing = self._probing or probe
+        if probe:  # one that hangs holds up the next for no longer than an open circuit does
+            self._probing, self._probe_until = True, self._clock() + self._open_s
         return probe
 
     def succeeded(self, probe: bool) -> None:

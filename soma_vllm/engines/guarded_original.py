@@ -17,9 +17,9 @@ from enum import StrEnum
 from typing import Protocol, Self, TypeVar
 
 from soma_vllm.config import Original
-from soma_vllm.engines.circuit_breaker import CircuitBreaker
+from soma_vllm.engines.circuit_breaker import Circuit, CircuitBreaker
 from soma_vllm.engines.engine import ChatCall, Events, Reply, ScoringEngine
-from soma_vllm.errors import ConnectionLost, EngineError, EngineNotReady, EngineUnavailable
+from soma_vllm.errors import ConnectionLost, EngineDenied, EngineError, EngineNotReady, EngineUnavailable
 from soma_vllm.types import Agreement
 
 T = TypeVar("T")
@@ -96,6 +96,11 @@ class GuardedOriginal:
         place.leave(Outcome.ANSWERED)
         return found
 
+    @property
+    def circuit(self) -> Circuit:
+        """The state of the circuit breaker."""
+        return self._breaker.state
+
     async def _asked(self, place: _Place, ask: Callable[[], Awaitable[T]], limit_s: float) -> T:
         """What the engine answers; without an answer the place is given back."""
         retries = self._limits.retries
@@ -117,6 +122,9 @@ class GuardedOriginal:
             raise EngineUnavailable(f"the original did not answer within {limit_s:g} s") from None
         except EngineNotReady:
             place.leave(Outcome.NOT_READY)
+            raise
+        except EngineDenied:
+            place.leave(Outcome.REFUSED)
             raise
         except EngineUnavailable:
             place.leave(Outcome.FAILED)

@@ -37,7 +37,7 @@ from soma_vllm.errors import (
 )
 from soma_vllm.types import Agreement
 
-OWN_FIELDS = ("session_id", "workload")
+OWN_FIELDS = ("session_id", "litellm_session_id", "workload")
 """Fields of a body, and of its `metadata`, that are meant for this server."""
 
 TRACE_HEADERS = ("traceparent", "tracestate")

@@ -14,7 +14,7 @@ from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any
 
-from soma_vllm.errors import EngineError, EngineRefused, EngineUnavailable
+from soma_vllm.errors import EngineDenied, EngineError, EngineRefused, EngineUnavailable
 
 RETRY_S = 5.0
 """Wait that a client is told where the endpoint names none, seconds."""
@@ -60,7 +60,7 @@ def failure(
     `source` says whose key was sent."""
     wait = retry_after(headers or {})
     if status in _OUR_ACCOUNT:
-        return EngineUnavailable(f"the original answered with status {status} to {source or 'our requests'}")
+        return EngineDenied(f"the original answered with status {status} to {source or 'our requests'}")
     if status in _PASSING or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return EngineUnavailable(
             f"the original answered with status {status}", retry_after=RETRY_S if wait is None else wait
@@ -76,8 +76,8 @@ def failure_in(found: Mapping[str, Any], event: str = "message") -> EngineError 
     status = _status(error) or _status(found) or HTTPStatus.BAD_GATEWAY
     if HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR:
         return failure(status, found)
-    message = openai_error(found, status)["message"]
-    return EngineUnavailable(f"the original reported an error in its answer: {message}")
+    # Its own words may quote the request, and errors are logged.
+    return EngineUnavailable("the original reported an error in its answer")
 
 
 def openai_error(found: object, status: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ _BROKEN = (aiohttp.ClientError, TimeoutError, OSError)
 _BLANK = b"\xef\xbb\xbf \t\r\n"
 """Around JSON: a byte order mark, and what keeps a connection alive."""
 
-_FINISHED = re.compile(r'"finish_reason"\s*:\s*"')
+_FINISHED = re.compile(r'"finish_reason"\s*:\s*"[^"]')
 """In an event of a choice that ended. Inside a JSON string its quotes would be escaped."""
 
 

@@ -151,7 +151,7 @@ class TurnContext:
         """Whether this turn is the session's latest, of which the next request is expected to go on: not where
         it was gone on from since the request came, nor where the request is one of those aside."""
         session, turns = self.session, self.overlap.turns
-        if session.turns is not self.placed:
+        if [turn.chain for turn in session.turns] != [turn.chain for turn in self.placed]:
             return turns == len(session.turns) or session.asked_again_by(self.digest)
         return not session.is_aside(self.digest)
 

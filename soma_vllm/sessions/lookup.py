@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
-from soma_vllm.errors import NotFound, Unprocessable
+from soma_vllm.errors import NotFound, StoreUnavailable, Unprocessable
 from soma_vllm.sessions.ports import in_time
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.sql.records import TurnHit, TurnLocation
@@ -189,8 +189,15 @@ class SessionLookup:
             return []
         hits, sure = self._index.find(place.tenant, session.family, chains, MOST_ALIKE + 1)
         whole = bool(hits) and hits[0].chain == reading.marks[-1].chain
-        if on_record and not (sure and whole and any(hit.stands for hit in hits)):
-            found = await in_time(self._store.find(place.tenant, session.family, chains, MOST_ALIKE + 1))
+        enough = sure and whole and any(hit.stands for hit in hits)
+        # Without an id it must be the only one, on record as well.
+        if on_record and not (enough and session.family):
+            try:
+                found = await in_time(self._store.find(place.tenant, session.family, chains, MOST_ALIKE + 1))
+            except StoreUnavailable:
+                if not enough:
+                    raise
+                found = []
             hits = self._merged(place.tenant, session.family, [*hits, *found], chains)
         if session.turns and not session.family:
             hits = [hit for hit in hits if hit.root == session.root]
@@ -263,12 +270,13 @@ class SessionLookup:
         """The turns of a session, up to one of them, as one of its events left them."""
         past = self.registry.session_at(session.key, found.seq)
         last = self.registry.events(session.key)[found.seq]
-        if last.kind != EventKind.VARIANT:
+        if last.kind != EventKind.VARIANT or last.data["number"] != found.number:
             return past.turns[: found.number]
         variant = turn_of(last.data, last.text)
         before, given = past.turns[: variant.number - 1], past.turns[variant.number - 1 : variant.number]
         messages = variant.messages or tuple(message for turn in given for message in turn.messages)
-        return (*before, replace(variant, messages=messages))
+        fields = variant.fields if variant.messages or not given else given[0].fields
+        return (*before, replace(variant, messages=messages, fields=fields))
 
 
 @dataclass(frozen=True)

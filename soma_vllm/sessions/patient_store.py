@@ -17,7 +17,7 @@ from soma_vllm.sessions.ports import LOOKUP_S, Store
 REMEMBER_S = 5.0
 
 LOOKUPS = frozenset(
-    {"events", "find", "standing", "of_response", "live", "users_of", "family", "adapters", "summaries"}
+    {"events", "find", "ending", "of_response", "live", "users_of", "family", "adapters", "summaries"}
 )
 """Verbs that a user may wait for."""
 

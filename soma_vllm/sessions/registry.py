@@ -105,6 +105,8 @@ class SessionRegistry:
 
     async def _load(self, key: SessionKey) -> None:
         try:
+            if self.write_behind.has(key):  # its removal, or its last events, are not on record yet
+                await in_time(self.write_behind.written())
             events = await in_time(self.store.events(key))
             session = restore(key, events, self.config.gate)
             self._entries[key] = Entry(session, events)
@@ -129,6 +131,7 @@ class SessionRegistry:
         """A live session that is new; its first events are recorded together with its first turn."""
         session = restore(key, pending, self.config.gate)
         self._entries[key] = Entry(session, pending=pending)
+        self._forget_oldest(key)
         return session
 
     def hold(self, key: SessionKey) -> None:
@@ -273,9 +276,9 @@ class SessionRegistry:
         """Record one event that happens now."""
         return self.record(key, Event(kind, time.time(), data))
 
-    def keep(self, key: SessionKey, do: Callable[[], Awaitable[object]]) -> None:
-        """Queue a write that belongs to a session, behind those that it rests on."""
-        self.write_behind.put(Write(key, do))
+    def keep(self, key: SessionKey, do: Callable[[], Awaitable[object]], size: int) -> None:
+        """Queue a write of `size` characters that belongs to a session, behind those that it rests on."""
+        self.write_behind.put(Write(key, do, size=size))
 
     def recall(self, key: SessionKey, reading: TranscriptDigest) -> None:
         """Take what the turns said from a request's history, where it is yet to be learned from."""

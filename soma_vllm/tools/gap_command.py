@@ -98,7 +98,7 @@ def judged(judge: GapJudge, pairs: list[Pair], threshold: float) -> list[dict[st
 def read_pairs(path: Path, problems: InputProblems) -> list[Pair]:
     """The pairs of a file; what is wrong with it joins the problems, line by line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         problems.append(str(ConfigError(str(path), [f"cannot be read: {error.strerror}"])))
         return []

@@ -100,6 +100,7 @@ class TrainerPool:
             self.lost = 0
             return answer
         except RayTaskError as error:
+            self.lost = 0
             if isinstance(error.cause, TrainingError):
                 raise TrainingError(str(error.cause)) from None
             raise TrainingError(f"the trainer failed: {type(error.cause).__name__}") from error

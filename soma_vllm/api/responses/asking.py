@@ -121,4 +121,6 @@ class Asking:
                 "store: found false with a conversation; expected true: it keeps its items", "store"
             )
         self._conversation = name
-        return name, tuple(messages_of(items)) if items else ()
+        if items:
+            return name, tuple(messages_of(items))
+        return name, await self._dispatcher.conversation(self.tenant, name)  # raises where its text is gone

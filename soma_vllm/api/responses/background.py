@@ -40,6 +40,8 @@ class Job:
         self.events: list[str] = []
         """So far."""
         self.over = False
+        self.kept = False
+        """Whether a session keeps it: only then its removal removes this too."""
         self.task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
@@ -106,10 +108,13 @@ class BackgroundResponses:
     async def response(self, tenant: str, id: str) -> dict[str, Any]:
         """A response, wherever it stands. Raises NotFound, StoreUnavailable."""
         if (job := self.job(tenant, id)) is not None:
-            if not job.over:
+            if not (job.over and job.kept):
                 return job.response
             await self._record.settled()
         found = await self._record.response(tenant, id)
+        if found["status"] in UNDER_WAY:  # its last state may be on its way to the record
+            await self._record.settled()
+            found = await self._record.response(tenant, id)
         if found["status"] in UNDER_WAY:
             ended = {"code": "server_error", "message": "the server ended before the response was complete"}
             return {**found, "status": "failed", "error": ended}
@@ -160,5 +165,13 @@ class BackgroundResponses:
         """Put the last state on record, with its session's where a turn stands behind it."""
         if (tenant, job.frame.id) not in self._jobs:
             return  # it was deleted
-        if not self._record.keep(tenant, job.response, job.given, job.frame.request.conversation_id):
+        job.kept = self._record.keep(tenant, job.response, job.given, job.frame.request.conversation_id)
+        if job.kept:
+            # Text that a removal must reach is on record alone from here on.
+            del self._jobs[tenant, job.frame.id]
+        elif job.response["status"] == "completed":
+            self._record.keep_state(
+                tenant, job.frame.failed("the answer belongs to no session: it is not kept")
+            )
+        else:
             self._record.keep_state(tenant, job.response)

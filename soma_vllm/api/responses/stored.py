@@ -7,6 +7,7 @@ read.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,8 @@ class ObjectRecord:
         self._put(key, response, given)
         if conversation is not None:
             added = [StoredItem(item["id"], "item", item) for item in (*given, *response["output"])]
-            self._registry.keep(key, partial(self._objects.append, tenant, conversation, added))
+            append = partial(self._objects.append, tenant, conversation, added)
+            self._registry.keep(key, append, _size(added))
         return True
 
     def keep_state(self, tenant: str, response: Mapping[str, Any]) -> None:
@@ -67,7 +69,7 @@ class ObjectRecord:
         stored = StoredObject(response["id"], RESPONSE, key.session, response, time.time())
         items = [StoredItem(item["id"], "input", item) for item in given]
         items += [StoredItem(item["id"], "output", item) for item in response["output"]]
-        self._registry.keep(key, partial(self._objects.put, key.tenant, stored, items))
+        self._registry.keep(key, partial(self._objects.put, key.tenant, stored, items), _size(items))
 
     async def response(self, tenant: str, id: str) -> dict[str, Any]:
         """A response on record. Raises NotFound, StoreUnavailable."""
@@ -81,6 +83,7 @@ class ObjectRecord:
 
     async def delete_response(self, tenant: str, id: str) -> None:
         """Delete a response; no request goes on from it any more. Raises NotFound, StoreUnavailable."""
+        await self.settled()  # a queued state would bring it back
         found = await self._found(tenant, id, RESPONSE)
         grave = StoredObject(id, DELETED, found.session, {})
         await in_time(self._objects.put(tenant, grave))
@@ -239,3 +242,8 @@ def page(items: Items, order: str, after: str | None, limit: int) -> dict[str, A
         {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": "", "last_id": ""}
     )
     return {"object": "list", "data": shown, **ends, "has_more": len(ordered) > limit}
+
+
+def _size(items: Sequence[StoredItem]) -> int:
+    """About how many characters are to be kept."""
+    return sum(len(json.dumps(item.data)) for item in items)

@@ -22,11 +22,13 @@ def preflight(
     surrogate_path: Path | None,
     encoder_path: Path | None,
     problems: Sequence[str] = (),
+    taking_over: bool = False,
 ) -> list[str]:
     """Check the machine; a line for people about each thing that was checked.
 
     `original_path` is None when the original is an external endpoint. A model that is not on this machine is
-    None too, and told in `problems`, which are reported together with what is found here.
+    None too, and told in `problems`, which are reported together with what is found here. `taking_over`:
+    another server still has the port and the memory.
 
     Raises:
         PreflightError: listing every problem.
@@ -34,7 +36,7 @@ def preflight(
     report = machine.Report()
     report.problems += problems
     machine.check_vllm(report, config)
-    machine.check_listening(report, config)
+    machine.check_listening(report, config, taking_over)
     models.check_endpoint(report, config)
     models.check_names(report, config)
     places.check_storage(report, config)
@@ -52,8 +54,9 @@ def preflight(
     if encoder_path is not None:
         models.check_model(report, "encoder", encoder_path)
     models.check_adapters(report, config)
-    machine.check_gpus(report, config, engines)
-    if not problems:
+    if not taking_over:
+        machine.check_gpus(report, config, engines)
+    if not (problems or taking_over):
         machine.check_memory(report, config, engines)
     arguments.check_extra_arguments(report, config, engines)
     if report.problems:

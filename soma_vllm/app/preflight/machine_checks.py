@@ -57,10 +57,12 @@ def check_vllm(report: Report, config: Config) -> None:
             )
 
 
-def check_listening(report: Report, config: Config) -> None:
-    """The server's address is free; who may use it is noted where that may surprise."""
+def check_listening(report: Report, config: Config, taking_over: bool = False) -> None:
+    """The server's address is free, unless it is another's to be taken over; who may use it is noted where that
+    may surprise."""
     host, port = config.server.host, config.server.port
-    check_port(report, host, port)
+    if not taking_over:
+        check_port(report, host, port)
     if config.access.mode != "open":
         return
     try:
@@ -69,7 +71,7 @@ def check_listening(report: Report, config: Config) -> None:
         reachable = host != "localhost"
     if reachable:
         report.good(
-            f"note: access.mode is open, and {host} may be reached from other machines: whoever reaches it is "
+            f"note: access.mode is open, and {host} may be reached from other machines: every request is "
             "served; access.mode: keys serves known keys only"
         )
     if any(value is not None for value in config.limits.model_dump().values()):

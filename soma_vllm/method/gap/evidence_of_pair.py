@@ -50,6 +50,8 @@ class Evidence:
 
     features: dict[str, float] = field(default_factory=dict)
     why: list[str] = field(default_factory=list)
+    least: float = 0.0
+    """The gap is no smaller: that two texts have nothing to do with each other is outweighed by no feature."""
 
     def add(self, name: str, value: float, why: str = "") -> None:
         """Record a feature; a reason where it is not 0."""
@@ -70,8 +72,21 @@ def collect(a: Text, b: Text, of_a: Reading, of_b: Reading) -> Evidence:
     _words(a, b, alignment, (of_a, of_b), found)
     _manners(a, b, found)
     found.add("hard", any(found.features[name] for name in HARD))
-    found.add("encoder", min(1.0, gap(of_a.vector, of_b.vector)))
+    distance = min(1.0, gap(of_a.vector, of_b.vector))
+    found.add("encoder", distance)
+    found.least = _unrelated(alignment, min(len(a.items), len(b.items)), distance)
+    if found.least:
+        found.why.append("they share no words")
     return found
+
+
+def _unrelated(alignment: Alignment, items: int, distance: float) -> float:
+    """The least gap of two texts, by how few content words answer to each other: right paraphrases of the
+    tuning half share at least a third of the shorter text's, or are near for the encoder."""
+    shared = len(alignment.pairs)
+    if (not shared and distance > 0.5) or (items and shared / items <= 0.34 and distance > 0.75):
+        return distance
+    return 0.5 if not shared and 0 < items <= 2 and distance > 0.2 else 0.0
 
 
 def _said(items: Sequence[Item]) -> str:

@@ -1,14 +1,12 @@
 """The gap that sees facts: data and code by their normal forms, sentences by the evidence that they differ.
 
 Guarantees: symmetric, deterministic, in [0, 1]; 0 for texts with the same normal form. The gate's
-`accept_threshold`
-keeps its scale: the calibration puts the pairs that should just pass at 0.12. Of a long text the beginning is
-compared
+`accept_threshold` keeps its scale: the calibration puts the pairs that should just pass at 0.12. Texts that
+have nothing to do with each other are never near. Of a long text the beginning is compared
 (`wording.MOST_CHARACTERS`; as data or code `MOST_STRUCTURED`), unless only the rest differs.
 
-`weights.json` holds the logistic regression, which `python benchmarks/gap_weights.py fit` makes from the
-tuning half of
-`tests/data/gap_pairs.jsonl`, with all-MiniLM-L6-v2 as the encoder.
+`weights.json` holds the logistic regression, which `python benchmarks/gap_weights.py fit` makes from the tuning
+half of `tests/data/gap_pairs.jsonl`, with all-MiniLM-L6-v2 as the encoder.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ class FactsJudge:
 
     def gaps(self, pairs: Sequence[tuple[str, str]]) -> list[Gap]:
         """The gap of each pair, in order."""
-        found = [alike(*pair) for pair in pairs]
+        found = [_alike(*pair) for pair in pairs]
         open_pairs = [n for n, gap in enumerate(found) if gap is None]
         evidence = self.evidence([pairs[n] for n in open_pairs])
         judged = dict(zip(open_pairs, map(_weighed, evidence), strict=True))
@@ -62,6 +60,13 @@ class FactsJudge:
             a, b = sorted(map(simplified, pair))  # one order, so that ties break alike
             found.append(collect(known[a], known[b], readings[a], readings[b]))
         return found
+
+
+def _alike(a: str, b: str) -> Gap | None:
+    try:
+        return alike(a, b)
+    except RecursionError:
+        return Gap(1.0, ("one is nested too deep to be read",))
 
 
 def alike(a: str, b: str) -> Gap | None:
@@ -99,4 +104,4 @@ def score(evidence: Evidence, known: Mapping[str, float]) -> float:
 
 def _weighed(evidence: Evidence) -> Gap:
     value = 1.0 / (1.0 + math.exp(-max(-30.0, min(30.0, score(evidence, weights())))))
-    return Gap(value, tuple(dict.fromkeys(evidence.why)))
+    return Gap(max(value, evidence.least), tuple(dict.fromkeys(evidence.why)))

@@ -255,8 +255,10 @@ def _why(one: Form, other: Form) -> tuple[str, ...]:
         ] or ("keys differ",)
     a = one.normal if one.kind == "sql" else tokens(one.source)
     b = other.normal if other.kind == "sql" else tokens(other.source)
-    lost, more = [t for t in a if t not in b][:3], [t for t in b if t not in a][:3]
-    return (f"{one.kind} differs: {' '.join(map(str, lost)) or '-'} / {' '.join(map(str, more)) or '-'}",)
+    these, those = list(map(str, a)), list(map(str, b))
+    in_a, in_b = set(these), set(those)
+    lost, more = [t for t in these if t not in in_b][:3], [t for t in those if t not in in_a][:3]
+    return (f"{one.kind} differs: {' '.join(lost) or '-'} / {' '.join(more) or '-'}",)
 
 
 def _paths(a: Any, b: Any, path: str) -> list[str]:

@@ -99,6 +99,11 @@ class StoredObjects:
             touched = await connection.execute(update(ObjectRow).where(mine).values(at=time.time()))
             if not touched.rowcount:
                 return
+            # A write whose acknowledgement was lost is tried again.
+            mine = (ItemRow.tenant == tenant) & (ItemRow.owner == owner)
+            known = select(ItemRow.id).where(mine, ItemRow.id.in_([item.id for item in items]))
+            there = set((await connection.execute(known)).scalars())
+            items = [item for item in items if item.id not in there]
             last = select(func.max(ItemRow.position)).where(ItemRow.tenant == tenant, ItemRow.owner == owner)
             position = (await connection.execute(last)).scalar()
             await _add(connection, tenant, owner, 0 if position is None else position + 1, items)

@@ -101,7 +101,7 @@ def _variant(session: Session, event: Event, gate: Gate) -> Session:
     if turn.number not in (len(session.turns), len(session.turns) + 1):
         return session
     if turn.kept and not turn.messages and turn.number == len(session.turns):
-        turn = replace(turn, messages=session.turns[-1].messages)
+        turn = replace(turn, messages=session.turns[-1].messages, fields=session.turns[-1].fields)
     others = [tip for tip in session.tips if tip.chain != turn.chain]
     return replace(session, tips=(*others, turn)[-MOST_TIPS:])
 
