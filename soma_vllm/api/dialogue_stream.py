@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 COMMENT = b": keep-alive\n\n"
 
+ROUTED_POLL_S = 0.1
+
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """So that no cache keeps a stream and no proxy gathers it."""
 
@@ -162,8 +164,8 @@ async def respond_streaming(
 ) -> Response:
     """The response to a request for a stream.
 
-    It waits for the answer to begin, but no longer than `silence_s`: then it has the headers in `routed`, as
-    far as they are known by then.
+    It waits for the answer to begin, but once the request is routed no longer than `silence_s`: then it has the
+    headers in `routed`.
 
     Raises:
         SomaError: there is no answer, and that was known in time.
@@ -171,6 +173,8 @@ async def respond_streaming(
     task = asyncio.ensure_future(opening)
     try:
         await asyncio.wait([task], timeout=silence_s or None)
+        while not (task.done() or routed):  # headers come first: they say which session it is
+            await asyncio.wait([task], timeout=ROUTED_POLL_S)
     except BaseException:  # the client left
         await Awaited(task, on_error).aclose()
         raise

@@ -148,6 +148,7 @@ class SomaEndpointPlugin:
         state.soma = services.dispatcher
         state.soma_objects = ObjectRecord(services.registry)
         state.soma_background = BackgroundResponses(state.soma_objects)
+        services.registry.erasure.watch(state.soma_background)
         state.soma_session_admin = services.session_admin
         state.soma_evictor = services.evictor
 

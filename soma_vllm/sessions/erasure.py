@@ -39,7 +39,11 @@ class TextErasure:
         """`policy` is `retention.text`."""
         self.policy = policy
         self._store = store
-        self._caches = tuple(caches)
+        self._caches = list(caches)
+
+    def watch(self, cache: TextCache) -> None:
+        """Reach a further cache from now on."""
+        self._caches.append(cache)
 
     def in_memory(self, phase: Phase) -> bool:
         """Whether text of a session in this phase is kept in memory."""

@@ -107,8 +107,7 @@ class SessionRegistry:
         try:
             if self.write_behind.has(key):  # its removal, or its last events, are not on record yet
                 await in_time(self.write_behind.written())
-            events = await in_time(self.store.events(key))
-            session = restore(key, events, self.config.gate)
+            session = restore(key, events := await in_time(self.store.events(key)), self.config.gate)
             self._entries[key] = Entry(session, events)
             self.index.observe(session, 0, events)
             for event in events:

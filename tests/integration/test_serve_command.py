@@ -140,7 +140,9 @@ def test_sigterm_during_the_start_leaves_no_process_behind_either(tmp_path: Path
 def test_a_surrogate_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(models_dir() / "tiny-surrogate", broken)
-    (broken / "model.safetensors").write_bytes(b"not weights")
+    shape = json.loads((broken / "config.json").read_text())
+    shape["intermediate_size"] *= 2  # whole files, which do not fit together
+    (broken / "config.json").write_text(json.dumps(shape))
     done = soma_serve(
         *("--config", str(TINY), "--set", f"surrogate_model={broken}"),
         *("--set", f"server.run_dir={tmp_path / 'run'}", "--set", f"server.port={free_port()}"),

@@ -252,6 +252,8 @@ def application(dispatcher: Any, session_admin: Any = None) -> FastAPI:
     registry = None if isinstance(dispatcher, Script) else dispatcher._lookup.registry
     app.state.soma_objects = NothingStored() if registry is None else ObjectRecord(registry)
     app.state.soma_background = BackgroundResponses(app.state.soma_objects)
+    if registry is not None:
+        registry.erasure.watch(app.state.soma_background)
     app.state.soma_session_admin = session_admin
     return app
 

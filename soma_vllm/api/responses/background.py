@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from soma_vllm.api.responses.stored import Items, ObjectRecord
 from soma_vllm.api.responses.stream import ResponseEvents
 from soma_vllm.engines.sse import data_of
 from soma_vllm.errors import BadRequest, SomaError, TooManyRequests
+from soma_vllm.types import SessionKey
 
 MOST_RUNNING = 256
 MOST_FINISHED = 256
@@ -41,7 +43,11 @@ class Job:
         """So far."""
         self.over = False
         self.kept = False
-        """Whether a session keeps it: only then its removal removes this too."""
+        """Whether its session has put it on record."""
+        self.session: SessionKey | None = None
+        """Its session, once it is over."""
+        self.at: float | None = None
+        """When it was over, Unix time, seconds."""
         self.task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
@@ -76,7 +82,7 @@ class Job:
 
 
 class BackgroundResponses:
-    """The jobs of every tenant."""
+    """The jobs of every tenant; a `TextCache` of what they said."""
 
     def __init__(self, record: ObjectRecord) -> None:
         self._record = record
@@ -136,7 +142,17 @@ class BackgroundResponses:
             raise BadRequest("found a response that was not made in the background; expected one that was")
         return found
 
-    async def forget(self, tenant: str, id: str) -> None:
+    def forget(self, key: SessionKey) -> None:
+        """Drop what was said in a session."""
+        for name in [name for name, job in self._jobs.items() if job.session == key]:
+            del self._jobs[name]
+
+    def forget_before(self, at: float) -> None:
+        """Drop what was said before a Unix time."""
+        for name in [name for name, job in self._jobs.items() if job.at is not None and job.at < at]:
+            del self._jobs[name]
+
+    async def drop(self, tenant: str, id: str) -> None:
         """End and forget a job; harmless without one."""
         job = self._jobs.pop((tenant, id), None)
         if job is not None and job.task is not None:
@@ -166,9 +182,9 @@ class BackgroundResponses:
         if (tenant, job.frame.id) not in self._jobs:
             return  # it was deleted
         job.kept = self._record.keep(tenant, job.response, job.given, job.frame.request.conversation_id)
+        job.at = time.time()
         if job.kept:
-            # Text that a removal must reach is on record alone from here on.
-            del self._jobs[tenant, job.frame.id]
+            job.session = self._record.session_of(tenant, job.frame.id)
         elif job.response["status"] == "completed":
             self._record.keep_state(
                 tenant, job.frame.failed("the answer belongs to no session: it is not kept")

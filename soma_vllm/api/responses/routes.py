@@ -73,7 +73,7 @@ async def delete_response(response_id: str, raw_request: Request) -> Response:
     """Delete a stored response. Its turn stays in its session."""
     whose = tenant(raw_request)
     try:
-        await _jobs(raw_request).forget(whose, response_id)
+        await _jobs(raw_request).drop(whose, response_id)
         await record(raw_request).delete_response(whose, response_id)
     except SomaError as error:
         return failed(error)

@@ -57,6 +57,11 @@ class ObjectRecord:
             self._registry.keep(key, append, _size(added))
         return True
 
+    def session_of(self, tenant: str, response: str) -> SessionKey | None:
+        """The session in memory that a response belongs to."""
+        found = self._registry.index.of_response(tenant, response)
+        return None if found is None else SessionKey(tenant, found.session)
+
     def keep_state(self, tenant: str, response: Mapping[str, Any]) -> None:
         """Queue the state of a response that no turn stands behind, or no turn yet: without any text."""
         self._put(SessionKey(tenant, ""), {**response, "output": [], "instructions": None}, ())

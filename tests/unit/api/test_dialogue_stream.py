@@ -109,7 +109,7 @@ async def test_an_error_in_time_has_its_status_and_a_late_one_is_an_event(wire: 
     with pytest.raises(BadRequest):
         await respond_streaming(wrong(BadRequest("no"), 0), {}, SILENCE_S, chat_errors)
     late = wrong(EngineUnavailable("it broke"), 2 * SILENCE_S)
-    await asyncio.wait_for(wire.serve(await respond_streaming(late, {}, SILENCE_S, chat_errors)), GUARD_S)
+    await asyncio.wait_for(wire.serve(await respond_streaming(late, HEADERS, SILENCE_S, chat_errors)), GUARD_S)
     *_, told, done = [wire.pieces.get_nowait() for _ in range(wire.pieces.qsize())]
     assert json.loads(told.removeprefix(b"data: "))["error"]["message"] == "it broke"
     assert done == b"data: [DONE]\n\n"
@@ -125,7 +125,7 @@ async def test_a_client_that_leaves_while_it_waits_ends_the_work(wire: Wire) -> 
             ended.set()
         raise AssertionError
 
-    served = wire.serve(await respond_streaming(opening(), {}, SILENCE_S, chat_errors))
+    served = wire.serve(await respond_streaming(opening(), HEADERS, SILENCE_S, chat_errors))
     await wire.next()
     wire.leaves.set()
     await asyncio.wait_for(asyncio.gather(served, ended.wait()), GUARD_S)

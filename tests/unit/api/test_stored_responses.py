@@ -261,6 +261,10 @@ async def test_its_events_can_be_followed_from_any_number_on(services: Services,
         async for event in await client.responses.retrieve(id, stream=True, starting_after=1)
     ]
     assert rest == numbers[2:]
+    key = next(key for key, event in services.events if event.kind == "turn")
+    await services.session_admin.remove(key)
+    with pytest.raises(openai.BadRequestError, match="found no response of the background"):
+        await client.responses.retrieve(id, stream=True)
 
 
 async def test_a_failure_in_the_background_is_told_and_a_restart_is_one(

@@ -256,7 +256,7 @@ async def test_an_error_in_the_middle_breaks_the_stream(engine: OriginalEngine, 
     reply = await engine.chat(STREAM)
     assert reply.events is not None
     assert await anext(reply.events) == data(SAID[1])
-    with pytest.raises(EngineUnavailable, match=r"overloaded at \[removed\]"):
+    with pytest.raises(EngineUnavailable, match="reported an error in its answer"):
         await anext(reply.events)
 
 
