@@ -125,7 +125,7 @@ class Gate(Section):
     encoder; in [0, 1], 0.12 parts right answers from wrong ones (docs/gap.md). encoder: the cosine distance of
     their
     sentence embeddings, as the paper has it. Locality is the encoder's distance in either case."""
-    accept_threshold: Annotated[float, Field(ge=0, le=2)] = 0.10
+    accept_threshold: Annotated[float, Field(ge=0, le=2)] = 0.12
     """eps: the mean gap over held-out turns, plus `accept_margin`, may be at most this."""
     accept_margin: Annotated[float, Field(ge=0, le=2)] = 0.0
     """Added to the mean gap before it is compared with `accept_threshold`: the surrogate has to be better by

@@ -198,6 +198,8 @@ class Dispatcher:
         async with AsyncExitStack() as resources:
             self._reserve(request, resources)
             role = Role.SURROGATE if engine is self._engines.surrogate else Role.ORIGINAL
+            headers = {"X-SOMA-Engine": role, "X-SOMA-Reason": why}
+            request.routed.update(headers)
             if role is Role.SURROGATE:
                 reply = await ask(counting_fields(request.body))
             else:
@@ -208,7 +210,6 @@ class Dispatcher:
             async with held:
                 self._meter.spent(tenant, counted(reply, request.body))
 
-        headers = {"X-SOMA-Engine": role, "X-SOMA-Reason": why}
         observed = await observe(reply, request.started, count, not wants_counts(request.body))
         return Answer(observed, headers, engine.name)
 

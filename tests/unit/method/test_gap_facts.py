@@ -31,6 +31,35 @@ class FlatEncoder:
         return np.ones((len(texts), 4), dtype=np.float32) / 2
 
 
+class FarEncoder(FlatEncoder):
+    """Finds no two texts alike."""
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        return np.eye(len(texts), dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("The sea is calm tonight, the moon lies fair.", "Good bread needs flour, water, salt and yeast."),
+        ("Use a loop to iterate over the list.", "Photosynthesis turns light into energy."),
+        ("Berlin", "Munich"),
+        ("The capital of Australia is Canberra.", "Sydney."),
+    ],
+)
+def test_answers_that_have_nothing_in_common_are_far_apart(a: str, b: str) -> None:
+    (found,) = FactsJudge(FarEncoder()).gaps([(a, b)])
+    assert found.value >= 0.5
+    assert "they share no words" in found.why
+
+
+def test_a_short_answer_that_the_longer_one_holds_is_near_however_far_the_encoder_finds_it() -> None:
+    (found,) = FactsJudge(FarEncoder()).gaps(
+        [("It returns False.", "When the queue is full, push returns False.")]
+    )
+    assert found.value <= THRESHOLD
+
+
 def gap(a: str, b: str) -> float:
     (found,) = FactsJudge(FlatEncoder()).gaps([(a, b)])
     return found.value
