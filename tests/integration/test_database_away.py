@@ -145,7 +145,10 @@ def test_every_request_is_answered_while_the_database_is_away(outage: dict[str, 
     headers = {who: headers for who, _, headers in outage["away"]}
     for who in ("new", "unnamed", "branch"):
         assert headers[who]["x-soma-engine"] == "original"
+    for who in ("new", "branch"):
         assert headers[who]["x-soma-reason"] == "session store unavailable"
+    # A first question without an id begins a session, whatever the record holds.
+    assert headers["unnamed"]["x-soma-reason"].startswith("warm start 1")
     assert headers["live"]["x-soma-session"] == "live"
 
 

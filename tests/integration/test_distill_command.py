@@ -49,7 +49,7 @@ def test_an_adapter_of_many_sessions_is_made_and_a_session_can_start_from_it(
     assert "Say hello" not in json.dumps(manifest) + done.stdout
 
     again = soma("distill", *asked, "--out", str(pair))
-    assert again.returncode == 1
+    assert again.returncode == 2
     assert "found files there" in again.stderr
 
     out = tmp_path / "out"
