@@ -7,7 +7,8 @@ history; that takes a prefill of the original per turn, and is left to it. Two p
 too, where batches fall differently: that gap is the floor, and is measured wherever there is more than one
 repeat.
 
-Fidelity is 1 - mean gap; the gate promises 1 - accept_threshold for the turns it gives to the surrogate.
+Fidelity is 1 - mean gap by the configuration's own judge (`gate.gap`); the gate promises 1 - accept_threshold
+for the turns it gives to the surrogate. Reports of before 2026-11-28 have the encoder's cosine there.
 """
 
 from __future__ import annotations
@@ -18,14 +19,12 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from soma_vllm.sessions.state.gate import gap
 from soma_vllm.tools.evaluate.statistics import rouge_l
+from soma_vllm.types import Gap
 from study.client import Played
 
-Encode = Callable[[Sequence[str]], NDArray[np.float32]]
+Gaps = Callable[[Sequence[tuple[str, str]]], Sequence[Gap]]
+"""The gate's judge of pairs of answers: `GapJudge.gaps`."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Compared:
     """Share of the longer answer's tokens before the first that differs."""
 
 
-def compare(theirs: Sequence[Played], originals: Sequence[Played], warm: int, encode: Encode) -> list[Compared]:
+def compare(theirs: Sequence[Played], originals: Sequence[Played], warm: int, gaps: Gaps) -> list[Compared]:
     """Every turn after the warm start that both have."""
     pairs = [
         (session, turn, reference)
@@ -51,18 +50,18 @@ def compare(theirs: Sequence[Played], originals: Sequence[Played], warm: int, en
         for turn, reference in zip(one.turns, other.turns, strict=False)
         if turn.turn > warm
     ]
-    vectors = encode([text for _, turn, reference in pairs for text in (turn.answer, reference.answer)])
+    found = gaps([(turn.answer, reference.answer) for _, turn, reference in pairs])
     return [
         Compared(
             session,
             turn.turn,
             turn.engine,
-            gap(vectors[2 * n], vectors[2 * n + 1]),
+            one.value,
             rouge_l(turn.answer, reference.answer),
             turn.answer == reference.answer,
             token_agreement(turn.answer, reference.answer),
         )
-        for n, (session, turn, reference) in enumerate(pairs)
+        for one, (session, turn, reference) in zip(found, pairs, strict=True)
     ]
 
 

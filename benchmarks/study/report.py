@@ -17,7 +17,7 @@ from study import capacity, outcome
 from study.capacity import Rung, Targets
 from study.client import Answered
 from study.cost import bill, break_even, mean_bill
-from study.fidelity import Compared, Encode, compare, summary
+from study.fidelity import Compared, Gaps, compare, summary
 from study.outcome import RATIOS, Course
 from study.plan import Block
 from study.service import Measured, percentiles, rankings, service, switched_latency, work
@@ -88,7 +88,7 @@ def report(
     config: Config,
     tariffs: Mapping[str, Prices],
     targets: Targets,
-    encode: Encode,
+    gaps: Gaps,
     overhead: Mapping[str, Any] | None,
     settings: Mapping[str, Any],
     also: Also | None = None,
@@ -115,7 +115,7 @@ def report(
     }
     compared = {
         arm: [
-            compare(block.played, reference.played, 0, encode)
+            compare(block.played, reference.played, 0, gaps)
             for block, reference in zip(blocks, by_arm[REFERENCE], strict=True)
         ]
         for arm, blocks in by_arm.items()
@@ -136,7 +136,7 @@ def report(
         }
         for arm, blocks in by_arm.items()
     }
-    arms[REFERENCE]["agreement"]["against_its_own_repeat"] = _again(by_arm[REFERENCE], warm, encode, promise)
+    arms[REFERENCE]["agreement"]["against_its_own_repeat"] = _again(by_arm[REFERENCE], warm, gaps, promise)
     ladders = _ladders(also, courses[first], tariffs[first])
     ratios, intervals = _ratios(arms, bills[first], overhead, warm)
     more, spreads = _outcomes(courses[first], ladders, targets)
@@ -203,7 +203,7 @@ def _faithful(compared: Sequence[Sequence[Compared]], warm: int, promise: float)
     return {"fidelity": found.pop("fidelity"), "agreement": found}
 
 
-def _again(originals: Sequence[Measured], warm: int, encode: Encode, promise: float) -> dict[str, Any] | None:
+def _again(originals: Sequence[Measured], warm: int, gaps: Gaps, promise: float) -> dict[str, Any] | None:
     """The original against its own next repeat of the same dialogues: the floor of what differences mean."""
     again: list[Compared] = []
     for number, one in enumerate(originals):
@@ -211,7 +211,7 @@ def _again(originals: Sequence[Measured], warm: int, encode: Encode, promise: fl
         names = [played.visit.dialogue for played in one.played]
         same = (b for b in later if [played.visit.dialogue for played in b.played] == names)
         if (other := next(same, None)) is not None:
-            again += compare(one.played, other.played, warm, encode)
+            again += compare(one.played, other.played, warm, gaps)
     return summary(again, promise) if again else None
 
 

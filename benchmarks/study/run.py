@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from soma_vllm.config import Config, load_config
 from soma_vllm.errors import EngineUnavailable
@@ -28,6 +28,9 @@ from study.plan import Block, quicker
 from study.planned import Stage, Study
 from study.report import OURS, Also, IncompleteRun, Measured, check, report
 from study.server import Say, Server, served
+
+if TYPE_CHECKING:
+    from soma_vllm.method.gap.gap_judge import GapJudge
 
 SECONDS = {
     "busy": "of engines core-seconds with a request running, counting all cores of the engine",
@@ -50,8 +53,8 @@ async def run(study: Study, say: Say) -> dict[str, Any]:
     check(player.measured, study.blocks)
     found = await player.overheads() if options.overhead_rounds else None
     also = Also(3600.0 / options.arrival, player.rungs, player.drift, study.changes)
-    encode = encoder(study.config)
-    return report(player.measured, study.config, study.tariffs, study.targets, encode, found, facts, also)
+    gaps = judge(study.config).gaps
+    return report(player.measured, study.config, study.tariffs, study.targets, gaps, found, facts, also)
 
 
 class Player:
@@ -191,15 +194,17 @@ async def overheads(study: Study, root: str, config: Config, say: Say) -> dict[s
     return {"surrogate": name, **found}
 
 
-def encoder(config: Config) -> Any:
-    """The gate's own encoder."""
+def judge(config: Config) -> GapJudge:
+    """The gate's own judge of gaps."""
     from soma_vllm.method.encoder import SentenceEncoder
+    from soma_vllm.method.gap.gap_judge import open_judge
     from soma_vllm.models.hub import local_path
     from soma_vllm.models.quiet import quiet
 
     with quiet():
         folder = local_path(config.encoder.model)
-        return SentenceEncoder(folder, config.gate.encoder_max_tokens, config.encoder.threads).encode
+        encoder = SentenceEncoder(folder, config.gate.encoder_max_tokens, config.encoder.threads)
+    return open_judge(config, encoder)
 
 
 def settings(study: Study) -> dict[str, Any]:

@@ -113,7 +113,7 @@ class OriginalEngine:
         if not self.speaks_vllm:
             raise EngineError("found an original that does not speak vLLM; expected one, to score an answer")
         self._require_child()
-        opening = await self.tokenizer("tokenize", call.body)
+        opening = await self.tokenizer("tokenize", _tokenize_body(call.body))
         tokens = opening.get("tokens")
         if not isinstance(tokens, list):
             raise EngineError("found no tokens in the original's /tokenize; expected a list")
@@ -258,3 +258,10 @@ def _passed_headers(call: ChatCall) -> dict[str, str]:
         for name, value in found.items()
         if value and len(value) <= MAX_TRACE_CHARS and value.isascii() and value.isprintable()
     }
+
+
+def _tokenize_body(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A chat request for vLLM's tokenize, which hands these two to the template only among its arguments."""
+    apart = {name: body[name] for name in ("documents", "reasoning_effort") if body.get(name)}
+    arguments = {**apart, **(body.get("chat_template_kwargs") or {})}
+    return {**body, "chat_template_kwargs": arguments} if arguments else dict(body)

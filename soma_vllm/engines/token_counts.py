@@ -42,9 +42,28 @@ def estimate(body: Mapping[str, Any]) -> int:
 
 
 def prompt_estimate(body: Mapping[str, Any]) -> int:
-    """Tokens of a request's prompt."""
-    prompt = json.dumps(body.get("messages", body.get("prompt")), ensure_ascii=False, default=str)
-    return len(prompt) // CHARS_PER_TOKEN
+    """Tokens of a request's prompt. What is attached to a message, an image for one, is not counted: its
+    encoding is far longer than the tokens that it becomes."""
+    prompt = body.get("messages", body.get("prompt"))
+    shown = {"prompt": _without_attachments(prompt), "tools": body.get("tools")}
+    return len(json.dumps(shown, ensure_ascii=False, default=str)) // CHARS_PER_TOKEN
+
+
+def _without_attachments(messages: object) -> object:
+    if not isinstance(messages, list | tuple):
+        return messages
+    return [
+        {**one, "content": [part for part in one["content"] if not _is_attached(part)]}
+        if isinstance(one, Mapping) and isinstance(one.get("content"), list | tuple)
+        else one
+        for one in messages
+    ]
+
+
+def _is_attached(part: object) -> bool:
+    return (
+        isinstance(part, Mapping) and "text" not in part and part.get("type") not in (None, "text", "refusal")
+    )
 
 
 def counted(reply: ParsedReply, body: Mapping[str, Any]) -> Usage:

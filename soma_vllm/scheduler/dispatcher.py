@@ -88,7 +88,7 @@ class Dispatcher:
         except SessionUnavailable as reason:
             return await self._forward(request, self._engines.original, str(reason))
         async with turn.released_on_error():
-            self._reserve(request, turn.resources)
+            self._reserve(request, turn.resources, turn.asked)
             await self._routing.decide(turn)
             request.routed.update(turn.headers())
             reply = await self._serve(turn)
@@ -213,10 +213,13 @@ class Dispatcher:
         observed = await observe(reply, request.started, count, not wants_counts(request.body))
         return Answer(observed, headers, engine.name)
 
-    def _reserve(self, request: ChatRequest, resources: AsyncExitStack) -> None:
-        """Reserve the tokens that a request may take, until it is over. Raises TooManyRequests."""
+    def _reserve(
+        self, request: ChatRequest, resources: AsyncExitStack, asked: Mapping[str, Any] | None = None
+    ) -> None:
+        """Reserve the tokens that a request may take, until it is over; `asked` is it with its whole history.
+        Raises TooManyRequests."""
         tenant = request.tenant
         if self._meter.limits_tokens(tenant):
-            tokens = estimate(request.body)
+            tokens = estimate(request.body if asked is None else asked)
             self._meter.reserve(tenant, tokens)
             resources.callback(self._meter.unreserve, tenant, tokens)

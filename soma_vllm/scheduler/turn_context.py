@@ -126,6 +126,13 @@ class TurnContext:
             self._compared = session.turns, session.overlap(self.digest)
         return self._compared[1]
 
+    @property
+    def asked(self) -> Mapping[str, Any]:
+        """The request, with the record's history before it where that is answered."""
+        if not self.history.startswith("server"):
+            return self.request.body
+        return {**self.request.body, "messages": list(self.digest.messages)}
+
     def call(self, added: Mapping[str, Any] | None = None) -> ChatCall:
         """What the routed engine is asked; `added` are fields of our own."""
         body = {**self.request.body, **(added or {})}

@@ -40,7 +40,7 @@ class TurnRecorder:
     async def record(self, turn: TurnContext, reply: ParsedReply) -> None:
         """End a turn: fold it into its session, then start what follows from it."""
         async with turn.released():
-            self._meter.spent(turn.key.tenant, counted(reply, turn.request.body))
+            self._meter.spent(turn.key.tenant, counted(reply, turn.asked))
             if not reply.complete and reply.silent:
                 return  # the client left before the first word: there is no turn
             if not self._registry.is_live(turn.key):

@@ -1,4 +1,5 @@
-"""Preflight check of the engines' further arguments, by vLLM's own parser in a process of its own."""
+"""Preflight check of what vLLM alone can read, by its own parser in a process of its own: further arguments,
+and names of parsers."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ PARSE_S = 180.0
 
 
 def check_extra_arguments(report: Report, config: Config, engines: Engines) -> None:
-    """vLLM takes `extra_args`; nothing is started where there are none."""
+    """vLLM takes `extra_args` and the parsers that are named; nothing is started where there are none."""
     lines: dict[str, list[str]] = {}
     for role, (engine, path) in engines.items():
-        if not engine.extra_args:
+        if not (engine.extra_args or {engine.tool_parser, engine.reasoning_parser} - {"auto", "none"}):
             continue
         try:
             if role == "surrogate":
@@ -44,10 +45,10 @@ def check_extra_arguments(report: Report, config: Config, engines: Engines) -> N
         )
         found = json.loads(done.stdout.strip().rpartition("\n")[2])
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        report.bad(f"extra_args: vLLM's parser could not be asked ({type(error).__name__})")
+        report.bad(f"vLLM's parser of arguments could not be asked ({type(error).__name__})")
         return
     for role, objection in found.items():
         if objection is None:
-            report.good(f"vLLM takes {role}.extra_args")
+            report.good(f"vLLM takes the arguments of the {role}")
         else:
-            report.bad(f"{role}.extra_args: {objection}")
+            report.bad(f"arguments of the {role} (extra_args, parsers): {objection}")

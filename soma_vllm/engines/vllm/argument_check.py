@@ -15,12 +15,12 @@ from collections.abc import Sequence
 
 def objection(arguments: Sequence[str]) -> str | None:
     """Why vLLM would refuse a command line; None where it would not."""
-    from soma_vllm.engines.vllm.internals import parse_arguments
+    from soma_vllm.engines.vllm.internals import parse_arguments, validate_api_server_args
 
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            parse_arguments(arguments)
+            validate_api_server_args(parse_arguments(arguments))
     except SystemExit:
         last = said.getvalue().strip().rpartition("\n")[2]
         return last.partition("error: ")[2] or last or "an argument that ends vLLM"

@@ -28,6 +28,7 @@ from prometheus_client import REGISTRY
 from pydantic import ValidatorFunctionWrapHandler, WrapValidator
 from vllm.entrypoints.launchers.api_server.entry import run_server
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.launcher import validate_api_server_args
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -55,6 +56,7 @@ __all__ = [
     "TokenizeBody",
     "read_body",
     "run_server",
+    "validate_api_server_args",
     "validate_json_request",
     "with_cancellation",
 ]

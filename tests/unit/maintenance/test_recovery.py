@@ -68,18 +68,24 @@ async def adapted(services: Services) -> History:
     return history
 
 
+async def interrupted(build: Build) -> Services:
+    """A server that is killed, as far as its record goes, while a session's adapter is trained."""
+    services = await started(build)
+    services.surrogate.answers = ["different", "same"]
+    services.trainer.go.clear()
+    history: History = []
+    for number in (1, 2):
+        await services.say(history, f"question {number}")
+    await services.registry.written()
+    return services
+
+
 async def never(ref: Any) -> None:
     await asyncio.Event().wait()
 
 
 async def test_an_interrupted_adaptation_is_taken_up_at_the_start(build: Build) -> None:
-    first = await started(build)
-    first.surrogate.answers = ["different", "same"]
-    first.trainer.go.clear()
-    history: History = []
-    for number in (1, 2):
-        await first.say(history, f"question {number}")
-    await first.registry.written()
+    first = await interrupted(build)
     second = await started(build)
     await second.start()
     await second.settled()
@@ -183,13 +189,7 @@ async def test_while_the_record_is_away_an_adapter_stays_and_the_next_start_dele
 
 
 async def test_an_adaptation_that_ends_its_server_again_and_again_is_given_up(build: Build) -> None:
-    first = await started(build)
-    first.surrogate.answers = ["different", "same"]
-    first.trainer.go.clear()
-    history: History = []
-    for number in (1, 2):
-        await first.say(history, f"question {number}")
-    await first.registry.written()
+    first = await interrupted(build)
     lives = [first]
     for _ in range(4):
         life = await started(build)

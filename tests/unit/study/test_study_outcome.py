@@ -7,7 +7,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from study import capacity, outcome, outcome_table
 from study.capacity import Rung, Targets
@@ -20,6 +19,7 @@ from study.report import Also, Measured, report
 from study.service import service
 
 from soma_vllm.config import Config, Prices
+from soma_vllm.types import Gap
 
 WARM = 2
 HARDWARE = {"original": {"original": 2, "surrogate": 2}, "soma": {"original": 1, "surrogate": 1}}
@@ -57,8 +57,9 @@ def measured(
     return Measured.of(block, sessions, 10.0, found, {}, Counting(cores=cores or {}))
 
 
-def encode(texts: Sequence[str]) -> Any:
-    return np.asarray([[1.0, 0.0] if text == "yes" else [0.0, 1.0] for text in texts], dtype=np.float32)
+def gaps(pairs: Sequence[tuple[str, str]]) -> list[Gap]:
+    """Of other answers 1."""
+    return [Gap(float(a != b)) for a, b in pairs]
 
 
 def two_repeats() -> list[Any]:
@@ -84,7 +85,7 @@ def two_repeats() -> list[Any]:
 def document(also: Also | None = None) -> Any:
     config = Config(warm_window=WARM)
     settings = {"arms": ["original", "soma"], "order": [["original", "soma"]] * 2, "hardware": HARDWARE}
-    return report(two_repeats(), config, {"cores": Prices()}, TARGETS, encode, None, settings, also)
+    return report(two_repeats(), config, {"cores": Prices()}, TARGETS, gaps, None, settings, also)
 
 
 def test_later_turns_begin_after_turn_w() -> None:

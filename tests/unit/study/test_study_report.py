@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from study.client import Answered, Played
 from study.cost import Counting
@@ -26,6 +25,7 @@ from study.report import (
 from study.table import BEGIN, END, markdown, rewrite
 
 import soma_vllm
+from soma_vllm.types import Gap
 
 ROOT = Path(soma_vllm.__file__).parent.parent
 
@@ -43,9 +43,9 @@ def measured(arm: str, one: Any) -> Any:
     return Measured.of(Block(0, arm, (VISIT,)), [one], 1.0, Reading(1.0, {}, {}, {}), {}, Counting())
 
 
-def encode(texts: Sequence[str]) -> Any:
-    """Two axes: equal texts lie together, others apart."""
-    return np.asarray([[1.0, 0.0] if text == "yes" else [0.0, 1.0] for text in texts], dtype=np.float32)
+def gaps(pairs: Sequence[tuple[str, str]]) -> list[Gap]:
+    """Of other answers 1."""
+    return [Gap(float(a != b)) for a, b in pairs]
 
 
 def test_a_run_with_all_its_turns_passes() -> None:
@@ -74,12 +74,12 @@ def test_an_original_s_arm_that_the_surrogate_answered_fails_the_run() -> None:
 
 
 def test_only_turns_after_the_warm_start_are_compared() -> None:
-    found = compare([played("no", "yes", "no", engine="surrogate")], [played("yes", "yes", "yes")], 1, encode)
+    found = compare([played("no", "yes", "no", engine="surrogate")], [played("yes", "yes", "yes")], 1, gaps)
     assert [(one.turn, one.gap) for one in found] == [(2, 0.0), (3, 1.0)]
 
 
 def test_fidelity_is_told_relative_to_the_gate_s_promise() -> None:
-    found = compare([played("no", "yes", "no", engine="surrogate")], [played("yes", "yes", "yes")], 1, encode)
+    found = compare([played("no", "yes", "no", engine="surrogate")], [played("yes", "yes", "yes")], 1, gaps)
     numbers = summary(found, promise=0.8)
     assert numbers["fidelity"] == 0.5
     assert numbers["fidelity_over_promise"] == 0.625
