@@ -379,10 +379,10 @@ def test_arguments_that_vllm_does_not_know_are_told_by_role(
     document["original"]["extra_args"] = ["--nonsense-flag"]
     document["surrogate"]["extra_args"] = ["--max-logprobs", "many"]
     found = problems(document, models)
-    assert "original.extra_args: unrecognized arguments: --nonsense-flag" in found
-    assert "surrogate.extra_args: argument --max-logprobs: " in found
+    assert "arguments of the original (extra_args, parsers): unrecognized arguments: --nonsense-flag" in found
+    assert "arguments of the surrogate (extra_args, parsers): argument --max-logprobs: " in found
     document["original"]["extra_args"] = document["surrogate"]["extra_args"] = ["--max-logprobs", "30"]
-    assert "vLLM takes original.extra_args" in check(document, models)
+    assert "vLLM takes the arguments of the original" in check(document, models)
 
 
 def test_models_that_are_not_here_are_told_with_everything_else(
