@@ -6,10 +6,10 @@ import asyncio
 import random
 
 import pytest
+from support.fake_engine import FakeEngine
 
 from soma_vllm.adaptation.background_lane import REQUESTS, BackgroundLane, JobDropped, TokenBucket
 from soma_vllm.engines.engine import ChatCall, Reply
-from soma_vllm.engines.fake import FakeEngine
 from soma_vllm.errors import EngineUnavailable
 
 CALL = ChatCall({"messages": []})
