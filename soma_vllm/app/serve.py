@@ -67,8 +67,8 @@ def serve(
 
 def _serve(path: Path, overrides: list[str], check: bool, take_over: bool, console: Console) -> None:
     config = load_config(path, overrides).for_serving(str(path))
-    named = (config.access.admin_key_env, config.storage.url_env, config.original.api_key_env)
-    withhold((*SECRETS, *filter(None, named)))
+    keys = (config.access.admin_key_env, config.storage.url_env, config.original.api_key_env)
+    withhold((*SECRETS, *filter(None, keys)))
     for line in without_effect(config):
         console.print(f"note       {line}", markup=False)
     # Imported late: a wrong configuration is told in milliseconds.
