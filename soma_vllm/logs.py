@@ -16,6 +16,8 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+from soma_vllm.private import masked
+
 request_id: ContextVar[str | None] = ContextVar("soma_request_id", default=None)
 """The request's `X-Request-Id`."""
 
@@ -91,7 +93,7 @@ class TextFormatter(logging.Formatter):
         lines = [f"{_utc(record)} {record.levelname} {name}: {first}{context}", *rest]
         for further in filter(None, (_traceback(self, record), record.stack_info)):
             lines += further.splitlines()
-        return f"\n{INDENT}".join(lines)
+        return masked(f"\n{INDENT}".join(lines))
 
 
 class JsonFormatter(logging.Formatter):
@@ -111,7 +113,7 @@ class JsonFormatter(logging.Formatter):
             line["error"] = error.__name__
         if (traceback := _traceback(self, record)) is not None:
             line["traceback"] = traceback
-        return json.dumps(line)
+        return masked(json.dumps(line))
 
 
 def configuration(log_format: str, level: str) -> dict[str, Any]:

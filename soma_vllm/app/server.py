@@ -102,7 +102,7 @@ class SomaServer:
         self.draining = Draining(config.server.drain_s, say)
         self.readiness = Readiness()
         self._original = OriginalProcess(config, config.original_name, run_dir, say)
-        keys = KeyStore.at(filled(config.storage.url, self._run_dir))
+        keys = KeyStore.at(filled(config.storage.location, self._run_dir))
         self._cleanup.push_async_callback(keys.close)
         self.quotas = Quotas.configured(config, keys)
         self.server = config.server
@@ -244,7 +244,7 @@ class SomaServer:
         return TeacherLogprobs(self._config, why)
 
     async def _open_sessions(self) -> SessionStore:
-        url = filled(self._config.storage.url, self._run_dir)
+        url = filled(self._config.storage.location, self._run_dir)
         await self._cleanup.enter_async_context(leased(url, self._wait, self._lost))
         store = SessionStore(url)
         await store.open()

@@ -229,7 +229,7 @@ def _on_record(config: Path | None) -> _Record:
         return _Record()
     settings = load_config(config)
     try:
-        url = fill_paths(settings.storage.url, "storage.url", "a database", settings)
+        url = fill_paths(settings.storage.location, "storage.url", "a database", settings)
         return asyncio.run(ask(url))
     except ConfigError:
         return _Record()

@@ -25,6 +25,7 @@ from soma_vllm import documents
 from soma_vllm.config import Config
 from soma_vllm.errors import BadRequest, ConfigError, DocumentError, SomaError
 from soma_vllm.models.home import filled
+from soma_vllm.private import masked
 
 T = TypeVar("T")
 
@@ -68,7 +69,7 @@ def one_line_errors(command: str) -> Iterator[None]:
     try:
         yield
     except SomaError as error:
-        typer.echo(f"{command}: {' '.join(str(error).split())}", err=True)
+        typer.echo(masked(f"{command}: {' '.join(str(error).split())}"), err=True)
         raise typer.Exit(2 if isinstance(error, ConfigError | BadRequest) else 1) from None
 
 
