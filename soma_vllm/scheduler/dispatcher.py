@@ -108,13 +108,7 @@ class Dispatcher:
             await self._routing.decide(turn)
             request.routed.update(turn.headers())
             reply = await self._serve(turn)
-            if reply.events is not None:
-                # Closed before the adapter is released: by then nothing is generated any more.
-                turn.resources.push_async_callback(reply.events.aclose)
-            headers = turn.headers()  # before the turn is recorded
-            record = partial(self._recorder.record, turn)
-            observed = await observe(reply, request.started, record, not wants_counts(request.body))
-            return Answer(observed, headers, self._engines.named(turn.route.engine))
+            return await self._recorded(turn, reply)
 
     async def complete(self, request: ChatRequest) -> Answer:
         """Answer one text completion. It is no dialogue: the original answers, or the engine that is named.
@@ -150,6 +144,17 @@ class Dispatcher:
                 raise
             turn.route = fallback
             return await self._ask_surrogate(turn)
+
+    async def _recorded(self, turn: TurnContext, reply: Reply) -> Answer:
+        """The answer, whose turn is recorded once its last event was handed on."""
+        request = turn.request
+        if reply.events is not None:
+            # Closed before the adapter is released: by then nothing is generated any more.
+            turn.resources.push_async_callback(reply.events.aclose)
+        headers = turn.headers()  # before the turn is recorded
+        record = partial(self._recorder.record, turn)
+        observed = await observe(reply, request.started, record, not wants_counts(request.body))
+        return Answer(observed, headers, self._engines.named(turn.route.engine))
 
     async def _ask_surrogate(self, turn: TurnContext) -> Reply:
         """The surrogate's reply; its adapter stays leased until the turn ends.

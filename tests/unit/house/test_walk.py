@@ -22,6 +22,7 @@ import ast
 import asyncio
 import inspect
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -162,12 +163,10 @@ async def test_a_turn_makes_few_stops_and_comes_to_no_file_three_times(
 def test_the_dispatchers_first_method_tells_the_story() -> None:
     methods = [one for one in vars(Dispatcher).values() if inspect.isfunction(one)]
     first = next(method for method in methods if method.__name__ != "__init__")
-    tree = ast.parse(inspect.getsource(first).lstrip().replace("\n    ", "\n"))
-    told = [
-        node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name)
-    ]
+    tree = ast.parse(textwrap.dedent(inspect.getsource(first)))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    calls.sort(key=lambda call: call.lineno)
+    called = [ast.unparse(call.func).rpartition(".")[2] for call in calls]
+    story = ["resolve", "begin_turn", "decide", "_serve", "_recorded"]
     assert first.__name__ == "chat"
-    story = ["resolve", "begin_turn", "decide", "_serve", "observe"]
-    assert [name for name in story if name in told] == story
+    assert [name for name in called if name in story] == story
