@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -177,15 +177,6 @@ class StreamReader:
             else:
                 self._builders.setdefault(_index(choice), ChoiceBuilder()).add(choice.get("delta") or {})
         return bool(usage) and not choices
-
-
-def read_events(events: Iterable[str]) -> tuple[tuple[Choice, ...], Usage, bool]:
-    """(choices, usage, whether the stream came to its own end) of whole server-sent events."""
-    reader = StreamReader()
-    for event in events:
-        reader.add(event)
-    reply = reader.reply(None, 0.0)
-    return reply.choices, reply.usage, reply.complete
 
 
 class ChoiceBuilder:

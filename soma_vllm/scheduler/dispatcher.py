@@ -15,12 +15,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from soma_vllm.adaptation.evidence import TurnEvidence
-from soma_vllm.engines.engine import ChatCall, Engine, Engines, Reply
+from soma_vllm.engines.engine import ChatCall, Engine, Engines, Events, Reply
 from soma_vllm.engines.logprob_capture import LogprobCapture
 from soma_vllm.engines.reply_parser import ParsedReply, observe
 from soma_vllm.engines.token_counts import counted, counting_fields, estimate, wants_counts
@@ -48,6 +48,22 @@ class Answer:
     headers: Mapping[str, str]
     model: str = DISPATCH_NAME
     """Name of the engine's model."""
+
+    @property
+    def body(self) -> Mapping[str, Any]:
+        """The whole completion."""
+        assert self.reply.body is not None, "a request without stream=true is answered whole"
+        return self.reply.body
+
+    @property
+    def events(self) -> Events:
+        """The stream."""
+        assert self.reply.events is not None, "a request with stream=true is answered by events"
+        return self.reply.events
+
+    def streaming(self, events: Events) -> Answer:
+        """The same answer with other events, made of its own."""
+        return replace(self, reply=Reply(events=events))
 
 
 class Dispatcher:

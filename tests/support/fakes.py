@@ -18,7 +18,6 @@ from soma_vllm.adapters.eviction_policy import Reason
 from soma_vllm.adapters.store.manifest import LocalAdapter, PublishedAdapter
 from soma_vllm.adapters.store.verify import AdapterFacts, FileFacts
 from soma_vllm.engines.engine import ChatCall
-from soma_vllm.engines.fake import FakeEngine, token_of
 from soma_vllm.errors import (
     AdapterRejected,
     EngineError,
@@ -30,6 +29,7 @@ from soma_vllm.errors import (
 from soma_vllm.sessions.state.gate import gap
 from soma_vllm.training.messages import ScoreRequest, TrainRequest, TrainResult
 from soma_vllm.types import AdapterRef, Agreement, Gap, SessionKey, Usage
+from support.fake_engine import FakeEngine, token_of
 
 
 class Versatile(FakeEngine):

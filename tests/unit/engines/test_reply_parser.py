@@ -8,9 +8,10 @@ from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
 import pytest
+from support.replies import read_events
 
 from soma_vllm.engines.engine import Reply
-from soma_vllm.engines.reply_parser import Choice, ParsedReply, observe, parse_body, read_events
+from soma_vllm.engines.reply_parser import Choice, ParsedReply, observe, parse_body
 from soma_vllm.types import Usage
 
 STRANGE: list[object] = [
