@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from soma_vllm.adaptation.evidence import TurnEvidence
+from soma_vllm.engines.call_guard import with_valid_calls
 from soma_vllm.engines.engine import ChatCall, Engine, Engines, Events, Reply
 from soma_vllm.engines.logprob_capture import LogprobCapture
 from soma_vllm.engines.reply_parser import ParsedReply, observe
@@ -155,7 +156,8 @@ class Dispatcher:
         """The surrogate's reply; its adapter stays leased until the turn ends.
 
         Raises:
-            EngineError: the slots are full, the adapter does not load, or the engine does not answer.
+            EngineError: the slots are full, the adapter does not load, the engine does not answer, or it calls
+                a tool as the request does not allow.
             AdapterError: the engine does not serve the adapter as it was trained.
         """
         engines, adapter = self._engines, turn.route.adapter
@@ -163,6 +165,7 @@ class Dispatcher:
             if adapter is not None:
                 lease.push_async_callback(engines.adapters.release, await engines.adapters.acquire(adapter))
             reply = await engines.surrogate.chat(turn.call(counting_fields(turn.request.body)))
+            reply = await with_valid_calls(reply, turn.request.body)
             turn.resources.push_async_callback(lease.pop_all().aclose)
         return reply
 
