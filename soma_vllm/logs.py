@@ -77,7 +77,7 @@ class LogContext(logging.Filter):
         found = ((name.removesuffix("_id"), variable.get()) for name, variable in _IDS.items())
         ids = {name: value for name, value in found if value is not None}
         record.ids = ids
-        record.context = "".join(f" {name}={_shown(value)}" for name, value in ids.items())
+        record.context = "".join(f" {name}={as_word(value)}" for name, value in ids.items())
         return True
 
 
@@ -160,7 +160,7 @@ def _traceback(formatter: logging.Formatter, record: logging.LogRecord) -> str |
     return formatter.formatException(record.exc_info) if record.exc_info and record.exc_info[0] else None
 
 
-def _shown(value: str) -> str:
-    """The value as one word: quoted and escaped where it is not one."""
+def as_word(value: str) -> str:
+    """A value of a field as one word: quoted and escaped where it is not one."""
     plain = value.isprintable() and value and not set(value) & set(' "=')
     return value if plain else json.dumps(value)

@@ -67,8 +67,8 @@ def serve(
 
 def _serve(path: Path, overrides: list[str], check: bool, take_over: bool, console: Console) -> None:
     config = load_config(path, overrides).for_serving(str(path))
-    secrets = (config.access.admin_key_env, config.storage.url_env, config.original.api_key_env)
-    withhold((*SECRETS, *filter(None, secrets)))
+    keys = (config.access.admin_key_env, config.storage.url_env, config.original.api_key_env)
+    withhold((*SECRETS, *filter(None, keys)))
     for line in without_effect(config):
         console.print(f"note       {line}", markup=False)
     for line in exposed(config):

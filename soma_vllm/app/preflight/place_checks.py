@@ -13,7 +13,7 @@ from soma_vllm.app.preflight.machine_checks import Report
 from soma_vllm.config import Config
 from soma_vllm.documents import read_json
 from soma_vllm.errors import ConfigError, SomaError
-from soma_vllm.models.home import soma_home
+from soma_vllm.models.home import filled
 from soma_vllm.private import PRIVATE_FOLDER, masked
 from soma_vllm.sessions.sql import connections
 from soma_vllm.training.pair import owner_of
@@ -126,5 +126,4 @@ def _filled(template: str, config: Config) -> str | None:
     run_dir = config.server.run_dir
     if "{run_dir}" in template and run_dir is None:
         return None
-    absolute = "" if run_dir is None else str(Path(run_dir).expanduser().absolute())
-    return template.replace("{soma_home}", str(soma_home())).replace("{run_dir}", absolute)
+    return filled(template, run_dir)
