@@ -93,11 +93,12 @@ class Dispatcher:
 
         Raises:
             BadRequest: the request cannot be dispatched.
+            Forbidden: it names a policy that its tenant may not use.
             TooManyRequests: its tenant has too many sessions for a new one.
             EngineUnavailable: no engine can answer it now.
             EngineRefused: the engine found it wrong.
         """
-        policy, named_engine = self._routing.resolve(request)
+        policy, named_engine = self._routing.resolve(request, self._meter.policies(request.tenant))
         if named_engine is not None:
             return await self._forward(request, named_engine, "bypass")
         try:
@@ -114,7 +115,9 @@ class Dispatcher:
                 turn.resources.push_async_callback(reply.events.aclose)
             headers = turn.headers()  # before the turn is recorded
             record = partial(self._recorder.record, turn)
-            observed = await observe(reply, request.started, record, not wants_counts(request.body))
+            observed = await observe(
+                reply, request.started, record, not wants_counts(request.body), self._recorder.heard
+            )
             return Answer(observed, headers, self._engines.named(turn.route.engine))
 
     async def complete(self, request: ChatRequest) -> Answer:
@@ -123,7 +126,7 @@ class Dispatcher:
         Raises:
             BadRequest, EngineUnavailable, EngineRefused: as in `chat`.
         """
-        _, named_engine = self._routing.resolve(request)
+        _, named_engine = self._routing.resolve(request, self._meter.policies(request.tenant))
         why = "a text completion has no session" if named_engine is None else "bypass"
         return await self._forward(request, named_engine or self._engines.original, why, text=True)
 
@@ -229,7 +232,9 @@ class Dispatcher:
             async with held:
                 self._meter.spent(tenant, counted(reply, request.body))
 
-        observed = await observe(reply, request.started, count, not wants_counts(request.body))
+        observed = await observe(
+            reply, request.started, count, not wants_counts(request.body), self._recorder.heard
+        )
         return Answer(observed, headers, engine.name)
 
     def _reserve(

@@ -248,6 +248,7 @@ class OpenMeter:
         self.reservations: list[int] = []
         self.sessions: int | None = None
         self.adapters: int | None = None
+        self.allowed: tuple[str, ...] = ("*",)
 
     def spent(self, tenant: str, usage: Usage) -> None:
         self.spendings.append((tenant, usage))
@@ -267,6 +268,9 @@ class OpenMeter:
     def check_new_session(self, tenant: str, live: int) -> None:
         if self.sessions is not None and live >= self.sessions:
             raise TooManyRequests(f"found {live}", 60.0)
+
+    def policies(self, tenant: str) -> tuple[str, ...]:
+        return self.allowed
 
     def may_adapt(self, tenant: str, adapters: int) -> bool:
         return self.adapters is None or adapters < self.adapters
