@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
-from support.fuzzed_requests import Fuzzing, fuzzing_at, histories
+from support.fuzzed_histories import histories
+from support.fuzzing import Fuzzing, fuzzing_at
 
 from faults.row import Row, timed
 from faults.suite import Scene

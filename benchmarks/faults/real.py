@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 from support.guard import GUARD_S
 from support.marker_original import MarkerOriginal
-from support.server import ROOT, TINY, Running, descendants, marker_settings, serving
+from support.server import TINY, Running, descendants, marker_settings, serving
 
 from faults.originals import Moody
 from faults.row import Row, until
@@ -185,7 +185,7 @@ def pair_server(scene: Scene) -> Real:
 
 def _tiny_models() -> None:
     if not (models_dir() / "tiny-encoder" / "config.json").exists():
-        make_tiny(models_dir(), ROOT / "dialogues")
+        make_tiny(models_dir())
 
 
 @contextmanager

@@ -46,7 +46,7 @@ from soma_vllm.engines.vllm.arguments import (
 from soma_vllm.errors import EngineUnavailable, PolicyUnavailable, PreflightError, TrainingError, Unprocessable
 from soma_vllm.maintenance.sweep_trigger import SweepTrigger
 from soma_vllm.method.gap.gap_judge import open_judge
-from soma_vllm.models.home import soma_home
+from soma_vllm.models.home import filled
 from soma_vllm.scheduler.dispatcher import DISPATCH_NAME
 from soma_vllm.scheduler.policies.base import Policies
 from soma_vllm.sessions.sql.api_keys import KeyStore
@@ -102,7 +102,7 @@ class SomaServer:
         self.draining = Draining(config.server.drain_s, say)
         self.readiness = Readiness()
         self._original = OriginalProcess(config, config.original_name, run_dir, say)
-        keys = KeyStore.at(self._filled(config.storage.url))
+        keys = KeyStore.at(filled(config.storage.location, self._run_dir))
         self._cleanup.push_async_callback(keys.close)
         self.quotas = Quotas.configured(config, keys)
         self.server = config.server
@@ -244,7 +244,7 @@ class SomaServer:
         return TeacherLogprobs(self._config, why)
 
     async def _open_sessions(self) -> SessionStore:
-        url = self._filled(self._config.storage.url)
+        url = filled(self._config.storage.location, self._run_dir)
         await self._cleanup.enter_async_context(leased(url, self._wait, self._lost))
         store = SessionStore(url)
         await store.open()
@@ -261,8 +261,8 @@ class SomaServer:
 
     async def _open_adapter_store(self, record_id: str) -> AdapterStore:
         store = open_root(
-            self._filled(self._config.adapters.root),
-            self._filled(self._config.adapters.cache),
+            filled(self._config.adapters.root, self._run_dir),
+            filled(self._config.adapters.cache, self._run_dir),
             demands=Demands.of_model(self._paths.surrogate, self._config.lora.rank),
             owner=record_id,
         )
@@ -318,10 +318,6 @@ class SomaServer:
         self.draining.handle_signals(self._state.server)
         seconds = time.monotonic() - self._started
         self._say(f"listening  {url}/v1  (models: {', '.join(self.models())}; ready in {seconds:.0f} s)")
-
-    def _filled(self, template: str) -> str:
-        filled = template.replace("{soma_home}", str(soma_home()))
-        return filled.replace("{run_dir}", str(self._run_dir))
 
 
 async def _answers(client: aiohttp.ClientSession, url: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from soma_vllm.config.section import Positive, Seconds, Section, Text
+from soma_vllm.private import secret
 
 
 class Engine(Section):
@@ -191,10 +192,19 @@ class Storage(Section):
     """Where sessions are stored."""
 
     url: Text = "sqlite+aiosqlite:///{soma_home}/sessions.db"
-    """SQLAlchemy URL; {soma_home} and {run_dir} are filled in."""
+    """SQLAlchemy URL; {soma_home} and {run_dir} are filled in. One with a password belongs in the environment
+    (`url_env`)."""
+    url_env: Text = "SOMA_STORAGE_URL"
+    """Name of the environment variable that holds the URL where `url` is not given."""
     queue_mib: Positive = 256
     """Conversation text, MiB, that may wait in memory for a database that is away or slow; beyond it the
     original answers, and turns are not recorded."""
+
+    @property
+    def location(self) -> str:
+        """The URL that holds: the one that is given, the environment's, or the default."""
+        given = "url" in self.model_fields_set
+        return self.url if given else secret(self.url_env) or self.url
 
 
 class Sessions(Section):

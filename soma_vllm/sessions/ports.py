@@ -17,7 +17,8 @@ from soma_vllm.sessions.sql.records import (
 )
 from soma_vllm.types import Event, SessionKey, Usage
 
-if TYPE_CHECKING:  # it loads SQLAlchemy
+if TYPE_CHECKING:  # they load SQLAlchemy
+    from soma_vllm.sessions.sql.audit_trail import AuditTrail
     from soma_vllm.sessions.sql.stored_objects import StoredObjects
 
 LOOKUP_S = 3.0
@@ -36,6 +37,11 @@ class Store(Protocol):
     @property
     def objects(self) -> StoredObjects:
         """Responses and conversations."""
+        ...
+
+    @property
+    def audit(self) -> AuditTrail:
+        """Administrators' orders."""
         ...
 
     async def events(self, key: SessionKey) -> list[Event]: ...

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.marker_original import MarkerOriginal
-from support.server import ROOT, TINY, Running, marker_settings, serving
+from support.server import TINY, Running, marker_settings, serving
 from support.tiny_baselines import make_compressor, make_router
 
 from soma_vllm.models.home import models_dir
@@ -20,7 +20,7 @@ BRIEF_JSON = ["--structured-outputs-config", '{"backend": "xgrammar", "disable_a
 def tiny_models() -> Path:
     """The folder of the tiny models, made if they are not there."""
     if not (models_dir() / "tiny-encoder" / "config.json").exists():
-        make_tiny(models_dir(), ROOT / "dialogues")
+        make_tiny(models_dir())
     return models_dir()
 
 

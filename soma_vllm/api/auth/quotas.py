@@ -10,7 +10,6 @@ scheduler's `Meter`, the dispatcher.
 from __future__ import annotations
 
 import hmac
-import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from soma_vllm.api.auth.key_cache import KeyCache, Keys
 from soma_vllm.api.auth.sliding_window import UsageWindow
 from soma_vllm.config import Access, Config, Limits
 from soma_vllm.errors import TooManyRequests, Unauthorized
+from soma_vllm.private import secret
 from soma_vllm.sessions.state.identity import bearer, tenant_of
 from soma_vllm.types import Usage
 
@@ -62,6 +62,14 @@ class Caller:
     admin: bool
     limits: Limits
     """The key's own values over the configured ones."""
+    key: str | None = None
+    """Id of the issued key; None for the admin key, and where any token is a tenant."""
+
+    @property
+    def told(self) -> str:
+        """Who this is, for the audit trail."""
+        issued = f"tenant {self.tenant}" if self.key is None else f"key {self.key}"
+        return "admin" if self.admin else issued
 
 
 class Quotas:
@@ -97,13 +105,15 @@ class Quotas:
         cls,
         config: Config,
         keys: Keys,
-        environment: Mapping[str, str] = os.environ,
+        environment: Mapping[str, str] | None = None,
         registry: CollectorRegistry = REGISTRY,
     ) -> Quotas:
-        """As the configuration says; `keys` is read only with `access.mode: keys`."""
+        """As the configuration says; `keys` is read only with `access.mode: keys`, and `environment` instead of
+        this process's own."""
         access = config.access
         cache = KeyCache(keys, access.cache_s) if access.mode == "keys" else None
-        admin_key = environment.get(access.admin_key_env)
+        name = access.admin_key_env
+        admin_key = secret(name) if environment is None else environment.get(name)
         return cls(access, config.limits, cache, admin_key, registry=registry)
 
     @property
@@ -138,7 +148,7 @@ class Quotas:
             raise Unauthorized("Authorization: this API key is unknown or was revoked")
         limits = self._default.model_copy(update=key.limits.model_dump(exclude_unset=True))
         self._tenant_limits[tenant] = limits
-        return Caller(tenant, False, limits)
+        return Caller(tenant, False, limits, key.id)
 
     def admit(self, caller: Caller) -> None:
         """Count one request to generate.

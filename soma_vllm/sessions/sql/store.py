@@ -22,6 +22,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from soma_vllm.errors import ConfigError, StoreUnavailable
+from soma_vllm.sessions.sql.audit_trail import AuditTrail
 from soma_vllm.sessions.sql.connections import BUSY_MS, parse, told
 from soma_vllm.sessions.sql.outages import translated
 from soma_vllm.sessions.sql.queries import SessionReader, of
@@ -73,6 +74,8 @@ class SessionStore(SessionReader):
         self._latest = 0.0
         self.objects = StoredObjects(self._transaction)
         """Responses and conversations."""
+        self.audit = AuditTrail(self._transaction)
+        """Administrators' orders."""
 
     async def open(self) -> None:
         """Make the tables, or bring those of an older version up to date.

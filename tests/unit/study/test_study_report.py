@@ -114,8 +114,9 @@ def test_percentiles_of_nothing_are_unknown() -> None:
     assert percentiles([1.0, 2.0, 3.0])["p50"] == 2.0
 
 
-def test_the_results_that_are_told_are_those_of_the_committed_run() -> None:
-    run = ROOT / "docs" / "results" / "study.json"
+@pytest.mark.parametrize("name", ["quick", "study"])
+def test_the_results_that_are_told_are_those_of_the_committed_run(name: str) -> None:
+    run = ROOT / "docs" / "results" / f"{name}.json"
     assert markdown(json.loads(run.read_text())) in (ROOT / "docs" / "results.md").read_text()
 
 
