@@ -21,14 +21,14 @@ from support.fakes import FakeOriginal, FakeSurrogate, FakeTrainer
 from support.guard import GUARD_S
 
 from faults.row import Row
-from faults.talk import FORCED, Talk
+from faults.talk import FORCED, Canaries, Talk
 from soma_vllm.adapters.store.filesystem import FilesystemAdapterStore
 from soma_vllm.adapters.store.verify import Demands
 from soma_vllm.engines.engine import ChatCall, Reply
 from soma_vllm.training.messages import TrainRequest, TrainResult
 from soma_vllm.types import WEIGHTS, AdapterRef
 
-MARKERS = re.compile(r"canary-\d+")
+MARKERS = Canaries(re.compile(r"canary-\d+"))
 
 
 class CanaryOriginal(FakeOriginal):
@@ -71,7 +71,7 @@ class CanaryTrainer(FakeTrainer):
 
     async def train(self, request: TrainRequest) -> TrainResult:
         self.requests.clear()
-        (number,) = {found.split("-")[1] for found in MARKERS.findall(request.examples[0].answer)}
+        (number,) = {found.split("-")[1] for found in MARKERS.words(request.examples[0].answer)}
         write_adapter(Path(request.out_dir), tensors(float(number)))
         result: TrainResult = await super().train(request)
         return result

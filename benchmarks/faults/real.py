@@ -24,12 +24,12 @@ from support.server import TINY, Running, descendants, marker_settings, serving
 from faults.originals import Moody
 from faults.row import Row, until
 from faults.suite import Scene
-from faults.talk import FORCED, Talk
+from faults.talk import FORCED, Canaries, Talk
 from soma_vllm.models.home import models_dir
 from soma_vllm.models.tiny import make_tiny
 
 WORDS = ("wind", "light", "house", "music", "river")
-MARKERS = re.compile("|".join(WORDS))
+MARKERS = Canaries(re.compile("|".join(WORDS)), by_letters=True)
 PATIENCE = {
     "first_token_timeout_s": 5.0,
     "idle_timeout_s": 5.0,

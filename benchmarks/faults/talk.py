@@ -21,8 +21,30 @@ from faults.row import Row
 
 CHAT = "/v1/chat/completions"
 FORCED = {"X-SOMA-Force": "adapter"}
+OF_ITS_LETTERS = 0.8
 SETTLED_S = 1.0
 """Turns answered longer than this before a kill were written: writes come milliseconds behind the answers."""
+
+
+@dataclass(frozen=True)
+class Canaries:
+    """How an answer shows under which adapter it was made."""
+
+    pattern: re.Pattern[str]
+    """Finds every marker."""
+    by_letters: bool = False
+    """Whether the letters decide: a tiny model that has learned `light` says `llllight` after some turns."""
+
+    def words(self, text: str) -> set[str]:
+        """The markers in a text."""
+        return set(self.pattern.findall(text))
+
+    def says(self, text: str, marker: str) -> bool:
+        """Whether a text is of the adapter that learned this marker."""
+        letters = [letter for letter in text.lower() if letter.isalpha()]
+        if not (self.by_letters and letters):
+            return marker in self.words(text)
+        return sum(letter in marker for letter in letters) >= OF_ITS_LETTERS * len(letters)
 
 
 @dataclass
@@ -45,10 +67,10 @@ class Talk:
         row: Row,
         name: str,
         marker: str,
-        markers: re.Pattern[str] | None,
+        markers: Canaries | None,
         **headers: str,
     ) -> None:
-        """`markers` finds every marker in a text; None: nothing is said in markers, and adapters go by name."""
+        """`markers` None: nothing is said in markers, and adapters go by name."""
         self.http = http
         self.row = row
         self.name = name
@@ -128,11 +150,12 @@ class Talk:
         if heard.headers.get("X-SOMA-Session") != self.name:
             self.row.noted["in a branch"] += 1
         lent, expected = heard.headers.get("X-SOMA-Adapter", ""), self.marker
-        said = {self.marker} if self._markers is None else set(self._markers.findall(heard.text))
-        if (lent and self.marker not in said) or said - {self.marker}:
-            whose = "its adapter" if lent else f"the {self.engine}"
-            words = f"{sorted(said)} in {heard.text[:60]!r}"
-            self.row.count("wrong_adapter", f"{self.name}: {whose} said {words}; expected {expected}")
+        if self._markers is not None and (
+            self._markers.words(heard.text) - {self.marker}
+            or (lent and not self._markers.says(heard.text, self.marker))
+        ):
+            said = f"{'its adapter' if lent else f'the {self.engine}'} said {heard.text[:60]!r}"
+            self.row.count("wrong_adapter", f"{self.name}: {said}; expected {expected}")
         elif lent and self.adapter not in (None, lent):
             self.row.count("wrong_adapter", f"{self.name}: answered by {lent}; expected {self.adapter}")
 
