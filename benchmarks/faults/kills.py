@@ -35,7 +35,7 @@ def _end_engine(real: Real) -> None:
 
 
 def _end_server(real: Real) -> None:
-    kill(real.running)
+    kill(real.begun)
 
 
 def _end_original(real: Real) -> None:
@@ -135,7 +135,7 @@ async def _drained(real: Real, row: Row, process: str, end: End) -> None:
         await switched[0].say("and once more")
         await asyncio.sleep(SETTLED_S)
         under_way = await warm.begin("a long answer [slow]")
-        real.running.process.send_signal(signal.SIGTERM)
+        real.begun.process.send_signal(signal.SIGTERM)
         await _refused(http)
         await asyncio.to_thread(end, real)
         await under_way

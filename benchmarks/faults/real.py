@@ -61,6 +61,12 @@ class Real:
             self._running = self._life.enter_context(serving(self._folder, TINY, self._settings))
         return self._running
 
+    @property
+    def begun(self) -> Running:
+        """The server that was started last, which may have ended."""
+        assert self._running is not None
+        return self._running
+
     def stop(self) -> None:
         """End the server, if one runs."""
         self._life.close()
@@ -119,8 +125,7 @@ class Real:
 
     async def check_alive(self, http: httpx.AsyncClient, row: Row) -> None:
         """Count an end of the server or of an engine that was not meant to end."""
-        ended = self._running is not None and self._running.process.poll() is not None
-        if ended or (await http.get("/health")).status_code != 200:
+        if self.begun.process.poll() is not None or (await http.get("/health")).status_code != 200:
             row.count("engine_deaths", "the server or its surrogate engine has ended")
 
     def engine_core(self) -> int:
@@ -139,7 +144,7 @@ class Real:
 
     def _child(self, wanted: Any) -> int:
         found = []
-        for pid in sorted(descendants(self.running.process.pid)):
+        for pid in sorted(descendants(self.begun.process.pid)):
             with contextlib.suppress(OSError, IndexError):
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
                 parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
@@ -151,9 +156,8 @@ class Real:
 
     def ended(self) -> None:
         """Return when the server has ended by itself."""
-        running = self._running
-        assert running is not None
-        until("the server's end", lambda: running.process.poll() is not None)
+        process = self.begun.process
+        until("the server's end", lambda: process.poll() is not None)
 
     def on_record(self) -> dict[str, int]:
         """Turns of each session, from the database of a server that has ended."""
