@@ -130,9 +130,7 @@ class Real:
 
     def engine_core(self) -> int:
         """Process id of the surrogate's engine."""
-        return self._child(
-            lambda command, parent: "EngineCore" in command and parent == self.running.process.pid
-        )
+        return self._child(lambda command, parent: "EngineCore" in command and parent == self.begun.process.pid)
 
     def original_process(self) -> int:
         """Process id of the original's server."""
