@@ -232,6 +232,15 @@ async def test_a_failure_inside_a_200_is_none_of_an_answer(
 
 
 @pytest.mark.parametrize("call", [CALL, STREAM], ids=["whole", "stream"])
+async def test_a_whole_answer_without_choices_is_a_failure(
+    engine: OriginalEngine, endpoint: Endpoint, call: ChatCall
+) -> None:
+    endpoint.text = json.dumps({"object": "chat.completion", "choices": []})
+    with pytest.raises(EngineUnavailable, match="without choices"):
+        await engine.chat(call)
+
+
+@pytest.mark.parametrize("call", [CALL, STREAM], ids=["whole", "stream"])
 @pytest.mark.parametrize(
     "error",
     [
