@@ -110,14 +110,19 @@ class Adaptation:
             trial = _Trial(session, terms, (examples, held_out), made, parts)
             verdict = await choose(trial, terms)
             self._training.require_adapting(key)
-            judged = Judged(verdict.candidate, verdict.reason, verdict.numbers)
+            serving = made[0] if verdict.candidate is Candidate.ADAPTER else None
+            tools = None
+            if verdict.candidate is not Candidate.ORIGINAL:
+                tools = await self._acceptance.tool_check.check(session, serving)
+                self._training.require_adapting(key)
+            numbers = verdict.numbers if tools is None else {**verdict.numbers, "tools": tools.numbers()}
+            judged = Judged(verdict.candidate, verdict.reason, numbers)
             self._registry.note(key, EventKind.JUDGED, **judged.to_data())
             if verdict.candidate is Candidate.ORIGINAL:
                 wanting = bool(verdict.numbers["candidates"])
                 self._registry.note(key, EventKind.REFUSED, reason=verdict.reason, found_wanting=wanting)
             else:
-                serving = made[0] if verdict.candidate is Candidate.ADAPTER else None
-                await self._switch(key, session, verdict, serving)
+                await self._switch(session, verdict, serving, () if tools is None else tools.tools)
         except (TrainingError, AdapterError, EngineError, AdaptationAbandoned, NothingTeaches) as error:
             self._record_failure(key, error)
         finally:
@@ -141,10 +146,12 @@ class Adaptation:
         self._registry.note(key, EventKind.SWITCHED, **switched.to_data())
 
     async def _switch(
-        self, key: SessionKey, session: Session, verdict: Verdict, ref: AdapterRef | None
+        self, session: Session, verdict: Verdict, ref: AdapterRef | None, tools: tuple[str, ...]
     ) -> None:
-        """Let the surrogate take over, then prefill its cache with the session's history: the next turn then
-        waits for one query, or for the rest of this prefill, and not for the whole dialogue's."""
+        """Let the surrogate take over, turns with these `tools` too, then prefill its cache with the session's
+        history: the next turn then waits for one query, or for the rest of this prefill, and not for the whole
+        dialogue's."""
+        key = session.key
         centroid = await self._acceptance.shadow_answers.centroid(
             [text_of(query_of(turn.messages)) for turn in session.warm_turns()]
         )
@@ -154,7 +161,7 @@ class Adaptation:
         # Taken now: what was said may be erased with the switch.
         latest = self._registry.session(key)
         history, fields = [*latest.seen_last(), _NEXT], latest.turns[-1].fields
-        switched = Switched(verdict.candidate, verdict.reason, ref, tuple(centroid))
+        switched = Switched(verdict.candidate, verdict.reason, ref, tuple(centroid), tools)
         self._registry.note(key, EventKind.SWITCHED, **switched.to_data())
         shown = compress(history, self._config.prefix, self._config.compressed_prefix_turns)
         try:

@@ -135,6 +135,9 @@ class Gate(Section):
     is judged by its gaps alone and does not score the answers, which takes some seconds on a CPU."""
     min_gain: Ratio = 0.1
     """Share by which an adapter's held-out NLL must be less than the plain surrogate's."""
+    min_tool_turns: Positive = 2
+    """Turns of the warm start, at least, in which the original called a tool and the surrogate did the same,
+    before the surrogate may have turns with tools (surrogate.tools: checked)."""
     locality_threshold: Annotated[float, Field(ge=0, le=2)] = 0.35
     """Largest cosine distance of a query to the warm start's centroid that the surrogate may answer."""
     drift_window: Positive = 4

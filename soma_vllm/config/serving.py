@@ -107,9 +107,10 @@ class Surrogate(Engine):
     """Most requests in that queue."""
     queue_wait_s: Seconds = 10.0
     """Longest wait in that queue, seconds."""
-    tools: bool = False
-    """Whether it may answer requests that define tools: no verdict compares calls, so the default leaves them
-    to the original."""
+    tools: bool | Literal["checked"] = "checked"
+    """Whether it may answer requests that define tools. checked: in sessions in which it called the same
+    functions with the same arguments as the original wherever that might have called one in the warm start
+    (`gate.min_tool_turns`). true: wherever it answers. false: never."""
 
 
 class Training(Section):

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -181,6 +181,10 @@ class StreamReader:
         """An event reported an error, or could not be read."""
         self._chars = 0
         self._pieces = 0
+        self.spoke = False
+        """There was content, more than blanks."""
+        self.called = False
+        """There was a piece of a call of a tool."""
 
     def add(self, event: str) -> bool:
         """Read one event as it is sent; whether it holds the count of tokens and nothing else. Never raises."""
@@ -226,21 +230,15 @@ class StreamReader:
             self._usage = _usage(usage)
         for choice in choices:
             self._pieces += bool(_spoken(choice.get("delta") or choice))
+            delta = choice.get("delta") or {}
+            self.called = self.called or bool(delta.get("tool_calls"))
+            self.spoke = self.spoke or bool(parts_in(delta.get("content"))[0].strip())
             self._chars += len(data)
             if self._chars > MOST_CHARS or len(self._builders) > MOST_CHOICES or not self._room(choice):
                 self._unread = True
             else:
-                self._builders.setdefault(_index(choice), ChoiceBuilder()).add(choice.get("delta") or {})
+                self._builders.setdefault(_index(choice), ChoiceBuilder()).add(delta)
         return bool(usage) and not choices
-
-
-def read_events(events: Iterable[str]) -> tuple[tuple[Choice, ...], Usage, bool]:
-    """(choices, usage, whether the stream came to its own end) of whole server-sent events."""
-    reader = StreamReader()
-    for event in events:
-        reader.add(event)
-    reply = reader.reply(None, 0.0)
-    return reply.choices, reply.usage, reply.complete
 
 
 class ChoiceBuilder:

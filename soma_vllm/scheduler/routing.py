@@ -18,6 +18,7 @@ from soma_vllm.errors import (
     EngineRefused,
     EngineUnavailable,
     Forbidden,
+    MalformedCall,
     NoAdapterSlot,
     NoSuchModel,
 )
@@ -171,7 +172,12 @@ def _kind(error: Exception) -> str:
     """What failed, in words of our own: a message may hold paths, and line ends. It is logged."""
     if isinstance(error, EngineRefused):
         return f"refused with status {error.status}"
-    kinds = ((NoAdapterSlot, "no adapter slot"), (AdapterError, "adapter"), (EngineUnavailable, "unavailable"))
+    kinds = (
+        (NoAdapterSlot, "no adapter slot"),
+        (MalformedCall, "malformed call of a tool"),
+        (AdapterError, "adapter"),
+        (EngineUnavailable, "unavailable"),
+    )
     return next((words for kind, words in kinds if isinstance(error, kind)), "engine error")
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
 import pytest
+from support.replies import read_events
 
 from soma_vllm.engines.engine import Reply
 from soma_vllm.engines.reply_parser import (
@@ -17,7 +18,6 @@ from soma_vllm.engines.reply_parser import (
     observe,
     observe_stream,
     parse_body,
-    read_events,
 )
 from soma_vllm.engines.stream_tap import StreamTap
 from soma_vllm.types import Usage

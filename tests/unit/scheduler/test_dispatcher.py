@@ -23,6 +23,7 @@ from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.types import Agreement, Candidate
 
 History = list[dict[str, Any]]
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 
 
 async def warmed(services: Services, session: str = "s", key: str = "k") -> History:
@@ -341,11 +342,11 @@ async def test_a_tools_result_goes_back_to_whoever_called_the_tool(build: Build)
     history = await warmed(services)
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     services.surrogate.calls_tools = [call]
-    answer = await services.say(history, "question 3", tools=[{"type": "function"}])
+    answer = await services.say(history, "question 3", tools=TOOLS)
     assert answer.headers["X-SOMA-Engine"] == "surrogate"
     services.surrogate.calls_tools = []
     history.append({"role": "tool", "tool_call_id": "1", "content": "found"})
-    body = {"model": "soma", "messages": history, "tools": [{"type": "function"}]}
+    body = {"model": "soma", "messages": history, "tools": TOOLS}
     headers = {"authorization": "Bearer k", "x-session-id": "s"}
     answer = await services.dispatcher.chat(ChatRequest(body, headers))
     assert answer.headers["X-SOMA-Reason"] == "tool result to its caller"
