@@ -17,12 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from soma_vllm import logs
 from soma_vllm.api.auth.access import CALLER, require_admin, steers
 from soma_vllm.api.auth.quotas import Caller
-from soma_vllm.api.error_responses import failed
-from soma_vllm.errors import SomaError, StoreUnavailable
+from soma_vllm.api.error_responses import TranslatingRoute
+from soma_vllm.errors import StoreUnavailable
 from soma_vllm.sessions.sql.audit_trail import AuditTrail, Order
 
 logger = logging.getLogger(__name__)
-router = APIRouter(prefix="/soma/audit")
+router = APIRouter(prefix="/soma/audit", route_class=TranslatingRoute)
 
 MOST_CHARS = 512
 """Of what is told of one order; ids are the client's choice."""
@@ -36,11 +36,8 @@ async def list_orders(
     before: int | None = None,
 ) -> Response:
     """Orders, the latest first. `before` continues a listing: the `number` of its last. Administrators only."""
-    try:
-        require_admin(raw_request)
-        found = await _trail(raw_request.scope).latest(limit, before)
-    except SomaError as error:
-        return failed(error)
+    require_admin(raw_request)
+    found = await _trail(raw_request.scope).latest(limit, before)
     return JSONResponse({"object": "list", "data": [vars(order) for order in found]})
 
 
