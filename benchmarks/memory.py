@@ -1,9 +1,9 @@
-"""What is held in memory: bytes of a live session and of a stream under way, measured.
+"""What is held in memory: bytes of a live session, a stream under way and an adapter, measured.
 
 Sessions are recorded through the registry over SQLite, as a server records them, each with `--turns` turns of
 `--words` words a question and an answer, and stay live; the growth of this process's resident memory is divided
 by their number. Streams are `--streams` observed streams of `--events` events each, of which the client has
-read all but the last.
+read all but the last. Of adapters it is what is known of each; their weights are the engine's own memory.
 
     python benchmarks/memory.py [--sessions 10000] [--turns 20] [--words 12] [--memory-mib 256] [--json FILE]
 """
@@ -18,6 +18,7 @@ import platform
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,14 @@ from soma_vllm.config import parse_config
 from soma_vllm.engines.reply_parser import ParsedReply, observe_stream
 from soma_vllm.engines.stream_tap import StreamTap
 from soma_vllm.sessions.registry import SessionRegistry
+from soma_vllm.sessions.sql.records import AdapterRecord
 from soma_vllm.sessions.sql.store import SessionStore
+from soma_vllm.sessions.state.adapter_states import AdapterLives
+from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.transcript import read, spoken
 from soma_vllm.sessions.state.turn import Turn, turn_event
-from soma_vllm.types import Message, Role, SessionKey, Usage
+from soma_vllm.types import AdapterRef, Event, Message, Role, SessionKey, Usage
 
 MIB = 1024 * 1024
 
@@ -132,8 +136,24 @@ async def streams(count: int, events: int) -> int:
     return taken
 
 
+def adapters(count: int) -> int:
+    """Bytes that so many adapters on record take beside their sessions: their states, and a sweep's view."""
+    before, lives, records = resident(), AdapterLives(), []
+    for number in range(count):
+        ref = AdapterRef(f"soma-0123456789abcdef-{number:016x}-v1-{number}", number + 1, f"/adapters/{number}")
+        lives.note(Event(EventKind.ADAPTER_PUBLISHED, 0.0, {"adapter": asdict(ref)}))
+        key = SessionKey("0123456789abcdef", f"session-{number}")
+        records.append(
+            AdapterRecord.moved(key, ref, "ACTIVE", {"rank": 8, "size_bytes": 2**20, "created": 1.0})
+        )
+    taken = resident() - before
+    assert lives.of(records[0].name) is not None
+    return taken
+
+
 async def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """What was found, in bytes."""
+    known = adapters(arguments.adapters)
     heard = await streams(arguments.streams, arguments.events)
     taken, live, packed = await sessions(
         arguments.sessions, arguments.turns, arguments.words, arguments.memory_mib
@@ -148,6 +168,7 @@ async def measured(arguments: argparse.Namespace) -> dict[str, Any]:
             "packed": packed,
             "bytes": taken,
         },
+        "adapters": {"count": arguments.adapters, "bytes": known},
         "streams": {"count": arguments.streams, "events": arguments.events, "bytes": heard},
     }
 
@@ -155,14 +176,22 @@ async def measured(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Measure, show, and write where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    defaults = {"sessions": 10_000, "turns": 20, "words": 12, "memory-mib": 256, "streams": 500, "events": 500}
+    defaults = {
+        "sessions": 10_000,
+        "turns": 20,
+        "words": 12,
+        "memory-mib": 256,
+        "streams": 500,
+        "events": 500,
+        "adapters": 10_000,
+    }
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     found = asyncio.run(measured(arguments))
     table = Table("of", "count", "in memory", "packed", "each, bytes", "all, MiB")
-    for what in ("sessions", "streams"):
+    for what in ("sessions", "streams", "adapters"):
         one = found[what]
         count, live = one["count"], one.get("live", one["count"])
         each, whole = f"{one['bytes'] / live:,.0f}", f"{one['bytes'] / MIB:.0f}"

@@ -8,7 +8,6 @@ thing that is taken off a stream is the count of tokens that we asked for and th
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import re
@@ -29,6 +28,8 @@ MOST_CHARS = 16 * 1024 * 1024
 """Of one reply's words. What is longer is passed on and not recorded."""
 
 MOST_CHOICES = 1024
+JOINED = 64
+"""Pieces of a stream that are kept as one text."""
 MIB = 1024 * 1024
 
 
@@ -244,13 +245,18 @@ class ChoiceBuilder:
     """Puts one choice of a stream together."""
 
     def __init__(self) -> None:
-        self._text = io.StringIO()  # a list of pieces would take ten times as much
+        self._text: list[str] = []
+        self._pieces: list[str] = []
+        """The latest: each is ten times as large as its words."""
         self._calls: dict[int, dict[str, Any]] = {}
 
     def add(self, delta: Mapping[str, Any]) -> None:
         """Add one event's delta."""
         if text := parts_in(delta.get("content"))[0]:
-            self._text.write(text)
+            self._pieces.append(text)
+            if len(self._pieces) == JOINED:
+                self._text.append("".join(self._pieces))
+                self._pieces.clear()
         for part in delta.get("tool_calls") or ():
             call = self._calls.setdefault(_index(part), {"id": None, "type": "function", "function": {}})
             call["id"] = part.get("id") or call["id"]
@@ -260,7 +266,9 @@ class ChoiceBuilder:
 
     def choice(self) -> Choice:
         """The whole choice."""
-        return Choice(self._text.getvalue(), tuple(self._calls[index] for index in sorted(self._calls)))
+        return Choice(
+            "".join((*self._text, *self._pieces)), tuple(self._calls[index] for index in sorted(self._calls))
+        )
 
 
 def _choice(message: Mapping[str, Any]) -> Choice:

@@ -18,9 +18,9 @@ from soma_vllm.sessions.sql.records import characters
 from soma_vllm.sessions.state.session import Session
 from soma_vllm.types import Event, SessionKey
 
-EVENT_BYTES = 2800
+EVENT_BYTES = 3000
 """Of an event and the turn that it records, as objects, their text apart: measured."""
-INDEX_BYTES = 800
+INDEX_BYTES = 600
 """Of an event in the index of transcripts, which stays: measured."""
 SESSION_BYTES = 2500
 """Of a session without events."""

@@ -29,7 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.sql.expression import ColumnElement
 
-from soma_vllm.sessions.sql.tables import CLOSED, SessionRow, TurnRow
+from soma_vllm.sessions.sql.tables import CLOSED, Name, SessionRow, TurnRow
 
 Turn = Select[str, int, int]
 """Selects (session, seq, number)."""
@@ -52,7 +52,11 @@ def asked(tenant: str, family: str, digests: Sequence[str], limit: int) -> dict[
 def by_prefix_digests(dialect: str) -> Hits:
     """Turns with the first of these chains that there is: `limit` of sessions that stand there, and `limit` of
     any."""
-    tenant, family, limit = _text("tenant"), _text("family"), bindparam("limit", type_=Integer)
+    tenant, family, limit = (
+        _text("tenant"),
+        bindparam("family", type_=Name()),
+        bindparam("limit", type_=Integer),
+    )
     tried = _numbered(dialect)
     in_family = (TurnRow.tenant == tenant) & (TurnRow.family == family) & (SessionRow.phase != CLOSED)
     # Not EXISTS: without statistics PostgreSQL would join all the tenant's turns before it looks for one chain.
@@ -81,7 +85,7 @@ def by_prefix_digests(dialect: str) -> Hits:
 @cache
 def by_ending() -> Select[str]:
     """Sessions whose last answer has one of the `digests`, a sequence of few; at most `limit`."""
-    tenant, family = _text("tenant"), _text("family")
+    tenant, family = _text("tenant"), bindparam("family", type_=Name())
     its_own = (SessionRow.tenant == tenant) & (SessionRow.family == family) & (SessionRow.phase != CLOSED)
     ends = SessionRow.ending.in_(bindparam("digests", expanding=True))
     return select(SessionRow.session).where(its_own, ends).limit(bindparam("limit", type_=Integer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
+from support.guard import GUARD_S
 from support.services import Services
 from typer.testing import CliRunner
 
@@ -89,6 +91,21 @@ async def test_each_order_of_the_administrator_is_one_record_with_who_what_when_
     assert {(order["who"], order["request"]) for order in found} == {("admin", "request-1")}
     assert sorted(order["at"] for order in found) == [order["at"] for order in reversed(found)]
     assert await trail(client, limit=1, before=found[0]["number"]) == found[1:2]
+
+
+async def test_a_removal_that_takes_long_is_answered_at_once_and_goes_on(
+    client: httpx.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, shown = services.session().key, {"tenant": services.session().key.tenant}
+    soon = partial(services.session_admin.remove, wait_s=0.05)
+    monkeypatch.setattr(services.session_admin, "remove", soon)
+    async with services.registry.lease(key):
+        begun = await client.delete("/soma/sessions/s", headers=ADMIN, params=shown)
+        assert (begun.status_code, begun.json()["status"]) == (202, "removing")
+    assert len(await trail(client)) == 1
+    async with asyncio.timeout(GUARD_S):
+        while (await client.get("/soma/sessions/s", headers=ADMIN, params=shown)).status_code != 404:
+            await asyncio.sleep(0.01)
 
 
 async def test_what_failed_or_was_only_looked_at_is_no_order(client: httpx.AsyncClient) -> None:

@@ -10,8 +10,10 @@ from support.guard import GUARD_S
 from support.services import Build
 
 from soma_vllm.errors import AdapterError, StoreUnavailable
+from soma_vllm.maintenance.removal import LOADED_AT_ONCE
 from soma_vllm.maintenance.sweep_trigger import SweepTrigger
 from soma_vllm.maintenance.sweeper import Sweeper
+from soma_vllm.types import Event, SessionKey
 
 
 @pytest.mark.parametrize("error", [AdapterError("away"), StoreUnavailable("away"), OSError(116, "stale")])
@@ -91,4 +93,49 @@ async def test_retention_removes_more_sessions_in_one_sweep_than_it_takes_at_a_t
     await asyncio.sleep(0.05)
     assert await services.retention.sweep() == 10
     assert await services.session_admin.summaries(None, 10, None) == []
+    await services.stop()
+
+
+async def test_sessions_that_take_longer_to_remove_do_not_end_the_sweep(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("soma_vllm.maintenance.retention.REMOVED_AT_ONCE", 4)
+    monkeypatch.setattr("soma_vllm.maintenance.retention.REMOVAL_S", 0.0)
+    services = build(retention={"session_ttl_s": 0.01})
+    await services.start()
+    for number in range(10):
+        await services.say([], "question", f"s{number}")
+    await services.registry.written()
+    for key in [services.session(f"s{number}").key for number in range(10)]:
+        services.registry._entries.drop(key)
+    await asyncio.sleep(0.05)
+    assert await services.retention.sweep() == 10
+    await services.stop()
+
+
+async def test_few_sessions_are_read_at_a_time_to_be_removed(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = build(retention={"session_ttl_s": 0.01})
+    await services.start()
+    for number in range(40):
+        await services.say([], "question", f"s{number}")
+    await services.registry.written()
+    for key in list(services.registry._entries):
+        services.registry._entries.drop(key)
+    reading, most, real = 0, 0, services.store.events
+
+    async def counted(key: SessionKey) -> list[Event]:
+        nonlocal reading, most
+        reading += 1
+        most = max(most, reading)
+        try:
+            return await real(key)
+        finally:
+            reading -= 1
+
+    monkeypatch.setattr(services.store, "events", counted)
+    await asyncio.sleep(0.05)
+    assert await services.retention.sweep() == 40
+    assert most == LOADED_AT_ONCE
     await services.stop()
