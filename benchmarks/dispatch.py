@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import random
 import sys
@@ -282,6 +283,8 @@ def _urls(folder: Path, server: Postgres | None) -> Callable[[], str]:
 
 
 async def _measured(urls: Callable[[], str], sizes: Sequence[int], rounds: int) -> dict[str, Any]:
+    gc.collect()
+    gc.freeze()  # what was imported is looked at no more, as in vLLM's server
     return {**await growth(urls, sizes, rounds), "load": await loaded(urls())}
 
 
