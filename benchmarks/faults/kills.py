@@ -120,8 +120,10 @@ async def _answered(talk: Talk, query: str, limit_s: float = 180.0) -> None:
 def _drain(scene: Scene, real: Real, process: str, end: End) -> None:
     row = scene.row(f"kill -9, {process}", "draining")
     with timed(row):
-        asyncio.run(_drained(real, row, process, end))
-        real.stop()
+        try:
+            asyncio.run(_drained(real, row, process, end))
+        finally:
+            real.stop()
         there = real.on_record()
         for talk in real.switched:
             talk.found_on_record(there.get(talk.name, 0))
