@@ -44,6 +44,7 @@ def tiny_server(
     settings = {
         # Random models surprise each other beyond measure.
         "gate": {"audit": "score", "surprise_threshold": 1000.0},
+        "limits": {"policies": ["*"]},
         # They would also rather write blanks for ever than a JSON object.
         "original": {"extra_args": BRIEF_JSON},
         "surrogate": {"extra_args": BRIEF_JSON},

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from support.replies import read_events
 
 from soma_vllm.engines.engine import ChatCall
 from soma_vllm.engines.original import OriginalEngine
-from soma_vllm.engines.reply_parser import parse_body, read_events
+from soma_vllm.engines.reply_parser import parse_body
 from soma_vllm.engines.upstream_errors import retry_after
 from soma_vllm.errors import EngineRefused, EngineUnavailable
 from soma_vllm.logs import bind
