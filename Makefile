@@ -141,7 +141,7 @@ bench: models
 	@mkdir -p out
 	@$(BIN)/python benchmarks/multi_lora.py --quick --json out/multi_lora.json --figure out/multi_lora.png
 
-## make faults  what breaks under a server: kills, full disks, lying originals; ends with zeros (about 15 minutes; FAULTS="…")
+## make faults  what breaks under a server: kills, full disks, lying originals; ends with zeros (25 minutes beside other work; FAULTS="…")
 faults: tiny
 	@mkdir -p out
 	@$(BIN)/python benchmarks/fault_suite.py --json out/faults.json $(FAULTS)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import random
 import sys
@@ -92,7 +93,7 @@ class TimedOriginal(FakeOriginal):
 
 
 class Dialogue:
-    """A client that keeps its history; half of them are known by their transcript alone."""
+    """A client that keeps its history; every other one is named, the rest known by their transcript alone."""
 
     def __init__(self, services: Services, number: int, generation: int = 0) -> None:
         self._services = services
@@ -128,7 +129,7 @@ class Population:
         self.original = services.original
         self._store = store
         self.rounds: list[dict[str, float]] = []
-        self.dispatches: list[tuple[float, float]] = []
+        self.dispatches: dict[str, list[tuple[float, float]]] = {"named": [], "recognised": []}
         self._active: list[Dialogue] = []
 
     @classmethod
@@ -171,8 +172,10 @@ class Population:
             await asyncio.gather(*(dialogue.turn() for dialogue in self._active))
         await self.services.registry.written()
         rate = 2 * ACTIVE / (time.perf_counter() - began)
-        self.dispatches += waits
-        medians = {"dispatch": np.median(waits, axis=0), "turn": np.median(turns, axis=0)}
+        kinds = {"named": waits[1::2], "recognised": waits[::2]}
+        for kind, found_of in kinds.items():
+            self.dispatches[kind] += found_of
+        medians = {name: np.median(found, axis=0) for name, found in {**kinds, "turn": turns}.items()}
         found = {name: float(both[0]) for name, both in medians.items()}
         found |= {f"{name}_processor": float(both[1]) for name, both in medians.items()}
         self.rounds.append({**found, "rate": rate})
@@ -206,7 +209,7 @@ def _figures(population: Population) -> dict[str, Any]:
     return {
         "sessions": population.size,
         "requests_per_s": round(float(np.median([one["rate"] for one in population.rounds])), 1),
-        "dispatch_ms": _percentiles(population.dispatches),
+        "dispatch_ms": {kind: _percentiles(waits) for kind, waits in population.dispatches.items()},
         "turn_ms": {
             name: _rounded(1000 * float(np.median([one[of] for one in population.rounds])))
             for name, of in (("median", "turn"), ("median_processor", "turn_processor"))
@@ -282,6 +285,8 @@ def _urls(folder: Path, server: Postgres | None) -> Callable[[], str]:
 
 
 async def _measured(urls: Callable[[], str], sizes: Sequence[int], rounds: int) -> dict[str, Any]:
+    gc.collect()
+    gc.freeze()  # what was imported is looked at no more, as in vLLM's server
     return {**await growth(urls, sizes, rounds), "load": await loaded(urls())}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,13 +46,14 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """The exit code."""
     options, console = parsed(arguments), Console(soft_wrap=True)
-    kept = Kept(options.json, machine())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the servers as well
+    kept = Kept(options.json, machine(), [fault.name for fault in FAULTS])
     wanted = [fault for fault in FAULTS if not options.only or fault.name in options.only]
     if options.resume:
         wanted = [fault for fault in wanted if fault.name not in kept.document["parts"]]
     command = "make faults" + (" --quick" if options.quick else "")
-    for fault, rows in play([] if options.report else wanted, quick=options.quick):
-        kept.add(fault.name, rows, command)
+    for fault, rows, seconds in play([] if options.report else wanted, quick=options.quick):
+        kept.add(fault.name, rows, seconds, command)
         show(rows, console)
     rows = rows_of(kept.document)
     if options.report:

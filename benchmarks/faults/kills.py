@@ -17,7 +17,7 @@ import httpx
 from support.server import kill
 
 from faults.real import Real, marker_server, pair_server
-from faults.row import Row, timed
+from faults.row import Row, timed, until
 from faults.suite import Scene
 from faults.talk import SETTLED_S, Talk
 
@@ -102,7 +102,7 @@ async def _afterwards(real: Real, rows: Mapping[str, Row], talks: Mapping[str, T
         for talk in real.switched:
             await _answered(talk, "are you still there?")
             if talk.engine != "surrogate":
-                talk.row.noted["answered by the original afterwards"] += 1
+                talk.row.noted[f"answered by the original afterwards ({talk.reason})"] += 1
         await real.check_idle(http, rows["switched"])
         await real.check_alive(http, rows["switched"])
 
@@ -120,8 +120,10 @@ async def _answered(talk: Talk, query: str, limit_s: float = 180.0) -> None:
 def _drain(scene: Scene, real: Real, process: str, end: End) -> None:
     row = scene.row(f"kill -9, {process}", "draining")
     with timed(row):
-        asyncio.run(_drained(real, row, process, end))
-        real.stop()
+        try:
+            asyncio.run(_drained(real, row, process, end))
+        finally:
+            real.stop()
         there = real.on_record()
         for talk in real.switched:
             talk.found_on_record(there.get(talk.name, 0))
@@ -134,6 +136,8 @@ async def _drained(real: Real, row: Row, process: str, end: End) -> None:
         await warm.say("a first question")
         await switched[0].say("and once more")
         await asyncio.sleep(SETTLED_S)
+        if process == "trainer":  # the next one may still be on its way
+            await asyncio.to_thread(until, "the next trainer", real.has_trainer)
         under_way = await warm.begin("a long answer [slow]")
         real.begun.process.send_signal(signal.SIGTERM)
         await _refused(http)

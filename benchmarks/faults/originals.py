@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from contextlib import suppress
 from typing import Any
 
 from support.marker_original import Handler
@@ -19,8 +18,13 @@ class Moody(Handler):
     def answer(self, body: dict[str, Any], text: str) -> None:
         said = str(body["messages"][-1].get("content"))
         mood = said.rsplit("[", 1)[1].split("]")[0] if "[" in said else "well"
-        with suppress(ConnectionError):  # the server has given this answer up
-            getattr(self, f"_{mood}", super().answer)(body, text)
+        getattr(self, f"_{mood}", super().answer)(body, text)
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except ConnectionError:  # the server has given this answer up, or has ended
+            self.close_connection = True
 
     def _slow(self, body: dict[str, Any], text: str) -> None:
         if not body.get("stream"):

@@ -140,6 +140,12 @@ class Real:
         """Process id of the trainer."""
         return self._child(lambda command, _: command.startswith("ray::AdapterTrainer"))
 
+    def has_trainer(self) -> bool:
+        """Whether a trainer runs."""
+        with contextlib.suppress(LookupError):
+            return self.trainer() > 0
+        return False
+
     def _child(self, wanted: Any) -> int:
         found = []
         for pid in sorted(descendants(self.begun.process.pid)):

@@ -27,17 +27,20 @@ HEADS = {
 class Kept:
     """The parts that were played so far, in a file: a part played again replaces itself."""
 
-    def __init__(self, path: Path | None, machine: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, machine: Mapping[str, Any], kinds: Sequence[str]) -> None:
+        """`kinds` of faults that there are."""
         self._path = path
         there = path is not None and path.exists()
         self.document: dict[str, Any] = json.loads(path.read_text()) if there and path else {"parts": {}}
+        self.document["kinds"] = list(kinds)
         self._machine = machine
 
-    def add(self, name: str, rows: Sequence[Row], command: str) -> None:
+    def add(self, name: str, rows: Sequence[Row], seconds: float, command: str) -> None:
         """Keep a part."""
         self.document["parts"][name] = {
             "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
             "command": command,
+            "seconds": round(seconds, 1),
             "machine": dict(self._machine),
             "rows": [row.document() for row in rows],
         }
@@ -71,7 +74,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     days = sorted({part["date"] for part in parts})
     machine = next(iter(parts))["machine"]
     commands = ", ".join(f"`{command}`" for command in dict.fromkeys(part["command"] for part in parts))
-    rows, minutes = rows_of(document), sum(part_s(part) for part in parts) / 60
+    rows, minutes = rows_of(document), sum(part["seconds"] for part in parts) / 60
     lines = [
         f"Played by {commands}, from {days[0]} to {days[-1]} (UTC), on {machine['processor']}, "
         f"{machine['cores']} cores, {machine['memory_gib']} GiB, shared with other work: "
@@ -81,18 +84,12 @@ def markdown(document: Mapping[str, Any]) -> str:
         "|---|" + "---:|" * (len(HEADS) + 2) + "---|",
     ]
     for row in rows:
-        cost = (
-            "not played: " + row.skipped
-            if row.skipped
-            else ", ".join(f"{k} {n}" for k, n in row.noted.items() if n)
-        )
-        lines.append("| " + " | ".join([*_cells(row)[:-1], row.broken or cost]) + " |")
+        cost = ", ".join(f"{what}: {times}" for what, times in row.noted.items() if times)
+        told = row.broken or (f"not played: {row.skipped}" if row.skipped else cost)
+        lines.append("| " + " | ".join([*_cells(row)[:-1], told]) + " |")
+    if missing := [f"`{kind}`" for kind in document["kinds"] if kind not in document["parts"]]:
+        lines += ["", f"Not played in this run: {', '.join(missing)}."]
     return "\n".join([*lines, ""])
-
-
-def part_s(part: Mapping[str, Any]) -> float:
-    """How long a part took; rows of one kill were played together."""
-    return max((row["seconds"] for row in part["rows"]), default=0.0)
 
 
 def _cells(row: Row) -> list[str]:

@@ -92,7 +92,7 @@ def timed(*rows: Row) -> Iterator[None]:
         while isinstance(error, ExceptionGroup):
             error = error.exceptions[0]
         for row in rows:
-            row.broken = f"{type(error).__name__}: {error}"[:300]
+            row.broken = f"{type(error).__name__}: {str(error)[-300:]}"
     finally:
         for row in rows:
             row.seconds += time.monotonic() - began

@@ -16,7 +16,8 @@ SESSIONS, QUICK = 2_000, 120
 AT_ONCE = 16
 ADAPTED = 4
 """Of so many sessions one is trained, and has four turns; the others have two."""
-IN_MEMORY = 200
+IN_MEMORY = {"memory_mib": 4}
+"""Some hundred sessions: the others are packed, or read again when they return."""
 BUDGET = 100
 """Adapters on disk: of those that are trained some are evicted while others are used."""
 
@@ -30,8 +31,7 @@ def soak(scene: Scene) -> None:
 
 async def _soaked(scene: Scene, row: Row, sessions: int) -> None:
     folder, budget = scene.new_folder(), {"max_count": BUDGET}
-    async with house(folder, adapters=budget) as first:
-        first.services.registry._live_sessions = IN_MEMORY
+    async with house(folder, adapters=budget, sessions=IN_MEMORY) as first:
         talks = await come_and_go(first, row, sessions)
         await checked(first, row, talks)
     async with house(folder, adapters=budget) as again:

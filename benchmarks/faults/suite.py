@@ -44,8 +44,8 @@ class Fault:
     play: Play
 
 
-def play(faults: Sequence[Fault], *, quick: bool = False) -> Iterator[tuple[Fault, list[Row]]]:
-    """Each fault with its rows, when it is over."""
+def play(faults: Sequence[Fault], *, quick: bool = False) -> Iterator[tuple[Fault, list[Row], float]]:
+    """Each fault with its rows and its seconds, when it is over."""
     with tempfile.TemporaryDirectory(prefix="soma-faults-") as folder, ExitStack() as held:
         shared: dict[str, Any] = {}
         for fault in faults:
@@ -53,4 +53,4 @@ def play(faults: Sequence[Fault], *, quick: bool = False) -> Iterator[tuple[Faul
             whole = Row(fault.name, "as a whole")
             with timed(whole):
                 fault.play(scene)
-            yield fault, [*scene.rows, *([whole] if whole.broken else [])]
+            yield fault, [*scene.rows, *([whole] if whole.broken else [])], whole.seconds

@@ -78,7 +78,8 @@ class Talk:
         self.begun = asyncio.Event()
         """Set when the first bytes of an answer have come."""
         self.engine = ""
-        """Who answered last."""
+        """Who answered last, and why."""
+        self.reason = ""
         self.adapter: str | None = None
         """The adapter of this session, once it was seen to have one."""
         self.messages: list[dict[str, str]] = []
@@ -147,6 +148,7 @@ class Talk:
 
     def _check(self, heard: Heard) -> None:
         self.engine = heard.headers.get("X-SOMA-Engine", "")
+        self.reason = heard.headers.get("X-SOMA-Reason", "")
         if heard.headers.get("X-SOMA-Session") != self.name:
             self.row.noted["in a branch"] += 1
         lent, expected = heard.headers.get("X-SOMA-Adapter", ""), self.marker

@@ -13,7 +13,6 @@ from functools import cache
 
 from sqlalchemy import (
     JSON,
-    BindParameter,
     CompoundSelect,
     Integer,
     Select,
@@ -29,11 +28,13 @@ from sqlalchemy import (
 )
 from sqlalchemy.sql.expression import ColumnElement
 
-from soma_vllm.sessions.sql.tables import CLOSED, Name, SessionRow, TurnRow
+from soma_vllm.sessions.sql.tables import CLOSED, SessionRow, TurnRow
 
 Turn = Select[str, int, int]
 """Selects (session, seq, number)."""
 
+_TENANT = bindparam("tenant", type_=SessionRow.tenant.type)
+_FAMILY = bindparam("family", type_=SessionRow.family.type)
 _OF_THE_SAME = (TurnRow.tenant == SessionRow.tenant) & (TurnRow.session == SessionRow.session)
 
 
@@ -52,11 +53,7 @@ def asked(tenant: str, family: str, digests: Sequence[str], limit: int) -> dict[
 def by_prefix_digests(dialect: str) -> Hits:
     """Turns with the first of these chains that there is: `limit` of sessions that stand there, and `limit` of
     any."""
-    tenant, family, limit = (
-        _text("tenant"),
-        bindparam("family", type_=Name()),
-        bindparam("limit", type_=Integer),
-    )
+    tenant, family, limit = _TENANT, _FAMILY, bindparam("limit", type_=Integer)
     tried = _numbered(dialect)
     in_family = (TurnRow.tenant == tenant) & (TurnRow.family == family) & (SessionRow.phase != CLOSED)
     # Not EXISTS: without statistics PostgreSQL would join all the tenant's turns before it looks for one chain.
@@ -85,9 +82,8 @@ def by_prefix_digests(dialect: str) -> Hits:
 @cache
 def by_ending() -> Select[str]:
     """Sessions whose last answer has one of the `digests`, a sequence of few; at most `limit`."""
-    tenant, family = _text("tenant"), bindparam("family", type_=Name())
-    its_own = (SessionRow.tenant == tenant) & (SessionRow.family == family) & (SessionRow.phase != CLOSED)
-    ends = SessionRow.ending.in_(bindparam("digests", expanding=True))
+    its_own = (SessionRow.tenant == _TENANT) & (SessionRow.family == _FAMILY) & (SessionRow.phase != CLOSED)
+    ends = SessionRow.ending.in_(bindparam("digests", type_=SessionRow.ending.type, expanding=True))
     return select(SessionRow.session).where(its_own, ends).limit(bindparam("limit", type_=Integer))
 
 
@@ -110,13 +106,9 @@ def _hits(stands: bool) -> Hit:
     return select(TurnRow.session, TurnRow.seq, TurnRow.number, TurnRow.chain, there)
 
 
-def _text(name: str) -> BindParameter[str]:
-    return bindparam(name, type_=String)
-
-
 def _numbered(dialect: str) -> TableValuedAlias:
     """A table (key, value) of the `digests` in order, which are one parameter."""
-    listed = _text("digests")
+    listed = bindparam("digests", type_=String)
     value = column("value", String)
     if dialect == "sqlite":
         return func.json_each(listed).table_valued("key", value, name="tried")
