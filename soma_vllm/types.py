@@ -164,7 +164,7 @@ class Evidence:
     """None where no teacher-forced score was taken."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of one reply, as the engine counted them; None where it did not say."""
 

@@ -104,7 +104,7 @@ class Adaptation:
             if session.adapting is not None and not session.adapting.gate:
                 await self._switch_without_gate(key, session.adapting, examples, made)
                 return
-            allowed = await self._budget.allowed(key.tenant)
+            allowed = await self._budget.allowed(key)
             terms = Terms(self._config, allowed, forced, session.setbacks)
             parts = self._acceptance, self._budget, self._training
             trial = _Trial(session, terms, (examples, held_out), made, parts)
@@ -126,6 +126,7 @@ class Adaptation:
         except (TrainingError, AdapterError, EngineError, AdaptationAbandoned, NothingTeaches) as error:
             self._record_failure(key, error)
         finally:
+            self._budget.ended(key)
             for ref in made:
                 await self._training.retire(ref, key)
 
@@ -137,7 +138,7 @@ class Adaptation:
         made: list[AdapterRef],
     ) -> None:
         """Train on the whole warm start, and switch as soon as the adapter is loaded."""
-        require_adapter(await self._budget.allowed(key.tenant))
+        require_adapter(await self._budget.allowed(key))
         result = await self._training.train(key, examples, (), rules)
         ref = await self._training.publish(key, result, made)
         self._training.require_adapting(key)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 from rich.console import Console
 
-from soma_vllm.config import Config, load_config, without_effect
+from soma_vllm.config import Config, exposed, load_config, without_effect
 from soma_vllm.errors import PreflightError, SomaError
 from soma_vllm.private import PRIVATE_UMASK, SECRETS, masked, withhold
 from soma_vllm.versions import versions
@@ -71,6 +71,8 @@ def _serve(path: Path, overrides: list[str], check: bool, take_over: bool, conso
     withhold((*SECRETS, *filter(None, keys)))
     for line in without_effect(config):
         console.print(f"note       {line}", markup=False)
+    for line in exposed(config):
+        console.print(f"WARNING    {line}", markup=False, style="bold red")
     # Imported late: a wrong configuration is told in milliseconds.
     from soma_vllm.adapters.store.atomic_files import locked_alone
     from soma_vllm.app.preflight import preflight

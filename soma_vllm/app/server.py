@@ -8,6 +8,7 @@ started is stopped again, however the server ends.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import signal
@@ -35,7 +36,7 @@ from soma_vllm.app.original_process import OriginalProcess
 from soma_vllm.app.record import entered, leased
 from soma_vllm.app.surrogate_parts import open_surrogate, shared_vocabulary
 from soma_vllm.app.watching import watch
-from soma_vllm.config import Config
+from soma_vllm.config import Config, exposed
 from soma_vllm.engines.engine import Salts
 from soma_vllm.engines.original import OriginalEngine
 from soma_vllm.engines.vllm.arguments import (
@@ -56,6 +57,8 @@ from soma_vllm.telemetry.event_log import EventLog
 from soma_vllm.telemetry.original_metrics import OriginalMetrics
 from soma_vllm.telemetry.session_metrics import SessionMetrics
 from soma_vllm.training.pair import ANYONE, owner_of
+
+logger = logging.getLogger(__name__)
 
 PLUGINS = ("soma", "soma_engine")
 """vLLM's allow-list: our endpoint plugin and our engine plugin."""
@@ -102,9 +105,9 @@ class SomaServer:
         self.draining = Draining(config.server.drain_s, say)
         self.readiness = Readiness()
         self._original = OriginalProcess(config, config.original_name, run_dir, say)
-        keys = KeyStore.at(filled(config.storage.location, self._run_dir))
-        self._cleanup.push_async_callback(keys.close)
-        self.quotas = Quotas.configured(config, keys)
+        self._keys = KeyStore.at(filled(config.storage.location, self._run_dir))
+        self._cleanup.push_async_callback(self._keys.close)
+        self.quotas = Quotas.configured(config, self._keys)
         self.server = config.server
         self.started_at = time.time()
         self._original_engine: OriginalEngine | None = None
@@ -118,6 +121,8 @@ class SomaServer:
             PreflightError: a part did not start.
         """
         async with self._cleanup:
+            for line in exposed(self._config):
+                logger.warning("%s", line)
             self._check_pair_adapter()
             store = await self._open_sessions()
             adapter_store = await self._open_adapter_store(await store.record_id())
@@ -249,6 +254,8 @@ class SomaServer:
         store = SessionStore(url)
         await store.open()
         self._cleanup.push_async_callback(store.close)
+        if self.quotas.needs_keys:
+            self.quotas.learn(await self._keys.ls())
         self._say(f"sessions   {await store.count()} on record")
         return store
 

@@ -51,6 +51,9 @@ def add(
     tokens_per_minute: Annotated[str | None, _limit("--tokens-per-minute", "Tokens in a minute")] = None,
     live_sessions: Annotated[str | None, _limit("--live-sessions", "Sessions at a time")] = None,
     adapters: Annotated[str | None, _limit("--adapters", "Adapters at a time")] = None,
+    policies: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help="Policies as in limits.policies; `*`: all.")
+    ] = None,
 ) -> None:
     """Issue a key. It is printed once, on stdout; only its digest is kept."""
     with one_line_errors("soma keys"):
@@ -60,6 +63,9 @@ def add(
             live_sessions=live_sessions,
             adapters=adapters,
         )
+        if policies is not None:
+            names = tuple(filter(None, map(str.strip, policies.split(","))))
+            limits = limits.model_copy(update={"policies": names})
         key_id, key = asyncio.run(_add(storage_url(config, storage), name, limits))
     typer.echo(f"key {key_id} for {name}; it is shown this once, keep it safe:", err=True)
     typer.echo(key)
@@ -181,8 +187,9 @@ def operator() -> str:
 
 def _describe(limits: Limits) -> str:
     own = limits.model_dump(exclude_unset=True)
-    lines = (f"{name} {UNLIMITED if most is None else most}" for name, most in own.items())
-    return "\n".join(lines).replace("_", " ") or "-"
+    shown = {name: ", ".join(most) if isinstance(most, tuple) else most for name, most in own.items()}
+    lines = (f"{name.replace('_', ' ')} {UNLIMITED if most is None else most}" for name, most in shown.items())
+    return "\n".join(lines) or "-"
 
 
 def _date(at: float) -> str:

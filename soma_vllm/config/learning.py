@@ -211,6 +211,9 @@ class Adaptation(Section):
     max_attempts: Positive = 3
     """Beginnings of one adaptation, where servers end during it: a session that ends its server is not tried
     again."""
+    teachers_mib: Positive = 256
+    """Memory for the original's log-probabilities until they are trained on, MiB; beyond it the sessions that
+    have been idle longest learn from text. At 20 a token some 200 bytes for each token of an answer."""
     train_timeout_s: Seconds = 900.0
     """Longest run of a training or of a trainer's score, seconds. After it the trainer is replaced and the
     session stays with the original."""

@@ -178,6 +178,9 @@ class Server(Section):
     """Seconds of silence after which a stream sends a comment, so that no proxy cuts it, and after which one
     that waits for its first token begins: with status 200 and the headers of the turn as it was routed. An
     error that comes later is an event of the stream. 0: never."""
+    replies_mib: Positive = 256
+    """What the answers under way may hold in memory until their turns are recorded, MiB of text; one that finds
+    no room goes to its client all the same, and its turn is not recorded whole."""
     extra_routes: bool = False
     """true: vLLM's further routes (`/inference/…`, …) are served too. They ask the surrogate,
     without sessions, dispatch or counting of tokens. false: they answer 404."""
@@ -227,6 +230,9 @@ class Sessions(Section):
     request holds. server: the recorded turns are put before it, where their text is kept."""
     max_messages: Positive = 10_000
     """Most messages of a request."""
+    memory_mib: Positive = 256
+    """Memory that sessions may take, MiB, nearly. Beyond it those that have been idle longest are packed, which
+    costs their next requests about a millisecond, then left to the database alone."""
 
 
 class Retention(Section):
@@ -257,6 +263,9 @@ class Access(Section):
     most that. While the database is away, a key that was seen earlier stays valid."""
 
 
+ANY_POLICY = "*"
+
+
 class Limits(Section):
     """What one API key may use; null: no limit. A key's own values, from `soma keys add`, come first."""
 
@@ -269,6 +278,10 @@ class Limits(Section):
     """Sessions held at the same time."""
     adapters: Annotated[int, Field(ge=0)] | None = None
     """Adapters held at the same time; the original serves the sessions beyond. 0: none is ever trained."""
+    policies: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """Policies that a request may choose although they train, or start a package that may ask a third party
+    (history_ft, llmlingua2, routellm, …); `*`: all. The configured policy, and those that do neither, need no
+    leave, and the admin key none at all."""
 
 
 class Adapters(Section):

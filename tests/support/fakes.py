@@ -18,7 +18,6 @@ from soma_vllm.adapters.eviction_policy import Reason
 from soma_vllm.adapters.store.manifest import LocalAdapter, PublishedAdapter
 from soma_vllm.adapters.store.verify import AdapterFacts, FileFacts
 from soma_vllm.engines.engine import ChatCall
-from soma_vllm.engines.fake import FakeEngine, token_of
 from soma_vllm.errors import (
     AdapterRejected,
     EngineError,
@@ -30,6 +29,7 @@ from soma_vllm.errors import (
 from soma_vllm.sessions.state.gate import gap
 from soma_vllm.training.messages import ScoreRequest, TrainRequest, TrainResult
 from soma_vllm.types import AdapterRef, Agreement, Gap, SessionKey, Usage
+from support.fake_engine import FakeEngine, token_of
 
 
 class Versatile(FakeEngine):
@@ -248,6 +248,7 @@ class OpenMeter:
         self.reservations: list[int] = []
         self.sessions: int | None = None
         self.adapters: int | None = None
+        self.allowed: tuple[str, ...] = ("*",)
 
     def spent(self, tenant: str, usage: Usage) -> None:
         self.spendings.append((tenant, usage))
@@ -267,6 +268,9 @@ class OpenMeter:
     def check_new_session(self, tenant: str, live: int) -> None:
         if self.sessions is not None and live >= self.sessions:
             raise TooManyRequests(f"found {live}", 60.0)
+
+    def policies(self, tenant: str) -> tuple[str, ...]:
+        return self.allowed
 
     def may_adapt(self, tenant: str, adapters: int) -> bool:
         return self.adapters is None or adapters < self.adapters

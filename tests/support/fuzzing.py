@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
+import uvloop
 from hypothesis import HealthCheck, Phase, settings
 
+from soma_vllm.maintenance import removal
+from soma_vllm.sessions import ports
 from support.api_services import (
     SurfaceHouse,
     heard,
     tenant_of,
 )
+from support.guard import GUARD_S
 
 
 def fuzzed(examples: int) -> settings:
@@ -56,3 +64,18 @@ class Fuzzing:
                 if call.adapter is not None:
                     assert inside.adapter_store.owners[call.adapter.name].tenant == call.tenant
             engine.calls.clear()
+
+
+@contextmanager
+def fuzzing_at(folder: Path, kind: type[Fuzzing] = Fuzzing) -> Iterator[Fuzzing]:
+    """The application over a database in a folder, in an event loop of its own."""
+    with (
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,  # soma-serve's own loop
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        # On a machine with more to do than this the store is slow, and not away.
+        patch.setattr(ports, "LOOKUP_S", GUARD_S)
+        patch.setattr(removal, "WRITTEN_S", GUARD_S)
+        services = runner.run(SurfaceHouse.built(folder))
+        yield kind(runner, services)
+        runner.run(services.close())

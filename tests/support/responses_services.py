@@ -23,13 +23,14 @@ from soma_vllm.api.responses.routes import router
 from soma_vllm.api.responses.stored import ObjectRecord
 from soma_vllm.config import Server, parse_config
 from soma_vllm.engines.engine import Reply
-from soma_vllm.engines.reply_parser import parse_body, read_events
+from soma_vllm.engines.reply_parser import parse_body
 from soma_vllm.errors import EngineUnavailable, NotFound, SomaError
 from soma_vllm.scheduler.dispatcher import Answer, ChatRequest
 from soma_vllm.sessions.lookup import StoredTranscript
 from soma_vllm.sessions.sql.store import SessionStore
 from soma_vllm.sessions.state.transcript import spoken
 from soma_vllm.types import Message
+from support.replies import read_events
 from support.services import SETTINGS, Services
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)

@@ -28,7 +28,7 @@ def prompt_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     return said | {name: body[name] for name in calling if body.get(name) is not None}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # with a dict of its own each would take a kilobyte more
 class Turn:
     """One answered turn."""
 

@@ -22,7 +22,7 @@ from study.report import (
     rankings,
     switched_latency,
 )
-from study.table import BEGIN, END, markdown, rewrite
+from study.table import markdown, rewrite
 
 import soma_vllm
 from soma_vllm.types import Gap
@@ -122,7 +122,8 @@ def test_the_results_that_are_told_are_those_of_the_committed_run(name: str) -> 
 
 def test_a_document_without_the_marks_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "results.md"
-    path.write_text(f"before\n{END}\n{BEGIN}\n")
+    document = "before\n<!-- study: end -->\n<!-- study: begin -->\n"
+    path.write_text(document)
     with pytest.raises(ValueError, match="expected both"):
         rewrite(path, {})
-    assert path.read_text() == f"before\n{END}\n{BEGIN}\n"
+    assert path.read_text() == document
