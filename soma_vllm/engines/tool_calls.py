@@ -188,9 +188,8 @@ def _unchecked(validator: Any, value: Any, instance: Any, schema: Any) -> Iterat
 
 
 def _additional(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any]:
-    named = () if "patternProperties" in schema else (value,)
-    for one in named:
-        yield from Draft202012Validator.VALIDATORS["additionalProperties"](validator, one, instance, schema)
+    if "patternProperties" not in schema:  # they may name those that are additional
+        yield from Draft202012Validator.VALIDATORS["additionalProperties"](validator, value, instance, schema)
 
 
 _UNCHECKED = ("pattern", "patternProperties", "unevaluatedProperties", "unevaluatedItems")
