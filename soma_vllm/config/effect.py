@@ -53,9 +53,7 @@ CONDITIONS = (
         lambda c: c.gate.gap == "llm",
         "gate.gap",
     ),
-    Condition(
-        frozenset({"gate.judge_model"}), lambda c: c.gate.gap in ("cross_encoder", "llm"), "gate.gap"
-    ),
+    Condition(frozenset({"gate.judge_model"}), lambda c: c.gate.gap in ("cross_encoder", "llm"), "gate.gap"),
     Condition(frozenset({"gate.surprise_threshold"}), lambda c: c.gate.audit == "score", "gate.audit"),
     Condition(
         _all("payback", Payback) | _all("prices", Prices),

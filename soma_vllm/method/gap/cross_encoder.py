@@ -1,8 +1,8 @@
-"""A judge that reads both answers at once: a sequence classifier, such as an NLI or paraphrase model, from a local
-folder.
+"""A judge that reads both answers at once: a sequence classifier, such as an NLI or paraphrase model, from a
+local folder.
 
-Guarantees: equal texts, data and code are compared as by `facts`; symmetric, since both orders are read and the less
-sure one counts; in [0, 1]; nothing is fetched. A pair beyond the model's length is cut at its end.
+Guarantees: equal texts, data and code are compared as by `facts`; symmetric, since both orders are read and the
+less sure one counts; in [0, 1]; nothing is fetched. A pair beyond the model's length is cut at its end.
 """
 
 from __future__ import annotations
@@ -97,6 +97,6 @@ def _label(path: str | Path, labels: dict[int, str]) -> int | None:
     if not named and len(labels) == 2:  # paraphrase models without names: 1 is "equivalent"
         return 1
     raise ModelError(
-        f"{path}: found the labels {', '.join(labels.values())}; expected one output, two, or one label that is "
-        "called entailment, paraphrase, duplicate, equivalent or same"
+        f"{path}: found the labels {', '.join(labels.values())}; expected one output, two, or one label that "
+        "is called entailment, paraphrase, duplicate, equivalent or same"
     )

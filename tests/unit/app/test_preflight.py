@@ -407,7 +407,9 @@ def test_every_problem_is_told_at_once(document: dict[str, Any], models: dict[st
 def test_a_judge_without_its_model_is_told(document: dict[str, Any], models: dict[str, Path]) -> None:
     folder = models["encoder"]
     document["gate"] = {"gap": "cross_encoder", "judge_model": str(folder)}
-    assert "gate.judge_model: found None; expected a model for sequence classification" in problems(document, models)
+    assert "gate.judge_model: found None; expected a model for sequence classification" in problems(
+        document, models
+    )
     named = {"architectures": ["BertForSequenceClassification"]}
     (folder / "config.json").write_text(json.dumps(ARCHITECTURE | named))
     assert any(line.startswith("gate.judge_model: encoder, ") for line in check(document, models))
@@ -418,7 +420,12 @@ def test_a_judge_without_its_model_is_told(document: dict[str, Any], models: dic
 def test_a_judge_whose_endpoint_cannot_be_asked_is_told(
     document: dict[str, Any], models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = {"gap": "llm", "judge_model": "m", "judge_url": "nowhere", "judge_api_key_env": "SOMA_TEST_JUDGE_KEY"}
+    gate = {
+        "gap": "llm",
+        "judge_model": "m",
+        "judge_url": "nowhere",
+        "judge_api_key_env": "SOMA_TEST_JUDGE_KEY",
+    }
     document["gate"] = gate
     told = problems(document, models)
     assert "gate.judge_url: found nowhere; expected http(s)://host[:port]/v1" in told

@@ -1,4 +1,4 @@
-"""Judges that a configuration may put in place of facts: a classifier from a folder, a model behind an endpoint."""
+"""Judges that may stand in place of facts: a classifier from a folder, a model behind an endpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from soma_vllm.method.gap.cross_encoder import CrossEncoderJudge
 from soma_vllm.method.gap.gap_judge import open_judge
 from soma_vllm.method.gap.llm_judge import LlmJudge
 
-WORDS = ["[PAD]", "[UNK]", *"the shop is open closed on sundays secret".split()]
+WORDS = ["[PAD]", "[UNK]", *["the", "shop", "is", "open", "closed", "on", "sundays", "secret"]]
 PAIR = ("The shop is open on Sundays.", "The shop is closed on Sundays.")
 
 
@@ -30,7 +30,9 @@ def classifier(path: Path, labels: list[str]) -> Path:
     """A tiny random classifier with its tokenizer."""
     torch.manual_seed(3)
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=34, id2label=dict(enumerate(labels)), **shape)
+    config = BertConfig(
+        vocab_size=len(WORDS), max_position_embeddings=34, id2label=dict(enumerate(labels)), **shape
+    )
     BertForSequenceClassification(config).save_pretrained(path)
     words = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
@@ -152,7 +154,12 @@ def test_a_model_says_whether_two_answers_agree(
     found = judge.gaps([PAIR, PAIR[::-1]])
     assert [(one.value, one.why, one.failure) for one in found] == [(value, why, None)] * 2
     (path, key, body), again = model.asked
-    assert (path, key, body["model"], body["temperature"]) == ("/v1/chat/completions", "Bearer k-1", "judge-1", 0)
+    assert (path, key, body["model"], body["temperature"]) == (
+        "/v1/chat/completions",
+        "Bearer k-1",
+        "judge-1",
+        0,
+    )
     assert again[2] == body
     assert json.loads(body["messages"][1]["content"]) == {"answer_1": PAIR[1], "answer_2": PAIR[0]}
 
