@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -14,6 +13,7 @@ from soma_vllm.documents import read_json
 from soma_vllm.engines.memory import GB, read_object, weights_bytes
 from soma_vllm.engines.vllm.arguments import LORA_RANKS, slot_rank
 from soma_vllm.errors import DocumentError
+from soma_vllm.private import masked, secret
 from soma_vllm.scheduler.routing import DISPATCH_NAME
 
 
@@ -120,11 +120,11 @@ def _check_url(report: Report, key: str, url: str | None, use: str) -> None:
     if parts.scheme in ("http", "https") and parts.hostname:
         report.good(f"{use} {parts.hostname}")
     else:
-        report.bad(f"{key}: found {url}; expected http(s)://host[:port]/v1")
+        report.bad(f"{key}: found {masked(url)}; expected http(s)://host[:port]/v1")
 
 
 def _check_key(report: Report, key: str, variable: str | None) -> None:
-    if variable is not None and not os.environ.get(variable):
+    if variable is not None and not secret(variable):
         report.bad(f"{key}: the environment variable {variable} is not set")
 
 

@@ -126,10 +126,11 @@ def quoted_otherwise(a: Text, b: Text) -> bool:
 
 
 def other_members(a: Text, b: Text, alignment: Alignment) -> bool:
-    """Whether lists of one length differ in one member, and the texts in nothing else."""
-    if not (a.listed == b.listed > 1 and len(alignment.left) == len(alignment.right) == 1):
+    """Whether lists of one length differ in one member, and the texts in hardly anything else."""
+    sides = ((a, alignment.left), (b, alignment.right))
+    if not (a.listed == b.listed > 1 and all(0 < len(left) <= 2 for _, left in sides)):
         return False
-    return alignment.left[0] in _members(a) and alignment.right[0] in _members(b)
+    return all(sum(item in _members(text) for item in left) == 1 for text, left in sides)
 
 
 def _members(text: Text) -> list[Item]:

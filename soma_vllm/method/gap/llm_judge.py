@@ -9,7 +9,6 @@ failure says quotes neither the answers nor the endpoint's words.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +18,7 @@ import httpx
 from soma_vllm.errors import ConfigError
 from soma_vllm.method.gap.facts_judge import alike
 from soma_vllm.method.gap.wording import MOST_CHARACTERS
+from soma_vllm.private import secret
 from soma_vllm.types import Gap
 
 _TASK = (
@@ -45,7 +45,7 @@ class LlmJudge:
         self._model, self._timeout_s = model, timeout_s
         self._headers = {}
         if api_key_env is not None:
-            key = os.environ.get(api_key_env)
+            key = secret(api_key_env)
             if not key:
                 raise ConfigError(
                     "gate.judge_api_key_env", [f"the environment variable {api_key_env} is not set"]
