@@ -47,7 +47,6 @@ FREE = frozenset(
         "answer_alone",
         "extra",
         "extra_one",
-        "negation",
         "bert_less",
         "bert_more",
         "encoder",

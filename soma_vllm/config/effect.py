@@ -49,6 +49,12 @@ CONDITIONS = (
         lambda c: c.prefix.mode != "full" or c.policy != "soma",
         "prefix.mode",
     ),
+    Condition(
+        frozenset({"gate.judge_url", "gate.judge_api_key_env", "gate.judge_timeout_s"}),
+        lambda c: c.gate.gap == "llm",
+        "gate.gap",
+    ),
+    Condition(frozenset({"gate.judge_model"}), lambda c: c.gate.gap in ("cross_encoder", "llm"), "gate.gap"),
     Condition(frozenset({"gate.surprise_threshold"}), lambda c: c.gate.audit == "score", "gate.audit"),
     Condition(
         _all("payback", Payback) | _all("prices", Prices),

@@ -119,12 +119,22 @@ class Lora(Section):
 class Gate(Section):
     """Stage 3, acceptance, locality and drift (Cor. 4.3). Gaps lie in [0, 2]."""
 
-    gap: Literal["facts", "encoder"] = "facts"
+    gap: Literal["facts", "encoder", "cross_encoder", "llm"] = "facts"
     """How two answers are compared. facts: numbers, dates, names, negations, order, JSON, code and SQL, beside
-    the
-    encoder; in [0, 1], 0.12 parts right answers from wrong ones (docs/gap.md). encoder: the cosine distance of
-    their
-    sentence embeddings, as the paper has it. Locality is the encoder's distance in either case."""
+    the encoder; in [0, 1], 0.12 parts right answers from wrong ones (docs/gap.md). encoder: the cosine distance
+    of their sentence embeddings, as the paper has it. cross_encoder: 1 - the probability that they say the
+    same, by the classifier in `judge_model`. llm: 0 or 1, as the model `judge_model` at `judge_url` says.
+    Locality is the encoder's distance in every case."""
+    judge_model: Text | None = None
+    """The judge's model. cross_encoder: the folder of an NLI or paraphrase classifier. llm: the name by which
+    the endpoint knows it."""
+    judge_url: Text | None = None
+    """Base URL of the judge's endpoint (".../v1"), which is sent the answers that are compared (gap: llm)."""
+    judge_api_key_env: Text | None = None
+    """Name of the environment variable that holds that endpoint's key (gap: llm)."""
+    judge_timeout_s: Seconds = 30.0
+    """Longest wait for one reply of that endpoint, seconds; after it the pair is not judged, and does not pass
+    (gap: llm)."""
     accept_threshold: Annotated[float, Field(ge=0, le=2)] = 0.12
     """eps: the mean gap over held-out turns, plus `accept_margin`, may be at most this."""
     accept_margin: Annotated[float, Field(ge=0, le=2)] = 0.0
@@ -168,6 +178,13 @@ class Gate(Section):
     time of the original's last twelve requests, where that is longer."""
     surprise_threshold: Annotated[float, Field(gt=0)] = 2.0
     """Mean NLL of the surrogate's answers under the original, nats per token, that is drift (audit: score)."""
+
+    @model_validator(mode="after")
+    def _judges_are_named(self) -> Gate:
+        needed = {"cross_encoder": ("judge_model",), "llm": ("judge_model", "judge_url")}
+        if missing := [f"gate.{name}" for name in needed.get(self.gap, ()) if getattr(self, name) is None]:
+            raise ValueError(f"{', '.join(missing)}: found nothing; gate.gap: {self.gap} needs it")
+        return self
 
 
 class Prefix(Section):

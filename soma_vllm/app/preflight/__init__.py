@@ -38,6 +38,7 @@ def preflight(
     machine.check_vllm(report, config)
     machine.check_listening(report, config, taking_over)
     models.check_endpoint(report, config)
+    models.check_judge(report, config)
     models.check_names(report, config)
     places.check_storage(report, config)
     places.check_adapter_store(report, config)

@@ -94,15 +94,38 @@ def check_draft(report: Report, original_path: Path, surrogate_path: Path) -> No
 
 def check_endpoint(report: Report, config: Config) -> None:
     """The original's URL is one, and its key is in the environment."""
-    url, key = config.original.url, config.original.api_key_env
-    if url is not None:
-        parts = urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname:
-            report.good(f"the original is served by {parts.hostname}")
-        else:
-            report.bad(f"original.url: found {masked(url)}; expected http(s)://host[:port]/v1")
-    if key is not None and not secret(key):
-        report.bad(f"original.api_key_env: the environment variable {key} is not set")
+    original = config.original
+    _check_url(report, "original.url", original.url, "the original is served by")
+    _check_key(report, "original.api_key_env", original.api_key_env)
+
+
+def check_judge(report: Report, config: Config) -> None:
+    """The gate's judge has its model, or its endpoint and the key of that."""
+    gate = config.gate
+    if gate.gap == "cross_encoder":
+        folder = Path(str(gate.judge_model)).expanduser()
+        if check_model(report, "gate.judge_model", folder):
+            named = read_object(folder / "config.json").get("architectures")
+            if "ForSequenceClassification" not in str(named):
+                report.bad(f"gate.judge_model: found {named}; expected a model for sequence classification")
+    if gate.gap == "llm":
+        _check_url(report, "gate.judge_url", gate.judge_url, "answers are compared by, and sent to,")
+        _check_key(report, "gate.judge_api_key_env", gate.judge_api_key_env)
+
+
+def _check_url(report: Report, key: str, url: str | None, use: str) -> None:
+    if url is None:
+        return
+    parts = urlsplit(url)
+    if parts.scheme in ("http", "https") and parts.hostname:
+        report.good(f"{use} {parts.hostname}")
+    else:
+        report.bad(f"{key}: found {masked(url)}; expected http(s)://host[:port]/v1")
+
+
+def _check_key(report: Report, key: str, variable: str | None) -> None:
+    if variable is not None and not secret(variable):
+        report.bad(f"{key}: the environment variable {variable} is not set")
 
 
 def check_adapters(report: Report, config: Config) -> None:

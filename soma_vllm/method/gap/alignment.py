@@ -6,6 +6,7 @@ Guarantees: symmetric in its two texts; work grows with the product of the words
 
 from __future__ import annotations
 
+import bisect
 import functools
 import re
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from soma_vllm.method.gap.lexicon import opposites, synonyms
+from soma_vllm.method.gap.lexicon import SAYING, opposites, synonyms
 from soma_vllm.method.gap.wording import Item, Text
 
 _SUFFIXES = frozenset(
@@ -105,7 +106,10 @@ _RELATION = re.compile(
     r"de|desde|hasta|antes|después)\b",
     re.I,
 )
-_CLAUSE = re.compile(r"[.;,:!?\n]|\b(?:and|but|then|und|aber|dann|et|mais|puis|y|pero|luego)\b", re.I)
+_CLAUSE = re.compile(
+    r"[.;,:!?\n]|\b(?:and|but|then|und|aber|dann|et|mais|puis|y|pero|luego|because|weil|denn|porque|unless)\b",
+    re.I,
+)
 
 
 @functools.lru_cache(maxsize=20_000)
@@ -219,7 +223,10 @@ def transposed(a: Text, b: Text, pairs: Iterable[tuple[int, int]]) -> tuple[Item
     first, second = a.items[places[moved[0]]], a.items[places[moved[1]]]
     between = a.text[first.end : second.start]
     numbers = first.fact is not None and second.fact is not None
-    if neighbours and (_COORDINATED.fullmatch(between) or not (numbers or _RELATION.search(between))):
+    if (first.fact is None) != (second.fact is None):
+        return None
+    related_by = _RELATION.search(between) or SAYING & set(between.lower().split())
+    if neighbours and (_COORDINATED.fullmatch(between) or not (numbers or related_by)):
         return None
     return first, second
 
@@ -248,7 +255,7 @@ def exchanged(a: Text, b: Text, pairs: Sequence[tuple[int, int]]) -> bool:
 
 def clause_breaks(a: Text, b: Text, pairs: Sequence[tuple[int, int]]) -> float:
     """Share of neighbours within a clause of one text that are in different clauses of the other, in [0, 1]."""
-    of_a, of_b = _clauses(a), _clauses(b)
+    of_a, of_b = (clauses(text, [item.start for item in text.items]) for text in (a, b))
     if max(of_a, default=0) == 0 or max(of_b, default=0) == 0:
         return 0.0
     broken = total = 0
@@ -260,14 +267,10 @@ def clause_breaks(a: Text, b: Text, pairs: Sequence[tuple[int, int]]) -> float:
     return broken / total if total else 0.0
 
 
-def _clauses(text: Text) -> list[int]:
+def clauses(text: Text, places: Iterable[int]) -> list[int]:
+    """The number of the clause that each place lies in; places in increasing order."""
     cuts = [match.start() for match in _CLAUSE.finditer(text.text)]
-    found, at = [], 0
-    for item in text.items:
-        while at < len(cuts) and cuts[at] < item.start:
-            at += 1
-        found.append(at)
-    return found
+    return [bisect.bisect_left(cuts, place) for place in places]
 
 
 def vectors(

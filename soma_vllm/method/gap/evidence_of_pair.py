@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from soma_vllm.method.gap import bindings
 from soma_vllm.method.gap.alignment import (
     Alignment,
     align,
@@ -40,6 +41,12 @@ HARD = (
     "steps",
     "constraint_cut",
     "step_missing",
+    "bound",
+    "denied",
+    "code",
+    "members",
+    "reversed",
+    "exclusive_alone",
 )
 """Contradictions of fact: one alone tells two answers apart."""
 
@@ -70,6 +77,7 @@ def collect(a: Text, b: Text, of_a: Reading, of_b: Reading) -> Evidence:
     _order(a, b, alignment, change, found)
     _slots(a, b, alignment, change, found)
     _words(a, b, alignment, (of_a, of_b), found)
+    _bindings(a, b, alignment, found)
     _manners(a, b, found)
     found.add("hard", any(found.features[name] for name in HARD))
     distance = min(1.0, gap(of_a.vector, of_b.vector))
@@ -130,20 +138,21 @@ def _bound_otherwise(a: Text, b: Text, alignment: Alignment) -> bool:
     return swapped >= 2
 
 
-def _opposites(alignment: Alignment, change: Edit) -> set[tuple[str, str]]:
+def _opposites(a: Text, b: Text, alignment: Alignment, change: Edit) -> set[tuple[str, str]]:
     """Words of the two texts that contradict each other, content words anywhere, others in the same place."""
     found = {(x.word, y.word) for x in alignment.left for y in alignment.right if x.word and y.word}
     found |= {(x, y) for these, those in change.replaced for x in these for y in those}
-    return {(x, y) for x, y in found if opposed(x, y) and not {x, y} & NEGATORS}
+    both = {item.word for item in a.items} & {item.word for item in b.items}
+    return {(x, y) for x, y in found if opposed(x, y) and not {x, y} & NEGATORS and not {x, y} <= both}
 
 
 def _polarity(a: Text, b: Text, alignment: Alignment, change: Edit, found: Evidence) -> None:
-    opposites = _opposites(alignment, change)
+    opposites = _opposites(a, b, alignment, change)
     negated = abs(a.negations - b.negations) % 2 == 1
     swap = transposed(a, b, alignment.pairs) is not None and a.passive == b.passive
     words_a, words_b = ({item.word for item in text.items} for text in (a, b))
     lesser = bool(words_a & LESSER) != bool(words_b & LESSER)
-    opposite = len({x for x, _ in opposites if x not in LESSER}) + lesser
+    opposite = any(x not in LESSER for x, _ in opposites) + lesser
     said = "; ".join(f"{x} / {y}" for x, y in sorted(opposites)[:3])
     odd = (opposite + negated + swap) % 2 == 1
     found.add("opposite", bool(opposite) and odd, f"opposites: {said}")
@@ -285,6 +294,22 @@ def _greedy(these: NDArray[np.float32], those: NDArray[np.float32]) -> float:
     if not these.size or not those.size:
         return 1.0 if these.size == those.size else 0.0
     return float((these @ those.T).max(axis=1).mean())
+
+
+def _bindings(a: Text, b: Text, alignment: Alignment, found: Evidence) -> None:
+    """Bounds, negations, quoted code, members and steps that belong to something else."""
+    opposed_bound, lone_bound = bindings.bounds(a, b, alignment)
+    found.add("bound", opposed_bound, "a lower bound in one, an upper one in the other")
+    found.add("bound_alone", lone_bound)
+    found.add("denied", bindings.denied_elsewhere(a, b, alignment), "negated elsewhere")
+    bare = (
+        bindings.bare_negation(a, b) and not found.features["opposite"] and not found.features["opposite_even"]
+    )
+    found.add("negation_bare", bare, "negated in one alone")
+    found.add("exclusive_alone", bindings.exclusive_alone(a, b), "only in one alone")
+    found.add("code", bindings.quoted_otherwise(a, b), "other code is quoted")
+    found.add("members", bindings.other_members(a, b, alignment), "lists have other members")
+    found.add("reversed", bindings.steps_reversed(a, b, alignment.pairs), "another order of steps")
 
 
 def _manners(a: Text, b: Text, found: Evidence) -> None:

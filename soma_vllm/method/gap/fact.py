@@ -33,7 +33,9 @@ class Fact:
         if kinds == {"number", "time"}:
             number, time = (self, other) if self.kind == "number" else (other, self)
             return any(
-                n[1] in (None, "time") and _oclock(n[0], t[0]) for n in number.readings for t in time.readings
+                n[1] in (None, "time") and (_oclock(n[0], t[0]) or (n[1] == "time" and n[2] == 60.0 * t[0]))  # type: ignore[operator]
+                for n in number.readings
+                for t in time.readings
             )
         if kinds == {"number", "date"}:
             number, date = (self, other) if self.kind == "number" else (other, self)

@@ -52,5 +52,22 @@ class EncoderJudge:
 
 
 def open_judge(config: Config, encoder: Encoder) -> GapJudge:
-    """The judge that `config` asks for, beside an encoder that is loaded already."""
-    return EncoderJudge(encoder) if config.gate.gap == "encoder" else FactsJudge(encoder)
+    """The judge that `config` asks for, beside an encoder that is loaded already.
+
+    Raises:
+        ModelError: `gate.judge_model` is no folder of a sequence classifier.
+        ConfigError: the endpoint's key is not in the environment.
+    """
+    gate = config.gate
+    if gate.gap == "cross_encoder":
+        # Imported late: it brings torch.
+        from soma_vllm.method.gap.cross_encoder import CrossEncoderJudge
+
+        return CrossEncoderJudge(str(gate.judge_model), gate.encoder_max_tokens)
+    if gate.gap == "llm":
+        from soma_vllm.method.gap.llm_judge import LlmJudge
+
+        return LlmJudge(
+            str(gate.judge_url), str(gate.judge_model), gate.judge_api_key_env, gate.judge_timeout_s
+        )
+    return EncoderJudge(encoder) if gate.gap == "encoder" else FactsJudge(encoder)

@@ -58,11 +58,19 @@ UNITS = {
     for name in names.split(",")
 }
 """(dimension, factor to its base unit) of a unit's names, in lower case. Temperatures are in `numerals`."""
+AMBIGUOUS_NUMBERS = _set("ambiguous_numbers")
+"""Number words that are other words in another language."""
 NEGATORS = _set("negators")
 YES = _set("yes")
 NO = _set("no")
 CONSTRAINTS = _set("constraints")
 EXCLUSIVE = _set("exclusive")
+RESTRICTING = _set("restricting")
+"""Words that may say what another text says with "only"."""
+NEGATIVE = _set("negative")
+"""Words that may say what another text says with a negation."""
+SAYING = _set("saying")
+"""Words that introduce an answer and carry no fact of it."""
 LESSER = _set("lesser")
 """Words that turn a comparison around."""
 STOPWORDS: Mapping[str, frozenset[str]] = {
@@ -73,8 +81,8 @@ STOPWORDS: Mapping[str, frozenset[str]] = {
 
 @functools.cache
 def stopwords() -> frozenset[str]:
-    """The function words of every language, and words that introduce an answer and carry no fact of it."""
-    return frozenset().union(*STOPWORDS.values()) | _set("saying")
+    """The function words of every language, and those of `SAYING`."""
+    return frozenset().union(*STOPWORDS.values()) | SAYING
 
 
 def _linked(groups: Iterable[Iterable[str]]) -> dict[str, set[str]]:

@@ -15,6 +15,9 @@ NUMBER = re.compile(
 )
 _WORD = re.compile(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*")
 _UNIT = re.compile(r"\s?-?(km/h|m/s|°\s?[CFcf]\b|°|[%‰€$£¥]|[^\W\d_][^\W\d_]*[²2]?)")
+_INCHES = re.compile(r"\s*(?:$|[.,;:)x×]|wide|long|high|tall|deep|thick)", _I)
+_ALSO = {"pound": ("pound", 1.0), "pounds": ("pound", 1.0), "cents": ("dollar", 0.01), "cent": ("dollar", 0.01)}
+"""Units whose names have another meaning too."""
 _DEGREES = {"c": (1.0, 0.0), "f": (5 / 9, -160 / 9)}
 
 
@@ -62,7 +65,7 @@ def _unit_at(text: str, at: int) -> tuple[str, float, float, int] | None:
     )
     if per_hour and UNITS.get(name, ("", 0.0))[0] == "length":
         return "speed", UNITS[name][1] / 1000, 0.0, match.end() + per_hour.end()
-    if name not in UNITS:
+    if name not in UNITS or match.group(1) == "a" or (name == "in" and not _INCHES.match(text, match.end())):
         return None
     dimension, factor = UNITS[name]
     return dimension, factor, 0.0, match.end()
@@ -79,8 +82,11 @@ def _quantity(
         values = [value * SCALES[scale.group(1).lower()] for value in values]
         end += scale.end()
         weak = False
-    elif (short := re.match(r"\s?([kKM])\b(?!\w)", text[end : end + 3])) and currency:
-        values = [value * (1e6 if short.group(1) == "M" else 1e3) for value in values]
+    elif short := re.match(
+        r"(?:\s?([kKmM])|([kK]))\b(?!\w)" if currency else r"()([kK])\b", text[end : end + 3]
+    ):
+        larger = [value * (1e3 if (short.group(1) or "k") in "kK" else 1e6) for value in values]
+        values = larger if currency else [*larger, *values]
         end += short.end()
     of = re.match(r"\s+(?:of\s+)?(?:an?|une?)\s+", text[end : end + 9]) if values[0] < 1 else None
     unit = _unit_at(text, end + (of.end() if of else 0))
@@ -90,6 +96,8 @@ def _quantity(
         return Fact("number", text[start:end], start, end, tuple((v, None, v) for v in values), weak)
     dimension, factor, offset, end = unit
     readings = tuple((v, dimension, v * factor + offset) for v in values)
+    if other := _ALSO.get(text[:end].rsplit(None, 1)[-1].lower()):
+        readings += tuple((v, other[0], v * other[1]) for v in values)
     return Fact("number", text[start:end], start, end, readings, weak and dimension not in ("euro", "dollar"))
 
 
@@ -107,6 +115,15 @@ def digits(match: re.Match[str]) -> Fact | None:
         readings = tuple((value, None, value) for value in values)
         return Fact("number", match.group(), match.start(), match.end(), readings)
     return _quantity(text, match.start(), match.end(), values, False, (currency or "").strip())
+
+
+MIXED = re.compile(r"(?<![\w.,])(\d{1,4})\s+([1-9])\s?/\s?([2-9]|1\d)\b(?!/)")
+
+
+def mixed(match: re.Match[str]) -> Fact | None:
+    """2 1/2 hours."""
+    value = int(match[1]) + int(match[2]) / int(match[3])
+    return _quantity(match.string, match.start(), match.end(), [value], False)
 
 
 def spelt(text: str, words: Mapping[str, int]) -> Iterator[Fact]:

@@ -9,19 +9,21 @@ Time is linear in the text; no text raises.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from soma_vllm.method.gap.fact import Fact
 from soma_vllm.method.gap.lexicon import (
     AMBIGUOUS_MONTHS,
+    AMBIGUOUS_NUMBERS,
     MONTHS,
     NUMBER_WORDS,
     STOPWORDS,
     UNITS,
     WEEKDAYS,
 )
-from soma_vllm.method.gap.numerals import NUMBER, digits, spelt
+from soma_vllm.method.gap.numerals import MIXED, NUMBER, digits, mixed, spelt
 
 _MONTH = "|".join(sorted(map(re.escape, MONTHS), key=len, reverse=True))
 _SEP = r"(?:\s+(?:of|de|di|van)\s+|[\s.\-]+)"
@@ -48,8 +50,11 @@ _AM_PM = (
     r"\s*(a\.?m\b\.?|p\.?m\b\.?|de la mañana|de la tarde|de la noche|in the (?:morning|afternoon|evening))?"
 )
 _CLOCK = re.compile(rf"\b([01]?\d|2[0-4]):([0-5]\d)(?::[0-5]\d)?\b{_AM_PM}(?:\s*uhr\b)?", _I)
-_DOT_CLOCK = re.compile(r"\b([01]?\d|2[0-4])\.([0-5]\d)\s*(?:uhr\b|o'clock\b|h\b)", _I)
-_ALLE = re.compile(r"\balle\s+([01]?\d|2[0-4])\.([0-5]\d)\b", _I)
+_DOT_CLOCK = re.compile(
+    r"\b([01]?\d|2[0-4])\.([0-5]\d)\s*(uhr\b|o'clock\b|h\b|[ap]\.?m\b\.?)"
+    r"|\b(?:alle|dalle|at|um|às)\s+([01]?\d|2[0-4])\.([0-5]\d)\b(?!\s*(?:[%€$£°]|per|euro|dollar|pound|k?[mg]\b))",
+    _I,
+)
 _H_CLOCK = re.compile(r"\b([01]?\d|2[0-4])\s?(?:h|heures?|uhr)\s?([0-5]\d)?\b(?!/)", _I)
 _AM = re.compile(r"\b(1[0-2]|[1-9])\s*(a\.?m\b\.?|p\.?m\b\.?|o'clock\b|o’clock\b)", _I)
 _PAST = {
@@ -61,56 +66,43 @@ _PAST = {
     "halb": -30,
 }
 _SPOKEN = re.compile(r"\b(half past|quarter past|quarter to|halb|viertel nach|viertel vor)\s+(\w+)\b", _I)
+_MINUTES = re.compile(
+    rf"\b(?:at|by|until|before|after|around|from)\s+(\w+)[ -](ten|fifteen|twenty|thirty|forty|forty-five|fifty)"
+    rf"\b{_AM_PM}|\b(?:las?|le|alle|dalle|às|à|vers)\s+(\w+)(?:\s+heures?)?\s+((?:y|e|et)\s+(?:media|mezza|meia"
+    rf"|demie|cuarto|un quarto|quart)|(?:menos|moins)\s+(?:le\s+)?(?:cuarto|quart))\b{_AM_PM}",
+    _I,
+)
 _AT = re.compile(
     r"\b(at|um|by|until)\s+([^\W\d_]+)\b(?!\s+(?:percent|%|euros?))(?:\s*o['’]clock|\s*uhr\b)?(?=\s*(?:$|[.,;!?]))",
     _I,
 )
 _CLOCK_WORD = re.compile(r"\b(\w+)\s*(?:o['’]clock|uhr)\b", _I)
-_HALVES = re.compile(r"\b(an?|one|\d+|two|three|four|five|six|seven|eight)\s+(\w+)\s+and\s+a\s+half\b", _I)
-_HALF_MORE = re.compile(
-    r"\b(\w+)\s+(?:and\s+a\s+half\s+(\w+)|(horas?|heures?|días?|jours?)\s+(?:y\s+media|et\s+demie))\b", _I
+_HALVES = re.compile(
+    r"\b(an?|one|\d+|two|three|four|five|six|seven|eight)\s+(\w+)\s+and\s+(a\s+half|a\s+quarter|three\s+quarters)\b",
+    _I,
 )
+_HALF_MORE = re.compile(
+    r"\b(\w+)\s+(?:and\s+(a\s+half|a\s+quarter|three\s+quarters)\s+(\w+)"
+    r"|(horas?|heures?|días?|jours?)\s+(?:y\s+media|et\s+demie))\b",
+    _I,
+)
+_DAYS = re.compile(
+    r"\b(Mon|Tues?|Wed|Thu(?:rs?)?|Fri)\b\.?|(?<=[-–/,] )(?:Sat|Sun)\b\.?|(?<=[-–/,])(?:Sat|Sun)\b\.?"
+    r"|\b(?:Sat|Sun)\b\.?(?=\s*[-–/,]|$)|\b(?:Mo|Di|Mi|Do|Fr|Sa|So)\b\.?(?=\s*[-–]\s*(?:Mo|Di|Mi|Do|Fr|Sa|So)\b)"
+    r"|(?<=[-–])(?:Mo|Di|Mi|Do|Fr|Sa|So)\b"
+)
+_DAY_NUMBERS = {
+    name: number
+    for number, names in enumerate(("mo", "tu di", "we mi", "th do", "fr", "sa", "su so"))
+    for name in names.split()
+}
 _DURATION = re.compile(
     r"\b(\d+)\s*(?:h|hrs?|hours?|std|stunden?|heures?|horas?)\s*(?:and|und|et|y)?\s*([0-5]?\d)\s*min\w*", _I
 )
+_PARTS = {"three": 0.75, "quarter": 0.25}
 _NOON = re.compile(r"\b(noon|midday|midnight|mittags?|mitternacht|midi|minuit|mediodía|medianoche)\b", _I)
 _WORD = re.compile(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*")
 _LIST_MARK = re.compile(r"(?m)^\s*(?:\d{1,2}[.)]|[-*•])\s+")
-_AMBIGUOUS = frozenset(
-    [
-        "due",
-        "sei",
-        "elf",
-        "once",
-        "un",
-        "una",
-        "uno",
-        "um",
-        "een",
-        "ein",
-        "eine",
-        "einen",
-        "einem",
-        "einer",
-        "cent",
-        "mil",
-        "dos",
-        "die",
-        "neuf",
-        "one",
-        "mille",
-        "tre",
-        "as",
-        "os",
-        "nul",
-        "zes",
-        "six",
-        "dix",
-    ]
-)
-
-
-"""Number words that are other words in another language."""
 _VULGAR = str.maketrans({"½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
 
 
@@ -122,19 +114,24 @@ def languages(text: str) -> frozenset[str]:
     return frozenset(name for name, count in counts.items() if count >= max(2, 0.6 * most))
 
 
+@functools.lru_cache(maxsize=256)
+def _number_words(spoken: frozenset[str]) -> Mapping[str, int]:
+    """Number words of a text in these languages; those of other languages where they are no other words."""
+    return {
+        word: number
+        for name, table in NUMBER_WORDS.items()
+        for word, number in table.items()
+        if name in spoken or word not in AMBIGUOUS_NUMBERS
+    }
+
+
 class _Reader:
     """One pass over a text: each pattern takes what earlier ones left."""
 
     def __init__(self, text: str, spoken: Iterable[str]) -> None:
         self.text = text.translate(_VULGAR)
         self.facts: list[Fact] = []
-        spoken = set(spoken)
-        self.words = {
-            word: number
-            for name, table in NUMBER_WORDS.items()
-            for word, number in table.items()
-            if name in spoken or word not in _AMBIGUOUS
-        }
+        self.words = _number_words(frozenset(spoken))
 
     def take(self, pattern: re.Pattern[str], read: Callable[[re.Match[str]], Fact | None]) -> None:
         """Add what `read` makes of each match, and blank it out."""
@@ -213,6 +210,28 @@ def _spoken_time(reader: _Reader) -> Callable[[re.Match[str]], Fact | None]:
     return read
 
 
+def _hour_and_minutes(reader: _Reader) -> Callable[[re.Match[str]], Fact | None]:
+    """At nine thirty, las nueve y media, à neuf heures moins le quart."""
+
+    def read(match: re.Match[str]) -> Fact | None:
+        word, more = (match[1] or match[4]).lower(), (match[2] or match[5]).lower()
+        hour = int(word) if word.isdigit() else reader.words.get(word)
+        if hour is None or not 1 <= hour <= 24:
+            return None
+        minute = reader.words.get(more, 15 if "art" in more else 30)
+        if more.startswith("m"):
+            hour, minute = hour - 1, 60 - minute
+        return _fact(match, "time", *_minutes(hour, minute, match[3] or match[6], spoken=True))
+
+    return read
+
+
+def _dotted(match: re.Match[str]) -> Fact:
+    mark = match[3] if match[3] and match[3][0] in "aApP" else None
+    hour, minute = int(match[1] or match[4]), int(match[2] or match[5])
+    return _fact(match, "time", *_minutes(hour, minute, mark, spoken=match[1] is None and hour < 10))
+
+
 def _noon(match: re.Match[str]) -> Fact:
     word = match.group().lower()
     return _fact(match, "time", (0,) if word in ("midnight", "mitternacht", "minuit", "medianoche") else (720,))
@@ -231,16 +250,18 @@ def facts(text: str, spoken: Iterable[str]) -> tuple[list[Fact], str]:
     take(_MONTH_DAY, lambda m: _named_date(m[3], m[1], m[2], m))
     take(_MONTH_YEAR, lambda m: _named_date(m[2], m[1], None, m))
     take(_CLOCK, lambda m: _fact(m, "time", *_minutes(int(m[1]), int(m[2]), m[3], spoken=_bare(m))))
-    take(_DOT_CLOCK, lambda m: _fact(m, "time", *_minutes(int(m[1]), int(m[2]), None)))
-    take(_ALLE, lambda m: _fact(m, "time", *_minutes(int(m[1]), int(m[2]), None)))
+    take(_DOT_CLOCK, _dotted)
     take(_DURATION, lambda m: _fact(m, "number", _seconds(int(m[1]) * 3600 + int(m[2]) * 60)))
     take(_H_CLOCK, _hours)
     take(_AM, lambda m: _fact(m, "time", *_minutes(int(m[1]), 0, m[2], spoken="clock" in m[2].lower())))
+    take(_MINUTES, _hour_and_minutes(reader))
     for pattern in (_SPOKEN, _CLOCK_WORD, _AT):
         take(pattern, _spoken_time(reader))
     take(_NOON, _noon)
     take(_HALVES, _and_a_half(reader))
     take(_HALF_MORE, _and_a_half(reader))
+    take(_DAYS, lambda m: _fact(m, "weekday", (_DAY_NUMBERS[m[0][:2].lower()],)))
+    take(MIXED, mixed)
     take(NUMBER, digits)
     for fact in spelt(reader.text, reader.words):
         reader.facts.append(fact)
@@ -279,13 +300,13 @@ def _and_a_half(reader: _Reader) -> Callable[[re.Match[str]], Fact | None]:
     def read(match: re.Match[str]) -> Fact | None:
         count = match[1].lower()
         number = 1 if count in ("a", "an") else int(count) if count.isdigit() else reader.words.get(count)
-        unit = UNITS.get((match[2] or match[match.lastindex or 0]).lower())
-        value = (number or 0) + 0.5
-        return (
-            None
-            if unit is None or number is None
-            else _fact(match, "number", (value, unit[0], value * unit[1]))
-        )
+        words = [group.lower() for group in match.groups()[1:] if group]
+        unit = next((UNITS[word] for word in words if word in UNITS), None)
+        if unit is None or number is None:
+            return None
+        more = next((part for word, part in _PARTS.items() if any(word in one for one in words)), 0.5)
+        value = number + more
+        return _fact(match, "number", (value, unit[0], value * unit[1]))
 
     return read
 

@@ -24,7 +24,7 @@ MOST_CHARACTERS = 8_000
 
 
 """Of a text, from its beginning."""
-_WORD = re.compile(r"(?<!\w)--?[A-Za-z][\w-]*|[^\W_]+(?:[-'’._/][^\W_]+)*[+#]{0,2}|[&@#]")
+_WORD = re.compile(r"(?<!\w)(?:--?|\+)[A-Za-z][\w-]*|[^\W_]+(?:[-'’._/][^\W_]+)*[+#]{0,2}|[&@#]")
 _TAG = re.compile(r"\[[A-Z][A-Z _-]*\]|(?<!\w)#\w+|\A[A-Z]{2,}(?: [A-Z]{2,})+\b|\A[A-Z]{3,}:")
 _PASSIVE = re.compile(
     r"\b(?:was|were|is|are|been|be|being|wurden?|werden|wird|worden|est|sont|été|fue|fueron|es|son|sido)\b[^.;]{0,60}?\b(?:by|von|par|por)\b"
@@ -49,7 +49,7 @@ _PHRASES = tuple(
         (r"switch(?:ed|es)? on|turn(?:ed|s)? on", "enable"),
         (r"switch(?:ed|es)? off|turn(?:ed|s)? off", "disable"),
         (r"in front of", "before"), (r"as well as", "and"), (r"is able to|are able to", "can"),
-        (r"in spite of", "despite"), (r"CO2", "carbon dioxide"),
+        (r"in spite of", "despite"), (r"rather than", "not"), (r"CO2", "carbon dioxide"),
     )
 )  # fmt: skip
 
@@ -73,7 +73,8 @@ class Text:
 
     text: str
     items: tuple[Item, ...]
-    negations: int
+    negators: tuple[int, ...]
+    """Where its negations stand."""
     answer: bool | None
     """True for a text that begins with yes, False with no."""
     constraints: frozenset[str]
@@ -82,6 +83,11 @@ class Text:
     """Members of its enumeration; 0 where it has none."""
     languages: frozenset[str]
     passive: bool
+
+    @property
+    def negations(self) -> int:
+        """How many there are."""
+        return len(self.negators)
 
 
 def simplified(text: str) -> str:
@@ -117,7 +123,7 @@ def read(text: str) -> Text:
     return Text(
         text,
         tuple(sorted(items, key=lambda item: item.start))[:MOST_ITEMS],
-        _negations(known, _FIRST_ALONE.match(text) is not None),
+        tuple(worded[n][1].start() for n in _negations(known, _FIRST_ALONE.match(text) is not None)),
         _answer(known, text),
         frozenset(known) & CONSTRAINTS,
         frozenset(match.group().strip() for match in _TAG.finditer(text)),
@@ -133,18 +139,17 @@ def plain(word: str) -> str:
     if elided and word.startswith("n'"):
         return elided[1]
     word = elided[1] if elided else word
-    return word if word.startswith("-") else word.replace("-", "").rstrip(".")
+    return word if word.startswith(("-", "+")) else word.replace("-", "").rstrip(".")
 
 
-def _negations(words: Sequence[str], alone: bool) -> int:
-    """Negations; a first word that stands alone is an answer and none of them."""
-    count = 0
-    for place, word in enumerate(words):
-        bare = word.replace("'", "")
-        if bare in ("no", "nein", "non") and place == 0 and alone:
-            continue
-        count += bare in NEGATORS or word.endswith("n't")
-    return count
+def _negations(words: Sequence[str], alone: bool) -> list[int]:
+    """Which words negate; a first word that stands alone is an answer and none of them."""
+    answers = ("no", "nein", "non") if alone else ()
+    return [
+        place
+        for place, word in enumerate(words)
+        if (word.replace("'", "") in NEGATORS or word.endswith("n't")) and not (place == 0 and word in answers)
+    ]
 
 
 def _answer(words: Sequence[str], text: str) -> bool | None:

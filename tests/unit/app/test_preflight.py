@@ -402,3 +402,34 @@ def test_every_problem_is_told_at_once(document: dict[str, Any], models: dict[st
     told = problems(document, models)
     assert "4 problems" in told
     assert told.count("\n  - ") == 4
+
+
+def test_a_judge_without_its_model_is_told(document: dict[str, Any], models: dict[str, Path]) -> None:
+    folder = models["encoder"]
+    document["gate"] = {"gap": "cross_encoder", "judge_model": str(folder)}
+    assert "gate.judge_model: found None; expected a model for sequence classification" in problems(
+        document, models
+    )
+    named = {"architectures": ["BertForSequenceClassification"]}
+    (folder / "config.json").write_text(json.dumps(ARCHITECTURE | named))
+    assert any(line.startswith("gate.judge_model: encoder, ") for line in check(document, models))
+    document["gate"]["judge_model"] = str(folder / "none")
+    assert "gate.judge_model: " in problems(document, models)
+
+
+def test_a_judge_whose_endpoint_cannot_be_asked_is_told(
+    document: dict[str, Any], models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = {
+        "gap": "llm",
+        "judge_model": "m",
+        "judge_url": "nowhere",
+        "judge_api_key_env": "SOMA_TEST_JUDGE_KEY",
+    }
+    document["gate"] = gate
+    told = problems(document, models)
+    assert "gate.judge_url: found nowhere; expected http(s)://host[:port]/v1" in told
+    assert "gate.judge_api_key_env: the environment variable SOMA_TEST_JUDGE_KEY is not set" in told
+    monkeypatch.setenv("SOMA_TEST_JUDGE_KEY", "k")
+    gate["judge_url"] = "https://judge.example/v1"
+    assert "answers are compared by, and sent to, judge.example" in check(document, models)

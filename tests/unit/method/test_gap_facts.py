@@ -88,6 +88,18 @@ def gap(a: str, b: str) -> float:
         ("one thousand two hundred and fifty", "1,250"),
         ("the 2nd train", "the second train"),
         ("2500 grams", "2.5 kg"),
+        ("two and a quarter hours", "135 minutes"),
+        ("an hour and a quarter", "75 minutes"),
+        ("1 1/2 litres", "1500 ml"),
+        ("10k", "10,000"),
+        ("1h30", "90 minutes"),
+        ("two hundredths of a second", "0.02 seconds"),
+        ("las nueve y media de la noche", "21:30"),
+        ("alle otto e mezza", "8:30"),
+        ("at nine thirty", "9:30"),
+        ("9.30 pm", "21:30"),
+        ("sexta-feira", "Friday"),
+        ("Mon–Fri", "Monday"),
     ],
 )
 def test_the_same_quantity_in_other_words_is_the_same(a: str, b: str) -> None:
@@ -108,6 +120,8 @@ def test_the_same_quantity_in_other_words_is_the_same(a: str, b: str) -> None:
         ("-18 C", "18 C"),
         ("2 a.m.", "2 p.m."),
         ("version 2.10", "version 2.1"),
+        ("Sat–Sun", "Sunday"),
+        ("at 9.30", "9.30 euros"),
     ],
 )
 def test_another_quantity_is_another(a: str, b: str) -> None:
@@ -170,6 +184,16 @@ def test_other_data_or_code_is_refused_and_the_reason_is_told(a: str, b: str) ->
         ("The capital of Peru is Lima.", "The capital of Peru is Quito."),
         ("Das Museum ist geöffnet.", "Das Museum ist nicht geöffnet."),
         ("The cat sleeps on the sofa.", ""),
+        ("Store the bottle below 25 °C.", "Keep the bottle at over 25 °C."),
+        (
+            "Do not mix bleach with vinegar; it releases gas.",
+            "You can mix bleach with vinegar; it releases no gas.",
+        ),
+        ("Run `chmod +x a.sh` first.", "Run `chmod -x a.sh` first."),
+        ("- flour\n- sugar\n- three eggs", "You need flour, salt and 3 eggs."),
+        ("Wash the pan, then dry the pot.", "Dry the pot, then wash the pan."),
+        ("Only members with a card may enter.", "Members with a card may enter."),
+        ("The nurse called the doctor.", "The doctor called the nurse."),
     ],
 )
 def test_contradictions_are_refused_though_the_encoder_finds_them_alike(a: str, b: str) -> None:

@@ -16,6 +16,7 @@ from soma_vllm.adaptation.training_run import TrainingBudget
 from soma_vllm.app.serve import app
 from soma_vllm.config import Config, Gate, Lora, Mining, Prefix, parse_config, without_effect
 from soma_vllm.config.effect import CONDITIONS
+from soma_vllm.method.gap.gap_judge import open_judge
 from soma_vllm.method.recipe import Surrogate, adapting
 from soma_vllm.sessions.state.gate import Drift
 from soma_vllm.sessions.state.prefix import compress
@@ -96,6 +97,20 @@ def test_an_audit_is_held_to_the_thresholds_of_its_kinds_alone(audit: Any, kinds
         assert all(len(found) == 1 for found in drifts) is (f"gate.{key}" in named)
 
 
+@pytest.mark.parametrize("gap", ["facts", "encoder", "cross_encoder", "llm"])
+def test_a_judges_keys_are_read_where_it_judges(
+    reads: Watch, gap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("soma_vllm.method.gap.cross_encoder.CrossEncoderJudge", lambda *given: None)
+    gate = {"gap": gap, "judge_model": "m", "judge_url": "http://127.0.0.1:9/v1"}
+    config = parse_config({"gate": gate}, "test")
+    unused: Any = None
+    found = reads(Gate, "gate.")
+    open_judge(config, unused)
+    keys = {f"gate.judge_{name}" for name in ("model", "url", "api_key_env", "timeout_s")}
+    assert keys & idle(gate=gate) == keys - found
+
+
 @pytest.mark.parametrize("payback", ["always", "never", "auto"])
 async def test_what_things_cost_is_asked_only_where_payback_decides(payback: Any) -> None:
     class Asked(Exception):
@@ -124,6 +139,7 @@ def test_every_listed_key_exists_and_belongs_to_a_test_of_this_file() -> None:
         "mining.enabled",
         "prefix.mode",
         "gate.audit",
+        "gate.gap",
         "adaptation.payback",
         "adaptation.candidates",
     }
