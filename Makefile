@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup models tiny baselines demo smoke evaluate serve check test lint docs fast-services fast-rest bench study study-full load-tools load-test clients few-clients gpu-rehearsal lock clean
+.PHONY: help setup models tiny baselines demo smoke evaluate serve check test lint docs fast-services fast-rest bench faults dispatch study study-full load-tools load-test clients few-clients gpu-rehearsal lock clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -140,6 +140,16 @@ bench: models
 	@$(BIN)/python benchmarks/lora_kernels.py
 	@mkdir -p out
 	@$(BIN)/python benchmarks/multi_lora.py --quick --json out/multi_lora.json --figure out/multi_lora.png
+
+## make faults  what breaks under a server: kills, full disks, lying originals; ends with zeros (about 15 minutes; FAULTS="…")
+faults: tiny
+	@mkdir -p out
+	@$(BIN)/python benchmarks/fault_suite.py --json out/faults.json $(FAULTS)
+
+## make dispatch  dispatch alone, from 10 to 10,000 live sessions, and its pauses under 500 streams (about 10 minutes)
+dispatch: setup
+	@mkdir -p out
+	@$(BIN)/python benchmarks/dispatch.py --json out/dispatch.json
 
 ## make study   latency, cost and task accuracy of policies on the embedded pair (laid out for 10 minutes on 2 cores; STUDY="…" sets options)
 study: models tiny

@@ -79,7 +79,9 @@ QUICK = {
     "repeats": 1, "sessions": 4, "limit_turns": 10, "max_tokens": 16, "arrival": 4.0, "think": 1.0,
     "overhead_rounds": 20, "capacity": 0, "drift": 0,
 }  # fmt: skip
-QUICK_WORKLOADS = {"repeats": 1, "sessions": 3, "limit_turns": 8, "max_tokens": 48, "capacity": 1}
+QUICK_WORKLOADS = {
+    "repeats": 1, "sessions": 3, "limit_turns": 8, "max_tokens": 48, "overhead_rounds": 0,
+}  # fmt: skip
 """What options that were not given stand for; those of workloads come before the others."""
 
 

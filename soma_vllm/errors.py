@@ -25,6 +25,7 @@
     │   ├── EngineUnavailable                it is not running, or not yet                     -> 503
     │   │   ├── EngineNotReady               it was not even asked
     │   │   ├── NoAdapterSlot                all slots serve other adapters
+    │   │   ├── MalformedCall                it called a tool as the request does not allow
     │   │   └── ConnectionLost               no byte of an answer came: it may be asked again
     │   └── EngineRefused                    it answered with an OpenAI error of its own       -> as told
     └── TrainingError                        a training ended without an adapter
@@ -172,6 +173,10 @@ class EngineNotReady(EngineUnavailable):
 
 class NoAdapterSlot(EngineUnavailable):
     """All adapter slots are in use, or the adapter is leaving."""
+
+
+class MalformedCall(EngineUnavailable):
+    """The engine called a function that the request does not declare, or with arguments that are not valid."""
 
 
 class ConnectionLost(EngineUnavailable):

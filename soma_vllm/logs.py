@@ -16,6 +16,8 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+from soma_vllm.private import masked
+
 request_id: ContextVar[str | None] = ContextVar("soma_request_id", default=None)
 """The request's `X-Request-Id`."""
 
@@ -75,7 +77,7 @@ class LogContext(logging.Filter):
         found = ((name.removesuffix("_id"), variable.get()) for name, variable in _IDS.items())
         ids = {name: value for name, value in found if value is not None}
         record.ids = ids
-        record.context = "".join(f" {name}={_shown(value)}" for name, value in ids.items())
+        record.context = "".join(f" {name}={as_word(value)}" for name, value in ids.items())
         return True
 
 
@@ -91,7 +93,7 @@ class TextFormatter(logging.Formatter):
         lines = [f"{_utc(record)} {record.levelname} {name}: {first}{context}", *rest]
         for further in filter(None, (_traceback(self, record), record.stack_info)):
             lines += further.splitlines()
-        return f"\n{INDENT}".join(lines)
+        return masked(f"\n{INDENT}".join(lines))
 
 
 class JsonFormatter(logging.Formatter):
@@ -111,7 +113,7 @@ class JsonFormatter(logging.Formatter):
             line["error"] = error.__name__
         if (traceback := _traceback(self, record)) is not None:
             line["traceback"] = traceback
-        return json.dumps(line)
+        return masked(json.dumps(line))
 
 
 def configuration(log_format: str, level: str) -> dict[str, Any]:
@@ -158,7 +160,7 @@ def _traceback(formatter: logging.Formatter, record: logging.LogRecord) -> str |
     return formatter.formatException(record.exc_info) if record.exc_info and record.exc_info[0] else None
 
 
-def _shown(value: str) -> str:
-    """The value as one word: quoted and escaped where it is not one."""
+def as_word(value: str) -> str:
+    """A value of a field as one word: quoted and escaped where it is not one."""
     plain = value.isprintable() and value and not set(value) & set(' "=')
     return value if plain else json.dumps(value)

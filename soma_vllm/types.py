@@ -164,7 +164,7 @@ class Evidence:
     """None where no teacher-forced score was taken."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of one reply, as the engine counted them; None where it did not say."""
 
@@ -182,6 +182,9 @@ class ReasonCode(StrEnum):
     OTHER_POLICY = "other_policy"
     """The session was adapted under another policy's rules."""
     TOOLS = "tools"
+    """The surrogate may have no turns with tools."""
+    TOOLS_UNCHECKED = "tools_unchecked"
+    """Its calls of these tools were not found to be the original's in the warm start."""
     PREAMBLE = "preamble"
     """The request stands under other system messages than were learned under."""
     LOCALITY = "locality"

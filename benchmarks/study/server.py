@@ -38,6 +38,7 @@ async def served(
         *("server.host=127.0.0.1", f"server.port={port}"),
         "storage.url=sqlite+aiosqlite:///{run_dir}/sessions.db",
         "adapters.root='{run_dir}/adapters'",
+        "limits.policies=['*']",
     ]
     if told_tokens:  # usage then says what the prefix cache had
         for name, engine in (("original", config.original), ("surrogate", config.surrogate)):

@@ -7,15 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from marked import replace_marked
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from study import outcome_table
 from study.report import OVERHEADS
-
-BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
-"""What stands between these lines of a document is made by `rewrite`."""
 
 
 def show(document: Mapping[str, Any], console: Console) -> None:
@@ -105,17 +103,11 @@ def rewrite(path: Path, document: Mapping[str, Any], figures: Sequence[Path] = (
     Raises:
         ValueError: it has no such marks.
     """
-    text = path.read_text(encoding="utf-8")
-    first, last = (mark.replace("study", f"study {name}") if name else mark for mark in (BEGIN, END))
-    head, begin, rest = text.partition(first)
-    _, end, tail = rest.partition(last)
-    if not begin or not end:
-        raise ValueError(f"{path}: found no {first} … {last}; expected both, around what is to be replaced")
     links = [
         f"![{figure.stem.replace('_', ' ')}]({os.path.relpath(figure, path.parent)})" for figure in figures
     ]
     made = "\n".join([markdown(document), *(f"{link}\n" for link in links)])
-    path.write_text(f"{head}{first}\n\n{made}\n{last}{tail}", encoding="utf-8")
+    replace_marked(path, f"study {name}" if name else "study", made)
 
 
 def markdown(document: Mapping[str, Any]) -> str:

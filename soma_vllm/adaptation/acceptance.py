@@ -20,6 +20,7 @@ from typing import Protocol
 
 from soma_vllm.adaptation.shadow_answers import ShadowAnswers, comparable, shadow_tokens
 from soma_vllm.adaptation.shadow_traffic import ShadowTraffic
+from soma_vllm.adaptation.tool_check import ToolCheck
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import ChatCall
 from soma_vllm.errors import AdapterError, EngineError, TrainingError
@@ -101,6 +102,7 @@ class Acceptance:
     ) -> None:
         self._config = config
         self.shadow_answers = shadow_answers
+        self.tool_check = ToolCheck(config, shadow_answers)
         self._shadow_traffic = shadow_traffic
         self._trainer = trainer
 

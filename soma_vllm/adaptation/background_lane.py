@@ -10,7 +10,7 @@
   request that hangs, or steady load, would end all audits.
 * It runs for at most `wait_s`: the configured wait, or as long as users' requests take where that is longer, so
   that a slow engine does not drop every job.
-* A user's request lasts from the call to the last token of its answer.
+* A user's request lasts from the call to the last token of its answer (`engines/guarded_original.py` tells).
 """
 
 from __future__ import annotations
@@ -19,12 +19,8 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from statistics import median
 from typing import Any, TypeVar
-
-from soma_vllm.engines.engine import ChatCall, Engine, Reply
-from soma_vllm.engines.stream_tap import StreamTap
 
 T = TypeVar("T")
 
@@ -79,10 +75,6 @@ class BackgroundLane:
         self._unused = asyncio.Event()
         """No job runs, whether users are there or not."""
         self._update_free()
-
-    def watched(self, engine: Engine) -> Engine:
-        """The engine for users: counts their requests while they last."""
-        return _Watched(engine, self)
 
     def came(self) -> None:
         """Count a user's request that goes to the engine, and cancel the job there."""
@@ -149,31 +141,3 @@ class BackgroundLane:
         unused = self._running is None
         (self._unused.set if unused else self._unused.clear)()
         (self._free.set if unused and not (self._yields and self._users) else self._free.clear)()
-
-
-class _Watched:
-    """`Engine` that tells the lane when a user's request begins and ends."""
-
-    def __init__(self, engine: Engine, lane: BackgroundLane) -> None:
-        self.name = engine.name
-        self._engine = engine
-        self._lane = lane
-
-    async def chat(self, call: ChatCall) -> Reply:
-        """Answer one chat completion; see `Engine.chat`."""
-        self._lane.came()
-        began = time.monotonic()
-        try:
-            reply = await self._engine.chat(call)
-        except BaseException:
-            self._lane.left()
-            raise
-        if reply.events is None:
-            self._lane.left(time.monotonic() - began)
-            return reply
-
-        async def leave() -> None:
-            self._lane.left(time.monotonic() - began if tap.exhausted else None)
-
-        tap = StreamTap(reply.events, on_end=leave)
-        return replace(reply, events=tap)

@@ -1,7 +1,8 @@
 """Watching a switched session for drift: sampled audits, and the turns that left the locality.
 
 * A sampled turn of the surrogate is shown to the original, in the background, in one of two ways: it answers
-  too (a gap), or it only reads the surrogate's answer in one prefill (a surprise, nats per token).
+  too (a gap), or it only reads the surrogate's answer in one prefill (a surprise, nats per token). Calls of
+  tools are always answered too, and compared as in the warm start: others than the original's are a gap of 1.
 * A turn that went to the original because it left the locality is asked of the surrogate too: the original's
   answer is there already, so this evidence costs no time of the original.
 
@@ -17,10 +18,13 @@ import random
 from dataclasses import asdict, dataclass
 
 from soma_vllm.adaptation.background_lane import BackgroundLane, JobDropped, TokenBucket
-from soma_vllm.adaptation.shadow_answers import ShadowAnswers, comparable, shadow_answer, shadow_tokens
+from soma_vllm.adaptation.shadow_answers import ShadowAnswers, comparable, shadow_reply, shadow_tokens
+from soma_vllm.adaptation.tool_check import as_asked, call_gap, tool_tokens
 from soma_vllm.adapters.lifecycle import AdapterLifecycle
 from soma_vllm.config import Config
 from soma_vllm.engines.engine import ChatCall, ScoringEngine
+from soma_vllm.engines.reply_parser import Choice
+from soma_vllm.engines.tool_calls import Mismatch
 from soma_vllm.errors import AdapterError, EngineError
 from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.state.events import Audited, AuditKind, EventKind
@@ -40,6 +44,8 @@ class Finding:
     value: float
     top1: float | None = None
     """Share of the answer's tokens that are the original's own first choice, where it read them."""
+    mismatch: Mismatch | None = None
+    """How the surrogate's calls of tools differ from the original's, where they do."""
 
 
 class DriftWatch:
@@ -69,7 +75,7 @@ class DriftWatch:
 
         `why` says why its engine answered it.
         """
-        if turn.phase is not Phase.SWITCHED or not turn.complete or not turn.answer:
+        if turn.phase is not Phase.SWITCHED or not turn.complete or not (turn.answer or turn.calls):
             return False
         if turn.engine is Role.ORIGINAL:
             return why is ReasonCode.LOCALITY
@@ -99,9 +105,8 @@ class DriftWatch:
         self, key: SessionKey, turn: Turn, shown: tuple[Message, ...], adapter: AdapterRef | None
     ) -> Finding:
         """The gap of what the surrogate would have answered in place of the original."""
-        limit = self._limit(turn)
-        asked = chat_body(shown, turn.fields)
-        shadow = await self._shadow_answers.answer(key.tenant, asked, limit, adapter)
+        asked = as_asked(shown, turn.fields)
+        shadow = await self._shadow_answers.reply(key.tenant, asked, self._limit(turn), adapter)
         return await self._gap(turn, shadow)
 
     async def _ask_original(
@@ -109,21 +114,27 @@ class DriftWatch:
     ) -> Finding:
         """What the original makes of the surrogate's turn; it may be cancelled at any moment."""
         self._require_same(key, before)  # it may have waited long
-        body = chat_body(asked, turn.fields)
-        if self._config.gate.audit == "generate":
-            limit = self._limit(turn)
-            return await self._gap(turn, await shadow_answer(self._original, key.tenant, body, limit))
-        call = ChatCall(body, None, key.tenant, background=True)
+        if self._config.gate.audit == "generate" or turn.calls:  # calls cannot be read as an answer is
+            body, limit = as_asked(asked, turn.fields), self._limit(turn)
+            return await self._gap(turn, await shadow_reply(self._original, key.tenant, body, limit))
+        call = ChatCall(chat_body(asked, turn.fields), None, key.tenant, background=True)
         agreement = await self._original.score(call, turn.answer)
         return Finding("surprise", agreement.nll, agreement.top1)
 
-    async def _gap(self, turn: Turn, shadow: str) -> Finding:
+    async def _gap(self, turn: Turn, shadow: Choice) -> Finding:
+        if turn.calls or shadow.calls:
+            ours = turn.engine is Role.SURROGATE
+            original, surrogate = (shadow.calls, turn.calls) if ours else (turn.calls, shadow.calls)
+            tools = turn.fields.get("tools")
+            value, mismatch = await call_gap(self._shadow_answers, original, surrogate, tools)
+            return Finding("gap", value, mismatch=mismatch)
         answer = comparable(turn.answer, turn.length, self._limit(turn))
-        (value,) = await self._shadow_answers.gaps([answer], [shadow])
+        (value,) = await self._shadow_answers.gaps([answer], [shadow.text])
         return Finding("gap", value)
 
     def _limit(self, turn: Turn) -> int:
-        return shadow_tokens(self._config.max_new_tokens, turn.length)
+        most = self._config.max_new_tokens
+        return tool_tokens(most, turn.length) if turn.calls else shadow_tokens(most, turn.length)
 
     def _require_budget(self) -> None:
         if not self._budget.take():
@@ -149,7 +160,8 @@ class DriftWatch:
             top1=None if finding.top1 is None else round(finding.top1, 4),
             served_by=turn.engine,
         )
-        session = self._registry.note(key, EventKind.AUDITED, **audited.to_data())
+        differs = {} if finding.mismatch is None else {"calls": finding.mismatch.value}
+        session = self._registry.note(key, EventKind.AUDITED, **audited.to_data(), **differs)
         if not session.drift.demands_rollback(self._config.gate):
             return
         adapter = session.adapter

@@ -104,23 +104,29 @@ class Adaptation:
             if session.adapting is not None and not session.adapting.gate:
                 await self._switch_without_gate(key, session.adapting, examples, made)
                 return
-            allowed = await self._budget.allowed(key.tenant)
+            allowed = await self._budget.allowed(key)
             terms = Terms(self._config, allowed, forced, session.setbacks)
             parts = self._acceptance, self._budget, self._training
             trial = _Trial(session, terms, (examples, held_out), made, parts)
             verdict = await choose(trial, terms)
             self._training.require_adapting(key)
-            judged = Judged(verdict.candidate, verdict.reason, verdict.numbers)
+            serving = made[0] if verdict.candidate is Candidate.ADAPTER else None
+            tools = None
+            if verdict.candidate is not Candidate.ORIGINAL:
+                tools = await self._acceptance.tool_check.check(session, serving)
+                self._training.require_adapting(key)
+            numbers = verdict.numbers if tools is None else {**verdict.numbers, "tools": tools.numbers()}
+            judged = Judged(verdict.candidate, verdict.reason, numbers)
             self._registry.note(key, EventKind.JUDGED, **judged.to_data())
             if verdict.candidate is Candidate.ORIGINAL:
                 wanting = bool(verdict.numbers["candidates"])
                 self._registry.note(key, EventKind.REFUSED, reason=verdict.reason, found_wanting=wanting)
             else:
-                serving = made[0] if verdict.candidate is Candidate.ADAPTER else None
-                await self._switch(key, session, verdict, serving)
+                await self._switch(session, verdict, serving, () if tools is None else tools.tools)
         except (TrainingError, AdapterError, EngineError, AdaptationAbandoned, NothingTeaches) as error:
             self._record_failure(key, error)
         finally:
+            self._budget.ended(key)
             for ref in made:
                 await self._training.retire(ref, key)
 
@@ -132,7 +138,7 @@ class Adaptation:
         made: list[AdapterRef],
     ) -> None:
         """Train on the whole warm start, and switch as soon as the adapter is loaded."""
-        require_adapter(await self._budget.allowed(key.tenant))
+        require_adapter(await self._budget.allowed(key))
         result = await self._training.train(key, examples, (), rules)
         ref = await self._training.publish(key, result, made)
         self._training.require_adapting(key)
@@ -140,10 +146,12 @@ class Adaptation:
         self._registry.note(key, EventKind.SWITCHED, **switched.to_data())
 
     async def _switch(
-        self, key: SessionKey, session: Session, verdict: Verdict, ref: AdapterRef | None
+        self, session: Session, verdict: Verdict, ref: AdapterRef | None, tools: tuple[str, ...]
     ) -> None:
-        """Let the surrogate take over, then prefill its cache with the session's history: the next turn then
-        waits for one query, or for the rest of this prefill, and not for the whole dialogue's."""
+        """Let the surrogate take over, turns with these `tools` too, then prefill its cache with the session's
+        history: the next turn then waits for one query, or for the rest of this prefill, and not for the whole
+        dialogue's."""
+        key = session.key
         centroid = await self._acceptance.shadow_answers.centroid(
             [text_of(query_of(turn.messages)) for turn in session.warm_turns()]
         )
@@ -153,7 +161,7 @@ class Adaptation:
         # Taken now: what was said may be erased with the switch.
         latest = self._registry.session(key)
         history, fields = [*latest.seen_last(), _NEXT], latest.turns[-1].fields
-        switched = Switched(verdict.candidate, verdict.reason, ref, tuple(centroid))
+        switched = Switched(verdict.candidate, verdict.reason, ref, tuple(centroid), tools)
         self._registry.note(key, EventKind.SWITCHED, **switched.to_data())
         shown = compress(history, self._config.prefix, self._config.compressed_prefix_turns)
         try:

@@ -7,6 +7,7 @@ answer it is compared with; of an answer longer than `max_new_tokens` the beginn
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from soma_vllm.adaptation.threaded_encoder import Encoder
 from soma_vllm.adaptation.threaded_judge import Judge
 from soma_vllm.adapters.lifecycle import AdapterLifecycle
 from soma_vllm.engines.engine import AdapterEngine, ChatCall, Engine
+from soma_vllm.engines.reply_parser import Choice, parse_body
 from soma_vllm.errors import EngineError
 from soma_vllm.sessions.state.gate import centroid
 from soma_vllm.types import AdapterRef, Length
@@ -37,10 +39,10 @@ def comparable(answer: str, length: Length, tokens: int) -> str:
     return answer[: math.ceil(len(answer) * tokens / length.tokens)]
 
 
-async def shadow_answer(
+async def shadow_reply(
     engine: Engine, tenant: str, asked: Mapping[str, Any], max_tokens: int, adapter: AdapterRef | None = None
-) -> str:
-    """The engine's greedy answer to a chat request, as `types.chat_body` makes it.
+) -> Choice:
+    """The engine's greedy answer to a chat request, in words or calls of tools.
 
     Raises:
         EngineError: it did not answer.
@@ -48,7 +50,14 @@ async def shadow_answer(
     body = {**asked, "max_tokens": max_tokens, "temperature": 0.0}
     reply = await engine.chat(ChatCall(body, adapter, tenant, background=True))
     assert reply.body is not None, "a request without stream=true is answered whole"
-    return str(reply.body["choices"][0]["message"].get("content") or "")
+    return parse_body(reply.body, time.monotonic()).choices[0]
+
+
+async def shadow_answer(
+    engine: Engine, tenant: str, asked: Mapping[str, Any], max_tokens: int, adapter: AdapterRef | None = None
+) -> str:
+    """The words of such an answer, to a request as `types.chat_body` makes it. Raises EngineError."""
+    return (await shadow_reply(engine, tenant, asked, max_tokens, adapter)).text
 
 
 class ShadowAnswers:
@@ -65,6 +74,12 @@ class ShadowAnswers:
     async def answer(
         self, tenant: str, asked: Mapping[str, Any], max_tokens: int, adapter: AdapterRef | None
     ) -> str:
+        """The words of the surrogate's `reply`."""
+        return (await self.reply(tenant, asked, max_tokens, adapter)).text
+
+    async def reply(
+        self, tenant: str, asked: Mapping[str, Any], max_tokens: int, adapter: AdapterRef | None
+    ) -> Choice:
         """The surrogate's greedy answer; an adapter is loaded where need be, and leased until the answer ends.
 
         Raises:
@@ -72,7 +87,7 @@ class ShadowAnswers:
             AdapterRejected: the adapter is not served as it was trained.
         """
         async with self._adapters.background(adapter):
-            return await shadow_answer(self.surrogate, tenant, asked, max_tokens, adapter)
+            return await shadow_reply(self.surrogate, tenant, asked, max_tokens, adapter)
 
     async def gaps(self, these: Sequence[str], those: Sequence[str]) -> tuple[float, ...]:
         """The gap of each pair of texts, in any order of a pair.

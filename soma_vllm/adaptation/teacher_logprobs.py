@@ -24,8 +24,7 @@ from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.session import Session
 from soma_vllm.types import Candidate, Event, Example, SessionKey, Teacher
 
-KEPT_BYTES = 256 * 1024 * 1024
-"""Teachers kept in all: at 20 tokens a position some 200 bytes per answer token."""
+MIB = 1024 * 1024
 
 OVER = frozenset({EventKind.SWITCHED, EventKind.ADAPTATION_ABANDONED, EventKind.CLOSED})
 """Events after which a session's teachers are not needed any more."""
@@ -72,16 +71,17 @@ class TeacherLogprobs:
         config: Config,
         text_only: str | None,
         spelling: Spelling = lambda tokens, text: len(tokens),
-        kept_bytes: int = KEPT_BYTES,
+        kept_bytes: int | None = None,
     ) -> None:
-        """`text_only` says why answers teach as text; None lets them teach by log-probabilities.
+        """`text_only` says why answers teach as text; None lets them teach by log-probabilities. `kept_bytes`
+        is instead of `adaptation.teachers_mib`.
 
         `spelling` reads the original's tokens; without one they are taken to spell their answer.
         """
         self._config = config
         self._text_only = text_only
         self._spelling = spelling
-        self._kept_bytes = kept_bytes
+        self._kept_bytes = config.adaptation.teachers_mib * MIB if kept_bytes is None else kept_bytes
         self._kept: OrderedDict[SessionKey, dict[int, CapturedAnswer]] = OrderedDict()
         self._bytes = 0
 

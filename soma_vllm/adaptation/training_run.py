@@ -48,19 +48,27 @@ class TrainingBudget:
         self._registry = registry
         self._meter = meter
         self._cost_model = cost_model
+        self._promised: set[SessionKey] = set()
 
-    async def allowed(self, tenant: str) -> tuple[Candidate, ...]:
-        """The configured candidates, without an adapter where the tenant may have no further one."""
+    async def allowed(self, key: SessionKey) -> tuple[Candidate, ...]:
+        """The configured candidates of a session, without an adapter where its tenant may have no further one,
+        those that other adaptations may come to until `ended` counted."""
         candidates = self._settings.candidates
         if Candidate.ADAPTER not in candidates:
             return candidates
         try:
-            count = await self._registry.adapters(tenant)
+            count = await self._registry.adapters(key.tenant)
         except StoreUnavailable:
             return candidates
-        if self._meter.may_adapt(tenant, count):
+        others = sum(other.tenant == key.tenant for other in self._promised - {key})
+        if self._meter.may_adapt(key.tenant, count + others):
+            self._promised.add(key)
             return candidates
         return tuple(candidate for candidate in candidates if candidate is not Candidate.ADAPTER)
+
+    def ended(self, key: SessionKey) -> None:
+        """The adaptation of a session is over: its adapter is on record, or there is none."""
+        self._promised.discard(key)
 
     async def objection(self, key: SessionKey) -> str | None:
         """Why an adapter of this session would not be worth its cost; None where it would."""

@@ -12,11 +12,10 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from soma_vllm.api.auth.access import caller_of, require_admin
-from soma_vllm.api.error_responses import failed
-from soma_vllm.errors import SomaError
+from soma_vllm.api.error_responses import TranslatingRoute
 from soma_vllm.maintenance.adapter_eviction import AdapterEvictor
 
-router = APIRouter(prefix="/soma/adapters")
+router = APIRouter(prefix="/soma/adapters", route_class=TranslatingRoute)
 
 MOST_LISTED = 10_000
 
@@ -29,41 +28,29 @@ async def list_adapters(
 ) -> Response:
     """The caller's adapters, or for an administrator those of one tenant or of all; latest use first."""
     caller = caller_of(raw_request)
-    try:
-        found = await _adapters(raw_request).listed(tenant if caller.admin else caller.tenant)
-    except SomaError as error:
-        return failed(error)
+    found = await _adapters(raw_request).listed(tenant if caller.admin else caller.tenant)
     return JSONResponse({"object": "list", "data": found[:limit], "count": len(found)})
 
 
 @router.post("/gc")
 async def sweep(raw_request: Request) -> Response:
     """Enforce the budgets now, and delete what a kill left of this record's adapters. Administrators only."""
-    try:
-        require_admin(raw_request)
-        return JSONResponse({"evicted": await _adapters(raw_request).collect()})
-    except SomaError as error:
-        return failed(error)
+    require_admin(raw_request)
+    return JSONResponse({"evicted": await _adapters(raw_request).collect()})
 
 
 @router.get("/{name}")
 async def show_adapter(name: str, raw_request: Request) -> Response:
     """One adapter and the sessions that it serves."""
     caller = caller_of(raw_request)
-    try:
-        return JSONResponse(await _adapters(raw_request).show(None if caller.admin else caller.tenant, name))
-    except SomaError as error:
-        return failed(error)
+    return JSONResponse(await _adapters(raw_request).show(None if caller.admin else caller.tenant, name))
 
 
 @router.delete("/{name}")
 async def remove_adapter(name: str, raw_request: Request) -> Response:
     """Evict one adapter; answers when it is removed. Administrators only."""
-    try:
-        require_admin(raw_request)
-        await _adapters(raw_request).remove(name)
-    except SomaError as error:
-        return failed(error)
+    require_admin(raw_request)
+    await _adapters(raw_request).remove(name)
     return Response(status_code=204)
 
 

@@ -13,13 +13,12 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 
 from soma_vllm.api.auth.access import caller_of, require_admin
-from soma_vllm.api.error_responses import failed
+from soma_vllm.api.error_responses import TranslatingRoute
 from soma_vllm.api.serializers import summary_view, view
-from soma_vllm.errors import SomaError
 from soma_vllm.maintenance.session_admin import SessionAdmin
 from soma_vllm.types import Role, SessionKey
 
-router = APIRouter(prefix="/soma/sessions")
+router = APIRouter(prefix="/soma/sessions", route_class=TranslatingRoute)
 
 MOST_LISTED = 1000
 
@@ -46,10 +45,7 @@ async def list_sessions(
     """
     caller = caller_of(raw_request)
     whose = tenant if caller.admin else caller.tenant
-    try:
-        found = await _session_admin(raw_request).summaries(whose, limit, before)
-    except SomaError as error:
-        return failed(error)
+    found = await _session_admin(raw_request).summaries(whose, limit, before)
     data = [summary_view(summary) for summary in found]
     return JSONResponse({"object": "list", "data": data, "admin": caller.admin})
 
@@ -85,10 +81,7 @@ async def show_session(session: str, raw_request: Request, tenant: Tenant = None
 async def remove_session(session: str, raw_request: Request, tenant: Tenant = None) -> Response:
     """Remove a session: its record, its text, its adapter. 204 when all of it is removed; 202 where that takes
     long, because a request of the session is under way: it goes on, and GET answers 404 once it is done."""
-    try:
-        done = await _session_admin(raw_request).remove(_key(raw_request, session, tenant))
-    except SomaError as error:
-        return failed(error)
+    done = await _session_admin(raw_request).remove(_key(raw_request, session, tenant))
     if done:
         return Response(status_code=204)
     return JSONResponse({"object": "soma.session", "id": session, "status": "removing"}, status_code=202)
@@ -97,20 +90,14 @@ async def remove_session(session: str, raw_request: Request, tenant: Tenant = No
 async def _ordered(raw_request: Request, session: str, tenant: str | None, order: Any) -> Response:
     """Carry out an administrator's operation, then show the session."""
     key = _key(raw_request, session, tenant)
-    try:
-        require_admin(raw_request)
-        await order(_session_admin(raw_request), key)
-    except SomaError as error:
-        return failed(error)
+    require_admin(raw_request)
+    await order(_session_admin(raw_request), key)
     return await _shown(raw_request, key)
 
 
 async def _shown(raw_request: Request, key: SessionKey) -> Response:
     session_admin = _session_admin(raw_request)
-    try:
-        entry = await session_admin.entry(key)
-    except SomaError as error:
-        return failed(error)
+    entry = await session_admin.entry(key)
     return JSONResponse(view(entry, session_admin.idle(key)))
 
 

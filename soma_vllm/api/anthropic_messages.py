@@ -15,8 +15,8 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from soma_vllm.api.chat import dispatcher, silence_s
-from soma_vllm.api.dialogue_stream import Opened, respond_streaming
-from soma_vllm.api.error_responses import failed
+from soma_vllm.api.dialogue_stream import respond_streaming
+from soma_vllm.api.error_responses import TranslatingRoute, failed
 from soma_vllm.api.server_info import count_tokens
 from soma_vllm.api.unicode_check import require_unicode
 from soma_vllm.engines.engine import Events
@@ -30,9 +30,19 @@ from soma_vllm.engines.vllm.anthropic_shape import (
 )
 from soma_vllm.engines.vllm.internals import validate_json_request, with_cancellation
 from soma_vllm.errors import SomaError
-from soma_vllm.scheduler.dispatcher import ChatRequest
+from soma_vllm.scheduler.dispatcher import Answer, ChatRequest
 
-router = APIRouter()
+
+class MessagesRoute(TranslatingRoute):
+    """A route whose SomaError is its answer, in Anthropic's shape."""
+
+    def failed(self, error: SomaError) -> Response:
+        """The answer to a request that failed with `error`."""
+        status, headers, shape = _shape(error)
+        return JSONResponse(shape, status_code=status, headers=dict(headers))
+
+
+router = APIRouter(route_class=MessagesRoute)
 
 KINDS = {
     400: "invalid_request_error",
@@ -52,21 +62,16 @@ async def create_message(request: MessagesBody, raw_request: Request) -> Respons
     """One turn of a dialogue."""
     soma = dispatcher(raw_request)
 
-    async def events() -> Opened:
+    async def opened() -> Answer:
         answer = await soma.chat(incoming)
-        assert answer.reply.events is not None
-        return MessageEvents(answer.reply.events), answer.headers
+        return answer.streaming(MessageEvents(answer.events))
 
-    try:
-        require_unicode(await raw_request.json())
-        incoming = ChatRequest(chat_body(request, raw_request.app.state), raw_request.headers, raw_request)
-        if request.stream:
-            return await respond_streaming(events(), incoming.routed, silence_s(raw_request), _error_events)
-        answer = await soma.chat(incoming)
-    except SomaError as error:
-        return _failed(error)
-    assert answer.reply.body is not None
-    content = json.dumps(message_of(answer.reply.body))
+    require_unicode(await raw_request.json())
+    incoming = ChatRequest(chat_body(request, raw_request.app.state), raw_request.headers, raw_request)
+    if request.stream:
+        return await respond_streaming(opened(), incoming.routed, silence_s(raw_request), _error_events)
+    answer = await soma.chat(incoming)
+    content = json.dumps(message_of(answer.body))
     return Response(content, headers=dict(answer.headers), media_type="application/json")
 
 
@@ -74,13 +79,10 @@ async def create_message(request: MessagesBody, raw_request: Request) -> Respons
 @with_cancellation  # type: ignore[untyped-decorator]
 async def count_message_tokens(request: CountBody, raw_request: Request) -> Response:
     """How long a dialogue's prompt is."""
-    try:
-        require_unicode(await raw_request.json())
-        return JSONResponse(
-            {"input_tokens": await count_tokens(chat_body(request, raw_request.app.state), raw_request)}
-        )
-    except SomaError as error:
-        return _failed(error)
+    require_unicode(await raw_request.json())
+    return JSONResponse(
+        {"input_tokens": await count_tokens(chat_body(request, raw_request.app.state), raw_request)}
+    )
 
 
 class MessageEvents:
@@ -109,11 +111,6 @@ def _shape(error: SomaError) -> tuple[int, Mapping[str, str], dict[str, Any]]:
     kept = {name: value for name, value in answer.headers.items() if not name.startswith("content-")}
     shape = {"type": "error", "error": {"type": kind, "message": str(told.get("message"))}}
     return answer.status_code, kept, shape
-
-
-def _failed(error: SomaError) -> Response:
-    status, headers, shape = _shape(error)
-    return JSONResponse(shape, status_code=status, headers=dict(headers))
 
 
 def _error_events(error: SomaError) -> list[str]:

@@ -10,8 +10,8 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 
-from soma_vllm.api.dialogue_stream import Opened, chat_errors, respond_streaming
-from soma_vllm.api.error_responses import failed
+from soma_vllm.api.dialogue_stream import chat_errors, respond_streaming
+from soma_vllm.api.error_responses import TranslatingRoute
 from soma_vllm.api.unicode_check import require_unicode
 from soma_vllm.config import Server
 from soma_vllm.engines.vllm.internals import (
@@ -20,10 +20,9 @@ from soma_vllm.engines.vllm.internals import (
     validate_json_request,
     with_cancellation,
 )
-from soma_vllm.errors import SomaError
 from soma_vllm.scheduler.dispatcher import Answer, ChatRequest, Dispatcher
 
-router = APIRouter()
+router = APIRouter(route_class=TranslatingRoute)
 
 NULLABLE = frozenset({"content", "refusal", "logprobs", "finish_reason"})
 """Fields of a completion that OpenAI's schema requires and allows to be null."""
@@ -58,22 +57,12 @@ async def _answered(
 ) -> Response:
     body = as_validated(await raw_request.json(), request)
     incoming = ChatRequest(body, raw_request.headers, raw_request)
-
-    async def events() -> Opened:
-        found = await answer(incoming)
-        assert found.reply.events is not None, "a request with stream=true is answered by events"
-        return found.reply.events, found.headers
-
-    try:
-        require_unicode(body)
-        if request.stream:
-            return await respond_streaming(events(), incoming.routed, silence_s(raw_request), chat_errors)
-        found = await answer(incoming)
-    except SomaError as error:
-        return failed(error)
-    assert found.reply.body is not None
+    require_unicode(body)
+    if request.stream:
+        return await respond_streaming(answer(incoming), incoming.routed, silence_s(raw_request), chat_errors)
+    found = await answer(incoming)
     # Generated text may hold half a surrogate pair, which UTF-8 cannot; JSON's escape can.
-    content = json.dumps(without_nulls(found.reply.body), ensure_ascii=False, separators=(",", ":"))
+    content = json.dumps(without_nulls(found.body), ensure_ascii=False, separators=(",", ":"))
     whole = content.encode("utf-8", "backslashreplace")
     return Response(whole, headers=dict(found.headers), media_type="application/json")
 

@@ -21,6 +21,7 @@ from soma_vllm.api.error_responses import failed
 from soma_vllm.engines.engine import Events
 from soma_vllm.engines.sse import DONE, serialize
 from soma_vllm.errors import EngineError, SomaError
+from soma_vllm.scheduler.dispatcher import Answer
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +31,6 @@ ROUTED_POLL_S = 0.1
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """So that no cache keeps a stream and no proxy gathers it."""
-
-Opened = tuple[Events, Mapping[str, str]]
-"""The events of an answer, and its headers."""
 
 OnError = Callable[[SomaError], list[str]]
 """The events by which a stream says that there is no answer."""
@@ -121,7 +119,7 @@ class KeptOpen:
 class Awaited:
     """The `Events` of an answer that is still being made."""
 
-    def __init__(self, opening: asyncio.Task[Opened], on_error: OnError) -> None:
+    def __init__(self, opening: asyncio.Task[Answer], on_error: OnError) -> None:
         self._opening = opening
         self._on_error = on_error
         self._events: Events | None = None
@@ -138,7 +136,7 @@ class Awaited:
             return COMMENT.decode()
         if self._events is None and self._last is None:
             try:
-                self._events, _ = await asyncio.shield(self._opening)
+                self._events = (await asyncio.shield(self._opening)).events
             except SomaError as error:
                 self._last = self._on_error(error)
         if self._last is not None:
@@ -153,14 +151,14 @@ class Awaited:
         if self._events is None:
             self._opening.cancel()
             try:
-                self._events, _ = await self._opening
+                self._events = (await self._opening).events
             except (asyncio.CancelledError, SomaError):
                 return
         await self._events.aclose()
 
 
 async def respond_streaming(
-    opening: Awaitable[Opened], routed: Mapping[str, str], silence_s: float, on_error: OnError
+    opening: Awaitable[Answer], routed: Mapping[str, str], silence_s: float, on_error: OnError
 ) -> Response:
     """The response to a request for a stream.
 
@@ -179,8 +177,8 @@ async def respond_streaming(
         await Awaited(task, on_error).aclose()
         raise
     if task.done():
-        events, headers = task.result()
-        return DialogueStream(events, headers, silence_s)
+        answer = task.result()
+        return DialogueStream(answer.events, answer.headers, silence_s)
     return DialogueStream(Awaited(task, on_error), dict(routed), silence_s)
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from http import HTTPStatus
 from typing import Any
 
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from soma_vllm.errors import (
     BadRequest,
@@ -91,6 +92,26 @@ def _with_code(body: Mapping[str, Any]) -> Mapping[str, Any]:
     if not TOO_LONG.search(str(told.get("message"))):
         return body
     return {**body, "error": {**told, "code": "context_length_exceeded"}}
+
+
+class TranslatingRoute(APIRoute):
+    """A route whose SomaError is its answer, in OpenAI's shape."""
+
+    def failed(self, error: SomaError) -> Response:
+        """The answer to a request that failed with `error`."""
+        return failed(error)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's own handler of the route, and the translation around it."""
+        handle = super().get_route_handler()
+
+        async def translated(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except SomaError as error:
+                return self.failed(error)
+
+        return translated
 
 
 def no_such_path(method: str, path: str) -> str:

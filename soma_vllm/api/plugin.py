@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import BaseRoute
 
-from soma_vllm.api import adapter_routes, admin, anthropic_messages, chat, readiness, server_info
+from soma_vllm.api import adapter_routes, admin, anthropic_messages, audit, chat, readiness, server_info
 from soma_vllm.api.auth.access import AccessControl
 from soma_vllm.api.auth.quotas import Quotas
 from soma_vllm.api.cors import open_to_pages
@@ -52,6 +52,7 @@ PARTS = (
     conversations,
     admin,
     adapter_routes,
+    audit,
 )
 """Modules with a router of ours."""
 
@@ -123,6 +124,7 @@ class SomaEndpointPlugin:
         app.add_exception_handler(HTTPException, http_failed)
         host = _host(app.state.args)
         app.add_middleware(DrainingRequests, draining=host.draining)
+        app.add_middleware(audit.AuditedOrders)
         app.add_middleware(AccessControl, quotas=host.quotas)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -146,6 +148,7 @@ class SomaEndpointPlugin:
         state.soma_readiness = host.readiness
         services = await host.begin(engine_client, state)
         state.soma = services.dispatcher
+        state.soma_audit = services.registry.store.audit
         state.soma_objects = ObjectRecord(services.registry)
         state.soma_background = BackgroundResponses(state.soma_objects)
         services.registry.erasure.watch(state.soma_background)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from soma_vllm.sessions.registry import Entry
+from soma_vllm.sessions.live_session import LiveSession
 from soma_vllm.sessions.sql.records import Summary
 from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.turn import Turn
@@ -15,7 +16,7 @@ PRIVATE = frozenset({"centroid", "turns", "chain", "asked", "links", "said", "qu
 """Event data from which text could be inferred, or that repeats other events."""
 
 
-def view(entry: Entry, idle: bool) -> dict[str, Any]:
+def view(entry: LiveSession, idle: bool) -> dict[str, Any]:
     """One session as JSON."""
     session = entry.session
     return {
@@ -70,7 +71,7 @@ def event_view(event: Event) -> dict[str, Any]:
     return {"kind": event.kind, "at": event.at, "data": data}
 
 
-def training_view(events: list[Event]) -> dict[str, Any] | None:
+def training_view(events: Sequence[Event]) -> dict[str, Any] | None:
     """Cost and evidence of the session's latest adaptation; None before the first verdict."""
     trained = next((e.data for e in reversed(events) if e.kind == EventKind.TRAINED), {})
     judged = next((e.data for e in reversed(events) if e.kind == EventKind.JUDGED), None)

@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
-from soma_vllm.api.error_responses import failed, failure
+from soma_vllm.api.error_responses import TranslatingRoute, failed, failure
 from soma_vllm.api.unicode_check import require_unicode
 from soma_vllm.engines.vllm.internals import (
     DetokenizeBody,
@@ -25,11 +25,10 @@ from soma_vllm.engines.vllm.internals import (
     validate_json_request,
     with_cancellation,
 )
-from soma_vllm.errors import SomaError
 from soma_vllm.scheduler.dispatcher import DISPATCH_NAME, no_such_model
 from soma_vllm.versions import installed_vllm
 
-router = APIRouter()
+router = APIRouter(route_class=TranslatingRoute)
 
 TITLE = "soma-serve"
 VERSION = version("soma-vllm")
@@ -101,11 +100,8 @@ async def count_tokens(body: Mapping[str, Any], raw_request: Request) -> int:
 
 async def _tokenizer(path: str, request: Any, raw_request: Request) -> Response:
     body = await raw_request.json()
-    try:
-        require_unicode(body)
-        return JSONResponse(await _tokenized(path, request, body, raw_request))
-    except SomaError as error:
-        return failed(error)
+    require_unicode(body)
+    return JSONResponse(await _tokenized(path, request, body, raw_request))
 
 
 async def _tokenized(

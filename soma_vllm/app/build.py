@@ -130,12 +130,12 @@ def build(parts: Parts) -> SomaServices:
         TrainingBudget(config.adaptation, registry, parts.meter, cost_model),
         TrainingRun(config, registry, parts.trainer, adapters, teacher_logprobs, parts.surrogate),
     )
-    original = GuardedOriginal(parts.original, config.original, parts.original_meter)
     lane = BackgroundLane(config.gate.audit_yields, config.gate.audit_wait_s)
+    original = GuardedOriginal(parts.original, config.original, parts.original_meter, users=lane)
     drift = DriftWatch(config, registry, original, shadow_answers, adapters, lane)
     evidence = TurnEvidence(teacher_logprobs, shadow_traffic)
     follow_up = FollowUp(config, registry, background, adaptation, drift)
-    engines = Engines(lane.watched(original), parts.surrogate, adapters)
+    engines = Engines(original, parts.surrogate, adapters)
     dispatcher = Dispatcher(
         SessionLookup(registry),
         parts.meter,

@@ -17,6 +17,7 @@ from soma_vllm.engines.engine import Salts
 from soma_vllm.engines.original import OriginalEngine
 from soma_vllm.engines.supervisor import Patience, State, Supervisor
 from soma_vllm.engines.vllm.arguments import child_command, child_environment, original_arguments
+from soma_vllm.private import masked
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class OriginalProcess:
         """
         settings = self._config.original
         if model is None:
-            self._say(f"original   is {settings.url}")
+            self._say(f"original   is {masked(str(settings.url))}")
             return
         socket = self._run_dir / "original.sock"
         arguments = original_arguments(self._config, str(model), self._name, str(surrogate))

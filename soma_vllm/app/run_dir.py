@@ -10,6 +10,7 @@ from pathlib import Path
 from soma_vllm.adapters.store.atomic_files import is_locked
 from soma_vllm.errors import PreflightError
 from soma_vllm.models.home import soma_home
+from soma_vllm.private import PRIVATE_FOLDER
 
 RUNS_KEPT = 20
 """Run folders kept under $SOMA_HOME/run, beside those of running servers; a folder holds logs and a socket."""
@@ -25,9 +26,9 @@ def make_run_dir(configured: str | None) -> Path:
     try:
         if configured is not None:
             folder = Path(configured).expanduser().absolute()
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
             return folder
-        runs.mkdir(parents=True, exist_ok=True)
+        runs.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{time.strftime('%Y%m%d-%H%M%S')}-", dir=runs))
     except OSError as error:
         raise PreflightError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 from rich.console import Console
 
-from soma_vllm.config import Config, load_config, without_effect
+from soma_vllm.config import Config, exposed, load_config, without_effect
 from soma_vllm.errors import PreflightError, SomaError
+from soma_vllm.private import PRIVATE_UMASK, SECRETS, masked, withhold
 from soma_vllm.versions import versions
 
 if TYPE_CHECKING:
@@ -49,11 +51,14 @@ def serve(
     version: Version = False,
 ) -> None:
     """Serve dialogues that begin on the original and move to the surrogate."""
+    os.umask(PRIVATE_UMASK)
     console = Console(highlight=False, soft_wrap=True)
     try:
         _serve(config, overrides or [], check, take_over, console)
     except SomaError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"soma-serve: {error}", markup=False)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            masked(f"soma-serve: {error}"), markup=False
+        )
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.print("stopped before it was ready")
@@ -62,8 +67,12 @@ def serve(
 
 def _serve(path: Path, overrides: list[str], check: bool, take_over: bool, console: Console) -> None:
     config = load_config(path, overrides).for_serving(str(path))
+    keys = (config.access.admin_key_env, config.storage.url_env, config.original.api_key_env)
+    withhold((*SECRETS, *filter(None, keys)))
     for line in without_effect(config):
         console.print(f"note       {line}", markup=False)
+    for line in exposed(config):
+        console.print(f"WARNING    {line}", markup=False, style="bold red")
     # Imported late: a wrong configuration is told in milliseconds.
     from soma_vllm.adapters.store.atomic_files import locked_alone
     from soma_vllm.app.preflight import preflight

@@ -8,6 +8,7 @@ started is stopped again, however the server ends.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import signal
@@ -35,7 +36,7 @@ from soma_vllm.app.original_process import OriginalProcess
 from soma_vllm.app.record import entered, leased
 from soma_vllm.app.surrogate_parts import open_surrogate, shared_vocabulary
 from soma_vllm.app.watching import watch
-from soma_vllm.config import Config
+from soma_vllm.config import Config, exposed
 from soma_vllm.engines.engine import Salts
 from soma_vllm.engines.original import OriginalEngine
 from soma_vllm.engines.vllm.arguments import (
@@ -46,7 +47,7 @@ from soma_vllm.engines.vllm.arguments import (
 from soma_vllm.errors import EngineUnavailable, PolicyUnavailable, PreflightError, TrainingError, Unprocessable
 from soma_vllm.maintenance.sweep_trigger import SweepTrigger
 from soma_vllm.method.gap.gap_judge import open_judge
-from soma_vllm.models.home import soma_home
+from soma_vllm.models.home import filled
 from soma_vllm.scheduler.dispatcher import DISPATCH_NAME
 from soma_vllm.scheduler.policies.base import Policies
 from soma_vllm.sessions.sql.api_keys import KeyStore
@@ -56,6 +57,8 @@ from soma_vllm.telemetry.event_log import EventLog
 from soma_vllm.telemetry.original_metrics import OriginalMetrics
 from soma_vllm.telemetry.session_metrics import SessionMetrics
 from soma_vllm.training.pair import ANYONE, owner_of
+
+logger = logging.getLogger(__name__)
 
 PLUGINS = ("soma", "soma_engine")
 """vLLM's allow-list: our endpoint plugin and our engine plugin."""
@@ -102,9 +105,9 @@ class SomaServer:
         self.draining = Draining(config.server.drain_s, say)
         self.readiness = Readiness()
         self._original = OriginalProcess(config, config.original_name, run_dir, say)
-        keys = KeyStore.at(self._filled(config.storage.url))
-        self._cleanup.push_async_callback(keys.close)
-        self.quotas = Quotas.configured(config, keys)
+        self._keys = KeyStore.at(filled(config.storage.location, self._run_dir))
+        self._cleanup.push_async_callback(self._keys.close)
+        self.quotas = Quotas.configured(config, self._keys)
         self.server = config.server
         self.started_at = time.time()
         self._original_engine: OriginalEngine | None = None
@@ -118,6 +121,8 @@ class SomaServer:
             PreflightError: a part did not start.
         """
         async with self._cleanup:
+            for line in exposed(self._config):
+                logger.warning("%s", line)
             self._check_pair_adapter()
             store = await self._open_sessions()
             adapter_store = await self._open_adapter_store(await store.record_id())
@@ -244,11 +249,13 @@ class SomaServer:
         return TeacherLogprobs(self._config, why)
 
     async def _open_sessions(self) -> SessionStore:
-        url = self._filled(self._config.storage.url)
+        url = filled(self._config.storage.location, self._run_dir)
         await self._cleanup.enter_async_context(leased(url, self._wait, self._lost))
         store = SessionStore(url)
         await store.open()
         self._cleanup.push_async_callback(store.close)
+        if self.quotas.needs_keys:
+            self.quotas.learn(await self._keys.ls())
         self._say(f"sessions   {await store.count()} on record")
         return store
 
@@ -261,8 +268,8 @@ class SomaServer:
 
     async def _open_adapter_store(self, record_id: str) -> AdapterStore:
         store = open_root(
-            self._filled(self._config.adapters.root),
-            self._filled(self._config.adapters.cache),
+            filled(self._config.adapters.root, self._run_dir),
+            filled(self._config.adapters.cache, self._run_dir),
             demands=Demands.of_model(self._paths.surrogate, self._config.lora.rank),
             owner=record_id,
         )
@@ -318,10 +325,6 @@ class SomaServer:
         self.draining.handle_signals(self._state.server)
         seconds = time.monotonic() - self._started
         self._say(f"listening  {url}/v1  (models: {', '.join(self.models())}; ready in {seconds:.0f} s)")
-
-    def _filled(self, template: str) -> str:
-        filled = template.replace("{soma_home}", str(soma_home()))
-        return filled.replace("{run_dir}", str(self._run_dir))
 
 
 async def _answers(client: aiohttp.ClientSession, url: str) -> bool:

@@ -21,6 +21,7 @@ from soma_vllm import logs
 from soma_vllm.app import log_writer
 from soma_vllm.config import Server
 from soma_vllm.errors import SomaError
+from soma_vllm.private import keep_private
 
 LAST_LINES_S = 5.0
 """Longest wait for the file to hold everything, once the server has failed."""
@@ -38,7 +39,7 @@ def output_to(log: Path, settings: Server) -> Iterator[TextIO]:
     for what libraries print while the interpreter ends.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    log.touch()
+    keep_private(log)
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(descriptor) for descriptor in (1, 2)]

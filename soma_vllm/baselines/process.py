@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from soma_vllm.errors import ModelError, PolicyUnavailable
+from soma_vllm.private import OPENAI_KEY, secret
 
 SCRIPT = Path(__file__).with_name("worker.py")
 LINE_LIMIT = 64 * 1024 * 1024
 """Longest answer, bytes."""
+NEEDS = {"routellm": (OPENAI_KEY,)}
+"""Secrets that a package is given; no other is."""
 END_S = 5.0
 """Longest wait for a process to end by itself."""
 
@@ -154,8 +157,10 @@ class BaselineProcess:
 
     def _environment(self) -> dict[str, str]:
         path = [str(self._packages), *filter(None, [os.environ.get("PYTHONPATH")])]
+        needed = {name: secret(name) for name in NEEDS.get(self._name, ())}
         return {
             **os.environ,
+            **{name: value for name, value in needed.items() if value is not None},
             "PYTHONPATH": os.pathsep.join(path),
             "OMP_NUM_THREADS": str(self._limits.threads),
             "TOKENIZERS_PARALLELISM": "false",

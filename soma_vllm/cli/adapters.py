@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from soma_vllm.cli.sessions import ADMIN_KEY, HERE, KeyEnv, Server, Url
+from soma_vllm.cli.sessions import ADMIN_KEY, HERE, KeyEnv, Server, Url, shown_time
 from soma_vllm.config import Config, load_config
 from soma_vllm.errors import AdapterError, BadRequest, ConfigError
 from soma_vllm.tools.command_line import fill_paths, one_line_errors
@@ -56,8 +56,13 @@ def list_adapters(
     folding = (Column(name, overflow="fold") for name in ("adapter", "session"))
     table = Table(*folding, "version", "rank", "MiB", "published", "last used", "pinned")
     for row in rows:
-        numbers = (str(row["version"]), str(row["rank"]), f"{row['bytes'] / MIB:.1f}", _time(row["created"]))
-        used_at = _time(row["last_used"]) if row["last_used"] else "-"
+        numbers = (
+            str(row["version"]),
+            str(row["rank"]),
+            f"{row['bytes'] / MIB:.1f}",
+            shown_time(row["created"]),
+        )
+        used_at = shown_time(row["last_used"]) if row["last_used"] else "-"
         table.add_row(row["name"], row["session"], *numbers, used_at, "yes" if row["pinned"] else "-")
     console = Console(highlight=False, markup=False)
     console.print(table)
@@ -224,11 +229,7 @@ def _on_record(config: Path | None) -> _Record:
         return _Record()
     settings = load_config(config)
     try:
-        url = fill_paths(settings.storage.url, "storage.url", "a database", settings)
+        url = fill_paths(settings.storage.location, "storage.url", "a database", settings)
         return asyncio.run(ask(url))
     except ConfigError:
         return _Record()
-
-
-def _time(at: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))

@@ -8,6 +8,8 @@ exit code 2 when the input was wrong and 1 otherwise.
 from __future__ import annotations
 
 import asyncio
+import getpass
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from datetime import UTC, datetime
@@ -20,6 +22,7 @@ from rich.table import Table
 
 from soma_vllm.config import Limits, load_config
 from soma_vllm.errors import ConfigError
+from soma_vllm.private import PRIVATE_FOLDER
 from soma_vllm.tools.command_line import fill_paths, one_line_errors
 
 if TYPE_CHECKING:
@@ -48,6 +51,9 @@ def add(
     tokens_per_minute: Annotated[str | None, _limit("--tokens-per-minute", "Tokens in a minute")] = None,
     live_sessions: Annotated[str | None, _limit("--live-sessions", "Sessions at a time")] = None,
     adapters: Annotated[str | None, _limit("--adapters", "Adapters at a time")] = None,
+    policies: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help="Policies as in limits.policies; `*`: all.")
+    ] = None,
 ) -> None:
     """Issue a key. It is printed once, on stdout; only its digest is kept."""
     with one_line_errors("soma keys"):
@@ -57,6 +63,9 @@ def add(
             live_sessions=live_sessions,
             adapters=adapters,
         )
+        if policies is not None:
+            names = tuple(filter(None, map(str.strip, policies.split(","))))
+            limits = limits.model_copy(update={"policies": names})
         key_id, key = asyncio.run(_add(storage_url(config, storage), name, limits))
     typer.echo(f"key {key_id} for {name}; it is shown this once, keep it safe:", err=True)
     typer.echo(key)
@@ -90,7 +99,7 @@ def revoke(
 
 async def _add(url: str, name: str, limits: Limits) -> tuple[str, str]:
     async with _store(url, create=True) as store:
-        return await store.add(name, limits)
+        return await store.add(name, limits, by=operator())
 
 
 async def _list(url: str) -> list[ApiKey]:
@@ -100,7 +109,7 @@ async def _list(url: str) -> list[ApiKey]:
 
 async def _revoke(url: str, key_id: str) -> None:
     async with _store(url) as store:
-        await store.revoke(key_id)
+        await store.revoke(key_id, operator())
 
 
 @asynccontextmanager
@@ -119,7 +128,7 @@ async def _store(url: str, create: bool = False) -> AsyncIterator[KeyStore]:
     if create and parsed.get_backend_name() == "sqlite" and parsed.database:
         folder = Path(parsed.database).parent
         if folder == soma_home():
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
         elif not folder.is_dir():
             raise ConfigError(told(parsed), [f"found no folder {folder}; expected one for the session store"])
     async with nullcontext() if create else reading(url):
@@ -165,13 +174,22 @@ def storage_url(config: Path | None, storage: str | None) -> str:
         assert storage is not None
         return storage
     settings = load_config(config)
-    return fill_paths(settings.storage.url, "storage.url", "--storage", settings)
+    return fill_paths(settings.storage.location, "storage.url", "--storage", settings)
+
+
+def operator() -> str:
+    """Who gives a command's order, for the audit trail."""
+    try:
+        return f"operator {getpass.getuser()}"[:64]
+    except (KeyError, OSError):  # a user that the system does not know
+        return f"operator {os.getuid()}"
 
 
 def _describe(limits: Limits) -> str:
     own = limits.model_dump(exclude_unset=True)
-    lines = (f"{name} {UNLIMITED if most is None else most}" for name, most in own.items())
-    return "\n".join(lines).replace("_", " ") or "-"
+    shown = {name: ", ".join(most) if isinstance(most, tuple) else most for name, most in own.items()}
+    lines = (f"{name.replace('_', ' ')} {UNLIMITED if most is None else most}" for name, most in shown.items())
+    return "\n".join(lines) or "-"
 
 
 def _date(at: float) -> str:

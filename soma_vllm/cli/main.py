@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 from soma_vllm.app.serve import Version
 from soma_vllm.cli import adapters, keys, models, sessions, storage
+from soma_vllm.private import PRIVATE_UMASK
 from soma_vllm.tools.calibrate.calibrate import calibrate, calibrate_router
 from soma_vllm.tools.distill import distill
 from soma_vllm.tools.evaluate.evaluate import evaluate
@@ -21,8 +24,10 @@ app.add_typer(storage.app, name="storage", help="Migrate a session store, or mak
 
 
 @app.callback()
-def soma(version: Version = False) -> None:
+def soma(context: typer.Context, version: Version = False) -> None:
     """The commands around a soma-serve."""
+    if context.invoked_subcommand != "models":  # those are no secret, and may serve several users
+        os.umask(PRIVATE_UMASK)
 
 
 app.command()(replay)

@@ -58,8 +58,9 @@ def list_models() -> None:
 @app.command("make-tiny")
 def make_tiny(
     dialogues: Annotated[
-        Path, typer.Option(help="Folder of JSON dialogues that the tokenizers learn from.")
-    ] = Path("dialogues"),
+        Path | None,
+        typer.Option(help="Folder of JSON dialogues that the tokenizers learn from; default texts of its own."),
+    ] = None,
     into: Annotated[Path | None, typer.Option(help="Target folder; default $SOMA_HOME/models.")] = None,
 ) -> None:
     """Make the tiny random models that tests and first steps run on (about 10 seconds)."""

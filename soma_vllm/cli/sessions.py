@@ -93,7 +93,7 @@ def list_sessions(
         return
     table = Table("session", "tenant", "phase", "turns", "adapter", "last used")
     for row in found:
-        used = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["updated_at"]))
+        used = shown_time(row["updated_at"])
         table.add_row(
             row["session"], row["tenant"], row["phase"], str(row["turns"]), row["adapter"] or "-", used
         )
@@ -135,6 +135,11 @@ def readapt(session: str, url: Url = HERE, key_env: KeyEnv = ADMIN_KEY, tenant: 
     """Start a new adaptation of a session."""
     found = _ask_session(url, key_env, "POST", session, "/readapt", tenant)
     typer.echo(f"{session} is in phase {found['phase']}")
+
+
+def shown_time(at: float) -> str:
+    """A Unix time, for people."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
 def _ask_session(

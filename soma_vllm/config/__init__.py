@@ -6,12 +6,13 @@ keep their names and places); no key exists that nothing reads. A threshold live
 """
 
 from soma_vllm.config.baselines import Baselines, Llmlingua2, Routellm
-from soma_vllm.config.effect import without_effect
+from soma_vllm.config.effect import exposed, without_effect
 from soma_vllm.config.learning import Adaptation, Gate, Lora, Mining, Payback, Prefix, Prices
 from soma_vllm.config.load import load_config, parse_config
 from soma_vllm.config.root import Config
 from soma_vllm.config.section import Positive, Ratio, Seconds, Section
 from soma_vllm.config.serving import (
+    ANY_POLICY,
     Access,
     Adapters,
     Cors,
@@ -27,6 +28,7 @@ from soma_vllm.config.serving import (
 )
 
 __all__ = [
+    "ANY_POLICY",
     "Access",
     "Adaptation",
     "Adapters",
@@ -54,6 +56,7 @@ __all__ = [
     "Storage",
     "Surrogate",
     "Training",
+    "exposed",
     "load_config",
     "parse_config",
     "without_effect",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from pydantic import BaseModel
 
@@ -94,6 +95,32 @@ def without_effect(config: Config) -> list[str]:
             f"gap of gate.drift_threshold: {gate.drift_threshold:g}"
         )
     return lines
+
+
+def exposed(config: Config) -> list[str]:
+    """A line for each way in which `access.mode: open` leaves a server to whoever reaches it."""
+    server, lines = config.server, list[str]()
+    if config.access.mode != "open":
+        return lines
+    if not _is_loopback(server.host):
+        lines.append(
+            f"access.mode: open on {server.host}:{server.port}: whoever reaches this address is served "
+            "at your cost, and all who send no key share the tenant `public`, whose dialogues each of them "
+            "lists, reads and deletes; set access.mode: keys, or server.host: 127.0.0.1"
+        )
+    if any(given is not None for name, given in config.limits if name != "policies"):
+        lines.append(
+            "limits hold for a bearer token, and with access.mode: open any new token is a new tenant with "
+            "limits of its own; set access.mode: keys"
+        )
+    return lines
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _value(config: Config, key: str) -> str:

@@ -135,6 +135,9 @@ class Gate(Section):
     is judged by its gaps alone and does not score the answers, which takes some seconds on a CPU."""
     min_gain: Ratio = 0.1
     """Share by which an adapter's held-out NLL must be less than the plain surrogate's."""
+    min_tool_turns: Positive = 2
+    """Turns of the warm start, at least, in which the original called a tool and the surrogate did the same,
+    before the surrogate may have turns with tools (surrogate.tools: checked)."""
     locality_threshold: Annotated[float, Field(ge=0, le=2)] = 0.35
     """Largest cosine distance of a query to the warm start's centroid that the surrogate may answer."""
     drift_window: Positive = 4
@@ -208,6 +211,9 @@ class Adaptation(Section):
     max_attempts: Positive = 3
     """Beginnings of one adaptation, where servers end during it: a session that ends its server is not tried
     again."""
+    teachers_mib: Positive = 256
+    """Memory for the original's log-probabilities until they are trained on, MiB; beyond it the sessions that
+    have been idle longest learn from text. At 20 a token some 200 bytes for each token of an answer."""
     train_timeout_s: Seconds = 900.0
     """Longest run of a training or of a trainer's score, seconds. After it the trainer is replaced and the
     session stays with the original."""

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from soma_vllm.config.root import Config
 from soma_vllm.documents import parse_yaml, read_bytes
 from soma_vllm.errors import ConfigError, DocumentError
+from soma_vllm.private import masked
 
 MAX_CONFIG_BYTES = 16 * 1024**2
 
@@ -31,7 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         document = {}
     if not isinstance(document, dict):
         raise ConfigError(source, [f"found a {type(document).__name__}; expected a mapping of keys"])
-    problems = [problem for text in overrides if (problem := _override(document, text))]
+    problems = [masked(problem) for text in overrides if (problem := _override(document, text))]
     return parse_config(document, source, problems)
 
 
@@ -45,7 +46,7 @@ def parse_config(document: Mapping[str, Any], source: str, problems: Sequence[st
         # JSON mode keeps strictness and still reads lists as tuples and strings as enums.
         config = Config.model_validate_json(json.dumps(document))
     except ValidationError as error:
-        found = [line for item in error.errors() for line in _describe(dict(item))]
+        found = [masked(line) for item in error.errors() for line in _describe(dict(item))]
         raise ConfigError(source, [*problems, *found]) from None
     except TypeError as error:
         raise ConfigError(

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from soma_vllm.config.section import Positive, Seconds, Section, Text
+from soma_vllm.private import secret
 
 
 class Engine(Section):
@@ -106,9 +107,10 @@ class Surrogate(Engine):
     """Most requests in that queue."""
     queue_wait_s: Seconds = 10.0
     """Longest wait in that queue, seconds."""
-    tools: bool = False
-    """Whether it may answer requests that define tools: no verdict compares calls, so the default leaves them
-    to the original."""
+    tools: bool | Literal["checked"] = "checked"
+    """Whether it may answer requests that define tools. checked: in sessions in which it called the same
+    functions with the same arguments as the original wherever that might have called one in the warm start
+    (`gate.min_tool_turns`). true: wherever it answers. false: never."""
 
 
 class Training(Section):
@@ -176,6 +178,9 @@ class Server(Section):
     """Seconds of silence after which a stream sends a comment, so that no proxy cuts it, and after which one
     that waits for its first token begins: with status 200 and the headers of the turn as it was routed. An
     error that comes later is an event of the stream. 0: never."""
+    replies_mib: Positive = 256
+    """What the answers under way may hold in memory until their turns are recorded, MiB of text; one that finds
+    no room goes to its client all the same, and its turn is not recorded whole."""
     extra_routes: bool = False
     """true: vLLM's further routes (`/inference/…`, …) are served too. They ask the surrogate,
     without sessions, dispatch or counting of tokens. false: they answer 404."""
@@ -191,10 +196,19 @@ class Storage(Section):
     """Where sessions are stored."""
 
     url: Text = "sqlite+aiosqlite:///{soma_home}/sessions.db"
-    """SQLAlchemy URL; {soma_home} and {run_dir} are filled in."""
+    """SQLAlchemy URL; {soma_home} and {run_dir} are filled in. One with a password belongs in the environment
+    (`url_env`)."""
+    url_env: Text = "SOMA_STORAGE_URL"
+    """Name of the environment variable that holds the URL where `url` is not given."""
     queue_mib: Positive = 256
     """Conversation text, MiB, that may wait in memory for a database that is away or slow; beyond it the
     original answers, and turns are not recorded."""
+
+    @property
+    def location(self) -> str:
+        """The URL that holds: the one that is given, the environment's, or the default."""
+        given = "url" in self.model_fields_set
+        return self.url if given else secret(self.url_env) or self.url
 
 
 class Sessions(Section):
@@ -216,6 +230,9 @@ class Sessions(Section):
     request holds. server: the recorded turns are put before it, where their text is kept."""
     max_messages: Positive = 10_000
     """Most messages of a request."""
+    memory_mib: Positive = 256
+    """Memory that sessions may take, MiB, nearly. Beyond it those that have been idle longest are packed, which
+    costs their next requests about a millisecond, then left to the database alone."""
 
 
 class Retention(Section):
@@ -246,6 +263,9 @@ class Access(Section):
     most that. While the database is away, a key that was seen earlier stays valid."""
 
 
+ANY_POLICY = "*"
+
+
 class Limits(Section):
     """What one API key may use; null: no limit. A key's own values, from `soma keys add`, come first."""
 
@@ -258,6 +278,10 @@ class Limits(Section):
     """Sessions held at the same time."""
     adapters: Annotated[int, Field(ge=0)] | None = None
     """Adapters held at the same time; the original serves the sessions beyond. 0: none is ever trained."""
+    policies: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """Policies that a request may choose although they train, or start a package that may ask a third party
+    (history_ft, llmlingua2, routellm, …); `*`: all. The configured policy, and those that do neither, need no
+    leave, and the admin key none at all."""
 
 
 class Adapters(Section):

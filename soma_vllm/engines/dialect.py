@@ -55,7 +55,7 @@ def completion_of(found: object) -> dict[str, Any]:
         raise EngineUnavailable(f"the original answered a {type(found).__name__}; expected an object")
     if (failed := failure_in(found)) is not None:
         raise failed
-    if not isinstance(found.get("choices"), list):
+    if not isinstance(choices := found.get("choices"), list) or not choices:
         raise EngineUnavailable("the original answered an object without choices; expected a completion")
     return _shaped(found, "message")
 

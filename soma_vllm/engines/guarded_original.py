@@ -52,6 +52,13 @@ class OriginalMeter(Protocol):
     def watch(self, **gauges: Callable[[], float]) -> None: ...
 
 
+class Users(Protocol):
+    """Hears of each user's request, from its call to its last token: `adaptation.background_lane`."""
+
+    def came(self) -> None: ...
+    def left(self, after_s: float | None = None) -> None: ...
+
+
 class GuardedOriginal:
     """`ScoringEngine` around the original."""
 
@@ -61,11 +68,14 @@ class GuardedOriginal:
         limits: Original,
         meter: OriginalMeter | None = None,
         clock: Callable[[], float] = time.monotonic,
+        users: Users | None = None,
     ) -> None:
+        """`users` does not hear of calls in the background."""
         self.name = engine.name
         self._engine = engine
         self._limits = limits
         self._meter = meter
+        self._users = users
         self._breaker = CircuitBreaker(limits.breaker_failures, limits.breaker_open_s, clock)
         self._places = asyncio.Semaphore(limits.max_in_flight)
         self._in_flight = self._waiting = 0
@@ -80,7 +90,7 @@ class GuardedOriginal:
         """Answer one chat completion; see `Engine.chat`. A stream keeps its place until it is closed."""
         streams = bool(call.body.get("stream"))
         limit_s = self._limits.first_token_timeout_s if streams else self._limits.answer_timeout_s
-        place = await self._enter()
+        place = await self._enter(call)
         reply = await self._asked(place, lambda: self._engine.chat(call), limit_s)
         if reply.events is None:
             place.leave(Outcome.ANSWERED)
@@ -89,7 +99,7 @@ class GuardedOriginal:
 
     async def score(self, call: ChatCall, answer: str) -> Agreement:
         """How likely the original finds an answer; see `ScoringEngine.score`."""
-        place = await self._enter()
+        place = await self._enter(call)
         found = await self._asked(
             place, lambda: self._engine.score(call, answer), self._limits.answer_timeout_s
         )
@@ -136,8 +146,25 @@ class GuardedOriginal:
             place.leave(Outcome.LEFT)
             raise
 
-    async def _enter(self) -> _Place:
-        """A place among the requests in flight.
+    async def _enter(self, call: ChatCall) -> _Place:
+        """A place among the requests in flight. Raises as `_place` does."""
+        users, began = self._users, time.monotonic()
+        if users is None or call.background:
+            return await self._place(self._left)
+
+        def left(outcome: Outcome) -> None:
+            self._left(outcome)
+            users.left(time.monotonic() - began if outcome is Outcome.ANSWERED else None)
+
+        users.came()
+        try:
+            return await self._place(left)
+        except BaseException:
+            users.left()
+            raise
+
+    async def _place(self, leave: Callable[[Outcome], None]) -> _Place:
+        """A place, as soon as one is free; `leave` is called once it is given back.
 
         Raises:
             EngineUnavailable: the circuit is open, the queue is full, or no place was free in time.
@@ -159,7 +186,7 @@ class GuardedOriginal:
             self._places.release()
             raise
         self._in_flight += 1
-        return _Place(self._breaker, self._left)
+        return _Place(self._breaker, leave)
 
     def _left(self, outcome: Outcome) -> None:
         self._in_flight -= 1

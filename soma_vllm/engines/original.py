@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from soma_vllm.errors import (
     EngineUnavailable,
     PreflightError,
 )
+from soma_vllm.private import secret
 from soma_vllm.types import Agreement
 
 OWN_FIELDS = ("session_id", "litellm_session_id", "workload")
@@ -74,7 +74,7 @@ class OriginalEngine:
         self._headers = {"Accept-Encoding": "identity"}
         self._key_source = api_key_env
         if api_key_env is not None:
-            key = os.environ.get(api_key_env)
+            key = secret(api_key_env)
             if not key:
                 raise PreflightError(f"original.api_key_env: the environment variable {api_key_env} is not set")
             self._headers["Authorization"] = f"Bearer {key}"

@@ -8,11 +8,12 @@ thing that is taken off a stream is the count of tokens that we asked for and th
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,27 @@ MOST_CHARS = 16 * 1024 * 1024
 """Of one reply's words. What is longer is passed on and not recorded."""
 
 MOST_CHOICES = 1024
+MIB = 1024 * 1024
+
+
+class HeardWords:
+    """What all replies under way have said so far, within a bound."""
+
+    def __init__(self, most_mib: int = 256) -> None:
+        self._most = most_mib * MIB
+        self.characters = 0
+
+    def take(self, characters: int) -> bool:
+        """Hold so many more characters; whether there is room for them."""
+        if self.characters + characters > self._most:
+            return False
+        self.characters += characters
+        return True
+
+    def give_back(self, characters: int) -> None:
+        """Hold so many no more."""
+        self.characters -= characters
+
 
 _NO_USAGE = re.compile(r',\s*"usage"\s*:\s*null')
 """Inside a JSON string the quotes would be escaped."""
@@ -71,14 +93,20 @@ OnReply = Callable[[ParsedReply], Awaitable[None]]
 """Awaited with a reply once it is over."""
 
 
-async def observe(reply: Reply, started: float, on_end: OnReply, hide_usage: bool = False) -> Reply:
+async def observe(
+    reply: Reply,
+    started: float,
+    on_end: OnReply,
+    hide_usage: bool = False,
+    heard: HeardWords | None = None,
+) -> Reply:
     """The same reply; `on_end` is awaited once, with what it said, when it is over.
 
     `started` is the request's arrival, `time.monotonic`. `hide_usage`: a stream's count of tokens is heard, but
-    not passed on.
+    not passed on. `heard` bounds what a stream's words may take beside others'.
     """
     if reply.events is not None:
-        return replace(reply, events=observe_stream(reply.events, started, on_end, hide_usage))
+        return replace(reply, events=observe_stream(reply.events, started, on_end, hide_usage, heard))
     assert reply.body is not None
     await _end(on_end, parse_body(reply.body, started))
     return reply
@@ -101,9 +129,15 @@ CHARS_PER_TOKEN = 4
 """Of English under common tokenizers; other scripts have fewer."""
 
 
-def observe_stream(events: Events, started: float, on_end: OnReply, hide_usage: bool = False) -> StreamTap:
+def observe_stream(
+    events: Events,
+    started: float,
+    on_end: OnReply,
+    hide_usage: bool = False,
+    heard: HeardWords | None = None,
+) -> StreamTap:
     """`observe` for a stream."""
-    reader = StreamReader()
+    reader = StreamReader(heard)
     first_s: float | None = None
 
     def hear(event: str) -> str | None:
@@ -116,7 +150,10 @@ def observe_stream(events: Events, started: float, on_end: OnReply, hide_usage: 
         return None if counts_only else _NO_USAGE.sub("", event) if '"usage"' in event else event
 
     async def parsed() -> None:
-        await _end(on_end, reader.reply(first_s, time.monotonic() - started))
+        try:
+            await _end(on_end, reader.reply(first_s, time.monotonic() - started))
+        finally:
+            reader.close()
 
     return StreamTap(events, on_event=hear, on_end=parsed)
 
@@ -132,7 +169,10 @@ async def _end(on_end: OnReply, reply: ParsedReply) -> None:
 class StreamReader:
     """Reads a stream, event by event."""
 
-    def __init__(self) -> None:
+    def __init__(self, heard: HeardWords | None = None) -> None:
+        self._heard = heard or HeardWords()
+        self._held = 0
+        """Of what was heard, characters."""
         self._builders: dict[int, ChoiceBuilder] = {0: ChoiceBuilder()}
         self._usage = Usage()
         self._complete = False
@@ -140,6 +180,10 @@ class StreamReader:
         """An event reported an error, or could not be read."""
         self._chars = 0
         self._pieces = 0
+        self.spoke = False
+        """There was content, more than blanks."""
+        self.called = False
+        """There was a piece of a call of a tool."""
 
     def add(self, event: str) -> bool:
         """Read one event as it is sent; whether it holds the count of tokens and nothing else. Never raises."""
@@ -159,6 +203,20 @@ class StreamReader:
         complete = self._complete and not self._unread
         return ParsedReply(choices, self._usage, complete, ttft_s, latency_s, self._pieces)
 
+    def close(self) -> None:
+        """Give back what was held of the bound; harmless again."""
+        self._heard.give_back(self._held)
+        self._held = 0
+
+    def _room(self, choice: Mapping[str, Any]) -> bool:
+        """Whether what a choice adds may be held."""
+        content = (choice.get("delta") or {}).get("content")
+        size = len(content) if isinstance(content, str) else len(str(content or ""))
+        if not self._heard.take(size):
+            return False
+        self._held += size
+        return True
+
     def _read(self, data: str) -> bool:
         if data == DONE:
             self._complete = True
@@ -171,34 +229,28 @@ class StreamReader:
             self._usage = _usage(usage)
         for choice in choices:
             self._pieces += bool(_spoken(choice.get("delta") or choice))
+            delta = choice.get("delta") or {}
+            self.called = self.called or bool(delta.get("tool_calls"))
+            self.spoke = self.spoke or bool(parts_in(delta.get("content"))[0].strip())
             self._chars += len(data)
-            if self._chars > MOST_CHARS or len(self._builders) > MOST_CHOICES:
+            if self._chars > MOST_CHARS or len(self._builders) > MOST_CHOICES or not self._room(choice):
                 self._unread = True
             else:
-                self._builders.setdefault(_index(choice), ChoiceBuilder()).add(choice.get("delta") or {})
+                self._builders.setdefault(_index(choice), ChoiceBuilder()).add(delta)
         return bool(usage) and not choices
-
-
-def read_events(events: Iterable[str]) -> tuple[tuple[Choice, ...], Usage, bool]:
-    """(choices, usage, whether the stream came to its own end) of whole server-sent events."""
-    reader = StreamReader()
-    for event in events:
-        reader.add(event)
-    reply = reader.reply(None, 0.0)
-    return reply.choices, reply.usage, reply.complete
 
 
 class ChoiceBuilder:
     """Puts one choice of a stream together."""
 
     def __init__(self) -> None:
-        self._pieces: list[str] = []
+        self._text = io.StringIO()  # a list of pieces would take ten times as much
         self._calls: dict[int, dict[str, Any]] = {}
 
     def add(self, delta: Mapping[str, Any]) -> None:
         """Add one event's delta."""
         if text := parts_in(delta.get("content"))[0]:
-            self._pieces.append(text)
+            self._text.write(text)
         for part in delta.get("tool_calls") or ():
             call = self._calls.setdefault(_index(part), {"id": None, "type": "function", "function": {}})
             call["id"] = part.get("id") or call["id"]
@@ -208,7 +260,7 @@ class ChoiceBuilder:
 
     def choice(self) -> Choice:
         """The whole choice."""
-        return Choice("".join(self._pieces), tuple(self._calls[index] for index in sorted(self._calls)))
+        return Choice(self._text.getvalue(), tuple(self._calls[index] for index in sorted(self._calls)))
 
 
 def _choice(message: Mapping[str, Any]) -> Choice:

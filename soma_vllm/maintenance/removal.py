@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 LAST_REQUEST_S = 600.0
 """Longest wait for the requests of a session that is being removed."""
 
+LOADED_AT_ONCE = 16
+"""Sessions that are read from the store at the same time to be removed: each has its few seconds to itself."""
+
 WRITTEN_S = 30.0
 """Longest wait for a removal to be on record."""
 
@@ -48,6 +51,7 @@ class SessionRemoval:
         self._adapters = adapters
         self._salts = salts
         self._removals: dict[SessionKey, asyncio.Task[None]] = {}
+        self._loading = asyncio.Semaphore(LOADED_AT_ONCE)
         self._families: dict[SessionKey, asyncio.Task[None]] = {}
 
     async def remove_family(self, key: SessionKey, wait_s: float = LAST_REQUEST_S) -> bool:
@@ -120,6 +124,8 @@ class SessionRemoval:
         if self._registry.is_live(key) and self._registry.is_new(key):
             self._registry.discard(key)  # a branch whose first answer is not over: it is not recorded any more
             return
+        async with self._loading:
+            await self._registry.open(key)
         async with self._registry.lease(key) as session:
             if self._registry.is_new(key):
                 return  # removed by another request

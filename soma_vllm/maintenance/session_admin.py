@@ -10,8 +10,9 @@ from soma_vllm.adapters.lifecycle import AdapterLifecycle
 from soma_vllm.errors import BadRequest, NotFound, TooManyRequests
 from soma_vllm.maintenance.removal import SessionRemoval
 from soma_vllm.sessions.background_tasks import BackgroundTasks
+from soma_vllm.sessions.live_session import LiveSession
 from soma_vllm.sessions.ports import Meter
-from soma_vllm.sessions.registry import Entry, SessionRegistry
+from soma_vllm.sessions.registry import SessionRegistry
 from soma_vllm.sessions.sql.records import Summary
 from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.sessions.state.phases import Phase
@@ -45,7 +46,7 @@ class SessionAdmin:
 
     # -- looking ----------------------------------------------------------------------------------------
 
-    async def entry(self, key: SessionKey) -> Entry:
+    async def entry(self, key: SessionKey) -> LiveSession:
         """A session with its events; raises NotFound, StoreUnavailable."""
         return await self._registry.entry(key)
 

@@ -12,6 +12,12 @@ def soma_home() -> Path:
     return Path(chosen).expanduser().absolute() if chosen else Path.home() / ".cache" / "soma-vllm"
 
 
+def filled(template: str, run_dir: Path | str | None = None) -> str:
+    """A place of a configuration, with `{soma_home}` and, where there is one, `{run_dir}` filled in."""
+    absolute = "" if run_dir is None else str(Path(run_dir).expanduser().absolute())
+    return template.replace("{soma_home}", str(soma_home())).replace("{run_dir}", absolute)
+
+
 def models_dir() -> Path:
     """Folder that holds one subfolder per model; it need not exist yet."""
     return soma_home() / "models"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from soma_vllm.errors import ModelError
 from soma_vllm.models.catalog import resolve
+from soma_vllm.private import HUB_TOKENS, secret
 
 
 def local_path(name: str) -> Path:
@@ -22,7 +23,8 @@ def local_path(name: str) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
-        return Path(snapshot_download(found, allow_patterns=patterns))
+        token = next(filter(None, map(secret, HUB_TOKENS)), None)
+        return Path(snapshot_download(found, allow_patterns=patterns, token=token))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"model {found}: not in the local Hugging Face cache, and the hub did not give it "

@@ -34,17 +34,12 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-BUILT_IN_TEXTS = (
-    "You are a helpful assistant. Answer the user's question in a few short sentences.",
-    "How do I read a file line by line in Python? Open it with a context manager and iterate over it.",
-    "What is the capital of France, and which river flows through it? Paris lies on the Seine.",
-    "Please write a function that sorts a list of numbers, then explain how long it takes to run.",
-    "Thank you. Now make it shorter, add a test, and tell me what could still go wrong in practice.",
-)
-"""What the tokenizers learn from when there are no dialogues."""
+TEXTS = Path(__file__).with_name("tiny_texts.json")
+"""What the tokenizers learn from by default: an array of strings. A file of its own, because another text makes
+other tokens, and with them other models."""
 
 
-def make_tiny(target_dir: Path, dialogues: Path) -> tuple[Path, Path]:
+def make_tiny(target_dir: Path, dialogues: Path | None = None) -> tuple[Path, Path]:
     """Write `tiny-original`, `tiny-surrogate` and `tiny-encoder` into `target_dir`, replacing older ones.
 
     The Qwen2 models have 2 layers (width 96 and 64, heads of 32, one head of keys and values), tied
@@ -52,7 +47,8 @@ def make_tiny(target_dir: Path, dialogues: Path) -> tuple[Path, Path]:
     encoder is a 2-layer BertModel, width 32, fp32, with its own WordPiece vocabulary.
 
     Args:
-        dialogues: folder of JSON files whose strings the tokenizers learn from; may be missing or empty.
+        dialogues: folder of JSON files whose strings the tokenizers learn from instead of `TEXTS`; they do
+            learn from `TEXTS` where there is no such file.
 
     Returns:
         (folder of the original, folder of the surrogate).
@@ -71,19 +67,19 @@ def make_tiny(target_dir: Path, dialogues: Path) -> tuple[Path, Path]:
     return target_dir / ORIGINAL, target_dir / SURROGATE
 
 
-def read_texts(dialogues: Path) -> list[str]:
-    """Every string in the folder's JSON files, in the order of their names; the built-in ones if none.
+def read_texts(dialogues: Path | None = None) -> list[str]:
+    """Every string in the folder's JSON files, in the order of their names; those of `TEXTS` if there is none.
 
     Raises:
         ModelError: a file is not JSON.
     """
     texts: list[str] = []
-    for path in sorted(dialogues.glob("*.json")):
+    for path in (dialogues and sorted(dialogues.glob("*.json"))) or [TEXTS]:
         try:
             texts.extend(_strings(read_json(path)))
         except ValueError as error:
             raise ModelError(f"{path}: expected JSON dialogues; {error}") from error
-    return texts or list(BUILT_IN_TEXTS)
+    return texts
 
 
 def _strings(document: Any) -> Iterator[str]:

@@ -15,12 +15,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from soma_vllm.adaptation.evidence import TurnEvidence
-from soma_vllm.engines.engine import ChatCall, Engine, Engines, Reply
+from soma_vllm.engines.call_guard import with_valid_calls
+from soma_vllm.engines.engine import ChatCall, Engine, Engines, Events, Reply
 from soma_vllm.engines.logprob_capture import LogprobCapture
 from soma_vllm.engines.reply_parser import ParsedReply, observe
 from soma_vllm.engines.token_counts import counted, counting_fields, estimate, wants_counts
@@ -49,6 +50,22 @@ class Answer:
     model: str = DISPATCH_NAME
     """Name of the engine's model."""
 
+    @property
+    def body(self) -> Mapping[str, Any]:
+        """The whole completion."""
+        assert self.reply.body is not None, "a request without stream=true is answered whole"
+        return self.reply.body
+
+    @property
+    def events(self) -> Events:
+        """The stream."""
+        assert self.reply.events is not None, "a request with stream=true is answered by events"
+        return self.reply.events
+
+    def streaming(self, events: Events) -> Answer:
+        """The same answer with other events, made of its own."""
+        return replace(self, reply=Reply(events=events))
+
 
 class Dispatcher:
     """Serves dialogues from two engines."""
@@ -76,11 +93,12 @@ class Dispatcher:
 
         Raises:
             BadRequest: the request cannot be dispatched.
+            Forbidden: it names a policy that its tenant may not use.
             TooManyRequests: its tenant has too many sessions for a new one.
             EngineUnavailable: no engine can answer it now.
             EngineRefused: the engine found it wrong.
         """
-        policy, named_engine = self._routing.resolve(request)
+        policy, named_engine = self._routing.resolve(request, self._meter.policies(request.tenant))
         if named_engine is not None:
             return await self._forward(request, named_engine, "bypass")
         try:
@@ -97,7 +115,9 @@ class Dispatcher:
                 turn.resources.push_async_callback(reply.events.aclose)
             headers = turn.headers()  # before the turn is recorded
             record = partial(self._recorder.record, turn)
-            observed = await observe(reply, request.started, record, not wants_counts(request.body))
+            observed = await observe(
+                reply, request.started, record, not wants_counts(request.body), self._recorder.heard
+            )
             return Answer(observed, headers, self._engines.named(turn.route.engine))
 
     async def complete(self, request: ChatRequest) -> Answer:
@@ -106,7 +126,7 @@ class Dispatcher:
         Raises:
             BadRequest, EngineUnavailable, EngineRefused: as in `chat`.
         """
-        _, named_engine = self._routing.resolve(request)
+        _, named_engine = self._routing.resolve(request, self._meter.policies(request.tenant))
         why = "a text completion has no session" if named_engine is None else "bypass"
         return await self._forward(request, named_engine or self._engines.original, why, text=True)
 
@@ -139,7 +159,8 @@ class Dispatcher:
         """The surrogate's reply; its adapter stays leased until the turn ends.
 
         Raises:
-            EngineError: the slots are full, the adapter does not load, or the engine does not answer.
+            EngineError: the slots are full, the adapter does not load, the engine does not answer, or it calls
+                a tool as the request does not allow.
             AdapterError: the engine does not serve the adapter as it was trained.
         """
         engines, adapter = self._engines, turn.route.adapter
@@ -147,6 +168,7 @@ class Dispatcher:
             if adapter is not None:
                 lease.push_async_callback(engines.adapters.release, await engines.adapters.acquire(adapter))
             reply = await engines.surrogate.chat(turn.call(counting_fields(turn.request.body)))
+            reply = await with_valid_calls(reply, turn.request.body)
             turn.resources.push_async_callback(lease.pop_all().aclose)
         return reply
 
@@ -210,7 +232,9 @@ class Dispatcher:
             async with held:
                 self._meter.spent(tenant, counted(reply, request.body))
 
-        observed = await observe(reply, request.started, count, not wants_counts(request.body))
+        observed = await observe(
+            reply, request.started, count, not wants_counts(request.body), self._recorder.heard
+        )
         return Answer(observed, headers, engine.name)
 
     def _reserve(

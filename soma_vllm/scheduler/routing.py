@@ -7,16 +7,18 @@ asked for the route of a pinned session, nor where it could not prepare.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from soma_vllm.adaptation.threaded_encoder import Encoder
-from soma_vllm.config import Config
+from soma_vllm.config import ANY_POLICY, Config
 from soma_vllm.engines.engine import Engine, Engines
 from soma_vllm.errors import (
     AdapterError,
     BadRequest,
     EngineRefused,
     EngineUnavailable,
+    Forbidden,
+    MalformedCall,
     NoAdapterSlot,
     NoSuchModel,
 )
@@ -58,11 +60,13 @@ class Routing:
         self._engines = engines
         self._encoder = encoder
 
-    def resolve(self, request: ChatRequest) -> tuple[Policy, Engine | None]:
-        """(the policy of a request, the engine that it names to bypass dispatch).
+    def resolve(self, request: ChatRequest, allowed: Sequence[str]) -> tuple[Policy, Engine | None]:
+        """(the policy of a request, the engine that it names to bypass dispatch). `allowed` are the policies
+        that need the operator's leave and have it.
 
         Raises:
             BadRequest: there is no such model, or no such policy.
+            Forbidden: the policy trains, or starts a package, and is not allowed.
         """
         original, surrogate = self._engines.original, self._engines.surrogate
         model = request.body.get("model")
@@ -76,6 +80,14 @@ class Routing:
             if prefix != DISPATCH_NAME or not colon:
                 raise no_such_model(str(model), served)
         chosen = self._policies.default if policy is None else self._policies.named(policy)
+        if (
+            policy is not None
+            and self._policies.needs_leave(chosen)
+            and not {policy, ANY_POLICY} & set(allowed)
+        ):
+            free = f"{self._config.policy}, one that neither trains nor starts a package"
+            named = f", or one of this key's limits.policies ({', '.join(allowed)})" if allowed else ""
+            raise Forbidden(f"policy: found {policy!r}, which this key may not use; expected {free}{named}")
         if model == original.name or (
             model != surrogate.name and request.headers.get(SWITCH, "").lower() == "off"
         ):
@@ -160,7 +172,12 @@ def _kind(error: Exception) -> str:
     """What failed, in words of our own: a message may hold paths, and line ends. It is logged."""
     if isinstance(error, EngineRefused):
         return f"refused with status {error.status}"
-    kinds = ((NoAdapterSlot, "no adapter slot"), (AdapterError, "adapter"), (EngineUnavailable, "unavailable"))
+    kinds = (
+        (NoAdapterSlot, "no adapter slot"),
+        (MalformedCall, "malformed call of a tool"),
+        (AdapterError, "adapter"),
+        (EngineUnavailable, "unavailable"),
+    )
     return next((words for kind, words in kinds if isinstance(error, kind)), "engine error")
 
 

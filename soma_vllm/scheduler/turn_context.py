@@ -201,7 +201,9 @@ async def begin_turn(lookup: SessionLookup, meter: Meter, request: ChatRequest, 
             registry.recall(key, digest)
             session = registry.session(key)
             if registry.is_new(key) and not session.is_branch and meter.limits_sessions(tenant):
-                meter.check_new_session(tenant, await registry.live(tenant))
+                live = await registry.live(tenant)
+                meter.check_new_session(tenant, live + registry.begun_beside(key))
+                resources.enter_context(registry.begun(key))
         except StoreUnavailable as error:
             with bind(session=named, tenant=tenant):
                 logger.warning("the original answers a turn that is not recorded: %s", error)

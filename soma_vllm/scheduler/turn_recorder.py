@@ -14,7 +14,7 @@ from typing import Any
 
 from soma_vllm.adaptation.evidence import TurnEvidence
 from soma_vllm.adaptation.shadow_answers import most_tokens
-from soma_vllm.engines.reply_parser import Choice, ParsedReply
+from soma_vllm.engines.reply_parser import Choice, HeardWords, ParsedReply
 from soma_vllm.engines.token_counts import counted
 from soma_vllm.scheduler.follow_up import FollowUp
 from soma_vllm.scheduler.turn_context import TurnContext
@@ -36,6 +36,8 @@ class TurnRecorder:
         self._meter = meter
         self._evidence = evidence
         self._follow_up = follow_up
+        self.heard = HeardWords(registry.config.server.replies_mib)
+        """What the replies under way have said so far."""
 
     async def record(self, turn: TurnContext, reply: ParsedReply) -> None:
         """End a turn: fold it into its session, then start what follows from it."""

@@ -2,24 +2,23 @@
 
 Guarantees: `record` never waits for the disk; the store receives every session's events in order; a session
 whose events are on record is restored by folding them again; a session that is leased or held stays in memory,
-and of the others only the latest do.
+and of the others only the latest do, within `sessions.memory_mib`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from soma_vllm.config import Config
 from soma_vllm.errors import NotFound, StoreUnavailable
 from soma_vllm.sessions.erasure import LEARNING, TextCache, TextErasure
 from soma_vllm.sessions.event_bus import EventBus
+from soma_vllm.sessions.live_session import LiveSession, LiveSessions
 from soma_vllm.sessions.ports import Observer, Store, in_time
 from soma_vllm.sessions.sql.records import AdapterRecord, Append, SessionSnapshot
 from soma_vllm.sessions.state.adapter_states import AdapterLives, AdapterState
@@ -29,23 +28,11 @@ from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.session import Session
 from soma_vllm.sessions.state.transcript import TranscriptDigest
 from soma_vllm.sessions.transcript_index import TranscriptIndex
-from soma_vllm.sessions.write_behind import Write, WriteBehindQueue
+from soma_vllm.sessions.write_behind import MIB, Write, WriteBehindQueue
 from soma_vllm.types import AdapterRef, Event, SessionKey
 
-LIVE_SESSIONS = 10_000
-"""Sessions kept in memory beside those in use: with 10 kB of text each, some 200 MB."""
-
-
-@dataclass
-class Entry:
-    """A live session and its log."""
-
-    session: Session
-    events: list[Event] = field(default_factory=list)
-    pending: tuple[Event, ...] = ()
-    """What a branch begins with; on record with its first turn."""
-    holds: int = 0
-    """Requests and background work under way."""
+LIVE_SESSIONS = 100_000
+"""Sessions kept in memory beside those in use, whatever their size."""
 
 
 class SessionRegistry:
@@ -60,20 +47,23 @@ class SessionRegistry:
     ) -> None:
         """`observers` hear of recorded events; one that is a `TextCache` as well hears of every erasure."""
         self.config = config
-        self._live_sessions = live_sessions
         self.store = store
         """The record."""
         self.bus = EventBus(observers)
         """Hears of every event, once it is folded."""
         caches = [cache for cache in (self, *observers) if isinstance(cache, TextCache)]
         self.erasure = TextErasure(config.retention.text, store, caches)
-        self._entries: OrderedDict[SessionKey, Entry] = OrderedDict()
         self.index = TranscriptIndex()
         """Finds live sessions by transcript."""
         self.write_behind = WriteBehindQueue(store, config.storage.queue_mib)
         """What the record lacks yet."""
+        self._entries = LiveSessions(
+            live_sessions, config.sessions.memory_mib * MIB, self.write_behind.has, self.index.drop
+        )
         self._loading: dict[SessionKey, asyncio.Task[None]] = {}
         self._live: dict[str, int] = {}
+        self._begun: set[SessionKey] = set()
+        """New sessions whose first request is under way, where they are counted."""
         self._adapters = AdapterLives()
 
     async def start(self) -> None:
@@ -94,25 +84,25 @@ class SessionRegistry:
         Raises:
             StoreUnavailable: the session store did not answer within 3 s.
         """
-        while (entry := self._entries.get(key)) is None:
+        while key not in self._entries:
             # One load for all that ask. What it brings may be dropped before the last of them comes to it.
             if key not in self._loading:
                 loading = self._loading[key] = asyncio.create_task(self._load(key), name="soma-session-load")
                 loading.add_done_callback(lambda task: task.cancelled() or task.exception())
             await asyncio.shield(self._loading[key])
-        self._entries.move_to_end(key)
-        return entry.session
+        return self._entries.use(key).session
 
     async def _load(self, key: SessionKey) -> None:
         try:
             if self.write_behind.has(key):  # its removal, or its last events, are not on record yet
                 await in_time(self.write_behind.written())
             session = restore(key, events := await in_time(self.store.events(key)), self.config.gate)
-            self._entries[key] = Entry(session, events)
+            self._entries[key] = LiveSession(session, events)
             self.index.observe(session, 0, events)
             for event in events:
                 self._adapters.recall(event)
-            self._forget_oldest(key)
+            self._entries.account(key)
+            self._entries.make_room(key)
         finally:
             del self._loading[key]
 
@@ -129,8 +119,9 @@ class SessionRegistry:
     def begin(self, key: SessionKey, pending: tuple[Event, ...] = ()) -> Session:
         """A live session that is new; its first events are recorded together with its first turn."""
         session = restore(key, pending, self.config.gate)
-        self._entries[key] = Entry(session, pending=pending)
-        self._forget_oldest(key)
+        self._entries[key] = LiveSession(session, pending=pending)
+        self._entries.account(key)
+        self._entries.make_room(key)
         return session
 
     def hold(self, key: SessionKey) -> None:
@@ -141,7 +132,8 @@ class SessionRegistry:
         """Give one hold back; harmless where the session was removed."""
         if (entry := self._entries.get(key)) is not None:
             entry.holds -= 1
-            self._drop_if_unused(key)
+            if not self._drop_if_unused(key):
+                self._entries.make_room(key)
 
     def holds(self, key: SessionKey) -> int:
         """Requests and background work under way for a session."""
@@ -155,15 +147,15 @@ class SessionRegistry:
 
     def session(self, key: SessionKey) -> Session:
         """A live session as it is now."""
-        return self._entries[key].session
+        return self._entries.use(key).session
 
     def events(self, key: SessionKey) -> Sequence[Event]:
         """The recorded events of a live session."""
-        return self._entries[key].events
+        return self._entries.use(key).events
 
     def session_at(self, key: SessionKey, seq: int) -> Session:
         """A live session as it was after one of its events."""
-        return restore(key, self._entries[key].events[: seq + 1], self.config.gate)
+        return restore(key, self._entries.use(key).events[: seq + 1], self.config.gate)
 
     @property
     def size(self) -> int:
@@ -176,9 +168,9 @@ class SessionRegistry:
 
     def is_new(self, key: SessionKey) -> bool:
         """Whether nothing of a live session is recorded yet."""
-        return not self._entries[key].events
+        return self._entries[key].is_new
 
-    async def entry(self, key: SessionKey) -> Entry:
+    async def entry(self, key: SessionKey) -> LiveSession:
         """A session with its events.
 
         Raises:
@@ -187,7 +179,7 @@ class SessionRegistry:
         """
         await self.open(key)
         entry = self._entries[key]
-        if not entry.events:
+        if entry.is_new:
             self._drop_if_unused(key)
             raise NotFound(f"no session {key.session!r}")
         return entry
@@ -197,6 +189,19 @@ class SessionRegistry:
         if tenant not in self._live:
             self._live.setdefault(tenant, await in_time(self.store.live(tenant)))
         return self._live[tenant]
+
+    def begun_beside(self, key: SessionKey) -> int:
+        """Other new sessions of a tenant whose first request is under way, as far as `begun` was told."""
+        return sum(other.tenant == key.tenant for other in self._begun - {key})
+
+    @contextmanager
+    def begun(self, key: SessionKey) -> Iterator[None]:
+        """Count a new session as begun inside the block, in which its first turn is recorded."""
+        self._begun.add(key)
+        try:
+            yield
+        finally:
+            self._begun.discard(key)
 
     async def adapters(self, tenant: str) -> int:
         """Adapters that a tenant has. Raises as `users_of` does."""
@@ -221,7 +226,7 @@ class SessionRegistry:
             StoreUnavailable: the session store did not answer within 3 s.
         """
         on_record = await in_time(self.store.users_of(name))
-        live = [e.session.key for e in self._entries.values() if e.session.is_served_by(name)]
+        live = [key for key, entry in self._entries.items() if entry.adapter == name]
         return [*live, *(key for key in on_record if self._elsewhere(key))]
 
     def _elsewhere(self, key: SessionKey) -> bool:
@@ -245,7 +250,7 @@ class SessionRegistry:
         key = session.key
         if session.is_branch:
             return [key]
-        live = {k for k, e in self._entries.items() if e.session.root == key.session and k.tenant == key.tenant}
+        live = {k for k, e in self._entries.items() if e.root == key.session and k.tenant == key.tenant}
         branches = live | set(await in_time(self.store.family(key.tenant, key.session)))
         return [key, *(branches - {key})]
 
@@ -253,8 +258,8 @@ class SessionRegistry:
 
     def record(self, key: SessionKey, *events: Event) -> Session:
         """Fold events into the session, tell the observers, queue them for the store. Raises IllegalMove."""
-        entry = self._entries[key]
-        if not entry.events and key.tenant in self._live and not entry.session.is_branch:
+        entry = self._entries.use(key)
+        if entry.is_new and key.tenant in self._live and not entry.session.is_branch:
             self._live[key.tenant] += 1
         before = entry.session.phase
         noted = [(event.data, self._adapters.note(event)) for event in (*entry.pending, *events)]
@@ -287,7 +292,7 @@ class SessionRegistry:
             entry.session = entry.session.with_text(reading)
 
     def _put_on_record(
-        self, entry: Entry, events: Sequence[Event], adapters: tuple[AdapterRecord, ...]
+        self, entry: LiveSession, events: Sequence[Event], adapters: tuple[AdapterRecord, ...]
     ) -> None:
         session, first_seq = entry.session, len(entry.events)
         marks = self.index.observe(session, first_seq, events)
@@ -295,55 +300,49 @@ class SessionRegistry:
         silent = [_silent(event) for event in events]
         written = events if self.erasure.on_record(session.phase) else silent
         if self.erasure.in_memory(session.phase):
-            entry.events += events
+            entry.add(events)
         else:
-            entry.events += silent
+            entry.add(silent)
             entry.session = session.without_text()
-
+        self._entries.account(session.key)
         self.write_behind.append(Append(session.key, first_seq, written, snapshot, marks, adapters))
 
     def forget(self, key: SessionKey) -> None:
         """Drop from memory what was said in a session."""
         if (entry := self._entries.get(key)) is not None:
-            entry.events = [_silent(event) for event in entry.events]
+            entry.replace_events([_silent(event) for event in entry.events])
             entry.session = entry.session.without_text()
+            self._entries.account(key)
 
     def forget_before(self, at: float) -> None:
         """Drop from memory what was said before a Unix time, but for sessions that are being adapted."""
-        for entry in self._entries.values():
-            old = [event for event in entry.events if event.text is not None and event.at < at]
-            if old and entry.session.phase is not Phase.ADAPTING:
-                entry.events = [_silent(e) if e.at < at else e for e in entry.events]
+        for key, entry in self._entries.items():
+            if entry.has_text_before(at) and entry.session.phase is not Phase.ADAPTING:
+                entry.replace_events([_silent(e) if e.at < at else e for e in entry.events])
                 events = (*entry.events, *entry.pending)
-                entry.session = restore(entry.session.key, events, self.config.gate)
+                entry.session = restore(key, events, self.config.gate)
+                self._entries.account(key)
 
     def discard(self, key: SessionKey) -> None:
         """Drop a session of which nothing is recorded, and nothing will be."""
-        self._entries.pop(key, None)
+        self._entries.drop(key)
 
     def remove(self, key: SessionKey) -> None:
         """Drop a session from memory, and queue its removal from the store."""
-        removed = self._entries.pop(key, None)
+        removed = self._entries.drop(key)
         self.index.drop(key)
         self.erasure.forget(key)
         if removed is not None and not removed.session.is_branch and key.tenant in self._live:
             self._live[key.tenant] -= 1
-        self.write_behind.put(Write(key, lambda: self.store.delete(key), anew=True))
+        self.write_behind.put(Write(key, lambda: self.store.delete(key), removes=True))
 
-    def _drop_if_unused(self, key: SessionKey) -> None:
-        """Drop a session that is not in use and of which nothing is recorded."""
+    def _drop_if_unused(self, key: SessionKey) -> bool:
+        """Drop a session that is not in use and of which nothing is recorded; whether it was one."""
         entry = self._entries.get(key)
-        if entry is not None and not entry.holds and not entry.events:
-            del self._entries[key]
-
-    def _forget_oldest(self, newest: SessionKey) -> None:
-        """Drop sessions that the store can restore, beyond those that may stay in memory."""
-        surplus = max(0, len(self._entries) - self._live_sessions)
-        wanted = self.write_behind.has
-        idle = (key for key, one in self._entries.items() if not (one.holds or wanted(key) or key == newest))
-        for key in list(islice(idle, surplus)):
-            del self._entries[key]
-            self.index.drop(key)
+        unused = entry is not None and not entry.holds and entry.is_new
+        if unused:
+            self._entries.drop(key)
+        return unused
 
 
 def _silent(event: Event) -> Event:

@@ -35,7 +35,8 @@ class TranscriptIndex:
         """Transcripts of which a session was dropped while another one has it too."""
         self._responses: dict[tuple[str, str], tuple[SessionKey, int, int]] = {}
         self._asked: dict[Place, SessionKey] = {}
-        self._places: defaultdict[SessionKey, set[Place]] = defaultdict(set)
+        self._asked_last: dict[SessionKey, Place] = {}
+        self._places: defaultdict[SessionKey, list[Place]] = defaultdict(list)
         self._stands: dict[SessionKey, set[Place]] = {}
         self._named: defaultdict[SessionKey, set[tuple[str, str]]] = defaultdict(set)
 
@@ -46,15 +47,16 @@ class TranscriptIndex:
         for mark in marks:
             place = (key.tenant, family, mark.chain)
             self._through[place][key] = (mark.seq, mark.number)
-            self._places[key].add(place)
+            self._places[key].append(place)
             if mark.response is not None:
                 name = (key.tenant, mark.response)
                 self._responses[name] = (key, mark.seq, mark.number)
                 self._named[key].add(name)
         if session.turns:
             asked = (key.tenant, family, session.turns[-1].asked)
+            self._forget_asked(key)
             self._asked[asked] = key
-            self._places[key].add(asked)
+            self._asked_last[key] = asked
             self._stand(session)
         return marks
 
@@ -75,9 +77,8 @@ class TranscriptIndex:
 
     def drop(self, key: SessionKey) -> None:
         """Forget a session."""
+        self._forget_asked(key)
         for place in self._places.pop(key, ()):
-            if self._asked.get(place) == key:
-                del self._asked[place]
             _take(self._through, place, key)
             if place in self._through:
                 self._shared.add(place)
@@ -88,6 +89,11 @@ class TranscriptIndex:
         for name in self._named.pop(key, ()):
             if self._responses.get(name, (None,))[0] == key:
                 del self._responses[name]
+
+    def _forget_asked(self, key: SessionKey) -> None:
+        before = self._asked_last.pop(key, None)
+        if before is not None and self._asked.get(before) == key:
+            del self._asked[before]
 
     def find(self, tenant: str, family: str, chains: Iterable[str], limit: int) -> tuple[list[TurnHit], bool]:
         """Turns with the longest chain that there is, `chains` being longest first: at most `limit` of sessions

@@ -2,9 +2,9 @@
 
 Guarantees: while the database is away, or its disk is full, writes wait and are tried again. A session whose
 write is refused, or fails in a way that is not the database's, is given up alone; what is on record of it has
-no gaps, because nothing is written after one. Appends that wait together go in one transaction. A kill costs
-each session at most the writes that were still queued, the latest ones. `stop` ends within its limit whatever
-the database does.
+no gaps, because nothing is written after one. Appends that wait together go in one transaction, and so do
+removals. A kill costs each session at most the writes that were still queued, the latest ones. `stop` ends
+within its limit whatever the database does.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Write:
 
     key: SessionKey
     do: Callable[[], Awaitable[object]]
-    anew: bool = False
-    """May be applied although earlier writes of this session were lost: a removal."""
+    removes: bool = False
+    """Removes the session, which may be done although earlier writes of it were lost."""
     size: int = 0
 
 
@@ -156,6 +156,9 @@ class WriteBehindQueue:
                 if isinstance(item, Append):
                     taken = batch = self._batch(item)
                     await self._write_batch(batch)
+                elif item.removes:
+                    taken = removals = self._removals(item)
+                    await self._remove(removals)
                 else:
                     await self._write(item)
             except Exception:
@@ -178,6 +181,17 @@ class WriteBehindQueue:
             batch.append(following)
             size += following.size
         return batch
+
+    def _removals(self, first: Write) -> list[Write]:
+        """The removal and those that wait directly behind it: SQLite's log is emptied once for all of them."""
+        removals = [first]
+        while self._queue and len(removals) < BATCH:
+            following = self._queue[0][1]
+            if not (isinstance(following, Write) and following.removes):
+                break
+            self._queue.popleft()
+            removals.append(following)
+        return removals
 
     def _done(self, item: Write | Append) -> None:
         self.characters -= item.size
@@ -202,12 +216,27 @@ class WriteBehindQueue:
         for append in taken:
             await self._write(Write(append.key, partial(self._append, [append])), repeated)
 
+    async def _remove(self, removals: Sequence[Write]) -> None:
+        """Remove sessions together; where that fails, each by itself."""
+        if len(removals) == 1:
+            await self._write(removals[0])
+            return
+        keys = [removal.key for removal in removals]
+        try:
+            await self._store.delete(*keys)
+        except Exception as error:  # whatever one of them fails of, the others are to be removed
+            logger.debug("several removals failed; each is done by itself", exc_info=error)
+            for removal in removals:
+                await self._write(removal)
+        else:
+            self._given_up.difference_update(keys)
+
     async def _append(self, appends: Sequence[Append]) -> None:
         await self._store.append_all(appends)
 
     async def _write(self, write: Write, repeated: bool = False) -> None:
         """Do one write. `repeated`: it was tried before, and may be on record although that seemed to fail."""
-        if write.key in self._given_up and not write.anew:
+        if write.key in self._given_up and not write.removes:
             return
         tried = _Tried()
         with bind_session(write.key):
@@ -221,7 +250,7 @@ class WriteBehindQueue:
             except Exception as error:  # unknown: as bad as a refusal for this session, and for no other
                 self._give_up(write.key, "a write failed unexpectedly", error, trace=True)
                 return
-        if write.anew:
+        if write.removes:
             self._given_up.discard(write.key)
 
     def _give_up(self, key: SessionKey, why: str, error: Exception, trace: bool = False) -> None:

@@ -7,13 +7,12 @@ is bounded and goes with the session.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from soma_vllm.logs import bind_session
+from soma_vllm.logs import as_word, bind_session
 from soma_vllm.sessions.state.events import EventKind
 from soma_vllm.types import Event, SessionKey
 
@@ -154,7 +153,4 @@ def _set(fields: Fields) -> Iterable[tuple[str, Any]]:
 
 def _value(value: Any) -> str:
     """A number to four digits; words as one word."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    text = str(value)
-    return text if text.isprintable() and text and not set(text) & set(' "=') else json.dumps(text)
+    return f"{value:.4g}" if isinstance(value, float) else as_word(str(value))

@@ -17,10 +17,15 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from soma_vllm import documents
 from soma_vllm.config import Config
 from soma_vllm.errors import BadRequest, ConfigError, DocumentError, SomaError
+from soma_vllm.models.home import filled
+from soma_vllm.private import masked
 
 T = TypeVar("T")
 
@@ -29,6 +34,16 @@ Overrides = Annotated[
 ]
 PairConfig = Annotated[Path, typer.Option(help="Configuration: the pair, the prefix, the training.")]
 DialogueFile = Annotated[Path, typer.Option(help='JSON file {"id": ["user turn 1", ...]}.')]
+
+
+def say(console: Console, text: str, style: str = "") -> None:
+    """Print text as it is."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def frameless() -> Table:
+    """A table without a frame, for numbers."""
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
 
 
 class InputProblems(list[str]):
@@ -54,7 +69,7 @@ def one_line_errors(command: str) -> Iterator[None]:
     try:
         yield
     except SomaError as error:
-        typer.echo(f"{command}: {' '.join(str(error).split())}", err=True)
+        typer.echo(masked(f"{command}: {' '.join(str(error).split())}"), err=True)
         raise typer.Exit(2 if isinstance(error, ConfigError | BadRequest) else 1) from None
 
 
@@ -81,14 +96,11 @@ def fill_paths(template: str, key: str, instead: str, config: Config | None = No
     Raises:
         ConfigError: it needs a run directory that only a running server knows.
     """
-    from soma_vllm.models.home import soma_home
-
     run_dir = None if config is None else config.server.run_dir
     if "{run_dir}" in template and run_dir is None:
         found = f"found {template!r}, which names a running server's folder; give {instead}"
         raise ConfigError(key, [found])
-    absolute = "" if run_dir is None else str(Path(run_dir).expanduser().absolute())
-    return template.replace("{soma_home}", str(soma_home())).replace("{run_dir}", absolute)
+    return filled(template, run_dir)
 
 
 def read_json(path: Path, unique: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:

@@ -116,7 +116,7 @@ def _from_log(config: Config, tenant: str, storage: str | None, most: int) -> li
         TrainingError: it has none with a complete warm start.
         ConfigError: there is no such log.
     """
-    url = fill_paths(storage or config.storage.url, "storage.url", "--storage")
+    url = fill_paths(storage or config.storage.location, "storage.url", "--storage")
     logged = asyncio.run(_restore(config, tenant, url, most))
     found = [session for session in (material_of_session(one, config) for one in logged) if session is not None]
     if not found:

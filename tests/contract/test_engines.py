@@ -9,9 +9,9 @@ import asyncio
 
 import pytest
 from support.engine_contract import EngineContract
+from support.fake_engine import FakeEngine
 from support.guard import GUARD_S
 
-from soma_vllm.engines.fake import FakeEngine
 from soma_vllm.errors import EngineRefused
 
 

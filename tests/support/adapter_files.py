@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from soma_vllm.adapters.store.filesystem import FilesystemAdapterStore
+from soma_vllm.adapters.store.manifest import PublishedAdapter
+from soma_vllm.types import SessionKey
+
 RANK, WIDTH = 4, 16
 BASE_MODEL = "models/tiny-surrogate"
 
@@ -43,3 +47,11 @@ def write_adapter(directory: Path, weights: Mapping[str, torch.Tensor] | None = 
     }
     (directory / "adapter_config.json").write_text(json.dumps(document), encoding="utf-8")
     return directory
+
+
+KEY = SessionKey("public", "dialogue-7")
+OTHER = SessionKey("public", "dialogue-8")
+
+
+def publish(store: FilesystemAdapterStore, trained: Path, key: SessionKey = KEY) -> PublishedAdapter:
+    return store.publish(key, trained, base_model="tiny-surrogate", manifest={"hardness": {1: 0.5}})

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,16 @@ class SurfaceHouse:
         """Requests by path."""
 
     @classmethod
-    async def built(cls, folder: Path, **changes: Any) -> SurfaceHouse:
+    async def built(
+        cls, folder: Path, parts: Mapping[str, Any] | None = None, url: str | None = None, **changes: Any
+    ) -> SurfaceHouse:
+        """`parts` replace some of what `Services` takes, `changes` sections of the configuration."""
         config = parse_config({**SETTINGS, **changes}, "test")
-        url = f"sqlite+aiosqlite:///{folder}/s.db"
+        url = url or f"sqlite+aiosqlite:///{folder}/s.db"
         store = SessionStore(url)
         await store.open()
-        services = Services(config, store, original=EchoingOriginal(), surrogate=EchoingSurrogate())
+        engines = {"original": EchoingOriginal(), "surrogate": EchoingSurrogate()}
+        services = Services(config, store, **{**engines, **(parts or {})})
         keys = KeyStore.at(url)
         environment = {config.access.admin_key_env: ADMIN}
         quotas = Quotas.configured(config, keys, environment, CollectorRegistry())

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from soma_vllm.adapters.eviction_policy import Reason
 from soma_vllm.adapters.store.manifest import LocalAdapter, PublishedAdapter
 from soma_vllm.adapters.store.verify import AdapterFacts, FileFacts
 from soma_vllm.engines.engine import ChatCall
-from soma_vllm.engines.fake import FakeEngine, token_of
 from soma_vllm.errors import (
     AdapterRejected,
     EngineError,
@@ -30,6 +29,7 @@ from soma_vllm.errors import (
 from soma_vllm.sessions.state.gate import gap
 from soma_vllm.training.messages import ScoreRequest, TrainRequest, TrainResult
 from soma_vllm.types import AdapterRef, Agreement, Gap, SessionKey, Usage
+from support.fake_engine import FakeEngine, token_of
 
 
 class Versatile(FakeEngine):
@@ -38,16 +38,36 @@ class Versatile(FakeEngine):
     def __init__(self, name: str, answers: Sequence[str]) -> None:
         super().__init__(name, answers)
         self.calls_tools: list[dict[str, Any]] = []
+        self.decides: Callable[[Mapping[str, Any]], list[dict[str, Any]]] = lambda body: self.calls_tools
+        """Which tools it calls for a request; none: it answers in words."""
+        self.says_first = ""
+        """Words before the calls of a stream."""
 
     def _completion(self, answer: str, body: Mapping[str, Any]) -> dict[str, Any]:
         found = super()._completion(answer, body)
-        if self.calls_tools:
-            found["choices"][0]["message"] = {
-                "role": "assistant",
-                "content": None,
-                "tool_calls": self.calls_tools,
-            }
+        if calls := self.decides(body):
+            found["choices"][0]["message"] = {"role": "assistant", "content": None, "tool_calls": calls}
         return found
+
+    def _stream(
+        self, answer: str, body: Mapping[str, Any], break_after: int | None
+    ) -> AsyncGenerator[str, None]:
+        calls = self.decides(body)
+        return self._calling(calls) if calls else super()._stream(answer, body, break_after)
+
+    async def _calling(self, calls: list[dict[str, Any]]) -> AsyncGenerator[str, None]:
+        yield ""
+        deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
+        deltas += [{"content": self.says_first}] if self.says_first else []
+        for index, call in enumerate(calls):
+            text = call["function"]["arguments"]
+            begun = {**call, "index": index, "function": {**call["function"], "arguments": text[:3]}}
+            deltas.append({"tool_calls": [begun]})
+            deltas.append({"tool_calls": [{"index": index, "function": {"arguments": text[3:]}}]})
+        for delta in deltas:
+            yield self._event([{"index": 0, "delta": delta, "finish_reason": None}])
+        yield self._event([{"index": 0, "delta": {}, "finish_reason": "tool_calls"}])
+        yield "data: [DONE]\n\n"
 
 
 class FakeOriginal(Versatile):
@@ -228,6 +248,7 @@ class OpenMeter:
         self.reservations: list[int] = []
         self.sessions: int | None = None
         self.adapters: int | None = None
+        self.allowed: tuple[str, ...] = ("*",)
 
     def spent(self, tenant: str, usage: Usage) -> None:
         self.spendings.append((tenant, usage))
@@ -247,6 +268,9 @@ class OpenMeter:
     def check_new_session(self, tenant: str, live: int) -> None:
         if self.sessions is not None and live >= self.sessions:
             raise TooManyRequests(f"found {live}", 60.0)
+
+    def policies(self, tenant: str) -> tuple[str, ...]:
+        return self.allowed
 
     def may_adapt(self, tenant: str, adapters: int) -> bool:
         return self.adapters is None or adapters < self.adapters

@@ -19,7 +19,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         marker = body["messages"][0]["content"].split()[-1]
-        text = " ".join([marker] * 4)
+        self.answer(body, " ".join([marker] * 4))
+
+    def answer(self, body: dict[str, Any], text: str) -> None:
+        """Answer with a text, as the body asks for it."""
         if not body.get("stream"):
             message = {"role": "assistant", "content": text}
             self._send({"object": "chat.completion", "choices": [{"index": 0, "message": message}]})
@@ -46,15 +49,19 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class MarkerOriginal:
-    """The endpoint, on a free loopback port, for the length of a `with`."""
+    """The endpoint, on a loopback port (0: a free one), for the length of a `with`."""
 
-    def __init__(self) -> None:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    def __init__(self, handler: type[Handler] = Handler, port: int = 0) -> None:
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
     @property
+    def port(self) -> int:
+        return int(self._server.server_address[1])
+
+    @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        return f"http://127.0.0.1:{self.port}/v1"
 
     def __enter__(self) -> Self:
         self._thread.start()

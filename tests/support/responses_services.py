@@ -21,14 +21,17 @@ from soma_vllm.api.responses import conversations
 from soma_vllm.api.responses.background import BackgroundResponses
 from soma_vllm.api.responses.routes import router
 from soma_vllm.api.responses.stored import ObjectRecord
-from soma_vllm.config import Server
+from soma_vllm.config import Server, parse_config
 from soma_vllm.engines.engine import Reply
-from soma_vllm.engines.reply_parser import parse_body, read_events
+from soma_vllm.engines.reply_parser import parse_body
 from soma_vllm.errors import EngineUnavailable, NotFound, SomaError
 from soma_vllm.scheduler.dispatcher import Answer, ChatRequest
 from soma_vllm.sessions.lookup import StoredTranscript
+from soma_vllm.sessions.sql.store import SessionStore
 from soma_vllm.sessions.state.transcript import spoken
 from soma_vllm.types import Message
+from support.replies import read_events
+from support.services import SETTINGS, Services
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
@@ -286,3 +289,16 @@ def told(lines: Iterable[str]) -> list[dict[str, Any]]:
         assert parsed.type == fields["type"]
         found.append(fields)
     return found
+
+
+async def opened(store: SessionStore, **changes: Any) -> Services:
+    """A dispatcher that answers "one", "two", ... and adapts nothing."""
+    services = Services(parse_config({**SETTINGS, "warm_window": 9, **changes}, "test"), store)
+    services.original.answers = ["one", "two", "three", "four", "five"]
+    await services.registry.start()
+    return services
+
+
+async def closed(services: Services) -> None:
+    await services.background.stop()
+    await services.registry.stop()

@@ -24,6 +24,20 @@ ROOT = Path(soma_vllm.__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
 
 
+def marker_settings(url: str) -> dict[str, Any]:
+    """Beside TINY: an original at `url` that answers in markers, and trainings that learn a marker."""
+    return {
+        "original_model": None,
+        "original": {"url": url, "name": "markers"},
+        "mining": {"enabled": False},
+        "lora": {"rank": 8, "alpha": 32, "steps": 60, "lr": 2.0e-2, "early_stop_patience": 60},
+        "warm_window": 3,
+        # Every slot is taken, the last one too: it is the one that vLLM's own kernels leak to base rows.
+        # Two adapters stay in the engine's memory; others are read again when their sessions return.
+        "surrogate": {"max_loras": 2, "max_cpu_loras": 3},
+    }
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -16,7 +16,6 @@ from transformers import (
 
 from soma_vllm.models.quiet import quiet
 from soma_vllm.models.tiny import read_texts
-from support.server import ROOT
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
@@ -63,7 +62,7 @@ def _tokenizer() -> Any:
     trainer = trainers.UnigramTrainer(
         vocab_size=1024, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
     )
-    core.train_from_iterator(read_texts(ROOT / "dialogues"), trainer)
+    core.train_from_iterator(read_texts(), trainer)
     core.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     return PreTrainedTokenizerFast(
         tokenizer_object=core,

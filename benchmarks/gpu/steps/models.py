@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from common import Step
 from shapes import SHAPES, make_model, make_tokenizer, save, write_adapter
@@ -21,7 +20,6 @@ def main() -> None:
     step = Step("models", which=("small", "pair"))
     from soma_vllm.models.tiny import make_tiny, read_texts
 
-    dialogues = Path("dialogues")
     wanted = {"small": "tiny" if step.tiny else "0.5b"}
     if step.options.which == "pair":
         wanted["large"] = "tiny-large" if step.tiny else "1.5b"
@@ -32,7 +30,7 @@ def main() -> None:
                 continue
             began = step.seconds()
             if tokenizer is None:
-                tokenizer = make_tokenizer(read_texts(dialogues), SHAPES[shape][5])
+                tokenizer = make_tokenizer(read_texts(), SHAPES[shape][5])
             model = make_model(shape, step.device, tokenizer)
             made = step.seconds() - began
             save(model, tokenizer, step.models / role)
@@ -42,7 +40,7 @@ def main() -> None:
     if step.options.which == "pair" and not (step.models / "encoder").exists():
         with step.part("encoder"):
             made_in = step.models / "made"
-            make_tiny(made_in, dialogues)
+            make_tiny(made_in)
             (made_in / "tiny-encoder").rename(step.models / "encoder")
             shutil.rmtree(made_in)
     with step.part("adapters"):

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from soma_vllm.errors import AdapterError, InUse
+from soma_vllm.private import PRIVATE_FILE, PRIVATE_FOLDER
 
 
 def sync(path: Path) -> None:
@@ -66,7 +67,8 @@ def served_from(folder: Path, owner: str) -> Iterator[None]:
     Raises:
         InUse: another server of this record does.
     """
-    (folder / ".owners").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
+    (folder / ".owners").mkdir(PRIVATE_FOLDER, exist_ok=True)
     with ExitStack() as held:
         if owner:
             copied = "a copied database becomes a record of its own by `soma storage adopt`"
@@ -78,7 +80,7 @@ def served_from(folder: Path, owner: str) -> Iterator[None]:
 
 @contextmanager
 def _held(path: Path, how: int) -> Iterator[None]:
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, PRIVATE_FILE)
     try:
         fcntl.flock(handle, how)
         yield

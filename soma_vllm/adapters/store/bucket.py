@@ -16,6 +16,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from soma_vllm.errors import AdapterError, NotFound, SomaError
+from soma_vllm.private import masked
 
 
 class Bucket:
@@ -27,12 +28,14 @@ class Bucket:
         try:
             self._fs, base = fsspec.core.url_to_fs(self._url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
-            raise AdapterError(f"adapters.root: found {url!r}, which cannot be opened: {error}") from error
+            raise AdapterError(
+                f"adapters.root: found {str(self)!r}, which cannot be opened: {error}"
+            ) from error
         self._base = base.rstrip("/")
         self._local = isinstance(self._fs, LocalFileSystem)
 
     def __str__(self) -> str:
-        return self._url
+        return masked(self._url)
 
     @property
     def digest(self) -> str:

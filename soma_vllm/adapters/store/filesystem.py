@@ -39,6 +39,7 @@ from soma_vllm.adapters.store.naming import Place, checked, digest_of_session, h
 from soma_vllm.adapters.store.staging import Staging, WriteFile, fill
 from soma_vllm.adapters.store.verify import NOTHING, Demands, verify
 from soma_vllm.errors import AdapterError, AdapterRejected, NotFound
+from soma_vllm.private import PRIVATE_FOLDER
 from soma_vllm.types import MANIFEST, SessionKey
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class FilesystemAdapterStore:
                 # A lost counter starts again above what is still published.
                 published = () if self._numbers.started else self.list()
                 number = self._numbers.next(above=max((one.ref.number for one in published), default=0))
-                home.mkdir(parents=True, exist_ok=True)
+                home.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
                 version = Counter(home / ".version").next(above=_last_version(home))
                 staged = self._staging.locked(str(number), held)
             yield staged, Place(key.tenant, digest_of_session(key), version, number)
@@ -112,7 +113,7 @@ class FilesystemAdapterStore:
         """List a filled directory, by renaming it into place."""
         final = self._root / place.path
         with locked(self._lock):
-            final.parent.mkdir(parents=True, exist_ok=True)
+            final.parent.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
             staged.rename(final)
             with ExitStack() as undo:
                 undo.callback(shutil.rmtree, final, ignore_errors=True)

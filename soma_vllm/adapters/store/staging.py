@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from soma_vllm.adapters.store.atomic_files import is_locked, locked, sync
+from soma_vllm.private import PRIVATE_FOLDER
 
 WriteFile = Callable[[Path, bytes], object]
 """Makes one file; replaced where a disk is to fail."""
@@ -36,7 +37,7 @@ class Staging:
     @contextmanager
     def ordered(self) -> Iterator[None]:
         """Hold the lock, with what dead processes left swept away."""
-        self._root.mkdir(parents=True, exist_ok=True)
+        self._root.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
         with locked(self._lock):
             self._sweep()
             yield
@@ -44,21 +45,21 @@ class Staging:
     def locked(self, name: str, held: ExitStack) -> Path:
         """An empty directory, locked and deleted with `held`. The caller holds the lock of all."""
         path = self._folder / name
-        path.mkdir(parents=True)
+        path.mkdir(PRIVATE_FOLDER, parents=True)
         held.enter_context(locked(path))
         held.callback(shutil.rmtree, path, ignore_errors=True)
         return path
 
     def take(self, path: Path, name: str) -> Path:
         """Move a listed directory here, out of every listing, in one step. The caller holds the lock of all."""
-        self._folder.mkdir(exist_ok=True)
+        self._folder.mkdir(PRIVATE_FOLDER, exist_ok=True)
         gone = path.rename(self._folder / name)
         sync(path.parent)
         return gone
 
     def sweep(self) -> int:
         """Delete what dead processes left; how many directories."""
-        self._root.mkdir(parents=True, exist_ok=True)
+        self._root.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
         with locked(self._lock):
             return self._sweep()
 

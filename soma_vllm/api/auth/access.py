@@ -64,9 +64,10 @@ STEERING = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/infe
 MESSAGES = "/v1/messages"
 """Where Anthropic's clients ask."""
 
-UNCOUNTED = frozenset({"/tokenize", "/detokenize", f"{MESSAGES}/count_tokens"})
-UNCOUNTED_BELOW = ("/soma/", "/v1/conversations")
-"""POST requests that run no model."""
+CHEAP = frozenset({"/tokenize", "/detokenize", f"{MESSAGES}/count_tokens"})
+CHEAP_BELOW = ("/soma/", "/v1/conversations")
+"""Requests that run no model, but cost processor time or the database's: they count as requests, and need no
+tokens."""
 
 NEEDS_ADMIN = "found an API key without this right; expected the admin key"
 
@@ -130,6 +131,8 @@ class AccessControl:
         if caller is not None:
             if generates(scope, path):
                 self._quotas.admit(caller)
+            elif counts(scope, path) and not caller.admin:
+                self._quotas.admit(caller, needs_tokens=False)
             scope.setdefault("state", {})[CALLER] = caller
         return caller
 
@@ -247,11 +250,20 @@ def steers(path: str) -> bool:
 
 
 def generates(scope: Scope, path: str) -> bool:
-    """Whether a request counts: any POST that may keep a model busy, and any conversation over a web socket."""
+    """Whether a request may keep a model busy: any POST, but for cheap ones, and any web socket."""
     if scope["type"] == "websocket":
         return True
-    asks = path not in UNCOUNTED and not path.startswith(UNCOUNTED_BELOW) and not path.endswith("/cancel")
-    return scope["method"] == "POST" and asks
+    return scope["method"] == "POST" and not path.endswith("/cancel") and not is_cheap(path)
+
+
+def counts(scope: Scope, path: str) -> bool:
+    """Whether a request that runs no model counts: a cheap POST, and anything asked of `/soma/`."""
+    return is_cheap(path) and (scope["method"] == "POST" or path.startswith("/soma/"))
+
+
+def is_cheap(path: str) -> bool:
+    """Whether no request to a path runs a model."""
+    return path in CHEAP or path.startswith(CHEAP_BELOW)
 
 
 def too_large(most: int) -> BodyTooLarge:

@@ -10,10 +10,9 @@ scheduler's `Meter`, the dispatcher.
 from __future__ import annotations
 
 import hmac
-import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
@@ -24,8 +23,10 @@ from prometheus_client.registry import REGISTRY
 
 from soma_vllm.api.auth.key_cache import KeyCache, Keys
 from soma_vllm.api.auth.sliding_window import UsageWindow
-from soma_vllm.config import Access, Config, Limits
+from soma_vllm.config import ANY_POLICY, Access, Config, Limits
 from soma_vllm.errors import TooManyRequests, Unauthorized
+from soma_vllm.private import secret
+from soma_vllm.sessions.sql.api_keys import ApiKey
 from soma_vllm.sessions.state.identity import bearer, tenant_of
 from soma_vllm.types import Usage
 
@@ -62,6 +63,14 @@ class Caller:
     admin: bool
     limits: Limits
     """The key's own values over the configured ones."""
+    key: str | None = None
+    """Id of the issued key; None for the admin key, and where any token is a tenant."""
+
+    @property
+    def told(self) -> str:
+        """Who this is, for the audit trail."""
+        issued = f"tenant {self.tenant}" if self.key is None else f"key {self.key}"
+        return "admin" if self.admin else issued
 
 
 class Quotas:
@@ -80,7 +89,7 @@ class Quotas:
         self.access = access
         self._default = limits
         self._tenant_limits: dict[str, Limits] = {}
-        """Limits of the tenants that were identified by a key so far."""
+        """Limits of the tenants whose keys are known so far."""
         self._keys = keys
         # Without an admin key, a random one: the comparison takes the same time.
         self._admin_digest = sha256(_as_set(admin_key or secrets.token_hex())).digest()
@@ -97,13 +106,15 @@ class Quotas:
         cls,
         config: Config,
         keys: Keys,
-        environment: Mapping[str, str] = os.environ,
+        environment: Mapping[str, str] | None = None,
         registry: CollectorRegistry = REGISTRY,
     ) -> Quotas:
-        """As the configuration says; `keys` is read only with `access.mode: keys`."""
+        """As the configuration says; `keys` is read only with `access.mode: keys`, and `environment` instead of
+        this process's own."""
         access = config.access
         cache = KeyCache(keys, access.cache_s) if access.mode == "keys" else None
-        admin_key = environment.get(access.admin_key_env)
+        name = access.admin_key_env
+        admin_key = secret(name) if environment is None else environment.get(name)
         return cls(access, config.limits, cache, admin_key, registry=registry)
 
     @property
@@ -129,19 +140,30 @@ class Quotas:
             raise Unauthorized("Authorization: found another scheme; expected 'Bearer <key>'")
         tenant = tenant_of(authorization)
         admin = self.is_admin(authorization)
+        if admin:
+            self._tenant_limits[tenant] = self._default.model_copy(update={"policies": (ANY_POLICY,)})
         if self._keys is None or admin:
-            return Caller(tenant, admin, self._default)
+            return Caller(tenant, admin, self._limits(tenant))
         if token is None:
             raise Unauthorized("Authorization: found none; expected 'Bearer <key>'")
         key = await self._keys.verify(token)
         if key is None:
             raise Unauthorized("Authorization: this API key is unknown or was revoked")
-        limits = self._default.model_copy(update=key.limits.model_dump(exclude_unset=True))
-        self._tenant_limits[tenant] = limits
-        return Caller(tenant, False, limits)
+        return Caller(tenant, False, self._limited(key), key.id)
 
-    def admit(self, caller: Caller) -> None:
-        """Count one request to generate.
+    def learn(self, keys: Iterable[ApiKey]) -> None:
+        """Know the limits of keys before their first request: adaptations go on after a restart."""
+        for key in keys:
+            if key.revoked_at is None:
+                self._limited(key)
+
+    def _limited(self, key: ApiKey) -> Limits:
+        limits = self._default.model_copy(update=key.limits.model_dump(exclude_unset=True))
+        self._tenant_limits[key.tenant] = limits
+        return limits
+
+    def admit(self, caller: Caller, needs_tokens: bool = True) -> None:
+        """Count one request; one that `needs_tokens` is refused where none are left.
 
         Raises:
             TooManyRequests: the tenant's requests or tokens per minute are used up.
@@ -152,7 +174,7 @@ class Quotas:
         now = self._clock()
         used = self._usage.tenant(caller.tenant, now).requests
         requests = 0.0 if most_requests is None else used.wait(now, most_requests)
-        tokens = self._token_wait(caller.tenant, most_tokens, now)
+        tokens = self._token_wait(caller.tenant, most_tokens, now) if needs_tokens else 0.0
         if requests > 0.0 and requests >= tokens:
             self._refuse(Refusal.REQUESTS, most_requests, requests)
         if tokens > 0.0:
@@ -222,6 +244,10 @@ class Quotas:
             raise TooManyRequests(
                 f"live_sessions: found {live}; expected fewer than {most} before a new one", SESSION_RETRY_S
             )
+
+    def policies(self, tenant: str) -> tuple[str, ...]:
+        """Policies that a tenant's requests may name although they cost the operator something."""
+        return self._limits(tenant).policies
 
     def may_adapt(self, tenant: str, adapters: int) -> bool:
         """Whether a tenant with `adapters` adapters may have another."""

@@ -12,7 +12,6 @@ from typing import Any
 
 from fastapi import Request
 
-from soma_vllm.api.dialogue_stream import Opened
 from soma_vllm.api.responses.convert import Frame, chat_body, new_id
 from soma_vllm.api.responses.input_items import messages_of, prompt
 from soma_vllm.api.responses.request import ResponsesRequest
@@ -69,22 +68,19 @@ class Asking:
     async def whole(self) -> tuple[dict[str, Any], Mapping[str, str]]:
         """The response in one piece, and its headers. Raises SomaError."""
         answer = await self._dispatcher.chat(self.chat)
-        assert answer.reply.body is not None
-        response = response_of(self._frame(answer), answer.reply.body)
+        response = response_of(self._frame(answer), answer.body)
         self._keep(response)
         return response, answer.headers
 
-    async def opened(self) -> Opened:
-        """The response in events, and its headers. Raises SomaError."""
+    async def opened(self) -> Answer:
+        """The response in events. Raises SomaError."""
         answer = await self._dispatcher.chat(self.chat)
-        assert answer.reply.events is not None
-        return ResponseEvents(answer.reply.events, self._frame(answer), self._keep), answer.headers
+        return answer.streaming(ResponseEvents(answer.events, self._frame(answer), self._keep))
 
     async def events(self) -> ResponseEvents:
         """The events of a response in the background, which its job keeps. Raises SomaError."""
         answer = await self._dispatcher.chat(self.chat)
-        assert answer.reply.events is not None
-        return ResponseEvents(answer.reply.events, self._frame(answer))
+        return ResponseEvents(answer.events, self._frame(answer))
 
     def frame(self) -> Frame:
         """What is known of the response before it is begun."""

@@ -13,16 +13,16 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from pydantic import TypeAdapter, ValidationError
 
-from soma_vllm.api.error_responses import failed
+from soma_vllm.api.error_responses import TranslatingRoute
 from soma_vllm.api.responses.input_items import messages_of
 from soma_vllm.api.responses.request import mistake
 from soma_vllm.api.responses.routes import Limit, Order, body_of, json_response, parse_json, record, tenant
 from soma_vllm.api.responses.stored import listed, page
 from soma_vllm.api.unicode_check import require_unicode
-from soma_vllm.errors import BadRequest, NotFound, SomaError
+from soma_vllm.errors import BadRequest, NotFound
 from soma_vllm.types import SessionKey
 
-router = APIRouter(prefix="/v1/conversations")
+router = APIRouter(prefix="/v1/conversations", route_class=TranslatingRoute)
 
 MOST_ITEMS = 20
 """At a time, as OpenAI's."""
@@ -35,43 +35,31 @@ METADATA: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str])
 @router.post("")
 async def create_conversation(body: Body, raw_request: Request) -> Response:
     """A new conversation, with its first items."""
-    try:
-        given = _read(body, "items", "metadata") if body else {}
-        items, metadata = _items(given.get("items") or []), _metadata(given)
-        return json_response(await record(raw_request).create(tenant(raw_request), metadata, items))
-    except SomaError as error:
-        return failed(error)
+    given = _read(body, "items", "metadata") if body else {}
+    items, metadata = _items(given.get("items") or []), _metadata(given)
+    return json_response(await record(raw_request).create(tenant(raw_request), metadata, items))
 
 
 @router.get("/{conversation}")
 async def retrieve_conversation(conversation: str, raw_request: Request) -> Response:
     """A conversation, without its items."""
-    try:
-        return json_response(await record(raw_request).conversation(tenant(raw_request), conversation))
-    except SomaError as error:
-        return failed(error)
+    return json_response(await record(raw_request).conversation(tenant(raw_request), conversation))
 
 
 @router.post("/{conversation}")
 async def update_conversation(conversation: str, body: Body, raw_request: Request) -> Response:
     """Other metadata."""
-    try:
-        metadata = _metadata(_read(body, "metadata"))
-        return json_response(await record(raw_request).update(tenant(raw_request), conversation, metadata))
-    except SomaError as error:
-        return failed(error)
+    metadata = _metadata(_read(body, "metadata"))
+    return json_response(await record(raw_request).update(tenant(raw_request), conversation, metadata))
 
 
 @router.delete("/{conversation}")
 async def delete_conversation(conversation: str, raw_request: Request) -> Response:
     """Remove a conversation, its items, and its session with its text and adapter."""
-    try:
-        await record(raw_request).delete(tenant(raw_request), conversation)
-        with suppress(NotFound):
-            key = SessionKey(tenant(raw_request), conversation)
-            await raw_request.app.state.soma_session_admin.remove(key)
-    except SomaError as error:
-        return failed(error)
+    await record(raw_request).delete(tenant(raw_request), conversation)
+    with suppress(NotFound):
+        key = SessionKey(tenant(raw_request), conversation)
+        await raw_request.app.state.soma_session_admin.remove(key)
     return json_response({"id": conversation, "object": "conversation.deleted", "deleted": True})
 
 
@@ -80,40 +68,28 @@ async def list_items(
     conversation: str, raw_request: Request, order: Order = "desc", after: str | None = None, limit: Limit = 20
 ) -> Response:
     """A page of its items."""
-    try:
-        items = await record(raw_request).items(tenant(raw_request), conversation)
-        return json_response(page(items, order, after, limit))
-    except SomaError as error:
-        return failed(error)
+    items = await record(raw_request).items(tenant(raw_request), conversation)
+    return json_response(page(items, order, after, limit))
 
 
 @router.post("/{conversation}/items")
 async def create_items(conversation: str, body: Body, raw_request: Request) -> Response:
     """Add items."""
-    try:
-        items = _items(_read(body, "items").get("items"))
-        await record(raw_request).add_items(tenant(raw_request), conversation, items)
-        return json_response(page(items, "asc", None, MOST_ITEMS))
-    except SomaError as error:
-        return failed(error)
+    items = _items(_read(body, "items").get("items"))
+    await record(raw_request).add_items(tenant(raw_request), conversation, items)
+    return json_response(page(items, "asc", None, MOST_ITEMS))
 
 
 @router.get("/{conversation}/items/{item}")
 async def retrieve_item(conversation: str, item: str, raw_request: Request) -> Response:
     """One of its items."""
-    try:
-        return json_response(await record(raw_request).item(tenant(raw_request), conversation, item))
-    except SomaError as error:
-        return failed(error)
+    return json_response(await record(raw_request).item(tenant(raw_request), conversation, item))
 
 
 @router.delete("/{conversation}/items/{item}")
 async def delete_item(conversation: str, item: str, raw_request: Request) -> Response:
     """The conversation without one of its items: what follows goes on in a branch of its session."""
-    try:
-        return json_response(await record(raw_request).delete_item(tenant(raw_request), conversation, item))
-    except SomaError as error:
-        return failed(error)
+    return json_response(await record(raw_request).delete_item(tenant(raw_request), conversation, item))
 
 
 def _read(body: bytes, *names: str) -> dict[str, Any]:

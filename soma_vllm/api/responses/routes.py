@@ -16,17 +16,17 @@ from fastapi.responses import Response
 
 from soma_vllm.api.chat import dispatcher, silence_s
 from soma_vllm.api.dialogue_stream import DialogueStream, respond_streaming
-from soma_vllm.api.error_responses import failed, failure
+from soma_vllm.api.error_responses import TranslatingRoute, failure
 from soma_vllm.api.responses.asking import Asking
 from soma_vllm.api.responses.background import BackgroundResponses
 from soma_vllm.api.responses.request import ResponsesRequest, body_schema, parse
 from soma_vllm.api.responses.stored import ObjectRecord, page
 from soma_vllm.api.unicode_check import require_unicode
 from soma_vllm.engines.vllm.internals import validate_json_request, with_cancellation
-from soma_vllm.errors import BadRequest, NotFound, SomaError
+from soma_vllm.errors import BadRequest, NotFound
 from soma_vllm.sessions.state.identity import tenant_of
 
-router = APIRouter()
+router = APIRouter(route_class=TranslatingRoute)
 
 Order = Literal["asc", "desc"]
 Limit = Annotated[int, Query(ge=1, le=100)]
@@ -44,12 +44,9 @@ DESCRIBED = {"requestBody": {"required": True, "content": {"application/json": {
 @with_cancellation  # type: ignore[untyped-decorator]
 async def create_response(body: Annotated[bytes, Depends(body_of)], raw_request: Request) -> Response:
     """One turn of a dialogue."""
-    try:
-        found = parse_json(body)
-        require_unicode(found)
-        return await _answered(parse(found), raw_request)
-    except SomaError as error:
-        return failed(error)
+    found = parse_json(body)
+    require_unicode(found)
+    return await _answered(parse(found), raw_request)
 
 
 @router.get("/v1/responses/{response_id}")
@@ -58,25 +55,19 @@ async def retrieve_response(
 ) -> Response:
     """A response that was stored; of one in the background, its events too."""
     whose, jobs = tenant(raw_request), _jobs(raw_request)
-    try:
-        if stream:
-            if (job := jobs.job(whose, response_id)) is None:
-                raise BadRequest("stream: found no response of the background under this id lately", "stream")
-            return DialogueStream(job.follow(starting_after), {}, silence_s(raw_request))
-        return json_response(await jobs.response(whose, response_id))
-    except SomaError as error:
-        return failed(error)
+    if stream:
+        if (job := jobs.job(whose, response_id)) is None:
+            raise BadRequest("stream: found no response of the background under this id lately", "stream")
+        return DialogueStream(job.follow(starting_after), {}, silence_s(raw_request))
+    return json_response(await jobs.response(whose, response_id))
 
 
 @router.delete("/v1/responses/{response_id}")
 async def delete_response(response_id: str, raw_request: Request) -> Response:
     """Delete a stored response. Its turn stays in its session."""
     whose = tenant(raw_request)
-    try:
-        await _jobs(raw_request).drop(whose, response_id)
-        await record(raw_request).delete_response(whose, response_id)
-    except SomaError as error:
-        return failed(error)
+    await _jobs(raw_request).drop(whose, response_id)
+    await record(raw_request).delete_response(whose, response_id)
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
@@ -85,20 +76,14 @@ async def list_input_items(
     response_id: str, raw_request: Request, order: Order = "desc", after: str | None = None, limit: Limit = 20
 ) -> Response:
     """What a stored response was asked."""
-    try:
-        items = await record(raw_request).input_items(tenant(raw_request), response_id)
-        return json_response(page(items, order, after, limit))
-    except SomaError as error:
-        return failed(error)
+    items = await record(raw_request).input_items(tenant(raw_request), response_id)
+    return json_response(page(items, order, after, limit))
 
 
 @router.post("/v1/responses/{response_id}/cancel")
 async def cancel_response(response_id: str, raw_request: Request) -> Response:
     """End a response in the background."""
-    try:
-        return json_response(await _jobs(raw_request).cancel(tenant(raw_request), response_id))
-    except SomaError as error:
-        return failed(error)
+    return json_response(await _jobs(raw_request).cancel(tenant(raw_request), response_id))
 
 
 @router.post("/v1/responses/compact")

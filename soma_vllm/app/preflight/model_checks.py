@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -14,6 +13,7 @@ from soma_vllm.documents import read_json
 from soma_vllm.engines.memory import GB, read_object, weights_bytes
 from soma_vllm.engines.vllm.arguments import LORA_RANKS, slot_rank
 from soma_vllm.errors import DocumentError
+from soma_vllm.private import masked, secret
 from soma_vllm.scheduler.routing import DISPATCH_NAME
 
 
@@ -100,8 +100,8 @@ def check_endpoint(report: Report, config: Config) -> None:
         if parts.scheme in ("http", "https") and parts.hostname:
             report.good(f"the original is served by {parts.hostname}")
         else:
-            report.bad(f"original.url: found {url}; expected http(s)://host[:port]/v1")
-    if key is not None and not os.environ.get(key):
+            report.bad(f"original.url: found {masked(url)}; expected http(s)://host[:port]/v1")
+    if key is not None and not secret(key):
         report.bad(f"original.api_key_env: the environment variable {key} is not set")
 
 

@@ -13,7 +13,8 @@ from soma_vllm.app.preflight.machine_checks import Report
 from soma_vllm.config import Config
 from soma_vllm.documents import read_json
 from soma_vllm.errors import ConfigError, SomaError
-from soma_vllm.models.home import soma_home
+from soma_vllm.models.home import filled
+from soma_vllm.private import PRIVATE_FOLDER, masked
 from soma_vllm.sessions.sql import connections
 from soma_vllm.training.pair import owner_of
 from soma_vllm.types import CONFIG
@@ -21,7 +22,7 @@ from soma_vllm.types import CONFIG
 
 def check_storage(report: Report, config: Config) -> None:
     """The session database is of a known kind, and is there or can be made."""
-    url = _filled(config.storage.url, config)
+    url = _filled(config.storage.location, config)
     if url is None:
         return  # in the server's own folder, which is made with it
     try:
@@ -52,7 +53,9 @@ def check_adapter_store(report: Report, config: Config) -> None:
     try:
         fsspec.get_filesystem_class(root.partition("://")[0])
     except (ImportError, ValueError) as error:
-        report.bad(f"adapters.root: found {root}; expected a directory or a URL that fsspec opens ({error})")
+        report.bad(
+            f"adapters.root: found {masked(root)}; expected a directory or a URL that fsspec opens ({error})"
+        )
     _check_folder(report, "adapters.cache", _filled(config.adapters.cache, config))
 
 
@@ -111,7 +114,7 @@ def _check_folder(report: Report, key: str, folder: str | None) -> None:
 def _unwritable(folder: Path) -> str | None:
     """Why files cannot be put into a folder, which is made if need be."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:
@@ -123,5 +126,4 @@ def _filled(template: str, config: Config) -> str | None:
     run_dir = config.server.run_dir
     if "{run_dir}" in template and run_dir is None:
         return None
-    absolute = "" if run_dir is None else str(Path(run_dir).expanduser().absolute())
-    return template.replace("{soma_home}", str(soma_home())).replace("{run_dir}", absolute)
+    return filled(template, run_dir)

@@ -27,7 +27,7 @@ class HistoryPrefixPolicy:
         window = self._config.warm_window
         if asked.builds_on < window:
             return Route(Role.ORIGINAL, None, asked.messages, f"warm start {asked.builds_on + 1} of {window}")
-        if asked.body.get("tools") and not self._config.surrogate.tools:
+        if asked.body.get("tools") and self._config.surrogate.tools is not True:  # no gate checks them
             return Route(Role.ORIGINAL, None, asked.messages, "tools")
         shown = self._shown(session, asked)
         return Route(Role.SURROGATE, None, shown, f"warm start of {window} turns as prefix")

@@ -8,7 +8,7 @@ from typing import Any
 
 from soma_vllm.baselines.process import BaselineProcess, ProcessLimits
 from soma_vllm.config import Config
-from soma_vllm.models.home import soma_home
+from soma_vllm.models.home import filled
 from soma_vllm.models.hub import local_path
 
 
@@ -24,6 +24,6 @@ def process_of(
     return BaselineProcess(
         name,
         lambda: {**settings, key: None if model is None else str(local_path(model))},
-        packages=Path(baselines.packages.replace("{soma_home}", str(soma_home()))),
+        packages=Path(filled(baselines.packages)),
         limits=ProcessLimits(baselines.threads, baselines.timeout_s, baselines.load_timeout_s),
     )

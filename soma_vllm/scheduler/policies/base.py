@@ -105,6 +105,12 @@ class Policies:
                 raise Unprocessable(f"policy {name!r} is not set up here: {why}", "policy") from error
         return self._made[name]
 
+    def needs_leave(self, policy: Policy) -> bool:
+        """Whether requests may choose a policy only where the operator lets them: it trains, or starts
+        something to decide, and is not the configured one."""
+        costs = policy.adapting is not None or isinstance(policy, PreparingPolicy)
+        return costs and policy is not self.default
+
     def _make(self, name: str) -> Policy:
         self._made[name] = cast(Policy, self._known[name].load()(self._config))
         return self._made[name]

@@ -1,10 +1,13 @@
 """The default policy: the original answers the warm start, the surrogate once the gate has admitted it.
 
 Guarantee: the surrogate answers only in phase SWITCHED, only inside the locality, and requests with tools only
-if the configuration lets it; everything else goes to the original.
+where its calls were checked, or the configuration lets it; everything else goes to the original.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from soma_vllm.config import Config
 from soma_vllm.scheduler.policies.base import TurnQuery
@@ -12,6 +15,7 @@ from soma_vllm.sessions.state.adaptation_rules import AdaptationRules
 from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.sessions.state.prefix import compress
 from soma_vllm.sessions.state.session import Session
+from soma_vllm.sessions.state.tool_turn import may_call, tools_print
 from soma_vllm.types import Reason, ReasonCode, Role, Route
 
 
@@ -60,6 +64,17 @@ def others_turn(
         return Reason(f"adapted under {theirs.policy}", ReasonCode.OTHER_POLICY)
     if session.learned_under_another(query.reading.guard):
         return Reason("other system messages than it was adapted under", ReasonCode.PREAMBLE)
-    if query.body.get("tools") and not config.surrogate.tools:
+    return tools_objection(config, session, query.body)
+
+
+def tools_objection(config: Config, session: Session, body: Mapping[str, Any]) -> Reason | None:
+    """Why the surrogate may not answer a request because of its tools; None where it may."""
+    tools, allowed = body.get("tools"), config.surrogate.tools
+    if not tools or allowed is True:
+        return None
+    if allowed is False:
         return Reason("tools", ReasonCode.TOOLS)
-    return None
+    if not may_call(body) or tools_print(tools) in session.tools:
+        return None
+    why = "other tools than were checked" if session.tools else "tools not checked"
+    return Reason(why, ReasonCode.TOOLS_UNCHECKED)

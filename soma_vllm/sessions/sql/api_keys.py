@@ -17,21 +17,24 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from pydantic import ValidationError
-from sqlalchemy import select
+from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from soma_vllm.config import Limits
 from soma_vllm.errors import BadRequest, NotFound, StoreUnavailable
+from soma_vllm.sessions.sql.audit_trail import Order, row_of
 from soma_vllm.sessions.sql.connections import connect
 from soma_vllm.sessions.sql.outages import translated
 from soma_vllm.sessions.sql.schema import migrate
-from soma_vllm.sessions.sql.tables import ApiKeyRow
+from soma_vllm.sessions.sql.tables import ApiKeyRow, AuditRow
 from soma_vllm.sessions.state.identity import tenant_of
 
 KEY_SHAPE = re.compile(r"sk-soma-([0-9a-f]{12})-[A-Za-z0-9_-]{32,128}")
 NAME_LENGTH = 128
 SECRET_BYTES = 32
 STORE = "the key store"
+OPERATOR = "operator"
+"""Who gives the orders of a command."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,10 @@ class KeyStore:
         """Close every connection."""
         await self._engine.dispose()
 
-    async def add(self, name: str, limits: Limits, key: str | None = None) -> tuple[str, str]:
-        """Issue a key, a new random one unless `key` is given; (its id, the key).
+    async def add(
+        self, name: str, limits: Limits, key: str | None = None, by: str = OPERATOR
+    ) -> tuple[str, str]:
+        """Issue a key, a new random one unless `key` is given; (its id, the key). `by` orders it.
 
         Raises:
             BadRequest: the name or the key is not fit for one, or the key's id is taken.
@@ -109,6 +114,7 @@ class KeyStore:
             if await transaction.get(ApiKeyRow, row.id) is not None:
                 raise BadRequest(f"key: id {row.id} is taken; expected a new one")
             transaction.add(row)
+            await _ordered(transaction, by, f"key add {row.id} ({name})")
         return row.id, key
 
     async def ls(self) -> list[ApiKey]:
@@ -123,8 +129,8 @@ class KeyStore:
             row = await transaction.get(ApiKeyRow, key_id)
             return None if row is None else _read(row)
 
-    async def revoke(self, key_id: str) -> None:
-        """End a key's use. A key that was revoked before keeps that time.
+    async def revoke(self, key_id: str, by: str = OPERATOR) -> None:
+        """End a key's use. A key that was revoked before keeps that time. `by` orders it.
 
         Raises:
             NotFound: no key has this id.
@@ -134,6 +140,7 @@ class KeyStore:
             if row is None:
                 raise NotFound(f"key {key_id!r}: no key has this id")
             row.revoked_at = row.revoked_at or time.time()
+            await _ordered(transaction, by, f"key revoke {key_id}")
 
     async def verify(self, key: str) -> ApiKey | None:
         """The record of a key that is in use; None for any other."""
@@ -155,6 +162,11 @@ class KeyStore:
 def digest_of(key: str) -> str:
     """SHA-256 of a key, hexadecimal."""
     return sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+async def _ordered(transaction: AsyncSession, by: str, what: str) -> None:
+    """Put an order on record, in the transaction that carries it out."""
+    await transaction.execute(insert(AuditRow), [row_of(Order(by, what))])
 
 
 def _read(row: ApiKeyRow) -> ApiKey:

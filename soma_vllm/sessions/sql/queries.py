@@ -6,7 +6,7 @@ removed is not found and uses nothing, though it is listed, and its events can b
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ from soma_vllm.sessions.sql.tables import (
     TextRow,
     TurnRow,
 )
-from soma_vllm.sessions.sql.turn_lookup import Turn, by_ending, by_prefix_digests, by_response
+from soma_vllm.sessions.sql.turn_lookup import Turn, asked, by_ending, by_prefix_digests, by_response
 from soma_vllm.types import Event, SessionKey
 
 _KEYS = select(SessionRow.tenant, SessionRow.session)
@@ -68,15 +68,17 @@ class SessionReader:
 
         At most `limit` of sessions whose transcript ends there, and `limit` of any.
         """
-        wanted = by_prefix_digests(self._engine.dialect.name, tenant, family, chains, limit)
+        wanted = by_prefix_digests(self._engine.dialect.name)
+        rows = await self._rows(wanted, asked(tenant, family, chains, limit))
         return [
             TurnHit(TurnLocation(session, seq, number), chain, bool(stands))
-            for session, seq, number, chain, stands in await self._rows(wanted)
+            for session, seq, number, chain, stands in rows
         ]
 
     async def ending(self, tenant: str, family: str, endings: Sequence[str], limit: int) -> list[str]:
         """At most `limit` sessions whose last answer has one of these digests."""
-        return [name for (name,) in await self._rows(by_ending(tenant, family, endings, limit))]
+        named = {"tenant": tenant, "family": family, "digests": list(endings), "limit": limit}
+        return [name for (name,) in await self._rows(by_ending(), named)]
 
     async def of_response(self, tenant: str, response: str) -> TurnLocation | None:
         """The latest turn that a client may name so."""
@@ -226,10 +228,12 @@ class SessionReader:
                 yield connection
 
     async def _rows(
-        self, wanted: Select[*tuple[Any, ...]] | CompoundSelect[*tuple[Any, ...]]
+        self,
+        wanted: Select[*tuple[Any, ...]] | CompoundSelect[*tuple[Any, ...]],
+        parameters: Mapping[str, object] | None = None,
     ) -> Sequence[Row[*tuple[Any, ...]]]:
         async with self._connection() as connection:
-            return (await connection.execute(wanted)).all()
+            return (await connection.execute(wanted, parameters)).all()
 
     async def _keys(self, *conditions: ColumnElement[bool]) -> list[SessionKey]:
         return [SessionKey(*row) for row in await self._rows(_KEYS.where(*conditions))]

@@ -103,7 +103,7 @@ class Append:
     @cached_property
     def size(self) -> int:
         """Characters of what was said in these events, which is nearly all of their memory."""
-        return sum(_characters(event.text) for event in self.events)
+        return sum(characters(event.text) for event in self.events)
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,10 @@ class LengthCount:
     sessions: int
 
 
-def _characters(value: object) -> int:
+def characters(value: object) -> int:
     """Characters of all strings in a JSON value."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Mapping):
-        return sum(map(_characters, value.values()))
-    return sum(map(_characters, value)) if isinstance(value, list | tuple) else 0
+        return sum(map(characters, value.values()))
+    return sum(map(characters, value)) if isinstance(value, list | tuple) else 0

@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random
 
 from soma_vllm.errors import ConfigError
+from soma_vllm.private import keep_private
 from soma_vllm.sessions.sql.connections import BUSY_MS, told
 from soma_vllm.sessions.sql.tables import Base
 
@@ -52,12 +53,21 @@ async def migrate(engine: AsyncEngine, down_to: str | None = None) -> tuple[str,
         await asyncio.sleep(0.01)
     try:
         if engine.dialect.name == "sqlite":
+            _keep_private(engine.url.database)
             await _use_wal(engine)
         async with engine.begin() as connection:
             await connection.exec_driver_sql(LOCKS[engine.dialect.name])
             return await connection.run_sync(_migrate, down_to)
     finally:
         _ALEMBIC.release()
+
+
+def _keep_private(database: str | None) -> None:
+    """SQLite gives its write-ahead log the permissions that the database has."""
+    if database and not database.startswith((":memory:", "file:")):
+        there = (Path(f"{database}{suffix}") for suffix in ("-wal", "-shm"))
+        for file in (Path(database), *filter(Path.exists, there)):
+            keep_private(file)
 
 
 async def _use_wal(engine: AsyncEngine) -> None:

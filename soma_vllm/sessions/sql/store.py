@@ -17,11 +17,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, Delete, Insert, delete, func, insert, select, tuple_, update
+from sqlalchemy import ColumnElement, Delete, Insert, bindparam, delete, func, insert, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from soma_vllm.errors import ConfigError, StoreUnavailable
+from soma_vllm.sessions.sql.audit_trail import AuditTrail
 from soma_vllm.sessions.sql.connections import BUSY_MS, parse, told
 from soma_vllm.sessions.sql.outages import translated
 from soma_vllm.sessions.sql.queries import SessionReader, of
@@ -39,6 +40,7 @@ from soma_vllm.sessions.sql.tables import (
     AdapterRow,
     Base,
     EventRow,
+    Name,
     RecordRow,
     SessionRow,
     TextRow,
@@ -73,6 +75,8 @@ class SessionStore(SessionReader):
         self._latest = 0.0
         self.objects = StoredObjects(self._transaction)
         """Responses and conversations."""
+        self.audit = AuditTrail(self._transaction)
+        """Administrators' orders."""
 
     async def open(self) -> None:
         """Make the tables, or bring those of an older version up to date.
@@ -183,13 +187,17 @@ class SessionStore(SessionReader):
         await self._scrub()
         return total
 
-    async def delete(self, key: SessionKey) -> None:
-        """Remove everything of a session, in one transaction; the records of those of its adapters that are not
-        retired yet stay until they are."""
+    async def delete(self, *keys: SessionKey) -> None:
+        """Remove everything of some sessions, in one transaction; the records of those of their adapters that
+        are not retired yet stay until they are."""
+        each = SessionKey(bindparam("of_tenant"), bindparam("of_session", type_=Name))  # type: ignore[arg-type]
         tables = (TextRow, TurnRow, EventRow, SessionRow)
-        retired = delete(AdapterRow).where(of(AdapterRow, key), AdapterRow.state == RETIRED)
-        rows = (delete(table).where(of(table, key)) for table in tables)
-        await self._delete(*removed_with(key), *rows, retired)
+        retired = delete(AdapterRow).where(of(AdapterRow, each), AdapterRow.state == RETIRED)
+        rows = (delete(table).where(of(table, each)) for table in tables)
+        given = [{"of_tenant": key.tenant, "of_session": key.session} for key in keys]
+        async with self._transaction() as connection:
+            for statement in (*removed_with(each), *rows, retired):
+                await connection.execute(statement, given)
         await self._scrub()
 
     async def delete_unused_objects(self, at: float) -> None:

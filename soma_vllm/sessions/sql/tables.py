@@ -197,6 +197,17 @@ class AdapterRow(Base):
     __table_args__ = (Index("ix_adapters_session", "tenant", "session"),)
 
 
+class AuditRow(Base):
+    """One order of an administrator, or of a key's owner about its own sessions."""
+
+    __tablename__ = "audit"
+    number: Mapped[int] = mapped_column(Integer, primary_key=True)
+    at: Mapped[float] = mapped_column(Float)
+    who: Mapped[str] = mapped_column(String(64))
+    what: Mapped[str] = mapped_column(Name)
+    request: Mapped[str | None] = mapped_column(String(128))
+
+
 class ApiKeyRow(Base):
     """One API key that this server issued. The key itself is not stored."""
 

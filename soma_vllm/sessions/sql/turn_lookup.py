@@ -1,20 +1,25 @@
 """The statements that find a turn by what a client sends: its transcript, or the id of a response.
 
 Guarantees: nothing is found outside its tenant, and nothing of a session that is being removed; the number of a
-statement's parameters does not grow with the transcript, nor its time with how many dialogues begin alike.
+statement's parameters does not grow with the transcript, nor its time with how many dialogues begin alike. Each
+statement is built once: building it takes longer than asking it. Parameters are named as in `asked`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 
 from sqlalchemy import (
     JSON,
+    BindParameter,
     CompoundSelect,
+    Integer,
     Select,
     String,
     TableValuedAlias,
+    bindparam,
     cast,
     column,
     func,
@@ -38,10 +43,17 @@ Hit = Select[str, int, int, str, bool]
 Hits = CompoundSelect[str, int, int, str, bool]
 
 
-def by_prefix_digests(dialect: str, tenant: str, family: str, chains: Sequence[str], limit: int) -> Hits:
+def asked(tenant: str, family: str, digests: Sequence[str], limit: int) -> dict[str, object]:
+    """The parameters of `by_prefix_digests`."""
+    return {"tenant": tenant, "family": family, "digests": json.dumps(list(digests)), "limit": limit}
+
+
+@cache
+def by_prefix_digests(dialect: str) -> Hits:
     """Turns with the first of these chains that there is: `limit` of sessions that stand there, and `limit` of
     any."""
-    tried = _numbered(dialect, chains)
+    tenant, family, limit = _text("tenant"), _text("family"), bindparam("limit", type_=Integer)
+    tried = _numbered(dialect)
     in_family = (TurnRow.tenant == tenant) & (TurnRow.family == family) & (SessionRow.phase != CLOSED)
     # Not EXISTS: without statistics PostgreSQL would join all the tenant's turns before it looks for one chain.
     there = select(TurnRow.seq).join(SessionRow, _OF_THE_SAME).where(in_family, TurnRow.chain == tried.c.value)
@@ -66,10 +78,13 @@ def by_prefix_digests(dialect: str, tenant: str, family: str, chains: Sequence[s
     return union_all(*(select(one) for one in both))
 
 
-def by_ending(tenant: str, family: str, endings: Sequence[str], limit: int) -> Select[str]:
-    """Sessions whose last answer has one of these digests, of which there are few."""
+@cache
+def by_ending() -> Select[str]:
+    """Sessions whose last answer has one of the `digests`, a sequence of few; at most `limit`."""
+    tenant, family = _text("tenant"), _text("family")
     its_own = (SessionRow.tenant == tenant) & (SessionRow.family == family) & (SessionRow.phase != CLOSED)
-    return select(SessionRow.session).where(its_own, SessionRow.ending.in_(endings)).limit(limit)
+    ends = SessionRow.ending.in_(bindparam("digests", expanding=True))
+    return select(SessionRow.session).where(its_own, ends).limit(bindparam("limit", type_=Integer))
 
 
 def by_response(tenant: str, response: str) -> Turn:
@@ -91,9 +106,13 @@ def _hits(stands: bool) -> Hit:
     return select(TurnRow.session, TurnRow.seq, TurnRow.number, TurnRow.chain, there)
 
 
-def _numbered(dialect: str, values: Sequence[str]) -> TableValuedAlias:
-    """A table (key, value) of these values in order, as one parameter."""
-    listed = literal(json.dumps(list(values)), String)
+def _text(name: str) -> BindParameter[str]:
+    return bindparam(name, type_=String)
+
+
+def _numbered(dialect: str) -> TableValuedAlias:
+    """A table (key, value) of the `digests` in order, which are one parameter."""
+    listed = _text("digests")
     value = column("value", String)
     if dialect == "sqlite":
         return func.json_each(listed).table_valued("key", value, name="tried")

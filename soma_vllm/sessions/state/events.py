@@ -21,6 +21,7 @@ _READ: Mapping[str, Callable[[Any], object]] = {
     "candidate": Candidate,
     "adapter": lambda ref: AdapterRef(**ref),
     "centroid": tuple,
+    "tools": tuple,
     "served_by": Role,
 }
 """Fields whose JSON stands for another type."""
@@ -121,6 +122,13 @@ class Switched(Payload):
     adapter: AdapterRef | None = None
     centroid: tuple[float, ...] | None = None
     """Mean embedding of the warm start's queries, shape (d,)."""
+    tools: tuple[str, ...] = ()
+    """`Session.tools`; left out where there are none."""
+
+    def to_data(self) -> dict[str, Any]:
+        """The event's data."""
+        data = super().to_data()
+        return data if self.tools else {name: value for name, value in data.items() if name != "tools"}
 
 
 @dataclass(frozen=True)

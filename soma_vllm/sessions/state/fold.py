@@ -72,6 +72,7 @@ def inheritance(parent: Session, turns: Sequence[Turn], at: float) -> Event | No
         "reason": f"learned from the first {learned} turns, which both branches have",
         "adapter": None if parent.adapter is None else asdict(parent.adapter),
         "centroid": None if parent.centroid is None else list(parent.centroid),
+        "tools": list(parent.tools),
         "learned": learned,
         "adapting": None if parent.adapting is None else asdict(parent.adapting),
     }
@@ -179,6 +180,7 @@ def _switched(session: Session, event: Event, gate: Gate) -> Session:
         serving=found.candidate,
         adapter=found.adapter,
         centroid=found.centroid,
+        tools=found.tools,
         drift=Drift(),
         attempts=0,
         switches=session.switches + 1,
@@ -225,7 +227,7 @@ def _closed(session: Session, event: Event, gate: Gate) -> Session:
 
 def _unserved(session: Session) -> Session:
     """The session without what a switch gave it."""
-    return replace(session, serving=Candidate.ORIGINAL, adapter=None, centroid=None)
+    return replace(session, serving=Candidate.ORIGINAL, adapter=None, centroid=None, tools=())
 
 
 _APPLY: Mapping[str, Callable[[Session, Event, Gate], Session]] = {

@@ -33,6 +33,9 @@ class Session(Dialogue):
     adapter: AdapterRef | None = None
     centroid: tuple[float, ...] | None = None
     """Mean embedding of the warm start's queries, filled by the switch."""
+    tools: tuple[str, ...] = ()
+    """Digests of the tools (`tool_turn.tools_print`) that the surrogate was found to call as the original
+    does."""
     drift: Drift = field(default_factory=Drift)
     warm_from: int = 0
     """Turns before the present warm start; 0 until the first rollback."""

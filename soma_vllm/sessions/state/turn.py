@@ -17,14 +17,18 @@ from soma_vllm.types import Event, Length, Message, Role, Usage
 
 PROMPT_FIELDS = ("tools", "documents", "chat_template", "chat_template_kwargs", "reasoning_effort")
 """What a chat template is given beside the messages."""
+CALL_FIELDS = ("tool_choice", "parallel_tool_calls")
+"""What a request with tools says of calling them."""
 
 
 def prompt_fields(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a chat request that shape its prompt, its messages apart."""
-    return {name: body[name] for name in PROMPT_FIELDS if body.get(name)}
+    """The fields of a chat request that shape its prompt, its messages apart, and whether tools are called."""
+    said = {name: body[name] for name in PROMPT_FIELDS if body.get(name)}
+    calling = CALL_FIELDS if "tools" in said else ()
+    return said | {name: body[name] for name in calling if body.get(name) is not None}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # with a dict of its own each would take a kilobyte more
 class Turn:
     """One answered turn."""
 

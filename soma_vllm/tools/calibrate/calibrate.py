@@ -25,8 +25,8 @@ from soma_vllm.errors import ConfigError, SomaError
 from soma_vllm.sessions.state.transcript import text_of
 from soma_vllm.tools.calibrate.calibration_report import count_missing, document, draw, limits, table, verdict
 from soma_vllm.tools.calibrate.sources import Source, merge, read_file, read_store
-from soma_vllm.tools.calibrate.thresholds import Axis, Bad, Calibration, Case, Missing, Outcome, calibrate_axis
-from soma_vllm.tools.command_line import InputProblems, Overrides, fill_paths, make_out, write_json
+from soma_vllm.tools.calibrate.thresholds import Axis, Calibration, Case, Missing, Outcome, calibrate_axis
+from soma_vllm.tools.command_line import InputProblems, Overrides, fill_paths, make_out, say, write_json
 from soma_vllm.tools.replay.dialogues import load_dialogues
 
 BATCH = 32
@@ -51,12 +51,6 @@ def calibrate(
         float | None,
         typer.Option(help="A later mean gap above this is bad. Default: the configuration's drift_threshold."),
     ] = None,
-    bad_top1: Annotated[
-        float | None, typer.Option(help="A later top-1 below this is bad too, where it was measured.")
-    ] = None,
-    point: Annotated[
-        bool, typer.Option("--point", help="Hold the rate itself to the target, not its upper 95 % bound.")
-    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Directory for calibration.json and calibration.png.")
     ] = None,
@@ -74,8 +68,6 @@ def calibrate(
         problems.append(f"--target: found {target:g}; expected a rate between 0 and 1, such as 0.05")
     if bad_gap is not None and not 0 <= bad_gap <= 2:
         problems.append(f"--bad-gap: found {bad_gap:g}; expected a gap between 0 and 2")
-    if bad_top1 is not None and not 0 <= bad_top1 <= 1:
-        problems.append(f"--bad-top1: found {bad_top1:g}; expected a share between 0 and 1")
     read = [problems.attempt(partial(read_file, path)) for path in sources or []]
     if storage is not None:
         read.append(problems.attempt(partial(_read_storage, storage, tenant)))
@@ -86,14 +78,13 @@ def calibrate(
         problems.attempt(partial(make_out, out))
     if problems or bad_gap is None:
         problems.exit()
-    bad = Bad(bad_gap, bad_top1)
     every, repeated = merge(found)
     cases = [case for case in every if case.outcome is not Missing.VOID]
-    axes = [calibrate_axis(cases, axis, bad, target, point) for axis in Axis]
-    _print(cases, bad, axes, len(every) - len(cases), repeated)
+    axes = [calibrate_axis(cases, axis, bad_gap, target) for axis in Axis]
+    _print(cases, bad_gap, axes, len(every) - len(cases), repeated)
     if out is not None:
         names = [str(path) for path in sources or []] + (["session store"] if storage else [])
-        write_json(out / "calibration.json", document(cases, axes, bad, names))
+        write_json(out / "calibration.json", document(cases, axes, bad_gap, names))
         if drawn := [one for one in axes if one.points]:
             draw(drawn, out / "calibration.png")
     if axes[0].best is None:
@@ -120,37 +111,32 @@ def _known_bad_gap(sources: Sequence[Source], config: Path | None, problems: Inp
     return next(iter(known), None)
 
 
-def _print(cases: Sequence[Case], bad: Bad, axes: Sequence[Calibration], void: int, repeated: int) -> None:
+def _print(
+    cases: Sequence[Case], bad_gap: float, axes: Sequence[Calibration], void: int, repeated: int
+) -> None:
     """What was counted, what was not and why; then each axis."""
     console = Console()
     outcomes = [case.outcome for case in cases if isinstance(case.outcome, Outcome)]
-    rule = f"mean later gap above {bad.gap:g}"
-    if bad.top1 is not None:
-        rule += f" or top-1 below {bad.top1:g}"
+    bad = sum(outcome.is_bad(bad_gap) for outcome in outcomes)
     lines = [
-        f"{len(cases)} cases, {len(outcomes)} with an outcome, {sum(map(bad, outcomes))} of these bad ({rule})"
+        f"{len(cases)} cases, {len(outcomes)} with an outcome, {bad} of these bad "
+        f"(mean later gap above {bad_gap:g})"
     ]
     lines += [f"  {count} left out: {why}" for why, count in count_missing(cases).items()]
     if void:
         lines.append(f"  {void} left out: {Missing.VOID}")
     if repeated:
         lines.append(f"  {repeated} found in two sources, counted once")
-    if bad.top1 is not None and (unmeasured := sum(outcome.top1 is None for outcome in outcomes)):
-        lines.append(f"  {unmeasured} have no later top-1 and are judged by their gap alone")
-
-    def say(text: str, style: str = "") -> None:
-        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
-    say("\n".join(lines))
+    say(console, "\n".join(lines))
     for one in axes:
-        say(f"\ngate.{one.axis}", style="bold")
+        say(console, f"\ngate.{one.axis}", style="bold")
         if one.points:
             console.print(table(one))
             for line in limits(one):
-                say(line)
+                say(console, line)
         else:
-            say("no case has this evidence and an outcome: there is no curve")
-        say(verdict(one), style="bold yellow" if one.best is None else "bold green")
+            say(console, "no case has this evidence and an outcome: there is no curve")
+        say(console, verdict(one), "bold yellow" if one.best is None else "bold green")
 
 
 def calibrate_router(

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from soma_vllm.tools.calibrate.thresholds import (
     Axis,
-    Bad,
     Calibration,
     Case,
     Missing,
@@ -20,6 +18,7 @@ from soma_vllm.tools.calibrate.thresholds import (
     Rate,
     cases_needed,
 )
+from soma_vllm.tools.command_line import frameless
 from soma_vllm.tools.figures import BLUE, GREEN, INK, RED, figure_file
 
 ROWS = 20
@@ -46,30 +45,29 @@ def limits(found: Calibration) -> list[str]:
 
 def verdict(found: Calibration) -> str:
     """The recommendation as a sentence, or what is missing for one."""
-    bound, needed = "rate" if found.by_rate else "upper 95 % bound", cases_needed(found.target)
-    best, nearest = found.best, found.nearest
+    needed, best, nearest = cases_needed(found.target), found.best, found.nearest
     if best is not None:
         return (
-            f"use gate.{found.axis}={best.threshold:g}: false accepts {_share(best.false_accepts)}, {bound} "
-            f"within {found.target:g}; moves {_share(best.moved)} of the adaptations"
+            f"use gate.{found.axis}={best.threshold:g}: false accepts {_share(best.false_accepts)}, "
+            f"upper 95 % bound within {found.target:g}; moves {_share(best.moved)} of the adaptations"
         )
     if nearest is None:
         return f"no recommendation: found no accepted case; expected at least {needed}, none of them bad"
     rate, at_rate = nearest.false_accepts, found.needed_at_rate
     start = (
-        f"no recommendation: the {bound} of the false-accept rate is within {found.target:g} at no "
+        f"no recommendation: the upper 95 % bound of the false-accept rate is within {found.target:g} at no "
         f"threshold. Closest: {nearest.threshold:g} with {_share(rate)}."
     )
     if at_rate is not None:
         at_rate_text = f"At that rate {at_rate} accepted cases are needed, found {rate.total}"
         return f"{start} {at_rate_text}; {needed} if none is bad."
     own = "That rate itself is not below the target: more cases alone will not help there."
-    return f"{start} {own}" + ("" if found.by_rate else f" It takes {needed} if none is bad.")
+    return f"{start} {own} It takes {needed} if none is bad."
 
 
 def table(found: Calibration) -> Table:
     """The curve, in 80 columns and at most `ROWS` rows, evenly chosen, besides the recommended one."""
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
+    grid = frameless()
     grid.add_column("threshold", no_wrap=True)
     for heading in ("accepted", "bad", "false accepts\n95 %", "let through\n95 %", "moved\n95 %"):
         grid.add_column(heading, justify="right", no_wrap=True)
@@ -113,23 +111,23 @@ def count_missing(cases: Sequence[Case]) -> dict[str, int]:
 
 
 def document(
-    cases: Sequence[Case], found: Sequence[Calibration], bad: Bad, sources: Sequence[str]
+    cases: Sequence[Case], found: Sequence[Calibration], bad_gap: float, sources: Sequence[str]
 ) -> dict[str, Any]:
     """What `calibration.json` holds."""
     outcomes = [case.outcome for case in cases if isinstance(case.outcome, Outcome)]
     return {
         "target": found[0].target,
-        "held_to_target": "rate" if found[0].by_rate else "upper bound of the 95 % Wilson interval",
-        "bad": {"gap": bad.gap, "top1": bad.top1},
+        "held_to_target": "upper bound of the 95 % Wilson interval",
+        "bad": {"gap": bad_gap, "top1": None},
         "sources": list(sources),
         "cases": {
             "all": len(cases),
             "with_outcome": len(outcomes),
-            "bad": sum(map(bad, outcomes)),
+            "bad": sum(outcome.is_bad(bad_gap) for outcome in outcomes),
             "left_out": count_missing(cases),
         },
         **{one.axis.value: _axis_json(one) for one in found},
-        "evidence": [_case_json(case, bad) for case in cases],
+        "evidence": [_case_json(case, bad_gap) for case in cases],
     }
 
 
@@ -186,10 +184,10 @@ def _rate_json(rate: Rate) -> dict[str, Any]:
     return {"count": rate.count, "total": rate.total, "rate": rate.value, "ci95": list(rate.interval)}
 
 
-def _case_json(case: Case, bad: Bad) -> dict[str, Any]:
+def _case_json(case: Case, bad_gap: float) -> dict[str, Any]:
     entry = {name: getattr(case, name) for name in ("session", "adaptation", "candidate", "gap", "top1")}
     if isinstance(case.outcome, Missing):
         return entry | {"left_out": case.outcome.value}
     outcome = case.outcome
     later = {"later_gap": outcome.gap, "later_top1": outcome.top1, "later_turns": outcome.turns}
-    return entry | later | {"bad": bad(outcome), "measured_anyway": case.free}
+    return entry | later | {"bad": outcome.is_bad(bad_gap), "measured_anyway": case.free}

@@ -3,8 +3,7 @@
 A *case* is one candidate of one adaptation of one session. Its *evidence* is what the gate knew: the mean gap
 over the held-out turns plus the margin, and the token agreement (top-1) on them. Its *outcome* is the mean gap
 of the turns that this candidate answered afterwards and that were audited (in an offline evaluation: of all
-later turns). It is *bad* if that exceeds the bad gap, or if its later top-1 lies below the bad top-1, where one
-is given. At a threshold, of the cases with an outcome:
+later turns). It is *bad* if that exceeds the bad gap. At a threshold, of the cases with an outcome:
 
 * false-accept rate = accepted bad / accepted
 * let through = accepted bad / all bad
@@ -84,6 +83,10 @@ class Outcome:
     top1: float | None = None
     """Token agreement on its later turns, where it was measured."""
 
+    def is_bad(self, bad_gap: float) -> bool:
+        """Whether it exceeds the bad gap; one that is not a number does."""
+        return not self.gap <= bad_gap
+
 
 @dataclass(frozen=True)
 class Case:
@@ -126,20 +129,6 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Bad:
-    """What counts as a bad outcome."""
-
-    gap: float
-    top1: float | None = None
-
-    def __call__(self, outcome: Outcome) -> bool:
-        """Whether this outcome is bad; an unmeasured top-1 does not count against it."""
-        if not outcome.gap <= self.gap:  # also NaN
-            return True
-        return self.top1 is not None and outcome.top1 is not None and outcome.top1 < self.top1
-
-
-@dataclass(frozen=True)
 class Rate:
     """A share, with its uncertainty."""
 
@@ -176,8 +165,6 @@ class Calibration:
     axis: Axis
     target: float
     """False-accept rate to stay within."""
-    by_rate: bool
-    """Whether the rate itself is held to the target, and not the upper end of its interval."""
     points: tuple[Point, ...]
     supported: float | None = None
     """The loosest threshold in force for a case with an outcome; beyond it only `free` cases count."""
@@ -187,14 +174,15 @@ class Calibration:
 
     @property
     def best(self) -> Point | None:
-        """The loosest threshold whose false-accept rate stays within the target; None when there is none."""
-        within = [point for point in self._accepting() if self._bound(point) <= self.target]
+        """The loosest threshold at which the upper bound of the false-accept rate stays within the target; None
+        when there is none."""
+        within = [point for point in self._accepting() if _bound(point) <= self.target]
         return within[-1] if within else None
 
     @property
     def nearest(self) -> Point | None:
         """The threshold that comes closest to the target; None without any accepted case."""
-        return min(self._accepting(), key=self._bound, default=None)
+        return min(self._accepting(), key=_bound, default=None)
 
     @property
     def needed_at_rate(self) -> int | None:
@@ -205,22 +193,19 @@ class Calibration:
     def _accepting(self) -> list[Point]:
         return [point for point in self.points if point.false_accepts.total]
 
-    def _bound(self, point: Point) -> float:
-        rate = point.false_accepts
-        return rate.count / rate.total if self.by_rate else rate.interval[1]
+
+def _bound(point: Point) -> float:
+    return point.false_accepts.interval[1]
 
 
-def calibrate_axis(
-    cases: Sequence[Case], axis: Axis, bad: Bad, target: float, by_rate: bool = False
-) -> Calibration:
+def calibrate_axis(cases: Sequence[Case], axis: Axis, bad_gap: float, target: float) -> Calibration:
     """Everything that cases say about one threshold."""
     free = [case.free for case, _ in _with_outcome(cases, Axis.GAP)]
     levels = [case.in_force(axis) for case, _ in _with_outcome(cases, axis) if not case.free]
     return Calibration(
         axis=axis,
         target=target,
-        by_rate=by_rate,
-        points=curve(cases, axis, bad),
+        points=curve(cases, axis, bad_gap),
         supported=axis.threshold(max(levels)) if levels else None,
         free=sum(free),
         in_force=tuple(sorted({axis.threshold(case.in_force(axis)) for case in cases})),
@@ -247,7 +232,7 @@ def cases_needed(target: float, rate: float = 0.0) -> int | None:
     return math.ceil(Z * Z * target * (1 - target) / (target - rate) ** 2)
 
 
-def curve(cases: Sequence[Case], axis: Axis, bad: Bad) -> tuple[Point, ...]:
+def curve(cases: Sequence[Case], axis: Axis, bad_gap: float) -> tuple[Point, ...]:
     """A point for every threshold at which something changes, strictest first.
 
     Thresholds are the evidence of cases with an outcome and the thresholds in force. Cases without evidence on
@@ -256,7 +241,9 @@ def curve(cases: Sequence[Case], axis: Axis, bad: Bad) -> tuple[Point, ...]:
     counted = _with_outcome(cases, axis)
     levels = np.asarray([level for _, level in counted])
     limits = np.asarray([axis.loosest if case.free else case.in_force(axis) for case, _ in counted])
-    ill = np.asarray([isinstance(case.outcome, Outcome) and bad(case.outcome) for case, _ in counted])
+    ill = np.asarray(
+        [isinstance(case.outcome, Outcome) and case.outcome.is_bad(bad_gap) for case, _ in counted]
+    )
     passing = np.asarray([case.passes_otherwise(axis) for case, _ in counted])
     adaptations: dict[tuple[str, int], float] = {}
     """The strictest level at which some candidate passes."""

@@ -24,6 +24,7 @@ from soma_vllm.tools.command_line import (
     Overrides,
     PairConfig,
     make_out,
+    say,
     write_json,
 )
 from soma_vllm.tools.evaluate.dataset import split_by_length
@@ -79,7 +80,7 @@ def evaluate(
         console = Console(width=140)
     plan = _prepare(config, dialogues, overrides or [], variant or [], init, only or [], out)
     for line in plan.skipped:
-        console.print(f"skipped    {line}", style="yellow", markup=False, highlight=False)
+        say(console, f"skipped    {line}", "yellow")
     steps = Steps(console)
     at_once = concurrency or plan.config.original.max_num_seqs
     try:
@@ -93,7 +94,7 @@ def evaluate(
         typer.echo(f"interrupted; sessions measured so far are in {out / REPORT}", err=True)
         raise typer.Exit(130) from None
     console.print(table(document))
-    console.print(f"report     {out / REPORT}", markup=False, highlight=False)
+    say(console, f"report     {out / REPORT}")
 
 
 def _prepare(

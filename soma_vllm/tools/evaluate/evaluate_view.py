@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich import box
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
+from soma_vllm.tools.command_line import frameless, say
 from soma_vllm.tools.evaluate.statistics import LEAST_PAIRS
 
 
@@ -26,7 +25,7 @@ class Steps:
 
     def say(self, text: str) -> None:
         """Print one line, above the bar if there is one."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self._console, text)
 
     @contextmanager
     def counting(self, total: int) -> Iterator[None]:
@@ -54,7 +53,7 @@ class Steps:
 
 def table(document: Mapping[str, Any]) -> Group:
     """One row per variant, one for what the gate chose, and what the columns mean."""
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
+    grid = frameless()
     grid.add_column("variant", overflow="fold")
     headings = ("NLL", "minus baseline [95 %]", "KL", "top-1", "gap", "ROUGE-L", "prompt\ntokens", "train\ns")
     for heading in headings:

@@ -17,8 +17,6 @@ from soma_vllm.adaptation.acceptance import Terms, choose, evidence_of
 from soma_vllm.config import Config
 from soma_vllm.errors import TrainingError
 from soma_vllm.machine import training_dtype
-from soma_vllm.method.encoder import SentenceEncoder
-from soma_vllm.method.gap.gap_judge import open_judge
 from soma_vllm.method.generation import generate
 from soma_vllm.method.recipe import Surrogate, adapting, load_surrogate, rendered
 from soma_vllm.method.rendering import Rendered, render
@@ -30,6 +28,7 @@ from soma_vllm.tools.evaluate.dataset import Material, drop_foreign_teachers, ma
 from soma_vllm.tools.evaluate.statistics import rouge_l
 from soma_vllm.tools.evaluate.trajectory import Say, Trajectory
 from soma_vllm.tools.evaluate.variants import PLAIN, Variant, as_configured
+from soma_vllm.tools.gap_command import open_gap_judge
 from soma_vllm.types import Candidate, Evidence, Example
 
 
@@ -122,11 +121,7 @@ class Bench:
         """Load both models; `generates` False leaves out free-running answers, with gap and ROUGE-L."""
         self._config = config
         self._generates = generates
-        with quiet():
-            encoder = SentenceEncoder(
-                local_path(config.encoder.model), config.gate.encoder_max_tokens, config.encoder.threads
-            )
-        self._judge = open_judge(config, encoder)
+        self._judge = open_gap_judge(config)
         self._surrogate = load_trainable(config)
 
     def measure(self, trajectory: Trajectory, variants: Sequence[Variant], say: Say) -> SessionResult:

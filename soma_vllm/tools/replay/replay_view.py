@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
 
-from rich import box
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
+from soma_vllm.tools.command_line import frameless, say
 from soma_vllm.types import Role
 
 
@@ -128,7 +127,7 @@ def strip(session: SessionRecord) -> str:
 
 def table(sessions: Sequence[SessionRecord]) -> Group:
     """One row per dialogue, and what the letters mean; in 80 columns, long names and strips fold."""
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
+    grid = frameless()
     for heading in ("dialogue", "turns"):
         grid.add_column(heading, overflow="fold")
     grid.add_column("phase", no_wrap=True)
@@ -224,7 +223,7 @@ class Screen:
 
     def say(self, text: str, style: str = "") -> None:
         """Print one line above the table."""
-        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text, style)
 
     def show(self, session: SessionRecord) -> None:
         """Take over a session's new state."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
+from typing import Any
 
 import pytest
+from support.fake_engine import FakeEngine
 
 from soma_vllm.adaptation.background_lane import REQUESTS, BackgroundLane, JobDropped, TokenBucket
+from soma_vllm.config import Original
 from soma_vllm.engines.engine import ChatCall, Reply
-from soma_vllm.engines.fake import FakeEngine
+from soma_vllm.engines.guarded_original import GuardedOriginal
 from soma_vllm.errors import EngineUnavailable
 
 CALL = ChatCall({"messages": []})
@@ -36,6 +39,11 @@ class Work:
         finally:
             self.running.clear()
         return "done"
+
+
+def watched_by(lane: BackgroundLane, engine: Any) -> GuardedOriginal:
+    """The engine as users are served by it."""
+    return GuardedOriginal(engine, Original(), users=lane)
 
 
 async def idle() -> None:
@@ -167,7 +175,7 @@ async def read_until_it_breaks(reply: Reply) -> None:
 async def test_a_user_is_there_until_his_stream_is_over_however_it_ends(end: object) -> None:
     engine, lane, work = FakeEngine(), BackgroundLane(True, 5), Work()
     engine.break_after = 1 if end is read_until_it_breaks else None
-    reply = await lane.watched(engine).chat(STREAM)
+    reply = await watched_by(lane, engine).chat(STREAM)
     task = asyncio.create_task(lane.run(work))
     await idle()
     assert work.begun == 0
@@ -180,7 +188,7 @@ async def test_a_user_is_there_until_his_stream_is_over_however_it_ends(end: obj
 async def test_a_user_whose_request_fails_or_is_answered_whole_has_left() -> None:
     engine, lane, work = FakeEngine(), BackgroundLane(True, 5), Work()
     work.go.set()
-    watched = lane.watched(engine)
+    watched = watched_by(lane, engine)
     assert (await watched.chat(CALL)).body is not None
     engine.refusal = EngineUnavailable("down")
     with pytest.raises(EngineUnavailable):
@@ -224,7 +232,7 @@ async def longest_wait(seed: int, yields: bool) -> tuple[int, int]:
     """(loop turns that a user ever waited, audits done) of a random afternoon with one user and many audits."""
     dice = random.Random(seed)
     engine, lane = OneAtATime(steps=200), BackgroundLane(yields, 60)
-    watched = lane.watched(engine)
+    watched = watched_by(lane, engine)
 
     async def audit() -> Reply:
         return await engine.chat(ChatCall({}, background=True))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from support.fake_engine import token_of
 from support.services import Build, Services
 
 from soma_vllm.adaptation.teacher_logprobs import (
@@ -15,7 +16,6 @@ from soma_vllm.adaptation.teacher_logprobs import (
 )
 from soma_vllm.config import Config, parse_config
 from soma_vllm.engines.engine import ChatCall
-from soma_vllm.engines.fake import token_of
 from soma_vllm.engines.logprob_capture import LogprobCapture
 from soma_vllm.engines.reply_parser import Choice, ParsedReply
 from soma_vllm.errors import EngineRefused

@@ -405,13 +405,31 @@ async def test_the_request_above_the_limit_is_told_exactly_when_to_come_back() -
     assert built.counted("requests_per_minute") == 2
 
 
-async def test_only_requests_that_generate_count() -> None:
+CHEAP = [("POST", "/tokenize"), ("POST", "/detokenize"), ("POST", "/v1/messages/count_tokens")]
+CHEAP += [("POST", "/v1/conversations"), ("GET", "/soma/sessions"), ("DELETE", "/soma/sessions/s")]
+
+
+@pytest.mark.parametrize(("method", "path"), CHEAP)
+async def test_what_costs_the_processor_or_the_database_counts_though_it_needs_no_tokens(
+    method: str, path: str
+) -> None:
+    built = services(Limits(requests_per_minute=2, tokens_per_minute=1))
+    built.quotas.spent("public", Usage(1, None, 1))
+    async with built.client() as client:
+        statuses = [(await client.request(method, path)).status_code for _ in range(3)]
+        assert statuses == [200, 200, 429]
+        for _ in range(3):
+            admin = await client.request(method, path, headers={"Authorization": f"Bearer {ADMIN}"})
+            assert admin.status_code == 200
+
+
+async def test_requests_that_cost_next_to_nothing_do_not_count() -> None:
     built = services(Limits(requests_per_minute=1))
     async with built.client() as client:
         for _ in range(5):
             assert (await client.get("/v1/models")).status_code == 200
             assert (await client.delete("/v1/responses/r1")).status_code == 200
-            for path in ("/v1/responses/r1/cancel", "/tokenize", "/soma/sessions/s", "/ping"):
+            for path in ("/v1/responses/r1/cancel", "/ping"):
                 assert (await client.post(path)).status_code == 200
         assert (await client.post("/v1/messages")).status_code == 200
         for path in (CHAT, "/invocations", "/inference/v1/generate", "/v1/not_yet_known"):

@@ -10,8 +10,10 @@ import pytest
 from support.guard import GUARD_S
 from support.responses_services import ChatEvents
 
-from soma_vllm.api.dialogue_stream import COMMENT, DialogueStream, Opened, chat_errors, respond_streaming
+from soma_vllm.api.dialogue_stream import COMMENT, DialogueStream, chat_errors, respond_streaming
+from soma_vllm.engines.engine import Reply
 from soma_vllm.errors import BadRequest, EngineUnavailable, SomaError
+from soma_vllm.scheduler.dispatcher import Answer
 
 SILENCE_S = 0.05
 HEADERS = {"X-SOMA-Engine": "original"}
@@ -87,9 +89,9 @@ async def test_without_a_limit_nothing_is_added(wire: Wire) -> None:
 async def test_an_answer_that_is_long_in_coming_is_begun_with_what_is_known_of_it(wire: Wire) -> None:
     go, events = asyncio.Event(), ChatEvents(["data: 1\n\n"])
 
-    async def opening() -> Opened:
+    async def opening() -> Answer:
         await go.wait()
-        return events, {"X-SOMA-Engine": "surrogate"}
+        return Answer(Reply(events=events), {"X-SOMA-Engine": "surrogate"})
 
     served = wire.serve(await respond_streaming(opening(), HEADERS, SILENCE_S, chat_errors))
     assert await wire.next() == COMMENT
@@ -102,7 +104,7 @@ async def test_an_answer_that_is_long_in_coming_is_begun_with_what_is_known_of_i
 
 
 async def test_an_error_in_time_has_its_status_and_a_late_one_is_an_event(wire: Wire) -> None:
-    async def wrong(error: SomaError, after_s: float) -> Opened:
+    async def wrong(error: SomaError, after_s: float) -> Answer:
         await asyncio.sleep(after_s)
         raise error
 
@@ -118,7 +120,7 @@ async def test_an_error_in_time_has_its_status_and_a_late_one_is_an_event(wire: 
 async def test_a_client_that_leaves_while_it_waits_ends_the_work(wire: Wire) -> None:
     ended = asyncio.Event()
 
-    async def opening() -> Opened:
+    async def opening() -> Answer:
         try:
             await asyncio.Event().wait()
         finally:

@@ -51,6 +51,25 @@ def quotas(
     )
 
 
+def test_limits_of_a_key_hold_before_its_first_request() -> None:
+    found = quotas(own=Limits())
+    record = OneKey(Limits(adapters=0)).record
+    assert found.may_adapt(record.tenant, 5)
+    found.learn([record])
+    assert not found.may_adapt(record.tenant, 0)
+
+
+async def test_policies_are_a_keys_own_the_configurations_or_all_for_the_administrator() -> None:
+    configured = Limits(policies=("history_ft",))
+    for own, expected in ((Limits(), ("history_ft",)), (Limits(policies=("routellm",)), ("routellm",))):
+        found = quotas(configured, own)
+        caller = await found.caller(f"Bearer {KEY}")
+        assert found.policies(caller.tenant) == expected
+        admin = await found.caller(f"Bearer {ADMIN}")
+        assert found.policies(admin.tenant) == ("*",)
+    assert quotas().policies("public") == ()
+
+
 async def test_without_keys_any_bearer_token_is_a_tenant_of_its_own() -> None:
     found = quotas()
     caller = await found.caller("Bearer anything")

@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from openai import AsyncOpenAI
-from support.responses_services import openai_client
-from support.services import SETTINGS, Services
+from support.responses_services import closed, openai_client, opened
+from support.services import Services
 
-from soma_vllm.config import parse_config
 from soma_vllm.sessions.sql.store import SessionStore
 from soma_vllm.sessions.state.identity import tenant_of
 from soma_vllm.sessions.state.session import Session
 from soma_vllm.types import SessionKey
-
-
-@pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[SessionStore]:
-    store = SessionStore(f"sqlite+aiosqlite:///{tmp_path}/s.db")
-    await store.open()
-    yield store
-    await store.close()
-
-
-async def opened(store: SessionStore, **changes: Any) -> Services:
-    """A dispatcher that answers "one", "two", ... and adapts nothing."""
-    services = Services(parse_config({**SETTINGS, "warm_window": 9, **changes}, "test"), store)
-    services.original.answers = ["one", "two", "three", "four", "five"]
-    await services.registry.start()
-    return services
-
-
-async def closed(services: Services) -> None:
-    await services.background.stop()
-    await services.registry.stop()
 
 
 @pytest.fixture

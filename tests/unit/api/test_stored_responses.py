@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from openai import AsyncOpenAI
 from support.guard import GUARD_S
-from support.responses_services import openai_client
-from support.services import SETTINGS, Services
+from support.responses_services import closed, openai_client, opened
+from support.services import Services
 
-from soma_vllm.config import parse_config
 from soma_vllm.scheduler.dispatcher import ChatRequest
 from soma_vllm.sessions.sql.store import SessionStore
 from soma_vllm.sessions.state.identity import tenant_of
@@ -24,26 +22,10 @@ TENANT = tenant_of("Bearer k")
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[SessionStore]:
-    store = SessionStore(f"sqlite+aiosqlite:///{tmp_path}/s.db")
-    await store.open()
-    yield store
-    await store.close()
-
-
-async def opened(store: SessionStore, **changes: Any) -> Services:
-    services = Services(parse_config({**SETTINGS, "warm_window": 9, **changes}, "test"), store)
-    services.original.answers = ["one", "two", "three", "four", "five"]
-    await services.registry.start()
-    return services
-
-
-@pytest.fixture
 async def services(store: SessionStore) -> AsyncIterator[Services]:
     services = await opened(store)
     yield services
-    await services.background.stop()
-    await services.registry.stop()
+    await closed(services)
 
 
 @pytest.fixture

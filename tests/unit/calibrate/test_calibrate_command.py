@@ -126,7 +126,7 @@ async def test_a_replays_log_and_the_servers_database_hold_the_same_cases(tmp_pa
 
 async def test_the_command_prints_the_curve_and_writes_json_and_figure(tmp_path: Path, soma: Soma) -> None:
     path = await logged(tmp_path)
-    result = await in_thread(soma, path, "--target", "0.4", "--point", "--out", tmp_path / "out")
+    result = await in_thread(soma, path, "--target", "0.8", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     text = " ".join(result.stdout.split())
     assert "7 cases, 3 with an outcome, 1 of these bad (mean later gap above 0.3)" in text
@@ -257,12 +257,6 @@ def test_an_evaluation_without_free_running_answers_has_no_outcomes(tmp_path: Pa
     assert "there is no curve" in result.stdout
 
 
-def test_a_later_agreement_can_make_an_outcome_bad(tmp_path: Path, soma: Soma) -> None:
-    path = evaluated(tmp_path / "evaluation.json")
-    assert "0 of these bad" in soma(path).stdout
-    assert "4 of these bad" in soma(path, "--bad-top1", "0.8").stdout
-
-
 async def test_sources_of_several_kinds_are_pooled(tmp_path: Path, soma: Soma) -> None:
     path = await logged(tmp_path)
     evaluation = evaluated(tmp_path / "evaluation.json")
@@ -279,9 +273,7 @@ def test_everything_wrong_is_told_at_once_with_exit_code_2(tmp_path: Path, soma:
     log["sessions"]["a"]["events"] = [judged, {"kind": "audited", "at": 2.0, "data": {"turn": 5}}]
     (tmp_path / "log.json").write_text(json.dumps(log))
     files = [tmp_path / name for name in ("none.json", "list.json", "text.json", "log.json")]
-    result = soma(
-        *files, "--storage", url(tmp_path), "--target", "1.5", "--bad-top1", "7", "--config", tmp_path
-    )
+    result = soma(*files, "--storage", url(tmp_path), "--target", "1.5", "--config", tmp_path)
     assert result.exit_code == 2
     for part in (
         "none.json: 1 mistake",
@@ -293,7 +285,6 @@ def test_everything_wrong_is_told_at_once_with_exit_code_2(tmp_path: Path, soma:
         "events.1 (audited): served_by: found nothing",
         "found no file",
         "--target: found 1.5",
-        "--bad-top1: found 7",
     ):
         assert part in result.stderr
     assert SECRET not in result.stderr

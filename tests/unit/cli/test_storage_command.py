@@ -29,12 +29,12 @@ def soma(verb: str, url: str, *arguments: str) -> Result:
 
 
 def test_a_database_is_made_and_brought_back_for_an_older_version(url: str) -> None:
-    assert soma("migrate", url).stdout == "migrated   from revision none to 0005\n"
-    assert soma("migrate", url, "--downgrade", "0002").stdout == "migrated   from revision 0005 to 0002\n"
+    assert soma("migrate", url).stdout == "migrated   from revision none to 0006\n"
+    assert soma("migrate", url, "--downgrade", "0002").stdout == "migrated   from revision 0006 to 0002\n"
     refused = soma("adopt", url)
     assert refused.exit_code == 2
-    assert "found revision 0002; expected 0005 (`soma storage migrate`" in refused.stderr
-    assert soma("migrate", url).stdout == "migrated   from revision 0002 to 0005\n"
+    assert "found revision 0002; expected 0006 (`soma storage migrate`" in refused.stderr
+    assert soma("migrate", url).stdout == "migrated   from revision 0002 to 0006\n"
 
 
 def test_what_is_not_there_is_neither_downgraded_nor_adopted(url: str, tmp_path: Path) -> None:
@@ -77,4 +77,4 @@ def test_a_database_under_a_running_server_is_left_alone(url: str, monkeypatch: 
     adopt, downgrade, upgrade = asyncio.run(serving())
     for refused in (adopt, downgrade):
         assert (refused.exit_code, "found another server on this record" in refused.stderr) == (1, True)
-    assert upgrade.stdout == "migrated   from revision 0005 to 0005\n"
+    assert upgrade.stdout == "migrated   from revision 0006 to 0006\n"

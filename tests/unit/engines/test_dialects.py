@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from support.replies import read_events
 
 from soma_vllm.engines.engine import ChatCall
 from soma_vllm.engines.original import OriginalEngine
-from soma_vllm.engines.reply_parser import parse_body, read_events
+from soma_vllm.engines.reply_parser import parse_body
 from soma_vllm.engines.upstream_errors import retry_after
 from soma_vllm.errors import EngineRefused, EngineUnavailable
 from soma_vllm.logs import bind
@@ -228,6 +229,15 @@ async def test_a_failure_inside_a_200_is_none_of_an_answer(
         for call in (CALL, STREAM):
             with pytest.raises(EngineUnavailable):
                 await engine.chat(call)
+
+
+@pytest.mark.parametrize("call", [CALL, STREAM], ids=["whole", "stream"])
+async def test_a_whole_answer_without_choices_is_a_failure(
+    engine: OriginalEngine, endpoint: Endpoint, call: ChatCall
+) -> None:
+    endpoint.text = json.dumps({"object": "chat.completion", "choices": []})
+    with pytest.raises(EngineUnavailable, match="without choices"):
+        await engine.chat(call)
 
 
 @pytest.mark.parametrize("call", [CALL, STREAM], ids=["whole", "stream"])

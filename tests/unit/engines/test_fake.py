@@ -6,9 +6,9 @@ import asyncio
 import json
 
 import pytest
+from support.fake_engine import FakeEngine
 
 from soma_vllm.engines.engine import ChatCall, Engine
-from soma_vllm.engines.fake import FakeEngine
 from soma_vllm.errors import EngineRefused, EngineUnavailable
 
 CALL = ChatCall(body={"messages": []})

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.fake_engine import FakeEngine, token_of
 
 from soma_vllm.engines.engine import ChatCall
-from soma_vllm.engines.fake import FakeEngine, token_of
 from soma_vllm.engines.logprob_capture import LogprobCapture, can_be_added_to
 from soma_vllm.engines.logprobs import teaching_fields
 from soma_vllm.engines.reply_parser import Choice, ParsedReply

@@ -20,6 +20,7 @@ from soma_vllm.errors import EngineRefused, EngineUnavailable, PreflightError
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 CALL = ChatCall(body={"model": "soma", "messages": [{"role": "user", "content": "hi"}], "top_k": 3})
 EVENT = b'data: {"choices":[]}\n\n'
+WHOLE = {"object": "chat.completion", "choices": [{"index": 0, "message": {"content": "x"}}]}
 STREAM = ChatCall(body={**CALL.body, "stream": True})
 
 
@@ -39,7 +40,7 @@ class Upstream:
         return await self.handler(request)
 
     async def whole(self, request: web.Request) -> web.StreamResponse:
-        return web.json_response({"object": "chat.completion", "choices": []})
+        return web.json_response(WHOLE)
 
     def stream(self, *pieces: bytes, then: str = "end") -> None:
         """Send pieces as they are; then end, break the connection, or stay silent until the client leaves."""
@@ -105,7 +106,7 @@ async def test_the_clients_body_goes_out_as_it_came_under_the_originals_name(
     engine: OriginalEngine, upstream: Upstream
 ) -> None:
     reply = await engine.chat(CALL)
-    assert reply.body == {"object": "chat.completion", "choices": []}
+    assert reply.body == WHOLE
     assert reply.events is None
     assert upstream.requests == [{**CALL.body, "model": "big"}]
     assert "Authorization" not in upstream.headers[0]

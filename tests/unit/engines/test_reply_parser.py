@@ -8,9 +8,18 @@ from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
 import pytest
+from support.replies import read_events
 
 from soma_vllm.engines.engine import Reply
-from soma_vllm.engines.reply_parser import Choice, ParsedReply, observe, parse_body, read_events
+from soma_vllm.engines.reply_parser import (
+    Choice,
+    HeardWords,
+    ParsedReply,
+    observe,
+    observe_stream,
+    parse_body,
+)
+from soma_vllm.engines.stream_tap import StreamTap
 from soma_vllm.types import Usage
 
 STRANGE: list[object] = [
@@ -54,6 +63,33 @@ async def test_a_stream_that_cannot_be_read_passes_and_is_incomplete(chunk: obje
     got, parsed = await heard(events)
     assert got == events
     assert not parsed.complete
+
+
+async def test_streams_that_find_no_room_pass_whole_and_are_heard_in_part() -> None:
+    words = HeardWords(0)
+    words._most = 5
+    replies: list[ParsedReply] = []
+
+    async def ended(reply: ParsedReply) -> None:
+        replies.append(reply)
+
+    def stream(*said: str) -> StreamTap:
+        async def pieces() -> AsyncGenerator[str, None]:
+            for word in said:
+                yield f'data: {{"choices": [{{"index": 0, "delta": {{"content": "{word}"}}}}]}}\n\n'
+            yield "data: [DONE]\n\n"
+
+        return observe_stream(pieces(), 0.0, ended, heard=words)
+
+    first = stream("four")
+    assert len([await anext(first)]) == 1
+    passed = [event async for event in stream("two", "three")]
+    assert len(passed) == 3
+    assert (replies[0].text, replies[0].complete) == ("", False)
+    await first.aclose()
+    assert words.characters == 0
+    assert [event async for event in stream("two")]
+    assert (replies[-1].text, replies[-1].complete, words.characters) == ("two", True, 0)
 
 
 async def test_content_in_parts_and_arguments_as_objects_are_read() -> None:

@@ -18,6 +18,7 @@ ROOT = Path(soma_vllm.__file__).parent.parent
 SHIPPED = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.name != "prices.yaml")
 
 READ_THROUGH = {
+    "storage.url": ("app/server.py", "storage.location"),
     "surrogate.name": ("config/root.py", "self.surrogate.name"),
     "sessions.headers": ("sessions/state/identity.py", "names.headers"),
     "sessions.body_fields": ("sessions/state/identity.py", "names.body_fields"),

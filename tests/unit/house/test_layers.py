@@ -13,19 +13,22 @@ import soma_vllm
 
 PACKAGE = Path(soma_vllm.__file__).parent
 
-FOUNDATION = frozenset({"errors", "types", "documents", "config", "versions", "machine", "logs", "supervised"})
+FOUNDATION = frozenset(
+    {"errors", "types", "documents", "config", "versions", "machine", "logs", "supervised", "private"}
+)
 STATE = FOUNDATION | {"sessions.state"}
 SERVING = STATE | {"sessions", "adapters", "engines", "method", "models", "training", "adaptation"}
 SERVER = SERVING | {"scheduler", "maintenance", "api", "baselines", "telemetry"}
 BELOW: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "versions": frozenset(),
-    "logs": frozenset(),
+    "private": frozenset(),
+    "logs": frozenset({"private"}),
     "supervised": frozenset(),
     "machine": frozenset({"errors"}),
     "types": frozenset({"errors"}),
     "documents": frozenset({"errors"}),
-    "config": frozenset({"errors", "types", "documents"}),
+    "config": frozenset({"errors", "types", "documents", "private"}),
     "sessions.state": FOUNDATION,
     "sessions": STATE,
     "adapters": STATE,

@@ -35,6 +35,6 @@ def test_fetching_an_unknown_model_is_one_line_and_exit_code_1(soma_models):
 
 
 def test_make_tiny_says_where_the_pair_is(soma_models, tmp_path):
-    result = soma_models("make-tiny", "--dialogues", str(tmp_path / "none"), "--into", str(tmp_path / "out"))
+    result = soma_models("make-tiny", "--into", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
     assert str(tmp_path / "out" / "tiny-surrogate") in result.stdout

@@ -6,13 +6,13 @@ import pytest
 
 from soma_vllm.errors import ModelError
 from soma_vllm.models.catalog import TINY_NAMES, is_ready
-from soma_vllm.models.tiny import BUILT_IN_TEXTS, make_tiny, read_texts
+from soma_vllm.models.tiny import make_tiny, read_texts
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
-    make_tiny(root / "models", root / "no-dialogues")
+    make_tiny(root / "models")
     return root / "models"
 
 
@@ -74,7 +74,7 @@ def test_the_end_token_is_possible_but_rare(tiny):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, tokenizer.pad_token_id]
-    prompt = tokenizer(" ".join(BUILT_IN_TEXTS), return_tensors="pt")
+    prompt = tokenizer(" ".join(read_texts()[:5]), return_tensors="pt")
     with torch.no_grad():
         ends = model(**prompt).logits.float().softmax(-1)[0, :, tokenizer.eos_token_id]
     assert ends.min() > 1e-5
@@ -86,7 +86,7 @@ def test_the_same_texts_make_the_same_weights(tiny, tmp_path):
 
     torch.manual_seed(7)
     state = torch.random.get_rng_state()
-    original, surrogate = make_tiny(tmp_path, tmp_path / "none")
+    original, surrogate = make_tiny(tmp_path)
     assert torch.equal(torch.random.get_rng_state(), state)
     for folder in (original, surrogate, tmp_path / "tiny-encoder"):
         again = (tiny / folder.name / "model.safetensors").read_bytes()
@@ -116,8 +116,8 @@ def test_tokenizers_learn_from_the_dialogues_given(tmp_path):
     assert read_texts(tmp_path) == ["first", "zwölf Boxkämpfer", "jagen Viktor"]
 
 
-def test_without_dialogues_the_built_in_texts_are_used(tmp_path):
-    assert read_texts(tmp_path / "missing") == list(BUILT_IN_TEXTS)
+def test_without_dialogues_the_texts_of_the_package_are_used(tmp_path):
+    assert read_texts(tmp_path / "missing") == read_texts() != []
 
 
 def test_a_dialogue_file_that_is_not_json_is_named(tmp_path):

@@ -15,7 +15,7 @@ from soma_vllm.models.vocabulary import Vocabulary, read_vocabulary
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    make_tiny(folder, folder / "no-dialogues")
+    make_tiny(folder)
     return folder
 
 

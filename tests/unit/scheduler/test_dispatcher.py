@@ -23,6 +23,7 @@ from soma_vllm.sessions.state.phases import Phase
 from soma_vllm.types import Agreement, Candidate
 
 History = list[dict[str, Any]]
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 
 
 async def warmed(services: Services, session: str = "s", key: str = "k") -> History:
@@ -341,11 +342,11 @@ async def test_a_tools_result_goes_back_to_whoever_called_the_tool(build: Build)
     history = await warmed(services)
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     services.surrogate.calls_tools = [call]
-    answer = await services.say(history, "question 3", tools=[{"type": "function"}])
+    answer = await services.say(history, "question 3", tools=TOOLS)
     assert answer.headers["X-SOMA-Engine"] == "surrogate"
     services.surrogate.calls_tools = []
     history.append({"role": "tool", "tool_call_id": "1", "content": "found"})
-    body = {"model": "soma", "messages": history, "tools": [{"type": "function"}]}
+    body = {"model": "soma", "messages": history, "tools": TOOLS}
     headers = {"authorization": "Bearer k", "x-session-id": "s"}
     answer = await services.dispatcher.chat(ChatRequest(body, headers))
     assert answer.headers["X-SOMA-Reason"] == "tool result to its caller"
@@ -416,6 +417,33 @@ async def test_a_tenant_with_its_share_of_sessions_opens_no_further_one_but_goes
     await services.say(history, "question 2")
     assert len(services.session().turns) == 2
     assert len(services.registry._entries) == 2
+
+
+async def test_of_many_new_sessions_at_once_only_as_many_begin_as_the_key_allows(services: Services) -> None:
+    services.meter.sessions = 2
+    services.original.go.clear()
+    asked = [asyncio.create_task(services.say([], "question", f"s{number}")) for number in range(20)]
+    await asyncio.sleep(0.1)
+    services.original.go.set()
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    assert sum(isinstance(one, TooManyRequests) for one in found) == 18
+    assert services.registry._begun == set()
+    services.meter.sessions = 3
+    await services.say([], "question", "another")
+
+
+async def test_of_many_adaptations_at_once_only_as_many_train_as_the_key_allows(services: Services) -> None:
+    services.surrogate.answers = ["different"]
+    services.meter.adapters = 1
+    services.trainer.go.clear()
+    histories: list[History] = [[] for _ in range(4)]
+    for turn in range(2):
+        for number, history in enumerate(histories):
+            await services.say(history, f"question {turn}", f"s{number}")
+    await asyncio.sleep(0.1)
+    services.trainer.go.set()
+    await services.settled()
+    assert len(services.trainer.requests) == 1
 
 
 async def test_the_tokens_of_every_reply_are_counted_for_its_tenant(services: Services) -> None:

@@ -9,11 +9,11 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
+from support.fake_engine import FakeEngine
 from support.guard import GUARD_S
 from support.services import Build, Services
 
 from soma_vllm.engines.engine import ChatCall, Reply
-from soma_vllm.engines.fake import FakeEngine
 from soma_vllm.errors import EngineRefused, EngineUnavailable, SomaError
 from soma_vllm.types import Usage
 

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support.replies import read_events
 from support.services import Services
 
 from soma_vllm.adaptation.threaded_encoder import ThreadedEncoder
 from soma_vllm.api.serializers import view
-from soma_vllm.engines.reply_parser import Choice, parse_body, read_events
+from soma_vllm.engines.reply_parser import Choice, parse_body
 from soma_vllm.errors import ConfigError, NotFound
 from soma_vllm.scheduler.policies.base import Policies
 from soma_vllm.types import SessionKey, Usage

@@ -134,7 +134,7 @@ async def test_a_removal_makes_good_what_was_missing_before_it() -> None:
 
     journal.put(Write(KEY, contradicted))
     journal.put(Write(KEY, lambda: do("lost")))
-    journal.put(Write(KEY, lambda: do("removed"), anew=True))
+    journal.put(Write(KEY, lambda: do("removed"), removes=True))
     journal.put(Write(KEY, lambda: do("begun anew")))
     await asyncio.wait_for(journal.stop(), GUARD_S)
     assert done == ["removed", "begun anew"]

@@ -24,6 +24,7 @@ class Record:
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
+        self.removals: list[list[str]] = []
         self.fail: dict[str, list[Exception]] = {}
         self.go = asyncio.Event()
         self.go.set()
@@ -34,6 +35,13 @@ class Record:
             if self.fail.get(append.key.session):
                 raise self.fail[append.key.session].pop(0)
         self.batches.append([append.key.session for append in appends])
+
+    async def delete(self, *keys: SessionKey) -> None:
+        await self.go.wait()
+        for key in keys:
+            if self.fail.get(key.session):
+                raise self.fail[key.session].pop(0)
+        self.removals.append([key.session for key in keys])
 
 
 def append(session: str, text: str = "") -> Append:
@@ -51,6 +59,32 @@ async def queue(record: Record) -> AsyncIterator[WriteBehindQueue]:
     await queue.start()
     yield queue
     await queue.stop()
+
+
+async def test_removals_that_wait_together_go_in_one_transaction_and_one_that_fails_costs_no_other(
+    queue: WriteBehindQueue, record: Record
+) -> None:
+    def removal(session: str) -> Write:
+        key = SessionKey("t", session)
+        return Write(key, lambda: record.delete(key), removes=True)
+
+    record.go.clear()
+    queue.append(append("first"))
+    for session in "abc":
+        queue.put(removal(session))
+    record.go.set()
+    await queue.written()
+    assert record.removals == [["a", "b", "c"]]
+    record.go.clear()
+    queue.append(append("first"))
+    record.fail["e"] = [StoreRefused("contradicted"), StoreRefused("contradicted")]
+    for session in "def":
+        queue.put(removal(session))
+    record.go.set()
+    await queue.written()
+    assert record.removals[1:] == [["d"], ["f"]]
+    assert queue.has(SessionKey("t", "e"))
+    assert not queue.has(SessionKey("t", "d"))
 
 
 async def test_appends_that_wait_together_go_in_one_transaction(

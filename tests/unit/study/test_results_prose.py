@@ -1,4 +1,4 @@
-"""docs/results.md: every figure of its prose is computed anew from the committed run."""
+"""docs/results.md: every figure of its prose is computed anew from the committed runs."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import soma_vllm
 ROOT = Path(soma_vllm.__file__).parent.parent
 PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 RUN = json.loads((ROOT / "docs" / "results" / "study.json").read_text(encoding="utf-8"))
+QUICK = json.loads((ROOT / "docs" / "results" / "quick.json").read_text(encoding="utf-8"))
 WARM = RUN["settings"]["warm_window"]
 TEN = 10
 """Turns that all sessions of the run have."""
@@ -123,3 +124,29 @@ def test_the_page_says_on_what_hardware_each_arm_ran() -> None:
     assert "`original` computed on one core" in prose()
     assert RUN["settings"]["config"]["original"]["cpu_cores"] == "0"
     assert RUN["settings"]["config"]["surrogate"]["cpu_cores"] == "1"
+
+
+def quoted(name: str) -> str:
+    """A ratio of the run on equal hardware with its interval."""
+    low, high = QUICK["intervals"][name]
+    return f"{short(QUICK['ratios'][name])} [{short(low)}, {short(high)}]"
+
+
+def quick_figures() -> dict[str, str]:
+    ours = QUICK["arms"]["soma"]
+    right = {name: short(arm["sessions_told"]["task_accuracy"]) for name, arm in QUICK["arms"].items()}
+    return {
+        "whole sessions": f"A whole session takes {quoted('whole_session_time_soma_over_original')}",
+        "later turns": f"later turns {short(QUICK['ratios']['later_latency_soma_over_original'])} by median",
+        "share": f"answered {100 * ours['share_surrogate_later']:.0f} % of the later turns",
+        "fidelity": f"later turns it is {short(ours['fidelity'])}, since",
+        "the promise": f"fidelity {short(ours['agreement']['fidelity_of_surrogate_turns'])} in its two turns",
+        "accuracy": f"is {right['soma']} of turns against {right['original']} of the original's, "
+        f"{quoted('task_accuracy_soma_over_original')}; the plain surrogate's is {right['surrogate']}",
+        "cost": f"fall to {quoted('net_cost_soma_over_original')}",
+    }
+
+
+@pytest.mark.parametrize("about", list(quick_figures()))
+def test_the_prose_quotes_the_run_on_equal_hardware(about: str) -> None:
+    assert quick_figures()[about] in prose()

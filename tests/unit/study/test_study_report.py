@@ -22,7 +22,7 @@ from study.report import (
     rankings,
     switched_latency,
 )
-from study.table import BEGIN, END, markdown, rewrite
+from study.table import markdown, rewrite
 
 import soma_vllm
 from soma_vllm.types import Gap
@@ -114,14 +114,16 @@ def test_percentiles_of_nothing_are_unknown() -> None:
     assert percentiles([1.0, 2.0, 3.0])["p50"] == 2.0
 
 
-def test_the_results_that_are_told_are_those_of_the_committed_run() -> None:
-    run = ROOT / "docs" / "results" / "study.json"
+@pytest.mark.parametrize("name", ["quick", "study"])
+def test_the_results_that_are_told_are_those_of_the_committed_run(name: str) -> None:
+    run = ROOT / "docs" / "results" / f"{name}.json"
     assert markdown(json.loads(run.read_text())) in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_a_document_without_the_marks_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "results.md"
-    path.write_text(f"before\n{END}\n{BEGIN}\n")
+    document = "before\n<!-- study: end -->\n<!-- study: begin -->\n"
+    path.write_text(document)
     with pytest.raises(ValueError, match="expected both"):
         rewrite(path, {})
-    assert path.read_text() == f"before\n{END}\n{BEGIN}\n"
+    assert path.read_text() == document

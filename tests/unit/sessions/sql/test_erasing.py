@@ -126,3 +126,29 @@ async def test_a_reader_in_the_way_is_told_and_the_next_erasure_makes_good(
     reader.close()
     assert await lite.erase_texts_before(0.0) == 0
     assert not found_in(folder, "unforgettable")
+
+
+async def test_many_sessions_are_removed_in_one_transaction_that_empties_the_log_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SessionStore(f"sqlite+aiosqlite:///{tmp_path}/s.db")
+    await store.open()
+    keys = [SessionKey("t", f"s{number}\x00") for number in range(70)]
+    for key in keys:
+        event = Event("turn", 1.0, {}, {"answer": f"the words of {key.session}"})
+        await store.append(key, 0, [event], SessionSnapshot("", "CLOSED", "c", 1, None))
+    emptied = []
+    scrub = store._scrub
+
+    async def counted() -> None:
+        emptied.append(1)
+        await scrub()
+
+    monkeypatch.setattr(store, "_scrub", counted)
+    await store.delete(*keys[:-1])
+    assert len(emptied) == 1
+    assert await store.keys() == keys[-1:]
+    held = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert b"the words of s1" not in held
+    assert b"the words of s69" in held
+    await store.close()

@@ -134,11 +134,11 @@ async def test_a_database_goes_back_to_an_older_revision_and_up_again_with_all_i
     await store.append(key, 0, [event], SessionSnapshot("", "SWITCHED", "c", 1, "a"), (), [adapter])
     for revision in ("0003", "0002", "0001"):
         assert (await migrate(store._engine, revision))[1] == revision
-    assert await migrate(store._engine) == ("0001", "0005")
+    assert await migrate(store._engine) == ("0001", "0006")
     assert await store.events(key) == [event]
     assert await store.adapters() == [AdapterRecord(key, "a", 1, "/a", "ACTIVE")]
-    for revision in ("0006", "head", "-1"):
-        with pytest.raises(ConfigError, match=r"expected one of 0001, 0002, 0003, 0004, 0005"):
+    for revision in ("0007", "head", "-1"):
+        with pytest.raises(ConfigError, match=r"expected one of 0001, 0002, 0003, 0004, 0005, 0006"):
             await migrate(store._engine, revision)
     await store.close()
 
@@ -166,10 +166,10 @@ async def test_a_newer_database_is_refused(url: str) -> None:
     await run(url, "UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(
         ConfigError,
-        match=r"found revision 9999; expected 0005 or older: .* --downgrade 0005",
+        match=r"found revision 9999; expected 0006 or older: .* --downgrade 0006",
     ):
         await opened(url)
-    with pytest.raises(ConfigError, match="found revision 9999; expected 0005"):
+    with pytest.raises(ConfigError, match="found revision 9999; expected 0006"):
         async with reading(url):
             pass
 

@@ -417,7 +417,7 @@ async def test_reading_creates_nothing(tmp_path: Path) -> None:
         (
             "sqlite+aiosqlite:///{folder}/x.db",
             b"",
-            "found no table adapters, api_keys, events, items, objects, record, sessions, texts",
+            "found no table adapters, api_keys, audit, events, items, objects, record, sessions, texts",
         ),
         ("sqlite+aiosqlite:///{folder}/x.db", b"not a database" * 100, "cannot be read"),
         ("nosuch+driver://user:secret@host/db", None, "nosuch"),
