@@ -1,7 +1,8 @@
 """Clients of others as subprocesses, each in the environment that `make clients` made for it.
 
-Guarantees: a script reaches this machine alone (other hosts are behind a proxy that is not there), reads no settings
-of the person who runs the tests, and has ended when its block has. One that says nothing ends after `GUARD_S`.
+Guarantees: a script reaches this machine alone (other hosts are behind a proxy that is not there), reads no
+settings of the person who runs the tests, and has ended when its block has. One that says nothing ends after
+`GUARD_S`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""aider by its own Python interface, one file in the chat: it sends the file anew, and reminders, with every question."""
+"""aider by its own Python interface, one file in the chat: each question comes with the file, and reminders."""
 
 import os
 from pathlib import Path

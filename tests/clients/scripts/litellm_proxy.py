@@ -1,4 +1,4 @@
-"""LiteLLM's proxy in front, asked by OpenAI's client: one dialogue known by its transcript, one named by a header."""
+"""LiteLLM's proxy in front, asked by OpenAI's client: one dialogue known by its transcript, one by a header."""
 
 import json
 import socket

@@ -1,7 +1,7 @@
 """Open WebUI's requests in their shapes (its own program is not run): one chat, named by its header.
 
-Knowledge is put before the newest question alone. Titles, tags and follow-ups are asked for beside it: each is one
-message that holds the chat as text, under the chat's own id.
+Knowledge is put before the newest question alone. Titles, tags and follow-ups are asked for beside it: each is
+one message that holds the chat as text, under the chat's own id.
 """
 
 from openai import OpenAI

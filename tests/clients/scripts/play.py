@@ -1,6 +1,7 @@
-"""What every script here does: a question a line in, the client's answer as a line of JSON out, until the input ends.
+"""What every script here does: a question a line in, the client's answer as a line of JSON out, until the end.
 
-The server is in BASE_URL, the key in API_KEY. What libraries print goes to stderr, so that stdout holds answers alone.
+The server is in BASE_URL, the key in API_KEY. What libraries print goes to stderr, so that stdout holds answers
+alone.
 """
 
 import json
