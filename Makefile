@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup models tiny baselines demo smoke evaluate serve check test lint docs fast-services fast-rest bench faults dispatch study study-full load-tools load-test gpu-rehearsal lock clean
+.PHONY: help setup models tiny baselines demo smoke evaluate serve check test lint docs fast-services fast-rest bench faults dispatch study study-full load-tools load-test clients few-clients gpu-rehearsal lock clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -93,7 +93,7 @@ serve: models
 	@$(BIN)/soma-serve --config configs/cpu_demo.yaml
 
 ## make test    lint and the whole test suite, on real engines
-test: models tiny baselines
+test: models tiny baselines few-clients
 	@echo "[test] the whole suite, on real engines; two parts side by side, the embedded pair last"
 	@echo "[test] each part is shown when it is over; two at once need 20 GB of free memory, else one after the other"
 	@$(MAKE) --no-print-directory -k -j$(AT_ONCE) --output-sync=target test-shared test-apart
@@ -102,10 +102,10 @@ test: models tiny baselines
 AT_ONCE = $(shell awk '/MemAvailable/ { print ($$2 > 20e6) ? 2 : 1 }' /proc/meminfo)
 
 # What shares one server, and all that needs none of it, beside each other: each is mostly waiting for engines.
-SHARED = $(shell grep -lw tiny_server tests/integration/test_*.py)
+SHARED = tests/clients $(shell grep -lw tiny_server tests/integration/test_*.py)
 .PHONY: test-shared test-apart test-real
 test-shared: setup
-	@$(BIN)/python -m pytest $(SHARED)
+	@CLIENTS_EXPECTED="$(FEW_CLIENTS)" $(BIN)/python -m pytest $(SHARED)
 
 test-apart: lint
 	@$(BIN)/python -m pytest tests/unit tests/contract tests/integration $(addprefix --ignore=,$(SHARED))
@@ -175,6 +175,27 @@ $(TOOLS)/%/.installed: requirements/%.lock
 ## make load-test  both of them against a server on tiny random models (docs/load.md, about 3 minutes)
 load-test: load-tools tiny
 	@$(BIN)/python -m pytest tests/integration/test_load_tools.py
+
+## make clients  clients of others, each in its own environment under $$SOMA_HOME/clients, for tests/clients
+CLIENTS := $(or $(SOMA_HOME),$(HOME)/.cache/soma-vllm)/clients
+clients: $(patsubst requirements/clients/%.lock,$(CLIENTS)/%/.installed,$(wildcard requirements/clients/*.lock)) $(CLIENTS)/node/.installed
+
+$(CLIENTS)/%/.installed: requirements/clients/%.lock
+	@echo "[clients] installing $* into $(CLIENTS)/$*"
+	@rm -f $@ && { test -x $(CLIENTS)/$*/bin/python || $(PYTHON) -m venv $(CLIENTS)/$*; }
+	@$(CLIENTS)/$*/bin/python requirements/install.py $< --no-compile $(PIP_ARGS)
+	@touch $@
+
+$(CLIENTS)/node/.installed: requirements/clients/node/package-lock.json requirements/clients/node/package.json
+	@if ! command -v npm >/dev/null; then echo "[clients] found no npm: clients in JavaScript are left out"; \
+	  elif test -e $@ && cmp -s $< $(@D)/$(<F); then touch $@; \
+	  else echo "[clients] installing node into $(@D)" && rm -f $@ && mkdir -p $(@D) && cp $^ $(@D) \
+	    && npm ci --prefix $(@D) --prefer-offline --no-audit --no-fund --loglevel=error && touch $@; fi
+
+# Those that make test installs, in seconds each. Where one cannot be, its test says so and fails; the others are skipped.
+FEW_CLIENTS := agents node
+few-clients:
+	@$(MAKE) --no-print-directory -k $(FEW_CLIENTS:%=$(CLIENTS)/%/.installed) || true
 
 ## make gpu-rehearsal  every step of benchmarks/gpu on the CPU with tiny models (6 to 9 minutes on 2 idle cores, 16 on busy ones)
 gpu-rehearsal: setup

@@ -1,9 +1,11 @@
 """Resolve requirements/*.in into one lock per device, with uv (part of requirements/build.lock), into one of
-what the baselines need beside it, in their own directory, and into one for each load generator.
+what the baselines need beside it, in their own directory, and into one for each load generator and each client
+of clients/; npm writes the lock of the clients in JavaScript.
 
 python requirements/resolve.py [further arguments of `uv pip compile`]
 """
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,11 @@ BASELINES_HEADER = (
 TOOLS = ("guidellm", "aiperf")
 TOOL_HEADER = (
     "# Resolved by `make lock` from {tool}.in for Python 3.11. Installed by `make load-tools` with --no-deps,\n"
+    "# in an environment of its own.\n"
+)
+
+CLIENT_HEADER = (
+    "# Resolved by `make lock` from {client}.in for Python 3.11. Installed by `make clients` with --no-deps,\n"
     "# in an environment of its own.\n"
 )
 
@@ -67,3 +74,9 @@ if __name__ == "__main__":
     resolve("baselines", ("llmlingua", "routellm"), beside, BASELINES_HEADER, *sys.argv[1:])
     for tool in TOOLS:
         resolve(tool, (tool,), ("setuptools",), TOOL_HEADER.format(tool=tool), *sys.argv[1:])
+    for client in sorted(path.stem for path in (HERE / "clients").glob("*.in")):
+        lock, header = f"clients/{client}", CLIENT_HEADER.format(client=client)
+        resolve(lock, (lock,), ("setuptools",), header, *sys.argv[1:])
+    if shutil.which("npm"):  # whose lock names no host, so that any registry serves
+        options = ("--package-lock-only", "--omit-lockfile-registry-resolved", "--no-audit", "--no-fund")
+        subprocess.run(["npm", "install", *options], cwd=HERE / "clients" / "node", check=True)

@@ -9,6 +9,8 @@ import hypothesis
 import pytest
 from support.postgres import PACKAGE, Postgres, binaries
 
+pytest_plugins = ("support.tiny_server",)
+
 # An example may take as long as a slow machine makes it.
 SLOWNESS_IS_NO_FAULT = hypothesis.settings(
     deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
