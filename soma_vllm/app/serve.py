@@ -67,9 +67,8 @@ def serve(
 
 def _serve(path: Path, overrides: list[str], check: bool, take_over: bool, console: Console) -> None:
     config = load_config(path, overrides).for_serving(str(path))
-    named = (config.original.api_key_env, config.gate.judge_api_key_env)
-    keys = (config.access.admin_key_env, config.storage.url_env, *named)
-    withhold((*SECRETS, *filter(None, keys)))
+    keys = (config.access.admin_key_env, config.original.api_key_env, config.gate.judge_api_key_env)
+    withhold((*SECRETS, *filter(None, (*keys, config.storage.url_env))))
     for line in without_effect(config):
         console.print(f"note       {line}", markup=False)
     for line in exposed(config):
