@@ -12,7 +12,9 @@ def say(question):
     request = {"model": "soma", "messages": messages, "max_completion_tokens": MAX_TOKENS, "temperature": 0}
     if len(messages) % 4 == 1:
         with client.chat.completions.stream(**request) as stream:
-            message = stream.get_final_completion().choices[0].message
+            for _ in stream:
+                pass
+            message = stream.current_completion_snapshot.choices[0].message  # whole or cut at its length
         shown = {}
     else:
         raw = client.chat.completions.with_raw_response.create(**request)
