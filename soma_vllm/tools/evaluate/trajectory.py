@@ -20,10 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from soma_vllm.app.original_process import OriginalProcess
 from soma_vllm.config import Config
-from soma_vllm.engines.engine import ChatCall, Engine, Salts
+from soma_vllm.engines.child_process import ChildServer
+from soma_vllm.engines.engine import ChatCall, Engine
 from soma_vllm.engines.logprobs import teacher_from_logprobs, teaching_fields
+from soma_vllm.engines.original import OriginalEngine
+from soma_vllm.engines.supervisor import Patience, Supervisor
+from soma_vllm.engines.vllm.arguments import child_command, child_environment, vllm_arguments
 from soma_vllm.errors import EngineRefused, EngineUnavailable
 from soma_vllm.models.home import soma_home
 from soma_vllm.models.hub import local_path
@@ -255,15 +258,30 @@ async def open_original(config: Config, say: Say) -> AsyncIterator[Engine]:
     """The configured original, ready: an endpoint, or a vLLM server of our own.
 
     Raises:
-        ModelError: a model is not there.
+        ModelError: a child's model is not there.
         EngineUnavailable: the child did not get ready; with the end of its log.
         PreflightError: the endpoint's key is not in the environment.
     """
+    original = config.original
+    name = original.name or config.original_model or ""
     async with AsyncExitStack() as stack:
+        if original.url is not None:
+            key, timeout_s = original.api_key_env, original.connect_timeout_s
+            engine = OriginalEngine(name, original.url, api_key_env=key, connect_timeout_s=timeout_s)
+            stack.push_async_callback(engine.close)
+            yield engine
+            return
+        assert config.original_model is not None, "for_serving has checked"
+        model = str(local_path(config.original_model))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soma-original-")))
-        process = OriginalProcess(config, config.original_name, folder, say)
-        assert config.original_model is not None or config.original.url, "for_serving has checked"
-        here = config.original.url is None
-        model = local_path(config.original_model or "") if here else None
-        process.start(model, local_path(config.surrogate_model or ""), stack)
-        yield await process.connect(Salts(), stack)
+        socket, log = folder / "original.sock", folder / "original.log"
+        command = child_command(vllm_arguments(original, model, name), socket)
+        child = ChildServer(command, child_environment(original, model), log, socket)
+        supervisor = Supervisor(child, patience=Patience(start=original.start_timeout_s))
+        stack.push_async_callback(supervisor.stop)
+        engine = OriginalEngine.of_child(name, supervisor, original.connect_timeout_s)
+        stack.push_async_callback(engine.close)
+        say(f"starting the original {name} (20-60 s); its log is {log}")
+        supervisor.start()
+        await supervisor.wait_ready(original.start_timeout_s)
+        yield engine

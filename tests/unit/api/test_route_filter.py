@@ -15,6 +15,7 @@ from soma_vllm.api.route_filter import KEPT, not_served
 OURS = (
     "/ready",
     "/soma/adapters",
+    "/soma/audit",
     "/soma/sessions",
     "/v1/chat/completions",
     "/v1/completions",
