@@ -237,7 +237,8 @@ async def test_a_block_without_an_end_is_ended(monkeypatch: pytest.MonkeyPatch) 
 
 
 async def test_a_run_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (study,) = studies("--workloads", WORKLOADS, "--quick", "--keep", str(tmp_path / "blocks"))
+    quick = ("--quick", "--capacity", "1")
+    (study,) = studies("--workloads", WORKLOADS, *quick, "--keep", str(tmp_path / "blocks"))
     played: list[str] = []
 
     async def play(self: Server, block: Block) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from marked import replace_marked
 from study.client import Answered, Played
 from study.cost import Counting
 from study.fidelity import compare, summary
@@ -22,7 +23,7 @@ from study.report import (
     rankings,
     switched_latency,
 )
-from study.table import markdown, rewrite
+from study.table import markdown
 
 import soma_vllm
 from soma_vllm.types import Gap
@@ -125,5 +126,5 @@ def test_a_document_without_the_marks_is_left_alone(tmp_path: Path) -> None:
     document = "before\n<!-- study: end -->\n<!-- study: begin -->\n"
     path.write_text(document)
     with pytest.raises(ValueError, match="expected both"):
-        rewrite(path, {})
+        replace_marked(path, "study", "made")
     assert path.read_text() == document
