@@ -28,5 +28,5 @@ def test_wrong_answers_are_refused_and_right_ones_pass_on_the_test_half() -> Non
     for pair, gap in zip(pairs, found, strict=True):
         refused[pair["right"]].append(gap.value > THRESHOLD)
     assert len(pairs) >= 300
-    assert sum(refused[False]) >= 0.92 * len(refused[False])
+    assert sum(refused[False]) >= 0.95 * len(refused[False])
     assert sum(refused[True]) <= 0.10 * len(refused[True])

@@ -31,7 +31,11 @@ def classifier(path: Path, labels: list[str]) -> Path:
     torch.manual_seed(3)
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = BertConfig(
-        vocab_size=len(WORDS), max_position_embeddings=34, id2label=dict(enumerate(labels)), **shape
+        vocab_size=len(WORDS),
+        max_position_embeddings=34,
+        id2label=dict(enumerate(labels)),
+        initializer_range=1.0,
+        **shape,
     )
     BertForSequenceClassification(config).save_pretrained(path)
     words = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
