@@ -176,7 +176,7 @@ $(TOOLS)/%/.installed: requirements/%.lock
 load-test: load-tools tiny
 	@$(BIN)/python -m pytest tests/integration/test_load_tools.py
 
-## make clients  clients of others, each in its own environment under $$SOMA_HOME/clients, for tests/clients
+## make clients  clients of others, in environments of their own under $$SOMA_HOME/clients, for tests/clients (1.8 GB on disk, 9 minutes beside other work)
 CLIENTS := $(or $(SOMA_HOME),$(HOME)/.cache/soma-vllm)/clients
 clients: $(patsubst requirements/clients/%.lock,$(CLIENTS)/%/.installed,$(wildcard requirements/clients/*.lock)) $(CLIENTS)/node/.installed
 

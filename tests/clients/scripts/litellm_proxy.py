@@ -1,6 +1,7 @@
 """LiteLLM's proxy in front, asked by OpenAI's client: one dialogue known by its transcript, one by a header."""
 
 import json
+import secrets
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from urllib.request import urlopen
 from openai import OpenAI
 from play import BASE_URL, KEY, MAX_TOKENS, play
 
+MASTER = f"sk-{secrets.token_hex(16)}"
 CONFIG = {
     "model_list": [
         {
@@ -18,7 +20,7 @@ CONFIG = {
             "litellm_params": {"model": "openai/soma", "api_base": BASE_URL, "api_key": KEY},
         }
     ],
-    "general_settings": {"forward_client_headers_to_llm_api": True},
+    "general_settings": {"forward_client_headers_to_llm_api": True, "master_key": MASTER},
 }
 START_S = 300.0
 NAMED = {"X-Session-ID": "named-room"}
@@ -27,7 +29,7 @@ with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
 Path("proxy.yaml").write_text(json.dumps(CONFIG))  # JSON is YAML
-client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="anything", max_retries=0)
+client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=MASTER, max_retries=0)
 dialogues = {"": [], "Ben asks: ": []}
 
 
@@ -43,15 +45,17 @@ def ready() -> bool:
 def ask(whose, question):
     messages = dialogues[whose]
     messages.append({"role": "user", "content": whose + question})
-    reply = client.chat.completions.create(
+    raw = client.chat.completions.with_raw_response.create(
         model="soma",
         messages=messages,
         max_tokens=MAX_TOKENS,
         temperature=0,
         extra_headers=NAMED if whose else {},
     )
-    messages.append({"role": "assistant", "content": reply.choices[0].message.content})
-    return reply.choices[0].message.content
+    session = raw.headers["llm_provider-x-soma-session"]
+    assert not whose or session == NAMED["X-Session-ID"], f"the header has not arrived: {session}"
+    messages.append({"role": "assistant", "content": raw.parse().choices[0].message.content})
+    return messages[-1]["content"]
 
 
 command = [str(Path(sys.executable).with_name("litellm")), "--config", "proxy.yaml"]
