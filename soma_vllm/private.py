@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PRIVATE_FILE, PRIVATE_FOLDER, PRIVATE_UMASK = 0o600, 0o700, 0o077
@@ -19,9 +19,10 @@ OPENAI_KEY = "OPENAI_API_KEY"
 SECRETS = (*HUB_TOKENS, OPENAI_KEY)
 """Variables that hold secrets whatever the configuration says; it names more."""
 
-_PASSWORD = re.compile(r"(://[^\s:/@\"]*:)[^\s@\"]+@")
+_PASSWORD = re.compile(r"(://[^\s:/@\"]*:)[^\s/?#\"]+@")
 
 _withheld: dict[str, str] = {}
+_users_umask: int | None = None
 
 
 def withhold(names: Iterable[str]) -> None:
@@ -44,5 +45,27 @@ def masked(text: str) -> str:
 def keep_private(file: Path) -> None:
     """Make a file that its owner alone may read, or make an existing one so; left alone where that fails."""
     with suppress(OSError):
-        os.close(os.open(file, os.O_RDWR | os.O_CREAT, PRIVATE_FILE))
-        file.chmod(PRIVATE_FILE)
+        try:
+            # Not opened where it is there: closing it would end the locks that SQLite holds on it.
+            file.chmod(PRIVATE_FILE)
+        except FileNotFoundError:
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT, PRIVATE_FILE))
+
+
+def private_from_now_on() -> None:
+    """Have this process make files that its user alone may read."""
+    global _users_umask
+    _users_umask = os.umask(PRIVATE_UMASK)
+
+
+@contextmanager
+def as_the_user_has_it() -> Iterator[None]:
+    """Make files with the umask that the process began with, such as those of a cache that users share."""
+    if _users_umask is None:
+        yield
+        return
+    ours = os.umask(_users_umask)
+    try:
+        yield
+    finally:
+        os.umask(ours)

@@ -23,6 +23,11 @@ HEADS = {
     "leaks": "leaks",
 }
 
+SEEN_WHERE = (
+    "A wrong adapter can be seen where adapters have marks of their own (files, servers, kills, soak), an "
+    "engine's death where engines are real (files, originals, servers, kills); elsewhere both are zero anyway."
+)
+
 
 class Kept:
     """The parts that were played so far, in a file: a part played again replaces itself."""
@@ -74,11 +79,14 @@ def markdown(document: Mapping[str, Any]) -> str:
     days = sorted({part["date"] for part in parts})
     machine = next(iter(parts))["machine"]
     commands = ", ".join(f"`{command}`" for command in dict.fromkeys(part["command"] for part in parts))
+    alone = any(kind not in document["parts"] for kind in document["kinds"])
+    played = f"Played by {commands}{' kind by kind' if alone else ''}"
     rows, minutes = rows_of(document), sum(part["seconds"] for part in parts) / 60
     lines = [
-        f"Played by {commands}, from {days[0]} to {days[-1]} (UTC), on {machine['processor']}, "
-        f"{machine['cores']} cores, {machine['memory_gib']} GiB, shared with other work: "
-        f"{sum(row.requests for row in rows):,} requests in {minutes:.0f} minutes.",
+        f"{played}; the first kind ended on {days[0]}, the last on {days[-1]} (UTC); on "
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, shared with "
+        f"other work: {sum(row.requests for row in rows):,} requests; the kinds took {minutes:.0f} minutes "
+        f"together. {SEEN_WHERE}",
         "",
         "| fault: step | requests | " + " | ".join(HEADS.values()) + " | MiB | what it cost |",
         "|---|" + "---:|" * (len(HEADS) + 2) + "---|",

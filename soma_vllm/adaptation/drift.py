@@ -89,7 +89,9 @@ class DriftWatch:
         try:
             if turn.engine is Role.SURROGATE:
                 self._require_budget()
-                finding = await self._lane.run(lambda: self._ask_original(key, turn, asked, session))
+                found = await self._lane.run(lambda: self._ask_original(key, turn, asked, session))
+                # Judged outside of the lane: a user who comes now costs nothing that is paid already.
+                finding = found if isinstance(found, Finding) else await self._gap(turn, found)
             else:
                 finding = await self._ask_surrogate(key, turn, shown, session.adapter)
             self._require_same(key, session)
@@ -111,12 +113,12 @@ class DriftWatch:
 
     async def _ask_original(
         self, key: SessionKey, turn: Turn, asked: tuple[Message, ...], before: Session
-    ) -> Finding:
-        """What the original makes of the surrogate's turn; it may be cancelled at any moment."""
+    ) -> Finding | Choice:
+        """What the original makes of the surrogate's turn, or its own answer; cancelled at any moment."""
         self._require_same(key, before)  # it may have waited long
         if self._config.gate.audit == "generate" or turn.calls:  # calls cannot be read as an answer is
             body, limit = as_asked(asked, turn.fields), self._limit(turn)
-            return await self._gap(turn, await shadow_reply(self._original, key.tenant, body, limit))
+            return await shadow_reply(self._original, key.tenant, body, limit)
         call = ChatCall(chat_body(asked, turn.fields), None, key.tenant, background=True)
         agreement = await self._original.score(call, turn.answer)
         return Finding("surprise", agreement.nll, agreement.top1)
@@ -127,6 +129,8 @@ class DriftWatch:
             original, surrogate = (shadow.calls, turn.calls) if ours else (turn.calls, shadow.calls)
             tools = turn.fields.get("tools")
             value, mismatch = await call_gap(self._shadow_answers, original, surrogate, tools)
+            if mismatch is Mismatch.UNVERIFIABLE:
+                raise JobDropped("the schema of the request's tools cannot be applied")
             return Finding("gap", value, mismatch=mismatch)
         answer = comparable(turn.answer, turn.length, self._limit(turn))
         (value,) = await self._shadow_answers.gaps([answer], [shadow.text])

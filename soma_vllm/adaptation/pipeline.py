@@ -109,6 +109,7 @@ class Adaptation:
             parts = self._acceptance, self._budget, self._training
             trial = _Trial(session, terms, (examples, held_out), made, parts)
             verdict = await choose(trial, terms)
+            self._budget.ended(key)
             self._training.require_adapting(key)
             serving = made[0] if verdict.candidate is Candidate.ADAPTER else None
             tools = None
@@ -244,6 +245,7 @@ class _Trial:
             gaps = plain_gaps
         else:
             ref = await self._training.publish(key, result, self._made)
+            self._budget.ended(key)  # it counts as an adapter from here on
             gaps = await self._acceptance.gaps(key, held_out, ref)
         return (
             evidence_of(Candidate.PLAIN, held_out, plain_gaps, result.plain),

@@ -50,7 +50,10 @@ async def shadow_reply(
     body = {**asked, "max_tokens": max_tokens, "temperature": 0.0}
     reply = await engine.chat(ChatCall(body, adapter, tenant, background=True))
     assert reply.body is not None, "a request without stream=true is answered whole"
-    return parse_body(reply.body, time.monotonic()).choices[0]
+    parsed = parse_body(reply.body, time.monotonic())
+    if not parsed.complete:
+        raise EngineError("the shadow of an answer cannot be read")
+    return parsed.choices[0]
 
 
 async def shadow_answer(

@@ -19,6 +19,7 @@ from soma_vllm.api.auth.access import CALLER, require_admin, steers
 from soma_vllm.api.auth.quotas import Caller
 from soma_vllm.api.error_responses import TranslatingRoute
 from soma_vllm.errors import StoreUnavailable
+from soma_vllm.sessions.ports import in_time
 from soma_vllm.sessions.sql.audit_trail import AuditTrail, Order
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ router = APIRouter(prefix="/soma/audit", route_class=TranslatingRoute)
 
 MOST_CHARS = 512
 """Of what is told of one order; ids are the client's choice."""
+MOST_ORDERS = 2**31 - 1
+"""As far as the record's numbers go."""
 WISHES = (b"x-soma-policy", b"x-soma-force")
 
 
@@ -33,7 +36,7 @@ WISHES = (b"x-soma-policy", b"x-soma-force")
 async def list_orders(
     raw_request: Request,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    before: int | None = None,
+    before: Annotated[int | None, Query(le=MOST_ORDERS)] = None,
 ) -> Response:
     """Orders, the latest first. `before` continues a listing: the `number` of its last. Administrators only."""
     require_admin(raw_request)
@@ -58,7 +61,7 @@ class AuditedOrders:
             if message["type"] == "http.response.start" and message["status"] < 400:
                 logger.info("order by %s: %s", order.who, order.what)
                 try:
-                    await _trail(scope).note(order)
+                    await in_time(_trail(scope).note(order))
                 except StoreUnavailable as error:
                     logger.error("the order before this line is not on record: %s", error)
             await send(message)
@@ -71,9 +74,9 @@ def order_of(scope: Scope) -> Order | None:
     caller: Caller | None = scope.get("state", {}).get(CALLER)
     if caller is None or scope["method"] in ("GET", "HEAD", "OPTIONS"):
         return None
-    path = scope["path"]
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
     query = scope.get("query_string", b"").decode("latin-1")
-    what = f"{scope['method']} {path}{'?' if query else ''}{query}"
+    what = f"{scope['method']} {path[: MOST_CHARS // 2]}{'?' if query else ''}{query}"
     if not (path.startswith("/soma/") or steers(path)):
         wishes = [
             f"{name.decode()}={value.decode('latin-1')}" for name, value in scope["headers"] if name in WISHES

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -15,7 +14,7 @@ from rich.console import Console
 
 from soma_vllm.config import Config, exposed, load_config, without_effect
 from soma_vllm.errors import PreflightError, SomaError
-from soma_vllm.private import PRIVATE_UMASK, SECRETS, masked, withhold
+from soma_vllm.private import HUB_TOKENS, SECRETS, masked, private_from_now_on, withhold
 from soma_vllm.versions import versions
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def serve(
     version: Version = False,
 ) -> None:
     """Serve dialogues that begin on the original and move to the surrogate."""
-    os.umask(PRIVATE_UMASK)
+    private_from_now_on()
     console = Console(highlight=False, soft_wrap=True)
     try:
         _serve(config, overrides or [], check, take_over, console)
@@ -68,7 +67,9 @@ def serve(
 def _serve(path: Path, overrides: list[str], check: bool, take_over: bool, console: Console) -> None:
     config = load_config(path, overrides).for_serving(str(path))
     keys = (config.access.admin_key_env, config.original.api_key_env, config.gate.judge_api_key_env)
-    withhold((*SECRETS, *filter(None, (*keys, config.storage.url_env))))
+    # The hub's own client reads its token from the environment.
+    general = set(SECRETS) - (set(HUB_TOKENS) if config.adapters.root.startswith("hf://") else set())
+    withhold((*general, *filter(None, (*keys, config.storage.url_env))))
     for line in without_effect(config):
         console.print(f"note       {line}", markup=False)
     for line in exposed(config):

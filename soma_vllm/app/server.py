@@ -255,7 +255,7 @@ class SomaServer:
         await store.open()
         self._cleanup.push_async_callback(store.close)
         if self.quotas.needs_keys:
-            self.quotas.learn(await self._keys.ls())
+            self.quotas.learn(await self._keys.readable())
         self._say(f"sessions   {await store.count()} on record")
         return store
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from soma_vllm.engines.engine import Events, Reply
-from soma_vllm.engines.reply_parser import StreamReader, parse_body
+from soma_vllm.engines.reply_parser import Choice, StreamReader, parse_body
 from soma_vllm.engines.tool_calls import Mismatch, fault
 from soma_vllm.errors import MalformedCall
 
@@ -35,8 +35,7 @@ async def with_valid_calls(reply: Reply, asked: Mapping[str, Any]) -> Reply:
         await guarded.begin()
         return Reply(events=guarded)
     assert reply.body is not None
-    for choice in parse_body(reply.body, time.monotonic()).choices:
-        _require_valid(choice.calls, tools)
+    _require_valid(parse_body(reply.body, time.monotonic()).choices, tools)
     return reply
 
 
@@ -47,6 +46,7 @@ class _GuardedStream:
         self._events = events
         self._tools = tools
         self._reader = StreamReader()
+        self._ended = False
         self._ready: deque[str] = deque()
         """Events that may be passed on."""
 
@@ -79,15 +79,16 @@ class _GuardedStream:
                 if not self._reader.called and (self._reader.spoke or not silent):
                     break
             else:
-                for choice in self._reader.reply(None, 0.0).choices:
-                    _require_valid(choice.calls, self._tools)
+                if not self._ended:
+                    self._ended = True
+                    _require_valid(self._reader.reply(None, 0.0).choices, self._tools)
         except BaseException:
             await self.aclose()
             raise
         self._ready.extend(held)
 
 
-def _require_valid(calls: tuple[Mapping[str, Any], ...], tools: object) -> None:
-    found = fault(calls, tools)
+def _require_valid(choices: Sequence[Choice], tools: object) -> None:
+    found = fault([call for choice in choices for call in choice.calls], tools)
     if found is not None and found is not Mismatch.UNVERIFIABLE:
         raise MalformedCall(f"the surrogate's call of a tool is malformed: {found}")

@@ -178,6 +178,7 @@ class StreamReader:
         self._usage = Usage()
         self._complete = False
         self._unread = False
+        self._full = False
         """An event reported an error, or could not be read."""
         self._chars = 0
         self._pieces = 0
@@ -211,9 +212,13 @@ class StreamReader:
 
     def _room(self, choice: Mapping[str, Any]) -> bool:
         """Whether what a choice adds may be held."""
-        content = (choice.get("delta") or {}).get("content")
+        delta = choice.get("delta") or {}
+        content = delta.get("content")
         size = len(content) if isinstance(content, str) else len(str(content or ""))
-        if not self._heard.take(size):
+        for part in delta.get("tool_calls") or ():
+            size += len(str((part.get("function") or {}).get("arguments") or ""))
+        if self._full or not self._heard.take(size):
+            self._full = True  # what comes later is no continuation
             return False
         self._held += size
         return True

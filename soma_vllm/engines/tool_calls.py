@@ -22,8 +22,8 @@ from referencing.jsonschema import EMPTY_REGISTRY
 
 from soma_vllm.sessions.state.answer_print import calls_of
 
-MOST_STEPS = 20_000
-"""Keywords of a schema that are applied to one call; a common call takes tens."""
+MOST_STEPS = 1_000
+"""Keywords of schemas that are applied to the calls of one reply; a common call takes tens."""
 
 Calls = Sequence[Mapping[str, Any]]
 """OpenAI's `tool_calls`."""
@@ -60,13 +60,20 @@ class Comparison:
 
 
 def fault(calls: Calls, tools: object) -> Mismatch | None:
-    """What is wrong with these calls under a request's `tools`; None where they are allowed."""
+    """What is wrong with these calls under a request's `tools`; None where they are allowed.
+
+    UNVERIFIABLE only where nothing else is wrong with any of them.
+    """
     schemas = _schemas(tools)
     read = calls_of({"tool_calls": list(calls)})
     if len(read) != len(calls):
         return Mismatch.UNKNOWN_FUNCTION
-    found = (_fault_of(name, arguments, schemas) for name, arguments in read)
-    return next((mismatch for mismatch in found if mismatch is not None), None)
+    steps = _steps.set([MOST_STEPS])
+    try:
+        found = {_fault_of(name, arguments, schemas) for name, arguments in read} - {None}
+    finally:
+        _steps.reset(steps)
+    return next((mismatch for mismatch in Mismatch if mismatch in found), None)
 
 
 def compare(original: Calls, surrogate: Calls, tools: object) -> Comparison:
@@ -83,20 +90,31 @@ def compare(original: Calls, surrogate: Calls, tools: object) -> Comparison:
     theirs, ours = (calls_of({"tool_calls": list(calls)}) for calls in (original, surrogate))
     if sorted(str(name) for name, _ in theirs) != sorted(str(name) for name, _ in ours):
         return Comparison(Mismatch.OTHER_FUNCTIONS)
-    schemas, texts = _schemas(tools), list[tuple[str, str]]()
+    try:
+        texts = _texts(theirs, ours, _schemas(tools))
+    except RecursionError:  # as deep as JSON can be
+        return Comparison(Mismatch.UNVERIFIABLE)
+    return Comparison(Mismatch.OTHER_ARGUMENTS) if texts is None else Comparison(None, tuple(texts))
+
+
+def _texts(
+    theirs: Sequence[list[Any]], ours: list[list[Any]], schemas: Mapping[str, Any]
+) -> list[tuple[str, str]] | None:
+    """The texts of calls of the same functions that a judge has to compare; None where the rest differs."""
+    texts: list[tuple[str, str]] = []
     for name, arguments in theirs:
-        schema = schemas.get(name)
+        schema = schemas.get(str(name))
         found = [
             (pairs, index)
             for index, (other, given) in enumerate(ours)
             if other == name and (pairs := _apart(_given(arguments), _given(given), schema)) is not None
         ]
         if not found:
-            return Comparison(Mismatch.OTHER_ARGUMENTS)
+            return None
         pairs, index = min(found, key=lambda one: len(one[0]))
         texts += pairs
         del ours[index]
-    return Comparison(None, tuple(texts))
+    return texts
 
 
 def _schemas(tools: object) -> dict[str, Any]:
@@ -104,7 +122,18 @@ def _schemas(tools: object) -> dict[str, Any]:
     declared = tools if isinstance(tools, list | tuple) else ()
     functions = [tool.get("function") for tool in declared if isinstance(tool, Mapping)]
     named = [f for f in functions if isinstance(f, Mapping) and isinstance(f.get("name"), str)]
-    return {function["name"]: function.get("parameters") or {} for function in named}
+    try:
+        return {function["name"]: _undated(function.get("parameters") or {}) for function in named}
+    except RecursionError:  # as deep as JSON can be: none of them can be applied
+        return {function["name"]: None for function in named}
+
+
+def _undated(schema: Any) -> Any:
+    """Without any `$schema`, by which the library would choose another class, one that counts no steps."""
+    if isinstance(schema, Mapping):
+        kept = (item for item in schema.items() if item[0] != "$schema" or not isinstance(item[1], str))
+        return {name: _undated(value) for name, value in kept}
+    return [_undated(one) for one in schema] if isinstance(schema, list) else schema
 
 
 def _given(arguments: object) -> object:
@@ -118,13 +147,10 @@ def _fault_of(name: object, arguments: object, schemas: Mapping[str, Any]) -> Mi
         return Mismatch.UNKNOWN_FUNCTION
     if not isinstance(given, dict):
         return Mismatch.INVALID_ARGUMENTS
-    steps = _steps.set([MOST_STEPS])
     try:
         valid = _Arguments(schemas[name], registry=EMPTY_REGISTRY).is_valid(given)
     except Exception:  # whatever a client declares: an unknown type, a reference to elsewhere, a cycle
         return Mismatch.UNVERIFIABLE
-    finally:
-        _steps.reset(steps)
     return None if valid else Mismatch.INVALID_ARGUMENTS
 
 

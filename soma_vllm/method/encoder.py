@@ -56,6 +56,7 @@ class SentenceEncoder:
     def read(self, texts: Sequence[str]) -> list[Reading]:
         """The vector of each text and those of its tokens, which the same pass computes."""
         found = [Reading(self._zeros(1)[0]) for _ in texts]
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # no half surrogate pairs
         # Texts of like length together: little padding.
         worded = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: len(texts[i]))
         for start in range(0, len(worded), _BATCH):

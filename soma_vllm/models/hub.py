@@ -6,7 +6,7 @@ from pathlib import Path
 
 from soma_vllm.errors import ModelError
 from soma_vllm.models.catalog import resolve
-from soma_vllm.private import HUB_TOKENS, secret
+from soma_vllm.private import HUB_TOKENS, as_the_user_has_it, secret
 
 
 def local_path(name: str) -> Path:
@@ -24,7 +24,8 @@ def local_path(name: str) -> Path:
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
         token = next(filter(None, map(secret, HUB_TOKENS)), None)
-        return Path(snapshot_download(found, allow_patterns=patterns, token=token))
+        with as_the_user_has_it():
+            return Path(snapshot_download(found, allow_patterns=patterns, token=token))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"model {found}: not in the local Hugging Face cache, and the hub did not give it "

@@ -28,6 +28,8 @@ FAST = 1
 """zlib's level."""
 PACKED_AT_ONCE = 4
 """Most sessions that one request packs, at about a millisecond each; as many are dropped."""
+LARGE_BYTES = 1 << 20
+"""A session that takes longer to pack, and is dropped instead where it can be read again."""
 
 
 class LiveSession:
@@ -178,19 +180,34 @@ class LiveSessions(OrderedDict[SessionKey, LiveSession]):
 
     def make_room(self, newest: SessionKey) -> None:
         """Pack and drop what is idle, beyond the bounds; not the newest."""
-        idle = (key for key, one in self.items() if not (one.holds or key == newest or self._needed(key)))
+        idle = (key for key in self if self._is_idle(key, newest))
         for key in list(islice(idle, max(0, len(self) - self._most))):
             self._go(key)
         if self.bytes <= self._most_bytes:
             return
         loose = (key for key in self._unpacked if not self[key].holds and key != newest)
         for key in list(islice(loose, PACKED_AT_ONCE)):
-            self[key].pack()
-            self.account(key)
-        idle = (key for key, one in self.items() if not (one.holds or key == newest or self._needed(key)))
-        for key in list(islice(idle, PACKED_AT_ONCE)):
-            if self.bytes > self._most_bytes and self[key].is_packed:
+            if self.bytes <= self._most_bytes:
+                return
+            if self[key].size > LARGE_BYTES and not self._needed(key):
                 self._go(key)
+            else:
+                self[key].pack()
+                self.account(key)
+        packed = (key for key, one in self.items() if one.is_packed and self._is_idle(key, newest))
+        for key in list(islice(packed, PACKED_AT_ONCE)):
+            if self.bytes > self._most_bytes:
+                self._go(key)
+
+    def let_go(self, key: SessionKey) -> bool:
+        """Drop a session if nothing uses it and the store can restore it; whether that was done."""
+        if not self._is_idle(key, None):
+            return False
+        self._go(key)
+        return True
+
+    def _is_idle(self, key: SessionKey, newest: SessionKey | None) -> bool:
+        return not (self[key].holds or key == newest or self._needed(key))
 
     def _go(self, key: SessionKey) -> None:
         self.drop(key)

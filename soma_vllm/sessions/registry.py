@@ -316,12 +316,14 @@ class SessionRegistry:
 
     def forget_before(self, at: float) -> None:
         """Drop from memory what was said before a Unix time, but for sessions that are being adapted."""
-        for key, entry in self._entries.items():
-            if entry.has_text_before(at) and entry.session.phase is not Phase.ADAPTING:
+        for key, entry in list(self._entries.items()):
+            if not entry.has_text_before(at) or (entry.is_packed and self._entries.let_go(key)):
+                continue
+            if entry.session.phase is not Phase.ADAPTING:
                 entry.replace_events([_silent(e) if e.at < at else e for e in entry.events])
                 events = (*entry.events, *entry.pending)
                 entry.session = restore(key, events, self.config.gate)
-                self._entries.account(key)
+            self._entries.account(key)
 
     def discard(self, key: SessionKey) -> None:
         """Drop a session of which nothing is recorded, and nothing will be."""

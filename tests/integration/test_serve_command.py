@@ -66,6 +66,7 @@ def drafting(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """A server whose surrogate drafts for its original, and that logs in JSON all it can."""
     settings = {
         "policy": "speculative",
+        "limits": {"policies": ["soma"]},
         "original": {"draft_tokens": 2},
         "server": {"log_format": "json", "log_level": "debug"},
     }

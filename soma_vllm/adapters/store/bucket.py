@@ -145,6 +145,7 @@ class Bucket:
         except SomaError:
             raise
         except FileNotFoundError as error:
-            raise NotFound(f"{self._url}: {what}: not found") from error
+            raise NotFound(masked(f"{self._url}: {what}: not found")) from error
         except Exception as error:  # the edge to another service: every backend has errors of its own
-            raise AdapterError(f"{self._url}: {what}: {type(error).__name__}: {error}") from error
+            told = f"{self._url}: {what}: {type(error).__name__}: {error}"
+            raise AdapterError(masked(told)) from error

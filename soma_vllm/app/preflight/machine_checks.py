@@ -74,7 +74,7 @@ def check_listening(report: Report, config: Config, taking_over: bool = False) -
             f"note: access.mode is open, and {host} may be reached from other machines: every request is "
             "served; access.mode: keys serves known keys only"
         )
-    if any(value is not None for value in config.limits.model_dump().values()):
+    if any(value is not None for name, value in config.limits if name != "policies"):
         report.good("note: limits with access.mode: open: another bearer token has limits of its own")
 
 

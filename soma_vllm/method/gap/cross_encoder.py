@@ -7,6 +7,7 @@ less sure one counts; in [0, 1]; nothing is fetched. A pair beyond the model's l
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +63,7 @@ class CrossEncoderJudge:
             texts = [sorted(pairs[n]) for n in places]
             both = (self._probabilities(texts), self._probabilities([text[::-1] for text in texts]))
             for n, forth, back in zip(places, *both, strict=True):
-                judged[n] = Gap(min(1.0, max(0.0, 1.0 - min(forth, back))))
+                judged[n] = _gap(min(forth, back) if math.isfinite(forth + back) else math.nan)
         return [judged[n] if gap is None else gap for n, gap in enumerate(found)]
 
     @torch.inference_mode()
@@ -77,6 +78,12 @@ class CrossEncoderJudge:
         logits = self._model(**batch).logits
         found = torch.sigmoid(logits[:, 0]) if self._same is None else logits.softmax(dim=1)[:, self._same]
         return [float(value) for value in found]
+
+
+def _gap(same: float) -> Gap:
+    if math.isnan(same):  # which would pass as 0
+        return Gap(1.0, failure="the classifier's output is no number")
+    return Gap(min(1.0, max(0.0, 1.0 - same)))
 
 
 def _label(path: str | Path, labels: dict[int, str]) -> int | None:

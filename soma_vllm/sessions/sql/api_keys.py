@@ -8,6 +8,7 @@ anyway, so that what finds sessions by tenant need not know of keys.
 from __future__ import annotations
 
 import hmac
+import logging
 import re
 import secrets
 import time
@@ -28,6 +29,8 @@ from soma_vllm.sessions.sql.outages import translated
 from soma_vllm.sessions.sql.schema import migrate
 from soma_vllm.sessions.sql.tables import ApiKeyRow, AuditRow
 from soma_vllm.sessions.state.identity import tenant_of
+
+logger = logging.getLogger(__name__)
 
 KEY_SHAPE = re.compile(r"sk-soma-([0-9a-f]{12})-[A-Za-z0-9_-]{32,128}")
 NAME_LENGTH = 128
@@ -122,6 +125,18 @@ class KeyStore:
         async with self._transaction() as transaction:
             rows = await transaction.scalars(select(ApiKeyRow).order_by(ApiKeyRow.created_at, ApiKeyRow.id))
             return [_read(row) for row in rows]
+
+    async def readable(self) -> list[ApiKey]:
+        """Every key in use, but for those whose limits cannot be read: each of them fails by itself."""
+        async with self._transaction() as transaction:
+            rows = (await transaction.scalars(select(ApiKeyRow).where(ApiKeyRow.revoked_at.is_(None)))).all()
+        found = []
+        for row in rows:
+            try:
+                found.append(_read(row))
+            except StoreUnavailable as error:
+                logger.error("%s", error)
+        return found
 
     async def find(self, key_id: str) -> ApiKey | None:
         """The key of this id, revoked or not."""

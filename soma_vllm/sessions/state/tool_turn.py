@@ -25,7 +25,8 @@ def tools_print(tools: object) -> str:
     listed = tools if isinstance(tools, list | tuple) else [tools]
     functions = [tool.get("function", tool) if isinstance(tool, Mapping) else tool for tool in listed]
     declared = [
-        as_json([f.get("name"), f.get("parameters")] if isinstance(f, Mapping) else f) for f in functions
+        as_json([f.get("name"), _undescribed(f.get("parameters"))] if isinstance(f, Mapping) else f)
+        for f in functions
     ]
     return hashlib.sha256("\n".join(sorted(declared)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
@@ -39,3 +40,11 @@ def _checkable(turn: Turn) -> bool:
     whole = turn.complete and turn.kept and turn.stored and not turn.begun
     said = bool(turn.calls or turn.answer.strip())
     return turn.engine is Role.ORIGINAL and whole and said and may_call(turn.fields)
+
+
+def _undescribed(schema: Any) -> Any:
+    """A schema without descriptions; a property of that name has a schema, no text."""
+    if isinstance(schema, Mapping):
+        kept = (item for item in schema.items() if item[0] != "description" or not isinstance(item[1], str))
+        return {name: _undescribed(value) for name, value in kept}
+    return [_undescribed(one) for one in schema] if isinstance(schema, list) else schema

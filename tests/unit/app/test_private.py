@@ -16,6 +16,7 @@ from support.adapter_files import write_adapter
 from typer.testing import CliRunner
 
 from soma_vllm import logs, private
+from soma_vllm.adapters.store.bucket import Bucket
 from soma_vllm.adapters.store.filesystem import FilesystemAdapterStore
 from soma_vllm.app import serve
 from soma_vllm.app.run_dir import make_run_dir
@@ -24,7 +25,7 @@ from soma_vllm.baselines.process import BaselineProcess, ProcessLimits
 from soma_vllm.cli.main import app
 from soma_vllm.config import Server, parse_config
 from soma_vllm.engines.child_process import ChildProcess
-from soma_vllm.errors import ConfigError
+from soma_vllm.errors import ConfigError, NotFound
 from soma_vllm.sessions.sql.records import SessionSnapshot
 from soma_vllm.sessions.sql.store import SessionStore
 from soma_vllm.types import Event, SessionKey
@@ -202,3 +203,21 @@ def test_a_command_that_fails_tells_no_password() -> None:
     )
     assert done.exit_code != 0
     assert "p4ssword" not in done.output + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("told", "masked"),
+    [
+        ("postgresql://u:p@ss@h/db", "postgresql://u:***@h/db"),
+        ("s3://u:secret@h/root: gone", "s3://u:***@h/root: gone"),
+        ("http://host:8000/a?to=bob@example.org", "http://host:8000/a?to=bob@example.org"),
+    ],
+)
+def test_a_password_is_masked_whole_and_nothing_else_is(told: str, masked: str) -> None:
+    assert private.masked(told) == masked
+
+
+def test_an_error_of_an_object_store_tells_no_password() -> None:
+    with pytest.raises(NotFound) as told:
+        Bucket("memory://u:secret@h/root").read("missing")
+    assert "secret" not in str(told.value)

@@ -176,3 +176,42 @@ def test_texts_of_several_words_are_for_a_judge_and_ids_are_not() -> None:
 def test_parallel_calls_are_paired_by_their_texts_where_these_are_equal() -> None:
     first, second = (weather(city="Oslo", note=note) for note in ("of the day", "of the night"))
     assert compare([first, second], [second, first], TOOLS).texts == ()
+
+
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"x": {"$schema": DRAFT, "pattern": "^(a+)+$"}}},
+        {"$schema": DRAFT, "properties": {"x": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"pattern": "^(a+)+$"}}},
+        {"$schema": DRAFT, "properties": {"x": {"allOf": [{"$schema": DRAFT, "pattern": "^(a+)+$"}]}}},
+    ],
+)
+def test_no_dialect_that_a_schema_names_escapes_the_bound(schema: dict[str, Any]) -> None:
+    began = time.process_time()
+    assert fault([call("f", {"x": "a" * 40 + "!"})], [tool("f", schema)]) is None
+    assert time.process_time() - began < 5  # the expression would take years
+
+
+def test_all_calls_of_a_reply_share_one_bound() -> None:
+    schema: dict[str, Any] = {"$defs": {"0": {"type": "object"}}, "$ref": "#/$defs/6"}
+    for level in range(1, 7):
+        schema["$defs"][str(level)] = {"allOf": [{"$ref": f"#/$defs/{level - 1}"}] * 2}
+    alone = fault([call("f", {})], [tool("f", schema)])
+    assert alone is None
+    assert fault([call("f", {})] * 6, [tool("f", schema)]) is Mismatch.UNVERIFIABLE
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_call_that_cannot_be_verified_hides_no_malformed_one(order: int) -> None:
+    tools = [tool("far", {"$ref": "https://example.org/schema"})]
+    calls = [call("far", {}), call("rm_rf", "not json")][::order]
+    assert fault(calls, tools) is Mismatch.UNKNOWN_FUNCTION
+
+
+def test_arguments_nested_as_deep_as_json_can_be_end_a_comparison_without_an_error() -> None:
+    deep = json.loads("[" * 400 + "]" * 400)
+    calls = [call("f", {"x": deep})]
+    assert compare(calls, calls, [tool("f", {})]).mismatch in (None, Mismatch.UNVERIFIABLE)

@@ -81,6 +81,32 @@ def test_one_request_packs_a_few_sessions_at_most() -> None:
     assert sum(one.is_packed for one in sessions.values()) <= live_session.PACKED_AT_ONCE
 
 
+def test_sessions_that_became_objects_at_the_front_do_not_keep_others_from_being_dropped() -> None:
+    sessions, dropped = within(10**9)
+    filled(sessions, 12)
+    for number in range(12):
+        sessions[key(number)].pack()
+        sessions.account(key(number))
+    for number in range(4):  # as objects again, which is not counted yet
+        assert sessions[key(number)].session is not None
+    sessions._most_bytes = 0
+    sessions.make_room(key(11))
+    assert dropped == [key(number) for number in range(4, 8)]
+
+
+def test_a_large_session_is_dropped_rather_than_packed_where_the_store_has_it() -> None:
+    large, needed = (
+        LiveSession(fresh(key(n)), [Event("turn", 1.0, {}, {"answer": "x" * 2**21})]) for n in (1, 2)
+    )
+    sessions, dropped = within(0, frozenset({key(2)}))
+    for session in (large, needed):
+        sessions[session.key] = session
+        sessions.account(session.key)
+    sessions.make_room(key(3))
+    assert dropped == [key(1)]
+    assert needed.is_packed
+
+
 def test_the_sum_of_bytes_follows_every_change() -> None:
     sessions, _ = within(10**9)
     filled(sessions, 3)

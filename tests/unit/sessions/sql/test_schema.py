@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ from support.guard import GUARD_S
 from support.lookups import found
 
 import soma_vllm
+from soma_vllm.config import Limits
 from soma_vllm.errors import ConfigError
+from soma_vllm.sessions.sql.api_keys import KeyStore
 from soma_vllm.sessions.sql.records import AdapterRecord, SessionSnapshot, TurnLocation
 from soma_vllm.sessions.sql.schema import _alembic, migrate
 from soma_vllm.sessions.sql.store import SessionStore, reading
@@ -140,6 +143,21 @@ async def test_a_database_goes_back_to_an_older_revision_and_up_again_with_all_i
     for revision in ("0007", "head", "-1"):
         with pytest.raises(ConfigError, match=r"expected one of 0001, 0002, 0003, 0004, 0005, 0006"):
             await migrate(store._engine, revision)
+    await store.close()
+
+
+async def test_a_key_that_may_choose_policies_is_read_by_the_version_before(url: str) -> None:
+    keys = KeyStore.at(url)
+    store = SessionStore(url)
+    await store.open()
+    key_id, _ = await keys.add("one", Limits(policies=("*",), live_sessions=3))
+    await migrate(store._engine, "0005")
+    async with store._engine.connect() as connection:
+        (limits,) = (await connection.execute(text("SELECT limits FROM api_keys"))).one()
+    assert (json.loads(limits) if isinstance(limits, str) else limits) == {"live_sessions": 3}
+    await migrate(store._engine)
+    assert [key.id for key in await keys.readable()] == [key_id]
+    await keys.close()
     await store.close()
 
 

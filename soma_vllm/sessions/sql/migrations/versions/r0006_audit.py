@@ -22,5 +22,10 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """To 0005. The recorded orders go."""
+    """To 0005. The recorded orders go, and with them what keys may choose, which 0005 does not read."""
     op.drop_table("audit")
+    keys = sa.table("api_keys", sa.column("id", sa.String), sa.column("limits", sa.JSON))
+    connection = op.get_bind()
+    for key, limits in connection.execute(sa.select(keys.c.id, keys.c.limits)).all():
+        kept = {name: value for name, value in limits.items() if name != "policies"}
+        connection.execute(keys.update().where(keys.c.id == key).values(limits=kept))
