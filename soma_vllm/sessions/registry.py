@@ -321,8 +321,7 @@ class SessionRegistry:
                 continue
             if entry.session.phase is not Phase.ADAPTING:
                 entry.replace_events([_silent(e) if e.at < at else e for e in entry.events])
-                events = (*entry.events, *entry.pending)
-                entry.session = restore(key, events, self.config.gate)
+                entry.session = restore(key, (*entry.events, *entry.pending), self.config.gate)
             self._entries.account(key)
 
     def discard(self, key: SessionKey) -> None:
