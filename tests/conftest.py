@@ -33,3 +33,12 @@ def postgres() -> Iterator[Postgres]:
         pytest.skip(f"found no PostgreSQL server here; the package {PACKAGE} has one")
     with Postgres(programs) as server:
         yield server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def a_busy_machine_is_no_outage() -> Iterator[None]:
+    """A lookup may take as long as a slow disk makes it; after 3 s its turn would not be recorded."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("ports", "patient_store"):
+            patch.setattr(f"soma_vllm.sessions.{module}.LOOKUP_S", 10.0)
+        yield

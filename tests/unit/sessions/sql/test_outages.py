@@ -67,6 +67,7 @@ KEY_VERBS: dict[str, tuple[Any, ...]] = {
     "open": (),
     "add": ("Ana", Limits()),
     "ls": (),
+    "readable": (),
     "find": ("0123456789ab",),
     "revoke": ("0123456789ab",),
     "verify": ("sk-soma-0123456789ab-" + "s" * 32,),
