@@ -190,7 +190,7 @@ $(CLIENTS)/node/.installed: requirements/clients/node/package-lock.json requirem
 	@if ! command -v npm >/dev/null; then echo "[clients] found no npm: clients in JavaScript are left out"; \
 	  elif test -e $@ && cmp -s $< $(@D)/$(<F); then touch $@; \
 	  else echo "[clients] installing node into $(@D)" && rm -f $@ && mkdir -p $(@D) && cp $^ $(@D) \
-	    && npm ci --prefix $(@D) --prefer-offline --no-audit --no-fund --loglevel=error && touch $@; fi
+	    && npm ci --prefix $(@D) --prefer-offline --fetch-retries=1 --fetch-timeout=60000 --no-audit --no-fund --loglevel=error && touch $@; fi
 
 # Those that make test installs, in seconds each. Where the first cannot be, its tests say so and fail; those in JavaScript
 # need npm and its registry, and are skipped without them, as the others are.
