@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.fuzzing import Fuzzing, fuzzing_at
 
+from soma_vllm.sessions.sql.api_keys import KeyStore
 from soma_vllm.sessions.sql.store import SessionStore
 
 
@@ -20,6 +21,14 @@ def fuzzing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzing]:
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[SessionStore]:
     store = SessionStore(f"sqlite+aiosqlite:///{tmp_path}/s.db")
+    await store.open()
+    yield store
+    await store.close()
+
+
+@pytest.fixture
+async def keys(tmp_path: Path) -> AsyncIterator[KeyStore]:
+    store = KeyStore.at(f"sqlite+aiosqlite:///{tmp_path}/sessions.db")
     await store.open()
     yield store
     await store.close()

@@ -32,14 +32,6 @@ ADMIN = {"Authorization": "Bearer the-admin", "X-Request-Id": "request-1"}
 
 
 @pytest.fixture
-async def keys(tmp_path: Path) -> AsyncIterator[KeyStore]:
-    store = KeyStore.at(f"sqlite+aiosqlite:///{tmp_path}/keys.db")
-    await store.open()
-    yield store
-    await store.close()
-
-
-@pytest.fixture
 async def client(services: Services, keys: KeyStore) -> AsyncIterator[httpx.AsyncClient]:
     """Administrators' routes over services in which two sessions of key `k` were served."""
     for session in ("s", "other"):
