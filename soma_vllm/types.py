@@ -194,6 +194,8 @@ class ReasonCode(StrEnum):
     TOOL_RESULT = "tool_result"
     UNPREPARED = "unprepared"
     """The policy could not decide."""
+    MALFORMED_CALL = "malformed_call"
+    """The surrogate called a tool as the request does not allow."""
     SURROGATE_FAILED = "surrogate_failed"
     ORIGINAL_UNAVAILABLE = "original_unavailable"
     OTHER = "other"

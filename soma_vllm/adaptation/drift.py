@@ -3,8 +3,9 @@
 * A sampled turn of the surrogate is shown to the original, in the background, in one of two ways: it answers
   too (a gap), or it only reads the surrogate's answer in one prefill (a surprise, nats per token). Calls of
   tools are always answered too, and compared as in the warm start: others than the original's are a gap of 1.
-* A turn that went to the original because it left the locality is asked of the surrogate too: the original's
-  answer is there already, so this evidence costs no time of the original.
+* A turn that went to the original because it left the locality, or because the surrogate's call of a tool was
+  malformed, is asked of the surrogate too: the original's answer is there already, so this evidence costs no
+  time of the original.
 
 Enough breaches in a row, of either kind, roll the session back. No reply waits for an audit: the original is
 asked within a budget, while it serves no user or after a long wait for that, one audit at a time. An audit that
@@ -71,14 +72,14 @@ class DriftWatch:
         self._budget = TokenBucket(config.gate.audits_per_minute)
 
     def wants(self, turn: Turn, why: ReasonCode) -> bool:
-        """Whether this turn is to be audited: every locality miss, a share of the surrogate's turns.
+        """Whether this turn is to be audited: all locality misses and malformed calls, a share of the others.
 
         `why` says why its engine answered it.
         """
         if turn.phase is not Phase.SWITCHED or not turn.complete or not (turn.answer or turn.calls):
             return False
         if turn.engine is Role.ORIGINAL:
-            return why is ReasonCode.LOCALITY
+            return why in (ReasonCode.LOCALITY, ReasonCode.MALFORMED_CALL)
         return self._sample.random() < self._config.gate.audit_rate
 
     async def audit(

@@ -109,7 +109,9 @@ class Routing:
 
     def without_surrogate(self, turn: TurnContext, error: Exception) -> Route:
         """The route of a turn that the surrogate failed to answer."""
-        reason = Reason(f"surrogate failed: {_kind(error)}", ReasonCode.SURROGATE_FAILED)
+        malformed = isinstance(error, MalformedCall)
+        code = ReasonCode.MALFORMED_CALL if malformed else ReasonCode.SURROGATE_FAILED
+        reason = Reason(f"surrogate failed: {_kind(error)}", code)
         return Route(Role.ORIGINAL, None, turn.query.messages, reason)
 
     def without_original(self, turn: TurnContext) -> Route | None:

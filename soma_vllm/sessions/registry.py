@@ -57,9 +57,8 @@ class SessionRegistry:
         """Finds live sessions by transcript."""
         self.write_behind = WriteBehindQueue(store, config.storage.queue_mib)
         """What the record lacks yet."""
-        self._entries = LiveSessions(
-            live_sessions, config.sessions.memory_mib * MIB, self.write_behind.has, self.index.drop
-        )
+        most_bytes = config.sessions.memory_mib * MIB
+        self._entries = LiveSessions(live_sessions, most_bytes, self.write_behind.has, self.index.drop)
         self._loading: dict[SessionKey, asyncio.Task[None]] = {}
         self._live: dict[str, int] = {}
         self._begun: set[SessionKey] = set()
@@ -186,13 +185,14 @@ class SessionRegistry:
 
     async def live(self, tenant: str) -> int:
         """Dialogues that a tenant has; the branches of one count once."""
-        if tenant not in self._live:
-            self._live.setdefault(tenant, await in_time(self.store.live(tenant)))
-        return self._live[tenant]
+        if (known := self._live.get(tenant)) is not None:
+            return known
+        return self._live.setdefault(tenant, await in_time(self.store.live(tenant)))
 
     def begun_beside(self, key: SessionKey) -> int:
-        """Other new sessions of a tenant whose first request is under way, as far as `begun` was told."""
-        return sum(other.tenant == key.tenant for other in self._begun - {key})
+        """Other new sessions of a tenant whose first turn, under way by `begun`, is not on record."""
+        others = [self._entries.get(one) for one in self._begun - {key} if one.tenant == key.tenant]
+        return sum(other is None or other.is_new for other in others)
 
     @contextmanager
     def begun(self, key: SessionKey) -> Iterator[None]:

@@ -212,6 +212,20 @@ async def test_a_malformed_call_is_made_good_by_the_original(build: Build) -> No
     assert history[-1]["tool_calls"] == call("Bern")
 
 
+async def test_malformed_calls_are_drift(build: Build) -> None:
+    services = await started(build, gate={"drift_window": 2, "consecutive_to_rollback": 1})
+    history = await warmed(services)
+    services.surrogate.decides = lambda body: call("Bern", "wether")
+    for _ in range(2):
+        await ask(services, history, "weather in Bern")
+        await services.settled()
+        await ask(services, history, RESULT)
+    audits = [event.data for _, event in services.events if event.kind == "audited"]
+    assert [(audit["gap"], audit["calls"]) for audit in audits] == [(1.0, "unknown_function")] * len(audits)
+    assert audits
+    assert "rolled_back" in [event.kind for _, event in services.events]
+
+
 async def heard(answer: Answer) -> Any:
     assert answer.reply.events is not None
     (choice,), _, complete = read_events([event async for event in answer.reply.events])
